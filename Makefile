@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.11, make and nothing else installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyro_hamflow tests tutorials benchmarks
+
+.PHONY: demo test slow lint types format bench clean
+
+demo: $(VENV)/demo
+	$(BIN)/python tutorials/quickstart.py
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/test
+	$(BIN)/python -m pytest --slow
+
+lint: $(VENV)/test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/test
+	$(BIN)/mypy
+
+format: $(VENV)/test
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks.run
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tutorials]'
+	touch $@
+
+$(VENV)/test: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tutorials]'
+	touch $@
+
+$(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tutorials,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,20 @@
+"""Hamiltonian inference with learned parts, for Pyro."""
+
+from pyro_hamflow.mcmc.kernels import HMC, PseudoMarginalHMC
+from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, EllipticalSliceRefresh
+from pyro_hamflow.mcmc.runner import MCMC
+from pyro_hamflow.model.marginal import marginalize, noise
+from pyro_hamflow.results.inference_data import to_inference_data
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HMC",
+    "MCMC",
+    "CorrelatedRefresh",
+    "EllipticalSliceRefresh",
+    "PseudoMarginalHMC",
+    "marginalize",
+    "noise",
+    "to_inference_data",
+]

@@ -1,0 +1,28 @@
+"""What doctests start from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_hamflow
+from pyro_hamflow.model.potential import Potential
+
+
+@pytest.fixture(autouse=True)
+def _names(doctest_namespace: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    doctest_namespace.update(
+        {name: getattr(pyro_hamflow, name) for name in pyro_hamflow.__all__},
+        dist=dist,
+        math=math,
+        pyro=pyro,
+        torch=torch,
+        Potential=Potential,
+    )

@@ -1,0 +1,55 @@
+"""Kinetic energies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GaussianKinetic:
+    r"""The kinetic energy :math:`K(r) = \tfrac12 r^\top M^{-1} r` of momenta :math:`r \sim N(0, M)`.
+
+    Arguments:
+        inverse_mass: :math:`M^{-1}`: of shape ``(dimension,)`` for a diagonal mass, all ones being
+            the identity, or ``(dimension, dimension)`` for a dense one. It should resemble the
+            posterior's covariance.
+
+    Example:
+        >>> kinetic = GaussianKinetic(torch.tensor([4.0, 1.0]))
+        >>> kinetic.energy(torch.tensor([[1.0, 2.0]]))
+        tensor([4.])
+    """
+
+    inverse_mass: Tensor
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """The square root of the inverse mass, a lower triangle if dense."""
+        if self.inverse_mass.dim() == 1:
+            return self.inverse_mass.sqrt()
+        return torch.linalg.cholesky(self.inverse_mass)
+
+    def sample(self, num_chains: int) -> Tensor:
+        """Momenta for every chain, of shape ``(chains, dimension)``."""
+        noise = torch.randn(
+            num_chains,
+            len(self.inverse_mass),
+            dtype=self.inverse_mass.dtype,
+            device=self.inverse_mass.device,
+        )
+        if self.inverse_mass.dim() == 1:
+            return noise / self._root
+        return torch.linalg.solve_triangular(self._root, noise, upper=False, left=False)
+
+    def energy(self, r: Tensor) -> Tensor:
+        """K(r) of every chain, of shape ``(chains,)``."""
+        return 0.5 * (r * velocity(self.inverse_mass, r)).sum(-1)
+
+
+def velocity(inverse_mass: Tensor, r: Tensor) -> Tensor:
+    """The rate of change of the position, the inverse mass times the momentum ``(*, dimension)``."""
+    return inverse_mass * r if inverse_mass.dim() == 1 else r @ inverse_mass

@@ -1,0 +1,104 @@
+"""What a run keeps of each draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.transition import Info, State
+
+
+@dataclass
+class Record:
+    """Draws and their statistics, one entry of each list per iteration.
+
+    Attributes:
+        position: Positions, each of shape ``(chains, dimension)``.
+        stats: Statistics by their ArviZ names, each of shape ``(chains,)``.
+        local: Recovered values of each local site.
+        log_likelihood: Log-likelihood estimates of the elements of each group of local sites.
+    """
+
+    position: list[Tensor] = field(default_factory=list)
+    stats: dict[str, list[Tensor]] = field(default_factory=dict)
+    local: dict[str, list[Tensor]] = field(default_factory=dict)
+    log_likelihood: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def append(self, state: State, info: Info, step_size: float) -> None:
+        """Keeps one iteration of all chains."""
+        value = state.evaluation.value
+        stats = {
+            "lp": -value,
+            "energy": info.energy,
+            "energy_error": info.energy_error,
+            "acceptance_rate": info.acceptance_rate,
+            "diverging": info.diverging,
+            "accepted": info.accepted,
+            "step_size": torch.full_like(info.acceptance_rate, step_size),
+            "n_steps": info.n_steps,
+            "n_gradients": info.n_gradients,
+            "n_densities": info.n_densities,
+        }
+        estimates = state.evaluation.log_likelihoods
+        if estimates:
+            stats["log_likelihood_estimate"] = sum(
+                part.double().flatten(1).sum(-1) for part in estimates.values()
+            )
+        if not bool(info.refresh_rate.isnan().all()):
+            stats["refresh_rate"] = info.refresh_rate
+        self.position.append(state.position)
+        for name, stat in stats.items():
+            self.stats.setdefault(name, []).append(stat)
+        for name, part in estimates.items():
+            self.log_likelihood.setdefault(name, []).append(part)
+        for name, part in state.evaluation.local.items():
+            self.local.setdefault(name, []).append(part)
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)} draws>"
+
+    def stacked(self) -> Draws:
+        """All draws as tensors, chains and draws first, on the CPU."""
+
+        def stack(parts: list[Tensor]) -> Tensor:
+            return torch.stack(parts, 1).detach().cpu()
+
+        return Draws(
+            stack(self.position),
+            {name: stack(parts) for name, parts in self.stats.items()},
+            {name: stack(parts) for name, parts in self.local.items()},
+            {name: stack(parts) for name, parts in self.log_likelihood.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A record as tensors of shape ``(chains, draws, *)``; see :class:`Record` for the parts."""
+
+    position: Tensor
+    stats: dict[str, Tensor]
+    local: dict[str, Tensor]
+    log_likelihood: dict[str, Tensor]
+
+    @staticmethod
+    def join(parts: list[Draws]) -> Draws:
+        """The draws of several chains, cut to the shortest."""
+        length = min(part.position.shape[1] for part in parts)
+
+        def cat(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([tensor[:, :length] for tensor in tensors])
+
+        def merge(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: cat([d[name] for d in dicts]) for name in dicts[0]}
+
+        return Draws(
+            cat([part.position for part in parts]),
+            merge([part.stats for part in parts]),
+            merge([part.local for part in parts]),
+            merge([part.log_likelihood for part in parts]),
+        )

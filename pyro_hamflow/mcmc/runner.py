@@ -1,0 +1,265 @@
+"""How chains are run: warm-up, draws, progress, and what is kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import arviz
+import numpy as np
+import pyro
+import torch
+from pyro.infer.mcmc.util import select_samples
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_hamflow.mcmc.kernels import HamiltonianKernel
+from pyro_hamflow.mcmc.record import Draws, Record
+
+_METHODS = ("vectorized", "sequential")
+_SHOWN = 50
+
+
+class MCMC:
+    """Runs a kernel, with the surface of :class:`pyro.infer.MCMC`, vectorised chains, statistics.
+
+    A run that is interrupted from the keyboard keeps the draws it has made.
+
+    Arguments:
+        kernel: One of this package's kernels.
+        num_samples: Draws of each chain that are kept.
+        warmup_steps: Iterations before them, in which the kernel is tuned; as many as draws if not
+            given.
+        num_chains: How many chains.
+        initial_params: Unconstrained starting values, chains first (with one chain, the chain
+            dimension may be left out); found near the pilot or near zero if not given.
+        chain_method: ``"vectorized"`` moves all chains at once and tunes on all of them;
+            ``"sequential"`` runs one after the other.
+        seed: Makes a run repeat itself; torch's current random state is used if not given.
+        save_warmup: Whether to keep the draws of the warm-up too.
+        hook_fn: Called as ``hook_fn(kernel, params, stage, i)`` after each iteration, with
+            unconstrained values (chains first) and the stage ``"Warmup"`` or ``"Sample"``.
+        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+
+    Raises:
+        TypeError: If the kernel is none of this package's.
+        ValueError: If a number lies outside its range.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> mcmc = MCMC(HMC(model), num_samples=100, num_chains=2, seed=0, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples(group_by_chain=True)["x"].shape
+        torch.Size([2, 100])
+    """
+
+    def __init__(
+        self,
+        kernel: HamiltonianKernel,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        num_chains: int = 1,
+        initial_params: Mapping[str, Tensor] | None = None,
+        chain_method: str = "vectorized",
+        *,
+        seed: int | None = None,
+        save_warmup: bool = False,
+        hook_fn: Callable[..., None] | None = None,
+        disable_progbar: bool = False,
+    ) -> None:
+        if not isinstance(kernel, HamiltonianKernel):
+            raise TypeError(
+                f"`kernel` is a {type(kernel).__name__}: expected a kernel of pyro_hamflow; other "
+                "kernels run in pyro.infer.MCMC"
+            )
+        for name, number, least in (
+            ("num_samples", num_samples, 1),
+            ("warmup_steps", num_samples if warmup_steps is None else warmup_steps, 0),
+            ("num_chains", num_chains, 1),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"`{name}` is {number!r}: expected an integer")
+            if number < least:
+                raise ValueError(f"`{name}` is {number}: expected {least} or more")
+        if chain_method not in _METHODS:
+            raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
+        self.kernel = kernel
+        self.num_samples = num_samples
+        self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
+        self.num_chains = num_chains
+        self.initial_params = initial_params
+        self.chain_method = chain_method
+        self.seed = seed
+        self.save_warmup = save_warmup
+        self.hook_fn = hook_fn
+        self.disable_progbar = disable_progbar
+        self.interrupted = False
+        self.sampling_time = 0.0
+        self.warmup_time = 0.0
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._draws: Draws | None = None
+        self._warmup_draws: Draws | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Warms up and draws.
+
+        Arguments:
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: Before any sampling, if model, data or starting values have faults.
+        """
+        if self.seed is not None:
+            pyro.set_rng_seed(self.seed)
+        self._args, self._kwargs = args, kwargs
+        self._draws = self._warmup_draws = None
+        self.interrupted = False
+        self.sampling_time = self.warmup_time = 0.0
+        vectorized = self.chain_method == "vectorized"
+        batches = 1 if vectorized else self.num_chains
+        finished: list[tuple[Record, Record]] = []
+        for chain in range(batches):
+            warm, kept = Record(), Record()
+            try:
+                self._run_batch(None if vectorized else chain, warm, kept)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                warnings.warn(
+                    f"interrupted: {len(kept)} of {self.num_samples} draws were made and are kept",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            if len(kept):
+                finished.append((warm, kept))
+            if self.interrupted:
+                break
+        if not finished:
+            raise KeyboardInterrupt("interrupted before the first draw")
+        self._draws = Draws.join([kept.stacked() for _, kept in finished])
+        if self.save_warmup and all(len(warm) for warm, _ in finished):
+            self._warmup_draws = Draws.join([warm.stacked() for warm, _ in finished])
+        self._tell()
+
+    def _run_batch(self, chain: int | None, warm: Record, kept: Record) -> None:
+        """Runs all chains at once, or one of them."""
+        kernel = self.kernel
+        num_chains = self.num_chains if chain is None else 1
+        initial = self._initial(chain)
+        began = time.perf_counter()
+        state = kernel.begin(num_chains, self.warmup_steps, self._args, self._kwargs, initial)
+        total = self.warmup_steps + self.num_samples
+        label = "" if chain is None else f" [{chain + 1}]"
+        hidden = self.disable_progbar or "CI" in os.environ
+        with tqdm(total=total, disable=hidden, desc="Warmup" + label) as bar:
+            for i in range(total):
+                warming = i < self.warmup_steps
+                if i == self.warmup_steps:
+                    self.warmup_time += time.perf_counter() - began
+                    began = time.perf_counter()
+                    bar.set_description("Sample" + label)
+                state, info = kernel.advance(state)
+                record = warm if warming else kept
+                if self.save_warmup or not warming:
+                    record.append(state, info, kernel.step_size)
+                if self.hook_fn is not None:
+                    stage = ("Warmup" if warming else "Sample") + label
+                    params = kernel.potential.unravel(state.position)
+                    self.hook_fn(kernel, params, stage, i if warming else i - self.warmup_steps)
+                if not hidden and (i % max(1, total // 200) == 0 or i == total - 1):
+                    bar.set_postfix(kernel.progress(info, kept), refresh=False)
+                bar.update()
+        self.sampling_time += time.perf_counter() - began
+
+    def _initial(self, chain: int | None) -> Mapping[str, Tensor] | None:
+        if self.initial_params is None:
+            return None
+        values = {n: torch.as_tensor(v) for n, v in self.initial_params.items()}
+        if self.num_chains == 1:
+            shapes = self.kernel.site_shapes(self._args, self._kwargs)
+            return {n: v[None] if v.shape == shapes.get(n) else v for n, v in values.items()}
+        for name, value in values.items():
+            if value.dim() == 0 or value.shape[0] != self.num_chains:
+                raise ValueError(
+                    f"`initial_params` of site '{name}' has shape {tuple(value.shape)}: expected "
+                    f"a first dimension of {self.num_chains}, one entry for each chain"
+                )
+        return values if chain is None else {n: v[chain : chain + 1] for n, v in values.items()}
+
+    def _tell(self) -> None:
+        """Says in a sentence or two what the run's statistics mean for its result."""
+        stats = self.draws.stats
+        messages = list(self.kernel.messages)
+        diverging = int(stats["diverging"].sum())
+        if diverging:
+            messages.append(
+                f"{diverging} of {stats['diverging'].numel()} transitions diverged: raise "
+                "`target_accept`, or reparametrise the model."
+            )
+        accepted = float(stats["acceptance_rate"].mean())
+        if accepted < 0.3:
+            messages.append(
+                f"Only {accepted:.0%} of the proposals were accepted: warm up for longer, or take "
+                "more particles."
+            )
+        if not self.disable_progbar and "CI" not in os.environ:
+            for message in messages:
+                tqdm.write(message, file=sys.stderr)
+        self.messages = messages
+
+    @property
+    def draws(self) -> Draws:
+        """All draws with their statistics, as tensors."""
+        if self._draws is None:
+            raise RuntimeError("there are no draws yet: call `run` first")
+        return self._draws
+
+    @property
+    def warmup_draws(self) -> Draws | None:
+        """The same of the warm-up, where it was saved."""
+        return self._warmup_draws
+
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False
+    ) -> dict[str, Tensor]:
+        """The draws of the model's parameters, in their supports.
+
+        Arguments:
+            num_samples: How many to pick at random, with replacement; all if not given.
+            group_by_chain: Whether to keep the chain dimension.
+        """
+        device = self.kernel.potential.example.device
+        samples = self.kernel.potential.constrain(self.draws.position.to(device))
+        return select_samples(samples, num_samples, group_by_chain)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Effective sample sizes and R-hat of each site, by ArviZ, and divergences."""
+        result: dict[str, Any] = {}
+        for name, value in self.get_samples(group_by_chain=True).items():
+            data = arviz.convert_to_dataset({name: value.detach().cpu().numpy()})
+            result[name] = {
+                "n_eff": arviz.ess(data)[name].values,
+                "r_hat": arviz.rhat(data)[name].values
+                if self.num_chains > 1
+                else np.full(value.shape[2:], np.nan),
+            }
+        stats = self.draws.stats
+        result["divergences"] = {
+            f"chain {i}": flags.nonzero().flatten().tolist()
+            for i, flags in enumerate(stats["diverging"])
+        }
+        result["acceptance rate"] = {
+            f"chain {i}": float(rates.mean()) for i, rates in enumerate(stats["acceptance_rate"])
+        }
+        return result
+
+    def summary(self, **settings: Any) -> Any:
+        """ArviZ's summary of the parameters, a data frame; keywords are passed to it."""
+        samples = {k: v.cpu().numpy() for k, v in self.get_samples(group_by_chain=True).items()}
+        return arviz.summary(arviz.convert_to_dataset(samples), **settings)

@@ -1,0 +1,125 @@
+"""The moves of a sampler, apart from how they are tuned and run.
+
+A *transition* takes the state of all chains to their next, leaving the target exactly invariant. What
+the next move needs is in the :class:`State`; what only diagnostics need, in the :class:`Info`; what
+warm-up adapts, in the :class:`Tuning`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.model.potential import Evaluation, Potential
+
+DIVERGENCE = 1000.0
+
+
+class State(NamedTuple):
+    """The state of all chains.
+
+    Attributes:
+        position: Parameters on the real line, of shape ``(chains, dimension)``.
+        noise: Noise of the likelihood estimate, of shape ``(chains, noise_dimension)``.
+        gradient: The potential's gradient in the position; the joint move does not need it.
+        evaluation: The potential, and the local sites recovered there.
+    """
+
+    position: Tensor
+    noise: Tensor
+    gradient: Tensor
+    evaluation: Evaluation
+
+
+class Info(NamedTuple):
+    """What happened in one transition, each of shape ``(chains,)``.
+
+    Attributes:
+        acceptance_rate: Probability of acceptance.
+        energy: The Hamiltonian at the state that was kept; of parameters alone, without the noise.
+        energy_error: By how much the Hamiltonian grew along the trajectory.
+        diverging: Whether it grew without bound, or lost its number.
+        accepted: Whether the proposal was accepted.
+        n_steps: Steps of the integrator.
+        n_gradients: Gradients evaluated.
+        n_densities: Densities evaluated without gradient.
+        refresh_rate: Share of the noise that was renewed after the parameters' move; NaN if the
+            move has no such part.
+    """
+
+    acceptance_rate: Tensor
+    energy: Tensor
+    energy_error: Tensor
+    diverging: Tensor
+    accepted: Tensor
+    n_steps: Tensor
+    n_gradients: Tensor
+    n_densities: Tensor
+    refresh_rate: Tensor
+
+
+class Tuning(NamedTuple):
+    """What warm-up adapts.
+
+    Attributes:
+        step_size: The integrator's step.
+        kinetic: The kinetic energy of the parameters' momenta.
+    """
+
+    step_size: float
+    kinetic: GaussianKinetic
+
+
+class Transition(Protocol):
+    """One move of all chains.
+
+    Attributes:
+        potential: The target.
+    """
+
+    potential: Potential
+
+    def begin(self, position: Tensor, noise: Tensor) -> State:
+        """The state at given positions and noise."""
+
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        """Moves every chain once, by trajectories of ``num_steps`` steps."""
+
+
+class Decision(NamedTuple):
+    """The outcome of a Metropolis test, each of shape ``(chains,)``."""
+
+    accepted: Tensor
+    acceptance_rate: Tensor
+    energy_error: Tensor
+    diverging: Tensor
+
+
+def metropolis(energy_error: Tensor) -> Decision:
+    """Accepts each chain's proposal with probability min(1, exp(-energy_error)).
+
+    An energy error that is no number counts as infinite: such a proposal is rejected.
+
+    Arguments:
+        energy_error: Of shape ``(chains,)``, in float64.
+    """
+    error = torch.where(energy_error.isnan(), torch.inf, energy_error)
+    rate = torch.exp(-error.clamp(min=0.0))
+    level = torch.rand(error.shape, dtype=error.dtype, device=error.device)
+    return Decision(level < rate, rate, error, error > DIVERGENCE)
+
+
+def select(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new value of each accepted chain, and the old one of the others."""
+    return torch.where(accepted.reshape(accepted.shape + (1,) * (new.dim() - 1)), new, old)
+
+
+def select_evaluation(accepted: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
+    return Evaluation(
+        select(accepted, new.value, old.value),
+        {k: select(accepted, v, old.log_likelihoods[k]) for k, v in new.log_likelihoods.items()},
+        {k: select(accepted, v, old.local[k]) for k, v in new.local.items()},
+    )

@@ -1,0 +1,189 @@
+"""Warm-up: what is learned before draws are kept, pooled over all chains.
+
+Step size by dual averaging on the mean acceptance probability of all chains; inverse mass from the
+covariance of their positions, in windows of doubling length. When warm-up ends, both are frozen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.transition import Tuning
+
+_FIRST_WINDOW = 20
+_LARGEST_STEP = 1e3
+
+
+class DualAveraging:
+    """Finds the step size at which the acceptance probability has a given mean.
+
+    Arguments:
+        step_size: Where to start.
+        target: The mean acceptance probability wanted.
+
+    References:
+        | The No-U-Turn Sampler (Hoffman and Gelman, 2014), section 3.2
+        | https://arxiv.org/abs/1111.4246
+    """
+
+    def __init__(self, step_size: float, target: float) -> None:
+        self.target = target
+        self._centre = math.log(10.0 * step_size)
+        self._count = 0
+        self._gap = 0.0
+        self._average = 0.0
+        self.step_size = step_size
+
+    def update(self, acceptance_rate: float) -> None:
+        """Takes in the acceptance probability that the current step size led to."""
+        self._count += 1
+        weight = 1.0 / (self._count + 10.0)
+        self._gap = (1 - weight) * self._gap + weight * (self.target - acceptance_rate)
+        log_size = self._centre - math.sqrt(self._count) / 0.05 * self._gap
+        decay = self._count**-0.75
+        self._average = decay * log_size + (1 - decay) * self._average
+        self.step_size = min(math.exp(log_size), _LARGEST_STEP)
+
+    def final(self) -> float:
+        """The averaged step size, to be used from now on."""
+        return math.exp(self._average) if self._count else self.step_size
+
+
+class Covariance:
+    """A running covariance of the positions of all chains.
+
+    Arguments:
+        dimension: Of the positions.
+        dense: Whether to keep the whole matrix, or its diagonal alone.
+    """
+
+    def __init__(self, dimension: int, *, dense: bool) -> None:
+        self.dense = dense
+        self.count = 0
+        self._mean = torch.zeros(dimension, dtype=torch.float64)
+        self._sum = torch.zeros((dimension, dimension) if dense else (dimension,)).double()
+
+    def update(self, position: Tensor) -> None:
+        """Takes in positions, of shape ``(chains, dimension)``."""
+        batch = position.double().cpu()
+        batch = batch[batch.isfinite().all(-1)]
+        if len(batch) == 0:
+            return
+        total = self.count + len(batch)
+        mean = batch.mean(0)
+        shift, centred = mean - self._mean, batch - mean
+        weight = self.count * len(batch) / total
+        if self.dense:
+            self._sum += centred.mT @ centred + weight * torch.outer(shift, shift)
+        else:
+            self._sum += centred.square().sum(0) + weight * shift.square()
+        self._mean += shift * len(batch) / total
+        self.count = total
+
+    def inverse_mass(self) -> Tensor:
+        """The covariance, shrunk a little towards a small multiple of the identity."""
+        covariance = self._sum / max(self.count - 1, 1)
+        share, floor = self.count / (self.count + 5.0), 1e-3 * 5.0 / (self.count + 5.0)
+        if self.dense:
+            return share * covariance + floor * torch.eye(len(self._mean)).double()
+        return share * covariance + floor
+
+
+def mass_windows(warmup_steps: int) -> list[int]:
+    """The iterations at whose end the mass is updated: windows of doubling length.
+
+    The first 15 per cent of the iterations, which find the typical set, and the last 10, which
+    settle the step size, lie outside the windows.
+
+    Example:
+        >>> mass_windows(500)
+        [95, 135, 215, 450]
+    """
+    if warmup_steps < _FIRST_WINDOW:
+        return []
+    start, stop = int(0.15 * warmup_steps), int(0.9 * warmup_steps)
+    ends, length = [], _FIRST_WINDOW
+    while start + length <= stop:
+        # The last window takes what is left when its successor would not fit.
+        end = start + length if start + 3 * length <= stop else stop
+        ends.append(end)
+        start, length = end, 2 * length
+    return ends
+
+
+class WarmUp:
+    """Tunes step size and mass over the warm-up iterations.
+
+    Arguments:
+        step_size: The first step size.
+        kinetic: The first kinetic energy.
+        warmup_steps: How many iterations there will be.
+        target: The mean acceptance probability wanted.
+        adapt_step_size: Whether to tune the step size.
+        adapt_mass: Whether to tune the mass.
+    """
+
+    def __init__(
+        self,
+        step_size: float,
+        kinetic: GaussianKinetic,
+        warmup_steps: int,
+        *,
+        target: float,
+        adapt_step_size: bool,
+        adapt_mass: bool,
+    ) -> None:
+        self.tuning = Tuning(step_size, kinetic)
+        self.warmup_steps = warmup_steps
+        self.target = target
+        self.adapt_step_size = adapt_step_size
+        self.adapt_mass = adapt_mass
+        self._windows = mass_windows(warmup_steps)
+        self._opening = int(0.15 * warmup_steps)
+        self._averaging = DualAveraging(step_size, target)
+        self._covariance = self._new_covariance()
+        self._done = 0
+
+    @property
+    def finished(self) -> bool:
+        return self._done >= self.warmup_steps
+
+    @property
+    def opening(self) -> bool:
+        """Whether the chains are still on their way to the typical set."""
+        return self._done < self._opening
+
+    def restart(self, step_size: float) -> None:
+        """Begins the search for the step size anew, from a reasonable one."""
+        self._averaging = DualAveraging(step_size, self.target)
+        self.tuning = self.tuning._replace(step_size=step_size)
+
+    def update(self, position: Tensor, acceptance_rate: Tensor) -> bool:
+        """Takes in the outcome of one iteration; says whether the mass has changed."""
+        self._done += 1
+        if self.adapt_step_size:
+            self._averaging.update(float(acceptance_rate.mean()))
+            size = self._averaging.final() if self.finished else self._averaging.step_size
+            self.tuning = self.tuning._replace(step_size=size)
+        if not self.adapt_mass or not self._windows:
+            return False
+        if self._done > self._opening:
+            self._covariance.update(position)
+        if self._done != self._windows[0]:
+            return False
+        self._windows.pop(0)
+        if self._covariance.count > 2:
+            old = self.tuning.kinetic.inverse_mass
+            self.tuning = self.tuning._replace(
+                kinetic=GaussianKinetic(self._covariance.inverse_mass().to(old))
+            )
+        self._covariance = self._new_covariance()
+        return True
+
+    def _new_covariance(self) -> Covariance:
+        inverse_mass = self.tuning.kinetic.inverse_mass
+        return Covariance(len(inverse_mass), dense=inverse_mass.dim() == 2)

@@ -1,0 +1,162 @@
+"""Tensor programs, captured once and replayed without Python.
+
+A gradient of a small Pyro model costs milliseconds, nearly all of it spent in Python: handlers,
+distributions, autograd. The arithmetic takes microseconds. :func:`capture` runs a function once and
+records the tensor operations it performs, those of its autograd calls included, as one flat graph;
+:func:`batch` gives every argument a leading chain dimension; :func:`compile_graph` turns the graph
+into machine code. What a captured program returns at new inputs is what the function would return,
+as long as the function's control flow does not depend on the values of its inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+Program = Callable[..., Any]
+
+
+def capture(function: Program, *examples: Tensor) -> GraphModule:
+    """Records the tensor operations of a function as a flat graph.
+
+    In-place operations are replaced by pure ones, and what depends on no argument (the data's
+    share of the work) is computed now, once.
+
+    Arguments:
+        function: Any function of tensors; it may call :func:`torch.autograd.grad`.
+        examples: Arguments to run it with, of the shapes and types it will be called with.
+
+    Returns:
+        The graph as a module with the same arguments and results.
+
+    Example:
+        >>> square = capture(lambda x: x * x, torch.tensor(3.0))
+        >>> square(torch.tensor(5.0))
+        tensor(25.)
+    """
+    recorded = make_fx(function)(*examples)
+    pure = make_fx(torch.func.functionalize(recorded))(*examples)
+    return _simplify(pure)
+
+
+def batch(graph: Program, *examples: Tensor) -> GraphModule:
+    """Gives every argument and result of a program a leading batch dimension.
+
+    Arguments:
+        graph: The program for one element.
+        examples: Arguments with the leading dimension; the result serves this batch size alone.
+
+    Returns:
+        The batched graph.
+    """
+    with warnings.catch_warnings():
+        # An operation without a batching rule is looped over: slower, and as right.
+        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
+        return capture(torch.func.vmap(graph), *examples)
+
+
+def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
+    """Compiles a graph to machine code, or returns it as it is where no compiler works.
+
+    Arguments:
+        graph: The graph.
+        examples: Arguments of the shapes it will be called with.
+
+    Returns:
+        A function of the same arguments and results.
+    """
+    try:
+        import torch._inductor as inductor  # here, for it takes a second to import
+
+        dense = [example.contiguous() for example in examples]
+        with torch.no_grad():
+            compiled = inductor.compile(graph, dense)
+            compiled(*dense)
+    except Exception as error:  # the compiler's failures have many types; none may end a run
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"Compilation failed ({reason[:200]}); sampling goes on without it, more slowly.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return graph
+
+    def run(*inputs: Tensor) -> Any:
+        return compiled(*[tensor.contiguous() for tensor in inputs])
+
+    return run
+
+
+def _simplify(module: GraphModule) -> GraphModule:
+    """Computes what depends on no input, once; drops what is repeated, unused or does nothing."""
+    constants: dict[Node, Any] = {}
+    simple = Graph()
+    copies: dict[Node, Node] = {}
+    seen: dict[Any, Node] = {}
+    buffers: dict[str, Tensor] = {}
+
+    def copy_of(node: Node) -> Node:
+        if node not in copies:
+            name = f"constant_{len(buffers)}"
+            buffers[name] = constants[node]
+            copies[node] = simple.get_attr(name)
+        return copies[node]
+
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            constants[node] = operator.attrgetter(node.target)(module).detach()
+        elif node.op != "call_function" or _is_random(node):
+            copies[node] = simple.node_copy(node, copy_of)
+        elif all(source in constants for source in node.all_input_nodes):
+            arguments = map_arg((node.args, node.kwargs), constants.__getitem__)
+            with torch.no_grad():
+                constants[node] = node.target(*arguments[0], **arguments[1])
+        elif _does_nothing(node):
+            copies[node] = copy_of(node.all_input_nodes[0])
+        else:
+            key = repr((node.target, map_arg((node.args, node.kwargs), copy_of)))
+            if key not in seen:
+                seen[key] = simple.node_copy(node, copy_of)
+            copies[node] = seen[key]
+    simple.eliminate_dead_code()
+    simple.lint()
+    root = torch.nn.Module()
+    for name, tensor in buffers.items():
+        root.register_buffer(name, tensor)
+    return GraphModule(root, simple)
+
+
+_COPIES = {
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.lift_fresh_copy.default,
+}
+_SHAPES = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.expand.default,
+}
+
+
+def _does_nothing(node: Node) -> bool:
+    if node.target in _COPIES:
+        return True
+    if node.target == torch.ops.aten.permute.default:
+        return list(node.args[1]) == list(range(len(node.args[1])))
+    if node.target in _SHAPES:
+        source, result = node.args[0].meta.get("val"), node.meta.get("val")
+        return source is not None and result is not None and source.shape == result.shape
+    return False
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

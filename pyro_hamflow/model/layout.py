@@ -1,0 +1,142 @@
+"""How the noise of one estimate is shared out among its sites and particles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from pyro_hamflow.model.points import noise_count
+from pyro_hamflow.model.proposals import Proposal, component_count
+from pyro_hamflow.model.structure import Frames, Group, vectorized_frames
+
+
+@dataclass(frozen=True)
+class Block:
+    """One site's share of an element's coordinates: ``start`` to ``stop``.
+
+    Attributes:
+        start: Its first coordinate.
+        stop: One past its last.
+        frames: The plates around the site.
+        event: The shape of the coordinates of one element of the site's batch.
+    """
+
+    start: int
+    stop: int
+    frames: Frames
+    event: torch.Size
+
+    def spread(self, coordinates: Tensor, group: Group) -> Tensor:
+        """Brings an element's coordinates into the shape of the site.
+
+        Arguments:
+            coordinates: Of shape ``(*group.shape, dimension)``.
+            group: The group that the site belongs to.
+
+        Returns:
+            Of shape ``(*batch, *event)``, plates at their own dimensions.
+        """
+        order = group.frames + self._inner(group)
+        part = coordinates[..., self.start : self.stop]
+        part = part.reshape([frame.size for frame in order] + list(self.event))
+        ranks = sorted(range(len(order)), key=lambda i: order[i].dim)
+        part = part.permute(*ranks, *range(len(order), part.dim()))
+        return part.reshape(self._batch_shape() + list(self.event))
+
+    def collect(self, values: Tensor, group: Group) -> Tensor:
+        """The inverse of :meth:`spread`, for values of shape ``(*batch, *event)``."""
+        order = group.frames + self._inner(group)
+        values = values.expand(self._batch_shape() + list(self.event))
+        by_dim = sorted(order, key=lambda frame: frame.dim)
+        values = values.reshape([frame.size for frame in by_dim] + list(self.event))
+        ranks = [by_dim.index(frame) for frame in order]
+        values = values.permute(*ranks, *range(len(order), values.dim()))
+        return values.reshape(list(group.shape) + [self.stop - self.start])
+
+    def _inner(self, group: Group) -> Frames:
+        return tuple(frame for frame in self.frames if frame not in group.frames)
+
+    def _batch_shape(self) -> list[int]:
+        shape = [1] * max((-frame.dim for frame in self.frames), default=0)
+        for frame in self.frames:
+            shape[frame.dim] = frame.size
+        return shape
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Particles that share the components of their mixture priors.
+
+    Attributes:
+        components: The component of each site with a mixture prior.
+        count: How many particles.
+    """
+
+    components: tuple[tuple[str, int], ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The noise of one group: which coordinates serve which site, and which particles.
+
+    Attributes:
+        blocks: The share of each site.
+        dimension: How many coordinates an element has.
+        strata: The particles.
+        points: ``"iid"`` or ``"rqmc"``.
+        example: A tensor of the noise's type and device.
+    """
+
+    blocks: dict[str, Block]
+    dimension: int
+    strata: tuple[Stratum, ...]
+    points: str
+    example: Tensor
+
+    def noise_shape(self, group: Group) -> torch.Size:
+        vectors = sum(noise_count(self.points, stratum.count) for stratum in self.strata)
+        return torch.Size([vectors, *group.shape, self.dimension])
+
+    def split(self, noise: Tensor) -> list[Tensor]:
+        """The noise of each stratum."""
+        return list(noise.split([noise_count(self.points, s.count) for s in self.strata]))
+
+
+def lay_out(
+    group: Group, trace: poutine.Trace, proposal: Proposal, num_particles: int, points: str
+) -> Layout:
+    """Counts the coordinates of a group's sites and shares its particles among mixture components.
+
+    Raises:
+        ValueError: If there are fewer particles than components.
+    """
+    blocks: dict[str, Block] = {}
+    start = 0
+    choices: list[list[tuple[str, int]]] = []
+    for name in group.sites:
+        site: Any = trace.nodes[name]
+        frames = vectorized_frames(site)
+        splits = component_count(site["fn"]) if frames == group.frames else None
+        event = proposal.noise_shape(name, site["fn"], splits)
+        inner = [frame.size for frame in frames if frame not in group.frames]
+        stop = start + torch.Size(inner).numel() * event.numel()
+        blocks[name] = Block(start, stop, frames, event)
+        start = stop
+        if splits is not None and proposal.stratified:
+            choices.append([(name, component) for component in range(splits)])
+    combinations = list(product(*choices))
+    if num_particles < len(combinations):
+        raise ValueError(
+            f"`num_particles` is {num_particles}: expected at least {len(combinations)}, one for "
+            f"each component of the mixture priors of {list(group.sites)}"
+        )
+    share, rest = divmod(num_particles, len(combinations))
+    strata = tuple(Stratum(c, share + (i < rest)) for i, c in enumerate(combinations))
+    example = trace.nodes[group.sites[0]]["value"].detach().new_zeros(())
+    return Layout(blocks, start, strata, points, example)

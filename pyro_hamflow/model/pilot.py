@@ -1,0 +1,71 @@
+"""A rough guess of the parameters, from which likelihood sites are fitted and chains started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_hamflow.model.potential import Potential, support_of
+from pyro_hamflow.model.structure import run_with
+
+_ROUNDS = 4
+_STEPS = 40
+_LEARNING_RATE = 0.1
+
+
+def find_pilot(
+    marginal: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    start: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Climbs the estimated posterior for a few steps, refitting the likelihood sites on the way.
+
+    Arguments:
+        marginal: A marginal model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        start: Unconstrained values to start from; near zero if not given.
+
+    Returns:
+        Constrained values of the parameters; the marginal model is left fitted near there.
+    """
+    names = marginal.plan(*args, **kwargs).structure.parameters
+    trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
+    transforms = {
+        name: biject_to(support_of(name, trace.nodes[name]["fn"]))
+        for name in names
+        if not getattr(trace.nodes[name]["fn"], "has_enumerate_support", False)
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if start is None:
+            # Not zero itself, which may be a saddle, as it is for mixtures.
+            shapes = {n: t.inv(trace.nodes[n]["value"]) for n, t in transforms.items()}
+            start = {name: 0.1 * torch.randn_like(value) for name, value in shapes.items()}
+        point = {name: transforms[name](value) for name, value in start.items()}
+        for _ in range(_ROUNDS):
+            marginal.fit(*args, pilot=point, **kwargs)
+            potential = Potential(marginal, args, kwargs, separate_noise=True)
+            point = potential.constrain(_climb(potential, potential.flatten(point)))
+    return point
+
+
+def _climb(potential: Potential, position: Tensor) -> Tensor:
+    """A few steps of gradient descent on the potential, the noise held."""
+    position = position.detach().clone().requires_grad_()
+    noise = potential.draw_noise(1)[0]
+    optimizer = torch.optim.Adam([position], lr=_LEARNING_RATE)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        value = potential.value_of_one(position, noise)
+        if not bool(value.isfinite()):
+            break
+        value.backward()
+        if not bool(position.grad.isfinite().all()):
+            break
+        optimizer.step()
+    return position.detach()

@@ -1,0 +1,561 @@
+"""A Pyro model as the density of one flat vector.
+
+:class:`Potential` is the only place where samplers meet a model. It moves the model's continuous
+latent variables to the real line by Pyro's own transforms and stacks them into one *position*
+vector; its noise variables are stacked into a *noise* vector. What the samplers see are programs
+of these two, batched over chains: captured as graphs where possible, run as Python where not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import config_enumerate
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.fx import GraphModule
+
+from pyro_hamflow.model.capture import Program, batch, capture, compile_graph
+from pyro_hamflow.model.structure import (
+    SetValues,
+    is_deterministic,
+    is_latent,
+    plate_nesting,
+    refuse_subsampling,
+)
+
+_CHECKS = 3
+_START_RADIUS = 2.0
+_START_TRIES = 100
+
+
+class Site(NamedTuple):
+    """A latent site's share of a flat vector.
+
+    Attributes:
+        name: The site.
+        start: Its first coordinate.
+        stop: One past its last.
+        shape: Its shape on the real line.
+        transform: From the real line to the support.
+    """
+
+    name: str
+    start: int
+    stop: int
+    shape: torch.Size
+    transform: Any
+
+    def constrain(self, flat: Tensor) -> Tensor:
+        """The site's values, from flat vectors of shape ``(*, dimension)``."""
+        part = flat[..., self.start : self.stop]
+        return self.transform(part.reshape(part.shape[:-1] + self.shape))
+
+
+class Evaluation(NamedTuple):
+    """What a model says at given positions and noise.
+
+    Attributes:
+        value: The potential of each chain, of shape ``(chains,)``.
+        log_likelihoods: Log-likelihood estimates of each group's elements, ``(chains, *plates)``.
+        local: A draw of each local site, given position and noise.
+    """
+
+    value: Tensor
+    log_likelihoods: dict[str, Tensor]
+    local: dict[str, Tensor]
+
+
+class Potential:
+    r"""The potential energy :math:`U(\theta, u) = -\log p(\theta, y \mid u)` of a Pyro model.
+
+    :math:`\theta` stacks the latent sites on the real line (the transforms' Jacobians included),
+    enumerable discrete sites are summed out, and :math:`u` stacks the noise sites, whose own
+    density N(0, I) is left out: the samplers know it.
+
+    Arguments:
+        model: A Pyro model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        separate_noise: Whether noise sites form the noise vector; otherwise they are latent sites
+            like any other, density included, and the noise vector is empty.
+        compile_graphs: Whether to compile what is captured.
+
+    Raises:
+        ValueError: If a plate is subsampled, a discrete site cannot be enumerated, data contain
+            NaN, a site has no support to be moved to the real line from, or the model draws random
+            numbers of its own.
+
+    Example:
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> potential = Potential(model, (torch.tensor(0.5),))
+        >>> position, noise = torch.zeros(4, 1), torch.zeros(4, 0)  # four chains
+        >>> value, gradient, _ = potential.gradients(position, noise)
+        >>> gradient[0]
+        tensor([0.7500])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        separate_noise: bool = False,
+        compile_graphs: bool = False,
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.kwargs = dict(kwargs or {})
+        self.separate_noise = separate_noise
+        self.compile_graphs = compile_graphs
+        self.fallback_reason: str | None = None
+        with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled(False):
+            torch.manual_seed(0)
+            plain = poutine.trace(model).get_trace(*args, **self.kwargs)
+        refuse_subsampling(plain)
+        _refuse_nan(plain)
+        latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
+        discrete = [name for name, site in latent.items() if _is_discrete(name, site)]
+        noisy = [n for n in latent if separate_noise and latent[n]["infer"].get("noise")]
+        self.sites = _stack(latent, [n for n in latent if n not in discrete and n not in noisy])
+        self.noise_sites = _stack(latent, noisy)
+        self.dimension = self.sites[-1].stop if self.sites else 0
+        self.noise_dimension = self.noise_sites[-1].stop if self.noise_sites else 0
+        values = [latent[s.name]["value"] for s in self.sites + self.noise_sites]
+        example = values[0] if values else torch.zeros(())
+        dtype = example.dtype
+        for value in values:
+            dtype = torch.promote_types(dtype, value.dtype)
+        self.example = torch.zeros((), dtype=dtype, device=example.device)
+        nesting = max(plate_nesting(plain), getattr(model, "max_plate_nesting", 0))
+        self._enumerated = bool(discrete)
+        if discrete:
+            self.model = poutine.enum(config_enumerate(model), first_available_dim=-1 - nesting)
+        self.plain_trace = plain
+        zero = self.example.new_zeros
+        trace = self._trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
+        self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
+        self._graphs: dict[tuple[str, int], Program] = {}
+        self._base_graphs: dict[str, GraphModule] = {}
+        self._probe = self._refuse_randomness()
+
+    # --- one chain, in Python -------------------------------------------------------------------
+
+    def _trace(self, position: Tensor, noise: Tensor) -> poutine.Trace:
+        values = {site.name: site.constrain(position) for site in self.sites}
+        values |= {site.name: site.constrain(noise) for site in self.noise_sites}
+        with poutine.block(), pyro.validation_enabled(False):
+            # Conditioning inside the enumeration, so that only discrete sites are enumerated.
+            with SetValues(lambda msg: values.get(msg["name"])):
+                trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        for site in self.noise_sites:
+            trace.remove_node(site.name)
+        return trace
+
+    def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
+        """The potential of one chain, by running the model: vectors in, a scalar out."""
+        with pyro.validation_enabled(False):
+            log_joint = self._evaluator.log_prob(self._trace(position, noise))
+            for site in self.sites:
+                free = position[site.start : site.stop].reshape(site.shape)
+                jacobian = site.transform.log_abs_det_jacobian(free, site.transform(free))
+                log_joint = log_joint + jacobian.sum()
+        return -log_joint
+
+    def _one(self, kind: str) -> Program:
+        """A function of one chain's vectors."""
+
+        def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                noise = noise.detach().requires_grad_()
+                value = self.value_of_one(position, noise)
+                slopes = torch.autograd.grad(
+                    value, (position, noise), allow_unused=True, materialize_grads=True
+                )
+            return value.detach(), *slopes
+
+        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                value = self.value_of_one(position, noise)
+                (slope,) = torch.autograd.grad(
+                    value, position, allow_unused=True, materialize_grads=True
+                )
+            return value.detach(), slope
+
+        def evaluate(position: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return self.value_of_one(position, noise), *self._pick(position, noise, uniform)
+
+        return {"gradients": gradients, "gradient": gradient, "evaluate": evaluate}[kind]
+
+    # --- many chains, as programs ---------------------------------------------------------------
+
+    def gradients(self, position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Potential and both gradients of every chain.
+
+        Arguments:
+            position: Of shape ``(chains, dimension)``.
+            noise: Of shape ``(chains, noise_dimension)``.
+
+        Returns:
+            Potentials of shape ``(chains,)``; gradients of the shapes of position and noise.
+        """
+        return self.program("gradients", len(position))(position, noise)
+
+    def value(self, position: Tensor, noise: Tensor) -> Tensor:
+        """The potential of every chain, of shape ``(chains,)``; arguments as :meth:`gradients`."""
+        return self.evaluate(position, noise).value
+
+    def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
+        """The potential of every chain, and the local sites that belong to it.
+
+        A particle picked by its weight, given parameters and noise from their joint posterior, is a
+        draw of the local sites from theirs.
+
+        Arguments:
+            position: Of shape ``(chains, dimension)``.
+            noise: Of shape ``(chains, noise_dimension)``.
+        """
+        shape = (len(position), self.num_choices)
+        uniform = torch.rand(shape, dtype=position.dtype, device=position.device)
+        value, *rest = self.program("evaluate", len(position))(position, noise, uniform)
+        local, log_likelihoods = {}, {}
+        for estimate in self.estimates:
+            log_likelihoods[estimate.group.name] = rest.pop(0)
+            for name in estimate.group.sites:
+                local[name] = rest.pop(0)
+        return Evaluation(value, log_likelihoods, local)
+
+    def program(self, kind: str, num_chains: int) -> Program:
+        """A batched program, compiled if asked for.
+
+        Arguments:
+            kind: ``"gradients"``, ``"gradient"`` (in the position alone) or ``"evaluate"``.
+            num_chains: How many chains it serves.
+        """
+        key = (f"{kind}, final", num_chains)
+        if key not in self._graphs:
+            graph = self.graph(kind, num_chains)
+            if self.compile_graphs and isinstance(graph, GraphModule):
+                graph = compile_graph(graph, *self._examples(kind, num_chains))
+            self._graphs[key] = graph
+        return self._graphs[key]
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        """The same program before compilation, to build larger programs from."""
+        key = (kind, num_chains)
+        if key not in self._graphs:
+            base = self._base(kind)
+            if base is None:
+                self._graphs[key] = _loop(self._one(kind))
+            else:
+                self._graphs[key] = batch(base, *self._examples(kind, num_chains))
+        return self._graphs[key]
+
+    def accelerate(self, function: Program, *examples: Tensor) -> Program:
+        """Compiles a function that calls :meth:`graph` programs, if compilation is asked for."""
+        if not self.compile_graphs or self._base("gradient") is None:
+            return function
+        return compile_graph(capture(function, *examples), *examples)
+
+    def _base(self, kind: str) -> GraphModule | None:
+        """The captured program of one chain, or ``None`` where the model cannot be captured."""
+        if self.fallback_reason is not None:
+            return None
+        if kind not in self._base_graphs:
+            examples = [example[0] for example in self._examples(kind, 1)]
+            try:
+                with pyro.validation_enabled(False):
+                    graph = capture(self._one(kind), *examples)
+                self._check(kind, graph)
+            except Exception as error:  # whatever a model's own code may raise while it is traced
+                lines = str(error).strip().splitlines()
+                self.fallback_reason = lines[0] if lines else type(error).__name__
+                warnings.warn(
+                    "The model could not be captured as a graph, so each chain runs it in Python, "
+                    f"many times more slowly. The reason: {self.fallback_reason}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return None
+            self._base_graphs[kind] = graph
+        return self._base_graphs[kind]
+
+    def _check(self, kind: str, graph: GraphModule) -> None:
+        """Compares a graph with the model at a few points."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for _ in range(_CHECKS):
+                examples = [example[0] for example in self._examples(kind, 1)]
+                tolerance = 1e-11 if self.example.dtype == torch.float64 else 1e-3
+                pairs = zip(graph(*examples), self._one(kind)(*examples), strict=True)
+                for captured, plain in pairs:
+                    if not torch.allclose(
+                        captured, plain, rtol=tolerance, atol=tolerance, equal_nan=True
+                    ):
+                        raise ValueError(
+                            "the graph and the model disagree at another point, as they do when "
+                            "the model's control flow depends on its latent variables"
+                        )
+
+    def _examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
+        vectors = self.vectors(num_chains)
+        if kind == "evaluate":
+            return *vectors, torch.rand(num_chains, self.num_choices).to(self.example)
+        return vectors
+
+    def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
+        """Random positions and noise: examples to capture programs with."""
+        return (
+            torch.randn(num_chains, self.dimension).to(self.example),
+            torch.randn(num_chains, self.noise_dimension).to(self.example),
+        )
+
+    def _refuse_randomness(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the model twice at one point; returns the point and the potential there."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(2)
+            position, noise = (part[0] for part in self.vectors(1))
+            first = self.value_of_one(0.3 * position, noise)
+            second = self.value_of_one(0.3 * position, noise)
+        if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+            raise ValueError(
+                "the model draws random numbers that are no sample sites: its log density at one "
+                f"and the same point was {-first.item():.6g}, then {-second.item():.6g}; "
+                "expected all noise to come from `pyro_hamflow.noise`"
+            )
+        return 0.3 * position, noise, first
+
+    def is_current(self) -> bool:
+        """Whether the model, run again, still has the density that was captured."""
+        position, noise, value = self._probe
+        with torch.no_grad():
+            return torch.equal(self.value_of_one(position, noise).nan_to_num(), value.nan_to_num())
+
+    # --- names and vectors ----------------------------------------------------------------------
+
+    def constrain(self, position: Tensor) -> dict[str, Tensor]:
+        """The latent sites' values in their supports, from positions of shape ``(*, dimension)``."""
+        return {site.name: site.constrain(position) for site in self.sites}
+
+    def unravel(self, position: Tensor) -> dict[str, Tensor]:
+        """The latent sites' values on the real line."""
+        return {
+            site.name: position[..., site.start : site.stop].reshape(
+                position.shape[:-1] + site.shape
+            )
+            for site in self.sites
+        }
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """One position, of shape ``(dimension,)``, from values in the sites' supports."""
+        parts = [site.transform.inv(values[site.name]).reshape(-1) for site in self.sites]
+        return torch.cat(parts).to(self.example) if parts else self.example.new_zeros(0)
+
+    def ravel(self, values: Mapping[str, Tensor], num_chains: int) -> Tensor:
+        """Positions from values on the real line, each with a leading chain dimension.
+
+        Raises:
+            ValueError: If a site is missing, unknown, or of another shape.
+        """
+        names = {site.name for site in self.sites + self.noise_sites}
+        for name in values:
+            if name not in names:
+                raise ValueError(
+                    f"`initial_params` names '{name}': expected {[s.name for s in self.sites]}"
+                )
+        parts = []
+        for site in self.sites:
+            if site.name not in values:
+                raise ValueError(f"`initial_params` lacks a value for site '{site.name}'")
+            value = torch.as_tensor(values[site.name])
+            expected = (num_chains, *site.shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"`initial_params` of site '{site.name}' has shape {tuple(value.shape)}: "
+                    f"expected {expected}, chains first, on the unconstrained real line"
+                )
+            parts.append(value.to(self.example).reshape(num_chains, -1))
+        if not parts:
+            return self.example.new_zeros(num_chains, 0)
+        return torch.cat(parts, -1)
+
+    # --- where to start -------------------------------------------------------------------------
+
+    def draw_noise(self, num_chains: int) -> Tensor:
+        """Standard normal noise for every chain."""
+        return torch.randn(
+            num_chains, self.noise_dimension, dtype=self.example.dtype, device=self.example.device
+        )
+
+    def find_start(
+        self, num_chains: int, centre: Tensor | None = None, radius: float = _START_RADIUS
+    ) -> tuple[Tensor, Tensor]:
+        """Draws positions uniformly around a centre until every chain's potential is finite.
+
+        Arguments:
+            num_chains: Number of chains.
+            centre: Where to look, of shape ``(dimension,)`` or ``(chains, dimension)``; zero if not
+                given.
+            radius: Half the width of the box around it, for each coordinate.
+
+        Returns:
+            Positions and noise.
+
+        Raises:
+            ValueError: If a hundred tries find no finite point; names the sites at fault.
+        """
+        shape = (num_chains, self.dimension)
+        middle = self.example.new_zeros(shape) if centre is None else centre.expand(shape)
+        draw = torch.empty_like(middle)
+        position, noise = middle + draw.uniform_(-radius, radius), self.draw_noise(num_chains)
+        for _ in range(_START_TRIES):
+            value, slope, _ = self.gradients(position, noise)
+            good = value.isfinite() & slope.isfinite().all(-1)
+            if good.all():
+                return position, noise
+            again = middle + draw.uniform_(-radius, radius)
+            position = torch.where(good[:, None], position, again)
+            noise = torch.where(good[:, None], noise, self.draw_noise(num_chains))
+        bad = int((~good).nonzero()[0])
+        raise ValueError(
+            f"no finite starting point in {_START_TRIES} tries: "
+            f"{self.fault(position[bad], noise[bad])}"
+        )
+
+    def fault(self, position: Tensor, noise: Tensor) -> str:
+        """Which sites have no finite log density at a chain's point, in words."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = self._trace(position, noise)
+            trace.compute_log_prob()
+        faults = []
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or bool(torch.isfinite(site["log_prob"]).all()):
+                continue
+            worst = site["log_prob"][~site["log_prob"].isfinite()].flatten()[0]
+            kind = "observed site" if site["is_observed"] else "site"
+            faults.append(f"{kind} '{name}' has log density {worst.item()}")
+        return "; ".join(faults) or "the gradient of the log density is not finite"
+
+    # --- recovered local sites ------------------------------------------------------------------
+
+    @property
+    def estimates(self) -> list[Any]:
+        """The likelihood estimates in the model, as its first run made them."""
+        return [site["infer"]["estimate"] for site in self._estimate_sites()]
+
+    @property
+    def factorises(self) -> bool:
+        """Whether all noise belongs to estimates whose elements multiply to the likelihood."""
+        plain = [s for s in self._estimate_sites() if s["scale"] == 1.0 and s["mask"] is None]
+        return 0 < len(plain) == len(self.noise_sites) == len(self._estimate_sites())
+
+    def _estimate_sites(self) -> list[Any]:
+        """Sites that hold estimates; none where enumeration runs through them."""
+        return [
+            site
+            for site in self.plain_trace.nodes.values()
+            if self.noise_sites
+            and not self._enumerated
+            and site["type"] == "sample"
+            and "estimate" in site["infer"]
+        ]
+
+    @property
+    def num_choices(self) -> int:
+        """How many particles are picked when local sites are recovered."""
+        return sum(estimate.group.shape.numel() for estimate in self.estimates)
+
+    def _pick(self, position: Tensor, noise: Tensor, uniform: Tensor) -> list[Tensor]:
+        """Picks a particle of each element of each estimate, by its weight."""
+        results: list[Tensor] = []
+        if not self.estimates:
+            return results
+        for site in self._trace(position, noise).nodes.values():
+            if site["type"] != "sample" or "estimate" not in site["infer"]:
+                continue
+            estimate = site["infer"]["estimate"]
+            group, log_weights = estimate.group, estimate.log_weights
+            level, uniform = uniform.tensor_split([group.shape.numel()])
+            cumulated = log_weights.softmax(0).cumsum(0)
+            chosen = (cumulated < level.reshape(log_weights.shape[1:])).sum(0)
+            chosen = chosen.clamp(max=len(log_weights) - 1)
+            results.append(log_weights.logsumexp(0).reshape(group.shape))
+            for name, event_dim in zip(group.sites, group.event_dims, strict=True):
+                particles = estimate.values[name]
+                outer = chosen.dim() - (particles.dim() - 1 - event_dim)
+                index = chosen.reshape(chosen.shape[outer:] + (1,) * event_dim)
+                results.append(particles.gather(0, index.expand(particles.shape[1:])[None])[0])
+        return results
+
+
+def _stack(latent: Mapping[str, Any], names: list[str]) -> list[Site]:
+    sites, start = [], 0
+    for name in names:
+        transform = biject_to(support_of(name, latent[name]["fn"]))
+        shape = transform.inv(latent[name]["value"]).shape
+        sites.append(Site(name, start, start + shape.numel(), shape, transform))
+        start += shape.numel()
+    return sites
+
+
+def support_of(name: str, fn: Any) -> Any:
+    """The support of a site's distribution; raises a ValueError if it has none."""
+    try:
+        support = fn.support
+    except (NotImplementedError, AttributeError):
+        # Since torch 2.13 its mixtures tell no support; their components do.
+        support = getattr(getattr(fn, "component_distribution", None), "support", None)
+    if support is None:
+        raise ValueError(
+            f"the distribution of site '{name}', {type(fn).__name__}, has no support: expected one "
+            "that says where its values lie, such as `constraints.real`"
+        )
+    return support
+
+
+def _is_discrete(name: str, site: Any) -> bool:
+    fn = site["fn"]
+    if getattr(fn, "has_enumerate_support", False):
+        return True
+    if getattr(support_of(name, fn), "is_discrete", False):
+        raise ValueError(
+            f"latent site '{name}' is a {type(fn).__name__}, discrete without finite support: "
+            "expected a continuous site, or a discrete one that can be enumerated"
+        )
+    return False
+
+
+def _refuse_nan(trace: poutine.Trace) -> None:
+    trace.compute_log_prob()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"] or is_deterministic(site):
+            continue
+        value = site["value"]
+        if isinstance(value, Tensor) and value.isnan().any() and site["log_prob"].isnan().any():
+            count = int(value.isnan().sum())
+            raise ValueError(
+                f"the data of observed site '{name}' contain NaN ({count} of {value.numel()} "
+                "values): expected numbers, or `poutine.mask` over missing ones"
+            )
+
+
+def _loop(function: Program) -> Program:
+    """Runs a program of one chain for each of many."""
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        results = [function(*single) for single in zip(*inputs, strict=True)]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+
+    return run

@@ -1,0 +1,194 @@
+"""Where the particles of a likelihood estimate come from.
+
+A proposal turns noise into values of a model's local sites and says by how much each value is
+over-represented: the log ratio of its prior density to the density it was drawn from. Mixtures are
+never sampled: every component gets particles of its own (a *stratum*), and the sum over components
+is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributions as torch_dist
+from torch import Tensor
+
+from pyro_hamflow.model.normal_transform import normal_transform
+
+
+class Draw(NamedTuple):
+    """Particles of one site.
+
+    Attributes:
+        value: The site's value.
+        log_ratio: Log prior minus log proposal density, per element of the site's batch; ``None``
+            where the particles come from the prior itself.
+    """
+
+    value: Tensor
+    log_ratio: Tensor | None
+
+
+class Proposal(Protocol):
+    """How particles of local sites are drawn; see :class:`PriorProposal` for the plainest.
+
+    Attributes:
+        stratified: Whether each component of a mixture prior gets particles of its own.
+    """
+
+    stratified: bool
+
+    def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
+        """The shape of the noise of one element of a site.
+
+        Arguments:
+            name: The site.
+            fn: Its prior.
+            components: How many components of a mixture prior get particles of their own.
+        """
+
+    def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
+        """Draws the value of a site.
+
+        Arguments:
+            name: The site.
+            fn: Its prior distribution, given all that comes before it.
+            noise: Standard normal noise, of shape ``batch_shape + noise_shape``.
+            component: Which component of a mixture prior to draw from; ``None`` for others.
+        """
+
+
+def component_count(fn: Any) -> int | None:
+    """The number of components of a mixture; ``None`` for every other distribution."""
+    if isinstance(fn, torch_dist.MixtureSameFamily):
+        return int(fn.mixture_distribution.logits.shape[-1])
+    return None
+
+
+def component_log_weight(fn: torch_dist.MixtureSameFamily, component: int) -> Tensor:
+    logits = fn.mixture_distribution.logits
+    return torch.log_softmax(logits, -1)[..., component]
+
+
+class PriorProposal:
+    """Particles from the prior, as a smooth transform of normal noise.
+
+    They follow every parameter by themselves, and their weights are the likelihood alone, bounded
+    wherever the likelihood is.
+    """
+
+    stratified = True
+
+    def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
+        try:
+            source = fn if components is None else fn.component_distribution
+            return normal_transform(source).noise_shape
+        except ValueError as error:
+            raise ValueError(
+                f"the prior of local site '{name}' does not serve as a proposal: {error}; or give "
+                "`proposal` a function that samples the site"
+            ) from error
+
+    def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
+        if component is None:
+            return Draw(normal_transform(fn).draw(noise), None)
+        transform = normal_transform(fn.component_distribution)
+        dim = noise.dim() - len(transform.noise_shape)
+        value = transform.draw(noise.unsqueeze(dim))
+        return Draw(value.select(value.dim() - 1 - len(fn.event_shape), component), None)
+
+
+class ProgramProposal:
+    """Particles from a user's Pyro program, which samples the local sites.
+
+    Arguments:
+        distributions: What the program samples each site from, set anew at every run.
+    """
+
+    stratified = False
+
+    def __init__(self, distributions: dict[str, Any]) -> None:
+        self.distributions = distributions
+
+    def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
+        source = self.distributions[name]
+        if source.batch_shape != fn.batch_shape or source.event_shape != fn.event_shape:
+            raise ValueError(
+                f"the proposal samples site '{name}' with batch shape "
+                f"{tuple(source.batch_shape)} and event shape {tuple(source.event_shape)}: "
+                f"expected {tuple(fn.batch_shape)} and {tuple(fn.event_shape)}, as in the model"
+            )
+        try:
+            return normal_transform(source).noise_shape
+        except ValueError as error:
+            raise ValueError(f"the proposal of local site '{name}': {error}") from error
+
+    def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
+        source = self.distributions[name]
+        value = normal_transform(source).draw(noise)
+        return Draw(value, fn.log_prob(value) - source.log_prob(value))
+
+
+class GaussianForm(NamedTuple):
+    """A prior as a transform of a Gaussian vector v, for each element of a site's batch.
+
+    Attributes:
+        loc: The mean of v, of shape ``(*batch, k)``.
+        precision: The precision of v, of shape ``(*batch, k, k)``.
+        value: The map from v to the site's value.
+    """
+
+    loc: Tensor
+    precision: Tensor
+    value: Callable[[Tensor], Tensor]
+
+
+def gaussian_form(name: str, fn: Any, component: int | None = None) -> GaussianForm:
+    """Writes a Gaussian or transformed Gaussian prior, or a component of a mixture of such.
+
+    Raises:
+        ValueError: If the prior of site ``name`` is nothing of the kind.
+    """
+    if component is not None:
+        form = gaussian_form(name, fn.component_distribution)
+        dim, count = len(fn.batch_shape), form.loc.shape[-2]
+
+        def expand(v: Tensor) -> Tensor:
+            value = form.value(v.unsqueeze(-2).expand(*v.shape[:-1], count, v.shape[-1]))
+            return value.select(value.dim() - 1 - len(fn.event_shape), component)
+
+        return GaussianForm(
+            form.loc.select(dim, component), form.precision.select(dim, component), expand
+        )
+    if isinstance(fn, torch_dist.Normal):
+        loc, scale = torch.broadcast_tensors(fn.loc, fn.scale)
+        return GaussianForm(
+            loc[..., None], scale.pow(-2)[..., None, None], lambda v: v[..., 0]
+        )
+    if isinstance(fn, (torch_dist.MultivariateNormal, torch_dist.LowRankMultivariateNormal)):
+        return GaussianForm(fn.loc, fn.precision_matrix, lambda v: v)
+    if isinstance(fn, torch_dist.Independent) and isinstance(fn.base_dist, torch_dist.Normal):
+        shape = fn.event_shape
+        loc = fn.base_dist.loc.expand(fn.batch_shape + shape).flatten(len(fn.batch_shape))
+        scale = fn.base_dist.scale.expand(fn.batch_shape + shape).flatten(len(fn.batch_shape))
+        return GaussianForm(
+            loc, scale.pow(-2).diag_embed(), lambda v: v.reshape(v.shape[:-1] + shape)
+        )
+    if isinstance(fn, torch_dist.TransformedDistribution):
+        form = gaussian_form(name, fn.base_dist)
+
+        def transform(v: Tensor) -> Tensor:
+            value = form.value(v)
+            for part in fn.transforms:
+                value = part(value)
+            return value
+
+        outer = len(fn.base_dist.batch_shape) - len(fn.batch_shape)
+        if outer == 0 and all(part.bijective for part in fn.transforms):
+            return GaussianForm(form.loc, form.precision, transform)
+    raise ValueError(
+        f"the prior of local site '{name}' is a {type(fn).__name__}: proposal 'laplace' expects a "
+        "Gaussian, a transformed Gaussian, or a mixture of such; use 'prior' or a function"
+    )
