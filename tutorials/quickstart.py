@@ -3,8 +3,8 @@
 #
 # 545 young men were asked in each of eight years whether they belong to a union (Vella and Verbeek,
 # 1998). Some men are members nearly always, others never, for reasons that the data do not record:
-# each man has an effect of his own. We integrate the 545 effects out by an unbiased estimate of each
-# man's likelihood, sample the exact posterior of what is left, and recover the effects.
+# each man has an effect of his own. We integrate the 545 effects out by an unbiased estimate of
+# each man's likelihood, sample the exact posterior of what is left, and recover the effects.
 
 # %%
 from __future__ import annotations
@@ -40,6 +40,7 @@ union = torch.tensor(panel["union"].to_numpy(dtype=float).reshape(len(men), len(
 # %% [markdown]
 # ## The model: an ordinary Pyro model
 
+
 # %%
 def membership(covariates, union):
     intercept = pyro.sample("intercept", dist.Normal(0.0, 3.0))
@@ -54,8 +55,8 @@ def membership(covariates, union):
 
 # %% [markdown]
 # ## The run
-# `marginalize` replaces the effects by an estimate of each man's likelihood from 16 particles, drawn
-# where a Laplace approximation of his likelihood says that they matter.
+# `marginalize` replaces the effects by an estimate of each man's likelihood from 16 particles,
+# drawn where a Laplace approximation of his likelihood says that they matter.
 
 # %%
 marginal = phf.marginalize(membership, ["effect"], num_particles=16, proposal="laplace")
@@ -79,8 +80,8 @@ posterior = idata.posterior
 spread = float(posterior["spread"].mean())
 share = float((posterior["spread"] ** 2 / (posterior["spread"] ** 2 + torch.pi**2 / 3)).mean())
 print(
-    f"\nWhat a man is like, beyond what was recorded of him, explains {share:.0%} of who is a union "
-    f"member (standard deviation of the men's effects {spread:.2f} on the logit scale), far more "
+    f"\nWhat a man is like, beyond what was recorded of him, explains {share:.0%} of who is a "
+    f"union member (standard deviation of the men's effects {spread:.2f} on the logit scale), far more "
     "than schooling, experience, origin or marriage do."
 )
 

@@ -1,0 +1,1 @@
+"""Hamiltonian motion, shared by samplers and flows."""

@@ -110,9 +110,7 @@ def kick_and_drift(
 ) -> Phase:
     """Changes all momenta by a full kick, then drifts for a time."""
     _, slope, noise_slope = gradients(phase.z, phase.u)
-    kicked = phase._replace(
-        r=phase.r - step_size * slope, p=phase.p - step_size * noise_slope
-    )
+    kicked = phase._replace(r=phase.r - step_size * slope, p=phase.p - step_size * noise_slope)
     return drift(kicked, inverse_mass, time)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GaussianKinetic:
-    r"""The kinetic energy :math:`K(r) = \tfrac12 r^\top M^{-1} r` of momenta :math:`r \sim N(0, M)`.
+    r"""The energy :math:`K(r) = \tfrac12 r^\top M^{-1} r` of momenta :math:`r \sim N(0, M)`.
 
     Arguments:
         inverse_mass: :math:`M^{-1}`: of shape ``(dimension,)`` for a diagonal mass, all ones being
@@ -51,5 +51,5 @@ class GaussianKinetic:
 
 
 def velocity(inverse_mass: Tensor, r: Tensor) -> Tensor:
-    """The rate of change of the position, the inverse mass times the momentum ``(*, dimension)``."""
+    """The rate of change of the position: the inverse mass times momenta ``(*, dimension)``."""
     return inverse_mass * r if inverse_mass.dim() == 1 else r @ inverse_mass

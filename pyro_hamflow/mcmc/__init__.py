@@ -1,0 +1,1 @@
+"""Moves that keep the posterior exactly, and how they are run."""

@@ -12,7 +12,6 @@ from pyro_hamflow.mcmc.transition import (
     Tuning,
     metropolis,
     select,
-    select_evaluation,
 )
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Evaluation, Potential

@@ -17,14 +17,13 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition, JointTransition
 from pyro_hamflow.mcmc.hmc import HMCTransition
+from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition, JointTransition
 from pyro_hamflow.mcmc.record import Record
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, Refresh
 from pyro_hamflow.mcmc.transition import Info, State, Transition
 from pyro_hamflow.mcmc.warmup import WarmUp
 from pyro_hamflow.model.marginal import MarginalModel, same_arguments
-from pyro_hamflow.model.pilot import find_pilot
 from pyro_hamflow.model.potential import Potential
 
 _MASSES = ("identity", "diagonal", "dense")
@@ -78,7 +77,9 @@ class HamiltonianKernel(MCMCKernel):
         if not 0 < target_accept < 1:
             raise ValueError(f"`target_accept` is {target_accept}: expected 0 < target_accept < 1")
         if not trajectory_length > 0:
-            raise ValueError(f"`trajectory_length` is {trajectory_length}: expected a positive time")
+            raise ValueError(
+                f"`trajectory_length` is {trajectory_length}: expected a positive time"
+            )
         if not 0 <= jitter < 1:
             raise ValueError(f"`jitter` is {jitter}: expected 0 <= jitter < 1")
         if mass not in _MASSES:
@@ -363,17 +364,21 @@ class HamiltonianKernel(MCMCKernel):
         """Graphs and compiled programs stay in the process that made them."""
         state = self.__dict__.copy()
         return state | {
-            "_potential": None, "_transition": None, "_warmup": None, "_state": None,
+            "_potential": None,
+            "_transition": None,
+            "_warmup": None,
+            "_state": None,
             "_returned": None,
         }
 
 
 class HMC(HamiltonianKernel):
-    __doc__ = f"""Hamiltonian Monte Carlo with vectorised chains.
+    """Hamiltonian Monte Carlo with vectorised chains.
 
     Runs in :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`. On a
-    model with noise sites it treats the noise as parameters.
-    {(HamiltonianKernel.__doc__ or "").split("both faces.")[1]}
+    model with noise sites it treats the noise as parameters. Its arguments are those of
+    :class:`HamiltonianKernel`.
+
     Raises:
         TypeError: If the model is not callable.
         ValueError: If a number lies outside its range; when run, if the model has faults, which
@@ -402,16 +407,20 @@ class HMC(HamiltonianKernel):
 
 
 class PseudoMarginalHMC(HamiltonianKernel):
-    __doc__ = f"""Pseudo-marginal Hamiltonian Monte Carlo with vectorised chains.
+    """Pseudo-marginal Hamiltonian Monte Carlo with vectorised chains.
 
     Samples the exact posterior of a model whose likelihood is estimated: one made by
     :func:`~pyro_hamflow.marginalize`, or one that calls :func:`~pyro_hamflow.noise`. Runs in
     :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
-    {(HamiltonianKernel.__doc__ or "").split("both faces.")[1]}        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
+
+    Arguments:
+        model: A Pyro model with noise sites.
+        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
             with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
             of the estimate, and says so.
         refresh: The move of the noise under the conditional method; fresh independent noise for
             every element if not given.
+        settings: The other arguments of :class:`HamiltonianKernel`.
 
     Raises:
         TypeError: If the model is not callable.

@@ -56,7 +56,10 @@ class JointTransition:
         mass = kinetic.inverse_mass
         size = torch.full_like(self.potential.example, tuning.step_size)
         start = Phase(
-            state.position, kinetic.sample(self.num_chains), state.noise, torch.randn_like(state.noise)
+            state.position,
+            kinetic.sample(self.num_chains),
+            state.noise,
+            torch.randn_like(state.noise),
         )
         advance = self._advance(mass)
         phase = drift(start, mass, 0.5 * size)
@@ -97,17 +100,27 @@ class JointTransition:
         if rank not in self._steps:
 
             def advance(
-                z: Tensor, r: Tensor, u: Tensor, p: Tensor, mass: Tensor, size: Tensor, time: Tensor
+                z: Tensor,
+                r: Tensor,
+                u: Tensor,
+                p: Tensor,
+                mass: Tensor,
+                size: Tensor,
+                time: Tensor,
             ) -> tuple[Tensor, ...]:
-                return tuple(
-                    kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time)
-                )
+                return tuple(kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time))
 
             position, noise = self.potential.vectors(self.num_chains)
             example = self.potential.example
             self._steps[rank] = self.potential.accelerate(
-                advance, position, position, noise, noise, torch.ones_like(inverse_mass),
-                example, example,
+                advance,
+                position,
+                position,
+                noise,
+                noise,
+                torch.ones_like(inverse_mass),
+                example,
+                example,
             )
         return self._steps[rank]
 

@@ -226,7 +226,9 @@ class MCMC:
         return self._warmup_draws
 
     def get_samples(
-        self, num_samples: int | None = None, group_by_chain: bool = False
+        self,
+        num_samples: int | None = None,
+        group_by_chain: bool = False,  # noqa: FBT001, FBT002  # Pyro's surface
     ) -> dict[str, Tensor]:
         """The draws of the model's parameters, in their supports.
 

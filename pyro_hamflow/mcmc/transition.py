@@ -1,8 +1,8 @@
 """The moves of a sampler, apart from how they are tuned and run.
 
-A *transition* takes the state of all chains to their next, leaving the target exactly invariant. What
-the next move needs is in the :class:`State`; what only diagnostics need, in the :class:`Info`; what
-warm-up adapts, in the :class:`Tuning`.
+A *transition* takes the state of all chains to their next, leaving the target exactly invariant.
+What the next move needs is in the :class:`State`; what only diagnostics need, in the :class:`Info`;
+what warm-up adapts, in the :class:`Tuning`.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def select(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def select_evaluation(accepted: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
+    """The new evaluation of each accepted chain, and the old one of the others."""
     return Evaluation(
         select(accepted, new.value, old.value),
         {k: select(accepted, v, old.log_likelihoods[k]) for k, v in new.log_likelihoods.items()},

@@ -1,0 +1,1 @@
+"""A Pyro model as the density of one flat vector."""

@@ -42,7 +42,9 @@ def capture(function: Program, *examples: Tensor) -> GraphModule:
         >>> square(torch.tensor(5.0))
         tensor(25.)
     """
-    recorded = make_fx(function)(*examples)
+    # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
+    with torch.autograd.grad_mode._force_original_view_tracking(True):
+        recorded = make_fx(function)(*examples)
     pure = make_fx(torch.func.functionalize(recorded))(*examples)
     return _simplify(pure)
 
@@ -61,6 +63,16 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
         # An operation without a batching rule is looped over: slower, and as right.
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
         return capture(torch.func.vmap(graph), *examples)
+
+
+def loop(function: Program) -> Program:
+    """Runs a program of one chain for each of many; what :func:`batch` does, without a graph."""
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        results = [function(*single) for single in zip(*inputs, strict=True)]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+
+    return run
 
 
 def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
@@ -119,12 +131,14 @@ def _simplify(module: GraphModule) -> GraphModule:
             arguments = map_arg((node.args, node.kwargs), constants.__getitem__)
             with torch.no_grad():
                 constants[node] = node.target(*arguments[0], **arguments[1])
-        elif _does_nothing(node):
-            copies[node] = copy_of(node.all_input_nodes[0])
+        elif (source := _same_as(node)) is not None:
+            copies[node] = copy_of(source)
         else:
             key = repr((node.target, map_arg((node.args, node.kwargs), copy_of)))
             if key not in seen:
                 seen[key] = simple.node_copy(node, copy_of)
+                if node.target in _VIEWS:  # their source may have lost the clone they rely on
+                    seen[key].target = torch.ops.aten.reshape.default
             copies[node] = seen[key]
     simple.eliminate_dead_code()
     simple.lint()
@@ -140,22 +154,26 @@ _COPIES = {
     torch.ops.aten.clone.default,
     torch.ops.aten.lift_fresh_copy.default,
 }
-_SHAPES = {
-    torch.ops.aten.view.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.expand.default,
-}
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+_SHAPES = {*_VIEWS, torch.ops.aten.reshape.default, torch.ops.aten.expand.default}
 
 
-def _does_nothing(node: Node) -> bool:
+def _same_as(node: Node) -> Node | None:
+    """The argument that a node returns as it is, if it does no more than that."""
     if node.target in _COPIES:
-        return True
+        return node.args[0]
     if node.target == torch.ops.aten.permute.default:
-        return list(node.args[1]) == list(range(len(node.args[1])))
-    if node.target in _SHAPES:
-        source, result = node.args[0].meta.get("val"), node.meta.get("val")
-        return source is not None and result is not None and source.shape == result.shape
-    return False
+        return node.args[0] if list(node.args[1]) == sorted(node.args[1]) else None
+    if node.target == torch.ops.aten.copy.default:
+        source = node.args[1]
+    elif node.target in _SHAPES:
+        source = node.args[0]
+    else:
+        return None
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if before is None or after is None:
+        return None
+    return source if (before.shape, before.dtype) == (after.shape, after.dtype) else None
 
 
 def _is_random(node: Node) -> bool:

@@ -79,9 +79,9 @@ class LaplaceProposal:
         linear = site.linear
         if site.coupling is not None:
             earlier = torch.cat(self.before, -1)
-            linear = linear + (site.coupling @ _to_batch(earlier, block, self.group)[..., None])[
-                ..., 0
-            ]
+            linear = (
+                linear + (site.coupling @ _to_batch(earlier, block, self.group)[..., None])[..., 0]
+            )
         v, log_proposal = _propose(form, site.precision, linear, noise)
         self.before.append(block.collect(v, self.group))
         return Draw(form.value(v), log_gaussian(v, form) - log_proposal)
@@ -128,9 +128,7 @@ def log_gaussian(v: Tensor, form: GaussianForm) -> Tensor:
 Evaluate = Callable[[dict[str, Tensor] | None], tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]
 
 
-def fit_sites(
-    group: Group, layout: Layout, evaluate: Evaluate
-) -> dict[str, LikelihoodSite]:
+def fit_sites(group: Group, layout: Layout, evaluate: Evaluate) -> dict[str, LikelihoodSite]:
     """Fits the sites of one group at a pilot value of the parameters.
 
     Arguments:
@@ -154,8 +152,7 @@ def fit_sites(
     v = v.requires_grad_()
     _, priors = evaluate(unpack(v))
     return {
-        name: _site(block, group, v, covariance, *priors[name])
-        for name, block in blocks.items()
+        name: _site(block, group, v, covariance, *priors[name]) for name, block in blocks.items()
     }
 
 
@@ -172,9 +169,7 @@ def _site(
     joint = covariance[..., own, own]
     gain = None
     if block.start:
-        gain = torch.linalg.solve(
-            covariance[..., before, before], covariance[..., before, own]
-        ).mT
+        gain = torch.linalg.solve(covariance[..., before, before], covariance[..., before, own]).mT
         joint = joint - gain @ covariance[..., before, own]
     width = block.event.numel()
     columns = block.stop - block.start
@@ -241,9 +236,7 @@ def _maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor,
     return v, vectors @ (values.clamp(min=1e-6)[..., None] * vectors.mT)
 
 
-def _derivatives(
-    log_joint: Callable[[Tensor], Tensor], v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _derivatives(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values, gradients and negative Hessians of all elements at once."""
     v = v.detach().requires_grad_()
     value = log_joint(v)

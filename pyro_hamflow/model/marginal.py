@@ -536,7 +536,9 @@ def same_arguments(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.shape == second.shape and first.dtype == second.dtype and first.equal(second)
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(same_arguments(first[k], second[k]) for k in first)
+        return first.keys() == second.keys() and all(
+            same_arguments(first[k], second[k]) for k in first
+        )
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(same_arguments, first, second))
     return type(first) is type(second) and bool(first == second)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyro_hamflow.model.potential import Potential, support_of
+from pyro_hamflow.model.potential import Potential, transform_of
 from pyro_hamflow.model.structure import run_with
 
 _ROUNDS = 4
@@ -36,7 +35,7 @@ def find_pilot(
     names = marginal.plan(*args, **kwargs).structure.parameters
     trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
     transforms = {
-        name: biject_to(support_of(name, trace.nodes[name]["fn"]))
+        name: transform_of(name, trace.nodes[name]["fn"])
         for name in names
         if not getattr(trace.nodes[name]["fn"], "has_enumerate_support", False)
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx import GraphModule
 
-from pyro_hamflow.model.capture import Program, batch, capture, compile_graph
+from pyro_hamflow.model.capture import Program, batch, capture, compile_graph, loop
 from pyro_hamflow.model.structure import (
     SetValues,
     is_deterministic,
@@ -30,7 +30,7 @@ from pyro_hamflow.model.structure import (
     refuse_subsampling,
 )
 
-_CHECKS = 3
+_CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
 _START_RADIUS = 2.0
 _START_TRIES = 100
 
@@ -256,12 +256,23 @@ class Potential:
         """The same program before compilation, to build larger programs from."""
         key = (kind, num_chains)
         if key not in self._graphs:
-            base = self._base(kind)
-            if base is None:
-                self._graphs[key] = _loop(self._one(kind))
-            else:
-                self._graphs[key] = batch(base, *self._examples(kind, num_chains))
+            self._graphs[key] = self._batch(kind, num_chains)
         return self._graphs[key]
+
+    def _batch(self, kind: str, num_chains: int) -> Program:
+        base = self._base(kind)
+        if base is None:
+            return loop(self._one(kind))
+        try:
+            return batch(base, *self._examples(kind, num_chains))
+        except RuntimeError as error:  # torch's for an operation that it cannot batch
+            warnings.warn(
+                "The model's graph could not be batched, so it runs once for each chain, more "
+                f"slowly. The reason: {_first_line(error)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return loop(base)
 
     def accelerate(self, function: Program, *examples: Tensor) -> Program:
         """Compiles a function that calls :meth:`graph` programs, if compilation is asked for."""
@@ -280,8 +291,7 @@ class Potential:
                     graph = capture(self._one(kind), *examples)
                 self._check(kind, graph)
             except Exception as error:  # whatever a model's own code may raise while it is traced
-                lines = str(error).strip().splitlines()
-                self.fallback_reason = lines[0] if lines else type(error).__name__
+                self.fallback_reason = _first_line(error)
                 warnings.warn(
                     "The model could not be captured as a graph, so each chain runs it in Python, "
                     f"many times more slowly. The reason: {self.fallback_reason}",
@@ -293,39 +303,38 @@ class Potential:
         return self._base_graphs[kind]
 
     def _check(self, kind: str, graph: GraphModule) -> None:
-        """Compares a graph with the model at a few points."""
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            for _ in range(_CHECKS):
-                examples = [example[0] for example in self._examples(kind, 1)]
-                tolerance = 1e-11 if self.example.dtype == torch.float64 else 1e-3
-                pairs = zip(graph(*examples), self._one(kind)(*examples), strict=True)
-                for captured, plain in pairs:
-                    if not torch.allclose(
-                        captured, plain, rtol=tolerance, atol=tolerance, equal_nan=True
-                    ):
-                        raise ValueError(
-                            "the graph and the model disagree at another point, as they do when "
-                            "the model's control flow depends on its latent variables"
-                        )
+        """Compares a graph with the model at a few points, on all sides of zero."""
+        tolerance = 1e-11 if self.example.dtype == torch.float64 else 1e-3
+        position, noise, *uniform = (part[0] for part in self._examples(kind, 1))
+        for factor in _CHECKS:
+            examples = (factor * position, factor * noise, *uniform)
+            pairs = zip(graph(*examples), self._one(kind)(*examples), strict=True)
+            for captured, plain in pairs:
+                if not torch.allclose(
+                    captured, plain, rtol=tolerance, atol=tolerance, equal_nan=True
+                ):
+                    raise ValueError(
+                        "the graph and the model disagree at another point, as they do when "
+                        "the model's control flow depends on its latent variables"
+                    )
 
     def _examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
         vectors = self.vectors(num_chains)
         if kind == "evaluate":
-            return *vectors, torch.rand(num_chains, self.num_choices).to(self.example)
+            return *vectors, torch.full((num_chains, self.num_choices), 0.4).to(self.example)
         return vectors
 
     def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
-        """Random positions and noise: examples to capture programs with."""
+        """Positions and noise to capture programs with; random, but always the same."""
+        generator = torch.Generator().manual_seed(0)
         return (
-            torch.randn(num_chains, self.dimension).to(self.example),
-            torch.randn(num_chains, self.noise_dimension).to(self.example),
+            torch.randn(num_chains, self.dimension, generator=generator).to(self.example),
+            torch.randn(num_chains, self.noise_dimension, generator=generator).to(self.example),
         )
 
     def _refuse_randomness(self) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the model twice at one point; returns the point and the potential there."""
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(2)
             position, noise = (part[0] for part in self.vectors(1))
             first = self.value_of_one(0.3 * position, noise)
             second = self.value_of_one(0.3 * position, noise)
@@ -346,7 +355,7 @@ class Potential:
     # --- names and vectors ----------------------------------------------------------------------
 
     def constrain(self, position: Tensor) -> dict[str, Tensor]:
-        """The latent sites' values in their supports, from positions of shape ``(*, dimension)``."""
+        """The latent sites' values in their supports, from positions ``(*, dimension)``."""
         return {site.name: site.constrain(position) for site in self.sites}
 
     def unravel(self, position: Tensor) -> dict[str, Tensor]:
@@ -503,7 +512,7 @@ class Potential:
 def _stack(latent: Mapping[str, Any], names: list[str]) -> list[Site]:
     sites, start = [], 0
     for name in names:
-        transform = biject_to(support_of(name, latent[name]["fn"]))
+        transform = transform_of(name, latent[name]["fn"])
         shape = transform.inv(latent[name]["value"]).shape
         sites.append(Site(name, start, start + shape.numel(), shape, transform))
         start += shape.numel()
@@ -523,6 +532,19 @@ def support_of(name: str, fn: Any) -> Any:
             "that says where its values lie, such as `constraints.real`"
         )
     return support
+
+
+def transform_of(name: str, fn: Any) -> Any:
+    """The map from the real line to a site's support; raises a ValueError if none is known."""
+    support = support_of(name, fn)
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the distribution of site '{name}', {type(fn).__name__}, has support {support}, to "
+            "which no map from the real line is registered: expected another distribution, or a "
+            "map in `torch.distributions.biject_to`"
+        ) from error
 
 
 def _is_discrete(name: str, site: Any) -> bool:
@@ -551,11 +573,6 @@ def _refuse_nan(trace: poutine.Trace) -> None:
             )
 
 
-def _loop(function: Program) -> Program:
-    """Runs a program of one chain for each of many."""
-
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        results = [function(*single) for single in zip(*inputs, strict=True)]
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-
-    return run
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

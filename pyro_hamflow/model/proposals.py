@@ -164,9 +164,7 @@ def gaussian_form(name: str, fn: Any, component: int | None = None) -> GaussianF
         )
     if isinstance(fn, torch_dist.Normal):
         loc, scale = torch.broadcast_tensors(fn.loc, fn.scale)
-        return GaussianForm(
-            loc[..., None], scale.pow(-2)[..., None, None], lambda v: v[..., 0]
-        )
+        return GaussianForm(loc[..., None], scale.pow(-2)[..., None, None], lambda v: v[..., 0])
     if isinstance(fn, (torch_dist.MultivariateNormal, torch_dist.LowRankMultivariateNormal)):
         return GaussianForm(fn.loc, fn.precision_matrix, lambda v: v)
     if isinstance(fn, torch_dist.Independent) and isinstance(fn.base_dist, torch_dist.Normal):

@@ -148,7 +148,10 @@ class SetValues(poutine.messenger.Messenger):
 
 
 def run_with(
-    model: Callable[..., Any], choose: Callable[[Message], Tensor | None], *args: Any, **kwargs: Any
+    model: Callable[..., Any],
+    choose: Callable[[Message], Tensor | None],
+    *args: Any,
+    **kwargs: Any,
 ) -> poutine.Trace:
     """Traces a model, hidden from all outer handlers, with chosen values at its latent sites."""
     with poutine.block(), pyro.validation_enabled(False), SetValues(choose):

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from pyro_hamflow.mcmc.kernels import HamiltonianKernel
 from pyro_hamflow.mcmc.record import Draws
-from pyro_hamflow.model.capture import batch, capture
+from pyro_hamflow.model.capture import Program, batch, capture, loop
 from pyro_hamflow.model.marginal import MarginalModel
-from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.structure import (
     is_deterministic,
     is_latent,
     log_density,
+    plate_shape,
     run_with,
     vectorized_frames,
 )
@@ -148,12 +148,13 @@ class _Run:
     """The draws of a run, whoever ran it."""
 
     def __init__(self, result: Any) -> None:
-        self.kernel = getattr(result, "kernel", None)
-        if not isinstance(self.kernel, HamiltonianKernel):
+        kernel = getattr(result, "kernel", None)
+        if not isinstance(kernel, HamiltonianKernel):
             raise TypeError(
                 f"the result is a {type(result).__name__} without a kernel of pyro_hamflow: "
                 "expected an MCMC object that ran one"
             )
+        self.kernel = kernel
         self.warmup_draws: Draws | None = None
         self.sampling_time: float | None = None
         self.seed: int | None = None
@@ -212,7 +213,11 @@ class _Model:
             if group.name in draws.log_likelihood:
                 part = draws.log_likelihood[group.name]
                 name = "_".join(group.terms) or group.name
-                densities[name] = part.reshape(part.shape[:2] + group.shape)
+                shape = list(group.shape)
+                if name in self.trace.nodes:  # plates inside the group's are summed over
+                    frames = vectorized_frames(self.trace.nodes[name])
+                    shape = plate_shape(group.frames, max((-f.dim for f in frames), default=0))
+                densities[name] = part.reshape([*part.shape[:2], *shape])
                 observed = [name for name in observed if name not in group.terms]
         wanted = (deterministic, observed if pointwise and self._plain() else [])
         if known and any(wanted):
@@ -240,7 +245,9 @@ class _Model:
 
         def once(*parts: Tensor) -> tuple[Tensor, ...]:
             known = dict(zip(names, parts, strict=True))
-            run = run_with(self.model, lambda msg: known.get(msg["name"]), *self.args, **self.kwargs)
+            run = run_with(
+                self.model, lambda msg: known.get(msg["name"]), *self.args, **self.kwargs
+            )
             with pyro.validation_enabled(is_validate=False):
                 densities = [log_density(run.nodes[name]) for name in observed]
             return *[run.nodes[name]["value"] for name in deterministic], *densities
@@ -251,12 +258,9 @@ class _Model:
         try:
             with torch.no_grad():
                 graph = capture(once, *[part[0] for part in flat])
-                program = batch(graph, *[part[:chunk] for part in flat])
+                program: Program = batch(graph, *[part[:chunk] for part in flat])
         except Exception:  # whatever a model's own code may raise while it is traced
-
-            def program(*parts: Tensor) -> tuple[Tensor, ...]:
-                results = [once(*single) for single in zip(*parts, strict=True)]
-                return tuple(torch.stack(part) for part in zip(*results, strict=True))
+            program = loop(once)
 
         pieces: list[Any] = []
         with torch.no_grad():
@@ -335,13 +339,19 @@ class _Model:
         if name not in self.trace.nodes:
             return (), 0
         site = self.trace.nodes[name]
-        return vectorized_frames(site), site["fn"].event_dim
+        frames, event_dim = vectorized_frames(site), site["fn"].event_dim
+        if is_deterministic(site) and frames:
+            # Pyro counts all dimensions of a deterministic site as its event's: find the plates.
+            shape = site["value"].shape
+            for right in range(len(shape)):
+                batch = shape[: len(shape) - right]
+                if all(-f.dim <= len(batch) and batch[f.dim] == f.size for f in frames):
+                    return frames, right
+        return frames, event_dim
 
 
 def _stats(draws: Draws) -> xarray.Dataset:
-    arrays = {
-        name: (("chain", "draw"), value.numpy()) for name, value in draws.stats.items()
-    }
+    arrays = {name: (("chain", "draw"), value.numpy()) for name, value in draws.stats.items()}
     chains, length = draws.position.shape[:2]
     coords = {"chain": np.arange(chains), "draw": np.arange(length)}
     return xarray.Dataset(arrays, coords)

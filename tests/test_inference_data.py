@@ -1,0 +1,204 @@
+"""Results: the groups, their dimensions and values, and files."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import arviz
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+import xarray
+
+import pyro_hamflow as phf
+from pyro_hamflow.results.inference_data import build_groups, to_datatree
+
+
+def clinics(covariate, outcome):
+    """Patients in clinics; the clinics' effects are local."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    pyro.deterministic("odds", mean.exp())
+    with pyro.plate("clinic", 5, dim=-2):
+        effect = pyro.sample("effect", dist.Normal(mean, spread))
+        pyro.deterministic("total", effect + 1.0)
+        with pyro.plate("patient", 3, dim=-1):
+            logits = effect + covariate @ slope
+            pyro.sample("outcome", dist.Bernoulli(logits=logits), obs=outcome)
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(3)
+    covariate = torch.randn(5, 3, 2, generator=generator, dtype=torch.float64)
+    outcome = (torch.rand(5, 3, generator=generator, dtype=torch.float64) < 0.6).double()
+    return covariate, outcome
+
+
+def run(data, **settings):
+    marginal = phf.marginalize(clinics, ["effect"], num_particles=4)
+    mcmc = phf.MCMC(
+        phf.PseudoMarginalHMC(marginal), 40, 20, 2, seed=5, save_warmup=True, **settings
+    )
+    mcmc.run(*data)
+    return mcmc
+
+
+@pytest.fixture(scope="module")
+def mcmc(data):
+    torch.set_default_dtype(torch.float64)
+    return run(data)
+
+
+def test_groups_and_dimensions_of_a_marginalised_model(mcmc):
+    idata = phf.to_inference_data(mcmc, dims={"slope": ["covariate"]})
+    assert set(idata.groups()) == {
+        "posterior",
+        "warmup_posterior",
+        "sample_stats",
+        "warmup_sample_stats",
+        "log_likelihood",
+        "warmup_log_likelihood",
+        "observed_data",
+    }
+    dims = {name: value.dims for name, value in idata.posterior.items()}
+    lead = ("chain", "draw")
+    assert dims == {
+        "mean": lead,
+        "slope": (*lead, "covariate"),
+        "spread": lead,
+        "effect": (*lead, "clinic"),
+        "odds": lead,
+        "total": (*lead, "clinic"),
+    }
+    assert idata.log_likelihood["outcome"].dims == (*lead, "clinic")
+    assert idata.observed_data["outcome"].dims == ("clinic", "patient")
+    assert idata.posterior.sizes["draw"] == 40
+    assert idata.warmup_posterior.sizes["draw"] == 20
+
+
+def test_values_agree_with_the_draws(mcmc, data):
+    idata = phf.to_inference_data(mcmc)
+    samples = mcmc.get_samples(group_by_chain=True)
+    for name, value in samples.items():
+        np.testing.assert_array_equal(idata.posterior[name], value)
+    np.testing.assert_allclose(idata.posterior["odds"], samples["mean"].exp(), rtol=1e-12)
+    np.testing.assert_allclose(
+        idata.posterior["total"], idata.posterior["effect"] + 1.0, rtol=1e-12
+    )
+    np.testing.assert_array_equal(idata.observed_data["outcome"], data[1])
+    estimates = idata.log_likelihood["outcome"].sum("clinic")
+    np.testing.assert_allclose(estimates, idata.sample_stats["log_likelihood_estimate"], rtol=1e-9)
+
+
+def test_statistics_use_the_names_of_the_schema(mcmc):
+    stats = phf.to_inference_data(mcmc).sample_stats
+    assert {
+        "lp",
+        "energy",
+        "energy_error",
+        "acceptance_rate",
+        "step_size",
+        "n_steps",
+        "diverging",
+        "n_gradients",
+        "n_densities",
+        "log_likelihood_estimate",
+    } <= set(stats)
+    assert stats["diverging"].dtype == bool
+    assert np.isfinite(stats["energy"]).all()
+    assert stats.attrs["tuning_steps"] == 20 and stats.attrs["seed"] == 5
+    assert stats.attrs["sampling_time"] > 0
+    assert json.loads(stats.attrs["kernel_settings"])["kernel"] == "PseudoMarginalHMC"
+
+
+def test_arviz_diagnostics_take_the_result(mcmc):
+    idata = phf.to_inference_data(mcmc)
+    summary = arviz.summary(idata, var_names=["mean", "effect"])
+    assert len(summary) == 6
+    assert np.isfinite(arviz.bfmi(idata)).all()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
+        loo = arviz.loo(idata, var_name="outcome", pointwise=True)
+    assert loo.loo_i.dims == ("clinic",)
+
+
+def test_files_round_trip(mcmc, tmp_path):
+    idata = phf.to_inference_data(mcmc)
+    idata.to_netcdf(tmp_path / "run.nc")
+    back = arviz.from_netcdf(tmp_path / "run.nc")
+    for group in idata.groups():
+        xarray.testing.assert_identical(back[group].load(), idata[group].load())
+
+
+def test_datatree_serves_the_tools_of_arviz_one(mcmc, tmp_path):
+    arviz_base = pytest.importorskip("arviz_base")
+    arviz_stats = pytest.importorskip("arviz_stats")
+    groups, attributes = build_groups(
+        mcmc, coords=None, dims=None, log_likelihood=True, prior=None, posterior_predictive=None
+    )
+    tree = to_datatree(groups, attributes)
+    assert isinstance(arviz_base.convert_to_datatree(tree), xarray.DataTree)
+    assert np.isfinite(tree.posterior.dataset.azstats.ess()["mean"])
+    assert len(arviz_stats.summary(tree, var_names=["mean"])) == 1
+    tree.to_netcdf(tmp_path / "tree.nc")
+    with xarray.open_datatree(tmp_path / "tree.nc") as back:
+        assert set(back.children) == set(groups)
+
+
+def test_version_one_of_arviz_gets_a_datatree(mcmc, monkeypatch):
+    monkeypatch.setattr(arviz, "__version__", "1.3.0")
+    assert isinstance(phf.to_inference_data(mcmc), xarray.DataTree)
+
+
+def test_coordinates_name_the_elements_of_plates(mcmc):
+    idata = phf.to_inference_data(mcmc, coords={"clinic": list("abcde")})
+    assert idata.posterior["effect"].sel(clinic="c").shape == (2, 40)
+    with pytest.raises(ValueError, match="'clinic' has 2 values: expected 5"):
+        phf.to_inference_data(mcmc, coords={"clinic": ["a", "b"]})
+
+
+def test_predictions_join_the_result(mcmc, data):
+    samples = mcmc.get_samples()
+    predictive = pyro.infer.Predictive(clinics, samples, return_sites=["outcome"])
+    drawn = predictive(data[0], None)
+    idata = phf.to_inference_data(mcmc, posterior_predictive=drawn, prior=samples)
+    assert idata.posterior_predictive["outcome"].shape == (2, 40, 5, 3)
+    assert idata.prior["mean"].shape == (1, 80)
+    with pytest.raises(ValueError, match="'outcome' has 3 draws: expected 80"):
+        phf.to_inference_data(mcmc, posterior_predictive={"outcome": drawn["outcome"][:3]})
+
+
+def test_runs_of_pyros_runner_convert(data):
+    marginal = phf.marginalize(clinics, ["effect"], num_particles=4)
+    mcmc = pyro.infer.MCMC(phf.PseudoMarginalHMC(marginal), 20, 10, num_chains=2)
+    mcmc.run(*data)
+    idata = phf.to_inference_data(mcmc)
+    assert idata.posterior["effect"].dims == ("chain", "draw", "clinic")
+    assert idata.posterior["effect"].shape == (2, 20, 5)
+    np.testing.assert_allclose(
+        idata.posterior["mean"], mcmc.get_samples(group_by_chain=True)["mean"], rtol=1e-12
+    )
+
+
+def test_plain_models_report_every_observation(data):
+    mcmc = phf.MCMC(phf.HMC(clinics), 30, 10, 2, seed=1)
+    mcmc.run(*data)
+    idata = phf.to_inference_data(mcmc)
+    assert idata.log_likelihood["outcome"].dims == ("chain", "draw", "clinic", "patient")
+    posterior = idata.posterior
+    logits = posterior["effect"].to_numpy()[..., None] + np.einsum(
+        "cpk,ijk->ijcp", data[0], posterior["slope"]
+    )
+    expected = dist.Bernoulli(logits=torch.tensor(logits)).log_prob(data[1])
+    np.testing.assert_allclose(idata.log_likelihood["outcome"], expected, rtol=1e-10)
+
+
+def test_other_results_are_refused():
+    with pytest.raises(TypeError, match="expected an MCMC object"):
+        phf.to_inference_data(object())
