@@ -4,6 +4,7 @@ from pyro_hamflow.mcmc.kernels import HMC, PseudoMarginalHMC
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, EllipticalSliceRefresh
 from pyro_hamflow.mcmc.runner import MCMC
 from pyro_hamflow.model.marginal import marginalize, noise
+from pyro_hamflow.model.quality import EstimatorQuality, estimator_quality
 from pyro_hamflow.results.inference_data import to_inference_data
 
 __version__ = "0.1.0"
@@ -13,7 +14,9 @@ __all__ = [
     "MCMC",
     "CorrelatedRefresh",
     "EllipticalSliceRefresh",
+    "EstimatorQuality",
     "PseudoMarginalHMC",
+    "estimator_quality",
     "marginalize",
     "noise",
     "to_inference_data",

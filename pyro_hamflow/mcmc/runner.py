@@ -17,7 +17,7 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hamflow.mcmc.kernels import HamiltonianKernel
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
 from pyro_hamflow.mcmc.record import Draws, Record
 
 _METHODS = ("vectorized", "sequential")

@@ -78,12 +78,11 @@ class LaplaceProposal:
         site, block = self.sites[name], self.blocks[name]
         linear = site.linear
         if site.coupling is not None:
-            earlier = torch.cat(self.before, -1)
-            linear = (
-                linear + (site.coupling @ _to_batch(earlier, block, self.group)[..., None])[..., 0]
-            )
+            batch = torch.broadcast_shapes(*[part.shape[:-1] for part in self.before])
+            earlier = torch.cat([part.expand(*batch, -1) for part in self.before], -1)
+            linear = linear + _apply(site.coupling, earlier)
         v, log_proposal = _propose(form, site.precision, linear, noise)
-        self.before.append(block.collect(v, self.group))
+        self.before.append(block.gather(v, self.group))
         return Draw(form.value(v), log_gaussian(v, form) - log_proposal)
 
 

@@ -58,6 +58,26 @@ class Block:
         values = values.permute(*ranks, *range(len(order), values.dim()))
         return values.reshape(list(group.shape) + [self.stop - self.start])
 
+    def gather(self, values: Tensor, group: Group) -> Tensor:
+        """What :meth:`collect` does, with the plates left where they are.
+
+        Arguments:
+            values: Of shape ``(*enumerated, *batch, *event)``.
+            group: The group that the site belongs to.
+
+        Returns:
+            Of shape ``(*enumerated, *batch, stop - start)``, plates inside the group's of size one.
+        """
+        inner, rank = self._inner(group), len(self.event)
+        full = torch.Size(self._batch_shape()) + self.event
+        values = values.expand(torch.broadcast_shapes(values.shape, full))
+        last = range(-rank - len(inner), -rank)
+        values = values.movedim([frame.dim - rank for frame in inner], list(last))
+        values = values.flatten(-rank - len(inner))
+        for frame in reversed(inner):
+            values = values.unsqueeze(frame.dim - 1)
+        return values
+
     def _inner(self, group: Group) -> Frames:
         return tuple(frame for frame in self.frames if frame not in group.frames)
 

@@ -18,7 +18,6 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
@@ -143,7 +142,7 @@ def marginalize(
         ...         pyro.sample("y", dist.Poisson(x.exp()), obs=y)
         >>> marginal = marginalize(model, ["x"], num_particles=8)
         >>> trace = pyro.poutine.trace(marginal).get_trace(torch.tensor([2.0, 0.0, 1.0]))
-        >>> [name for name in trace.stochastic_nodes]
+        >>> [name for name in trace.stochastic_nodes if name != "group"]
         ['mean', 'x_noise']
     """
     return MarginalModel(model, sites, num_particles, proposal, points)
@@ -308,13 +307,11 @@ class MarginalModel:
             if component is not None:
                 weight = component_log_weight(fn, component)
                 log_ratio = weight if log_ratio is None else log_ratio + weight
-            if msg["mask"] is not None or not (isinstance(msg["scale"], float | int)):
-                scaled = True
-            else:
-                scaled = msg["scale"] != 1.0
-            if scaled:  # the model counts this prior otherwise than once
-                density = fn.log_prob(draw.value)
-                change = scale_and_mask(density, msg["scale"], msg["mask"]) - density
+            scale: Any = msg["scale"]
+            if not isinstance(scale, float | int) or scale != 1.0:
+                # The model counts this prior otherwise than once. A mask changes nothing: the
+                # prior of a masked element integrates to one, and so does its estimate.
+                change = (scale - 1.0) * fn.log_prob(draw.value)
                 log_ratio = change if log_ratio is None else log_ratio + change
             if log_ratio is not None:
                 frames = vectorized_frames(msg)

@@ -17,7 +17,7 @@ import torch
 import xarray
 from torch import Tensor
 
-from pyro_hamflow.mcmc.kernels import HamiltonianKernel
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
 from pyro_hamflow.mcmc.record import Draws
 from pyro_hamflow.model.capture import Program, batch, capture, loop
 from pyro_hamflow.model.marginal import MarginalModel

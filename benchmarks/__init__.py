@@ -1,0 +1,1 @@
+"""How fast the package is, measured; `python -m benchmarks.run` writes RESULTS.md."""

@@ -1,0 +1,84 @@
+"""The two posteriors that everything is measured on, and where chains start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_hamflow import PseudoMarginalHMC, marginalize
+from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.model.potential import Potential
+from tests.targets import glmm, glmm_data, wide_proposal
+from tests.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
+
+REFERENCE = Path(__file__).parents[1] / "tests" / "reference" / "glmm.json"
+PROPOSALS = {"prior": "prior", "laplace": "laplace", "N(0, 9)": wide_proposal}
+_SPREAD = 3.0
+_STARTS = (1, 4, 7, 10)  # of the reference draws, stratified by the first log precision
+
+
+def schools_noncentred(sigma: Tensor, y: Tensor) -> None:
+    """Eight schools, the effects as multiples of their spread."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", 8):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+
+def schools_data() -> tuple[Tensor, Tensor]:
+    """Standard errors and estimates."""
+    return torch.tensor(SCHOOLS_SIGMA), torch.tensor(SCHOOLS_Y)
+
+
+def glmm_arguments(num_subjects: int = 500) -> tuple[Any, ...]:
+    """Covariates, answers and the spread of the priors."""
+    return *glmm_data(num_subjects), _SPREAD
+
+
+def marginal_glmm(proposal: str, points: str, num_particles: int) -> MarginalModel:
+    """The GLMM with its random effects integrated out."""
+    return marginalize(
+        glmm, ["x"], num_particles=num_particles, proposal=PROPOSALS[proposal], points=points
+    )
+
+
+def glmm_reference() -> dict[str, Any]:
+    """Posterior means, standard errors and draws from quadrature."""
+    return json.loads(REFERENCE.read_text())[f"{_SPREAD:g}"]
+
+
+def glmm_starts(num_chains: int = 4) -> dict[str, Tensor]:
+    """Starting values from the posterior, the same for every setting."""
+    draws = torch.tensor(glmm_reference()["draws"])
+    rows = draws[[_STARTS[chain % len(_STARTS)] for chain in range(num_chains)]]
+    return {
+        "beta": rows[:, :8],
+        "mu": rows[:, 8:10],
+        "log_precision": rows[:, 10:12],
+        "logit_weight": rows[:, 12],
+    }
+
+
+def glmm_potential(
+    num_particles: int, num_subjects: int = 500, *, compile_graphs: bool = False
+) -> Potential:
+    """The estimated posterior of the GLMM, Laplace proposals fitted near the truth."""
+    marginal = marginal_glmm("laplace", "iid", num_particles)
+    arguments = glmm_arguments(num_subjects)
+    marginal.fit(*arguments, pilot={name: value[0] for name, value in glmm_starts().items()})
+    return Potential(marginal, arguments, separate_noise=True, compile_graphs=compile_graphs)
+
+
+def glmm_kernel(
+    proposal: str, points: str, num_particles: int, method: str, **settings: Any
+) -> PseudoMarginalHMC:
+    """The pseudo-marginal kernel, compiled, with a dense mass unless told otherwise."""
+    marginal = marginal_glmm(proposal, points, num_particles)
+    return PseudoMarginalHMC(marginal, **({"mass": "dense", "compile": True} | settings), method=method)

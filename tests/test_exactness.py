@@ -1,0 +1,511 @@
+"""Samplers keep their targets: many chains, begun from exact draws, follow them after some moves.
+
+The latent-variable model has bounded likelihood, so that its joint posterior of parameters and local
+sites is drawn exactly by rejection from the prior. Its extended target then follows: one particle
+of each element, picked uniformly, is given the noise that leads to the element's local value, and
+all other noise is standard normal. Each check is shown to fail on samplers spoilt in one point.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from types import SimpleNamespace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh, marginalize, noise
+from pyro_hamflow.dynamics import integrators
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc import hmc, pseudo_marginal
+from pyro_hamflow.mcmc import refresh as refresh_module
+from pyro_hamflow.mcmc.hmc import HMCTransition
+from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition, JointTransition
+from pyro_hamflow.mcmc.refresh import Blocks
+from pyro_hamflow.mcmc.transition import Decision, State, Tuning, select, select_evaluation
+from pyro_hamflow.model.points import lattice
+from pyro_hamflow.model.potential import Potential
+from tests.laws import assert_invariant
+
+CHAINS = 10_000
+Y = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+SLOPE = 2.0
+WEIGHT = 0.7  # of the first component of the mixture prior
+
+
+# --- targets ------------------------------------------------------------------------------------
+
+
+def skewed():
+    """An asymmetric density that Pyro can draw from exactly."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    shift = pyro.sample("shift", dist.Normal(rate, 0.5 + 0.2 * rate))
+    pyro.sample("share", dist.Beta(1.5, 2.0 + torch.sigmoid(shift)))
+
+
+def skewed_draws(num_chains):
+    rate = dist.Gamma(2.0, 1.0).sample((num_chains,))
+    shift = dist.Normal(rate, 0.5 + 0.2 * rate).sample()
+    share = dist.Beta(1.5, 2.0 + torch.sigmoid(shift)).sample()
+    return torch.stack([rate.log(), shift, share.logit()], 1)
+
+
+DATA = torch.tensor([0.3, -1.2, 2.2, 0.9], dtype=torch.float64)
+
+
+def conjugate(y):
+    precision = pyro.sample("precision", dist.Gamma(2.0, 1.0))
+    mean = pyro.sample("mean", dist.Normal(0.5, precision.rsqrt()))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean, precision.rsqrt()), obs=y)
+
+
+def conjugate_draws(num_chains):
+    """Draws of the normal-gamma posterior, in closed form."""
+    count, y = len(DATA), DATA
+    strength = 1.0 + count
+    centre = (0.5 + y.sum()) / strength
+    rate = 1.0 + 0.5 * (y.square().sum() + 0.25 - strength * centre.square())
+    precision = dist.Gamma(2.0 + 0.5 * count, rate).sample((num_chains,))
+    mean = dist.Normal(centre, (strength * precision).rsqrt()).sample()
+    return torch.stack([precision.log(), mean], 1)
+
+
+def latent(y):
+    """Binary answers with a local effect each; two parameters, one of them skewed."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.7))
+    with pyro.plate("group", len(y)):
+        x = pyro.sample("x", dist.Normal(mean, scale))
+        pyro.sample("y", dist.Bernoulli(logits=SLOPE * x), obs=y)
+
+
+def latent_mixture(y):
+    """The same with a mixture for the local effect, whose components are summed exactly."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.7))
+    parts = dist.Normal(torch.stack([mean, -mean - 1.0]), torch.stack([scale, 0.5 + 0 * scale]))
+    weights = torch.tensor([WEIGHT, 1 - WEIGHT], dtype=y.dtype)
+    with pyro.plate("group", len(y)):
+        x = pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(weights), parts))
+        pyro.sample("y", dist.Bernoulli(logits=SLOPE * x), obs=y)
+
+
+def wide_proposal(parameters, y):
+    """A proposal of one's own, wider than the prior and off its centre."""
+    with pyro.plate("group", len(y)):
+        location = 0.5 * parameters["mean"] + 0.3 * (2 * y - 1)
+        pyro.sample("x", dist.Normal(location, 1.5 * parameters["scale"] + 0.5))
+
+
+@cache
+def by_hand(num_particles):
+    """The first latent-variable model with an estimate written by hand."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.7))
+        x = mean + scale * noise("u", (num_particles, len(y)))
+        terms = dist.Bernoulli(logits=SLOPE * x).log_prob(y)
+        pyro.factor("estimate", (terms.logsumexp(0) - math.log(num_particles)).sum())
+
+    return model
+
+
+def posterior_draws(num_chains, *, mixture):
+    """Exact draws of position, mixture component and local sites, by rejection from the prior."""
+    kept, total = [], 0
+    while total < num_chains:
+        mean, log_scale = torch.randn(num_chains), 0.7 * torch.randn(num_chains)
+        shape = (num_chains, len(Y))
+        first = torch.rand(shape) < WEIGHT if mixture else torch.ones(shape, dtype=torch.bool)
+        location = torch.where(first, mean[:, None], -mean[:, None] - 1.0)
+        scale = torch.where(first, log_scale.exp()[:, None], 0.5)
+        x = location + scale * torch.randn(shape)
+        likelihood = torch.sigmoid(SLOPE * x * (2 * Y - 1)).prod(1)
+        good = torch.rand(num_chains) < likelihood
+        draws = torch.cat([mean[:, None], log_scale[:, None], first.double(), x], 1)
+        kept.append(draws[good])
+        total += len(kept[-1])
+    draws = torch.cat(kept)[:num_chains]
+    groups = len(Y)
+    return draws[:, :2], draws[:, 2 : 2 + groups] > 0.5, draws[:, 2 + groups :]
+
+
+class Extended:
+    """A model with an estimated likelihood, and exact draws of its extended target."""
+
+    def __init__(self, kind, num_particles, proposal="prior", points="iid"):
+        self.num_particles, self.points, self.kind = num_particles, points, kind
+        self.groups = len(Y)
+        if kind == "by hand":
+            self.model = by_hand(num_particles)
+        else:
+            model = latent_mixture if kind == "mixture" else latent
+            self.model = marginalize(
+                model, ["x"], num_particles=num_particles, proposal=proposal, points=points
+            )
+        self.potential = Potential(self.model, (Y,), separate_noise=True)
+        if kind != "by hand":
+            layout = self.model.plan(Y).layouts["x"]
+            self.counts = [stratum.count for stratum in layout.strata]
+        else:
+            self.counts = [num_particles]
+
+    @property
+    def vectors(self):
+        """How many noise vectors each stratum has."""
+        return self.counts if self.points == "iid" else [1] * len(self.counts)
+
+    def values(self, position, u):
+        """The particles of every chain, ``(chains, particles, groups)``, iid noise given."""
+        parameters = {"mean": position[:, 0], "scale": position[:, 1].exp()}
+        if self.kind == "by hand":
+            return parameters["mean"][:, None, None] + parameters["scale"][:, None, None] * u
+        plan = self.model.plan(Y)
+        group, layout = plan.structure.groups[0], plan.layouts["x"]
+        results = []
+        for stratum, part in zip(layout.strata, u.split(self.counts, 1), strict=True):
+
+            def particle(z, mean, scale, stratum=stratum):
+                values = {"mean": mean, "scale": scale}
+                proposal = self.model._proposal(group, stratum, values, Y)
+                return self.model._particle(
+                    group, z[:, None], stratum, proposal, values, Y
+                )[1]["x"]
+
+            inner = torch.func.vmap(particle, in_dims=(0, None, None))
+            results.append(
+                torch.func.vmap(inner)(part, parameters["mean"], parameters["scale"])
+            )
+        return torch.cat(results, 1)
+
+    def invert(self, position, x):
+        """The noise that leads each particle, were it alone, to the local values, by bisection."""
+        shape = (len(x), sum(self.counts), self.groups)
+        low, high = torch.full(shape, -40.0), torch.full(shape, 40.0)
+        if self.kind != "by hand" and self.model.proposal == "laplace":
+            low, high = low / 2, high / 2
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            above = self.values(position, middle) > x[:, None]
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return 0.5 * (low + high)
+
+    @cache
+    def draws(self, num_chains=CHAINS):
+        """Exact draws: positions, noise, local sites."""
+        mixture = self.kind == "mixture"
+        position, first, x = posterior_draws(num_chains, mixture=mixture)
+        shape = (num_chains, self.groups)
+        z = self.invert(position, x)
+        u = torch.randn(num_chains, sum(self.vectors), self.groups)
+        start = vector = 0
+        for stratum, (count, vectors) in enumerate(zip(self.counts, self.vectors, strict=True)):
+            mine = first if stratum == 0 else ~first
+            index = torch.randint(count, shape)
+            point = z.gather(1, start + index[:, None])[:, 0]
+            if self.points == "rqmc":
+                shift = torch.special.ndtr(point) - lattice(count, 1)[index, 0]
+                edge = torch.finfo(shift.dtype).eps  # beyond which no lattice point lies
+                point = torch.special.ndtri((shift - shift.floor()).clamp(edge, 1 - edge))
+                slot = torch.zeros_like(index)
+            else:
+                slot = index
+            slot = vector + slot[:, None]
+            old = u.gather(1, slot)[:, 0]
+            u.scatter_(1, slot, torch.where(mine, point, old)[:, None])
+            start, vector = start + count, vector + vectors
+        return position, u.flatten(1), x
+
+    def quantities(self, position, u, x):
+        """What is compared: parameters, local sites, and the noise of each element."""
+        u = u.reshape(len(u), -1, self.groups)
+        result = {"theta": position, "first noise": u[:, 0]}
+        if u.shape[1] > 1:
+            result |= {"mean noise": u.mean(1), "noise norm": u.square().mean(1).sqrt()}
+        return result if x is None else result | {"x": x}
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+STEP_SIZES = {JointTransition: 0.5, ConditionalTransition: 0.9}
+REFRESHES = {
+    "fresh": CorrelatedRefresh(0.0),
+    "correlated": CorrelatedRefresh(0.9),
+    "slice": EllipticalSliceRefresh(),
+}
+TARGETS = {
+    "prior-8": ("normal", 8),
+    "laplace-2": ("normal", 2, "laplace"),
+    "function-2": ("normal", 2, wide_proposal),
+    "rqmc-8": ("normal", 8, "prior", "rqmc"),
+    "by_hand-1": ("by hand", 1),
+}
+MORE_TARGETS = {
+    "prior-1": ("normal", 1),
+    "prior-2": ("normal", 2),
+    "laplace-1": ("normal", 1, "laplace"),
+    "laplace-8": ("normal", 8, "laplace"),
+    "function-1": ("normal", 1, wide_proposal),
+    "function-8": ("normal", 8, wide_proposal),
+    "rqmc-2": ("normal", 2, "prior", "rqmc"),
+    "rqmc-laplace-8": ("normal", 8, "laplace", "rqmc"),
+    "mixture-3": ("mixture", 3),
+    "mixture-laplace-3": ("mixture", 3, "laplace"),
+    "mixture-rqmc-5": ("mixture", 5, "prior", "rqmc"),
+    "by_hand-2": ("by hand", 2),
+    "by_hand-8": ("by hand", 8),
+}
+
+
+@pytest.fixture(
+    params=[*TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_TARGETS)],
+    scope="module",
+)
+def target(request):
+    return make_target(request.param)
+
+
+@cache
+def make_target(name):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(1)
+    target = Extended(*(TARGETS | MORE_TARGETS)[name])
+    target.draws()
+    torch.set_default_dtype(before)
+    return target
+
+
+def check(target, transition, *, step=None, moves=2):
+    """Moves exact draws of the extended target a few times, and compares."""
+    position, u, x = target.draws()
+    state = transition.begin(position, u)
+    kinetic = GaussianKinetic(torch.tensor([0.7, 0.4]))
+    tuning = Tuning(STEP_SIZES[type(transition)], kinetic)
+    rates = []
+    for _ in range(moves):
+        state, info = (step or transition.step)(state, tuning, 4)
+        rates.append(info.acceptance_rate.mean().item())
+    local = state.evaluation.local.get("x")
+    before = target.quantities(position, u, None if local is None else x)
+    assert_invariant(before, target.quantities(state.position, state.noise, local))
+    assert 0.2 < min(rates) < 0.98, "the moves are too good or too bad for the check to have power"
+    value = target.potential.value(state.position, state.noise)
+    assert torch.allclose(value, state.evaluation.value, rtol=1e-10, atol=1e-10)
+
+
+def joint(target):
+    return JointTransition(target.potential, CHAINS)
+
+
+def conditional(target, refresh):
+    return ConditionalTransition(target.potential, CHAINS, refresh)
+
+
+def test_invariance_joint(target):
+    check(target, joint(target))
+
+
+@pytest.mark.parametrize("refresh", REFRESHES.values(), ids=REFRESHES)
+def test_invariance_conditional(target, refresh):
+    check(target, conditional(target, refresh))
+
+
+def test_blocks_conditional():
+    """One block for an estimate by hand, one for each element otherwise."""
+    assert not Blocks(make_target("by_hand-1").potential).groups
+    blocks = Blocks(make_target("prior-8").potential)
+    assert [group.shape for group in blocks.groups] == [torch.Size([3])]
+
+
+HMC_TARGETS = {
+    "skewed": (skewed, (), skewed_draws, [0.7, 0.6, 0.9]),
+    "conjugate": (conjugate, (DATA,), conjugate_draws, [0.3, 0.6]),
+}
+
+
+@cache
+def hmc_case(name):
+    model, args, draw, _ = HMC_TARGETS[name]
+    return HMCTransition(Potential(model, args), CHAINS), draw
+
+
+def check_hmc(name, mass, *, step=None, moves=2):
+    """Moves exact draws of a target without noise a few times, and compares."""
+    transition, draw = hmc_case(name)
+    inverse_mass = torch.tensor(HMC_TARGETS[name][3])
+    if mass == "dense":
+        inverse_mass = torch.diag(inverse_mass) + 0.15
+    tuning = Tuning(0.5, GaussianKinetic(inverse_mass))
+    position = draw(CHAINS)
+    state = transition.begin(position, position.new_zeros(CHAINS, 0))
+    for _ in range(moves):
+        state, info = (step or transition.step)(state, tuning, 4)
+    assert_invariant({"theta": position}, {"theta": state.position})
+    assert 0.3 < info.acceptance_rate.mean().item() < 0.98
+    fresh = transition.begin(state.position, state.noise)
+    assert torch.allclose(fresh.evaluation.value, state.evaluation.value, rtol=1e-10)
+    assert torch.allclose(fresh.gradient, state.gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mass", ["diagonal", "dense"])
+@pytest.mark.parametrize("name", HMC_TARGETS)
+def test_invariance_hmc(name, mass):
+    check_hmc(name, mass)
+
+
+# --- the checks fail on spoilt samplers ---------------------------------------------------------
+
+
+def _always(error):
+    yes = torch.ones_like(error, dtype=torch.bool)
+    return Decision(yes, yes.to(error), error, ~yes)
+
+
+def accept_always(monkeypatch):
+    monkeypatch.setattr(hmc, "metropolis", _always)
+    monkeypatch.setattr(pseudo_marginal, "metropolis", _always)
+
+
+def forget_kinetic_energy(monkeypatch):
+    monkeypatch.setattr(GaussianKinetic, "energy", lambda self, r: torch.zeros_like(r[:, 0]))
+
+
+def forget_noise_norm(monkeypatch):
+    monkeypatch.setattr(
+        pseudo_marginal, "_half_square_gain", lambda new, old: torch.zeros_like(new[:, 0])
+    )
+
+
+def rotate_wrongly(monkeypatch):
+    monkeypatch.setattr(
+        integrators,
+        "rotate",
+        lambda u, p, t: (u * t.cos() + p * t.sin(), p * t.cos() - 0.8 * u * t.sin()),
+    )
+
+
+def keep_rejected_sites(monkeypatch):
+    def select_evaluation(accepted, new, old):
+        value = select(accepted, new.value, old.value)
+        return new._replace(value=value)
+
+    monkeypatch.setattr(pseudo_marginal, "select_evaluation", select_evaluation)
+
+
+def accept_all_blocks(monkeypatch):
+    ratios = Blocks.log_ratios
+
+    def zero(self, new, old):
+        return {name: torch.zeros_like(ratio) for name, ratio in ratios(self, new, old).items()}
+
+    monkeypatch.setattr(Blocks, "log_ratios", zero)
+
+
+def confuse_blocks(monkeypatch):
+    ratios = Blocks.log_ratios
+
+    def rolled(self, new, old):
+        return {name: ratio.roll(1, -1) for name, ratio in ratios(self, new, old).items()}
+
+    monkeypatch.setattr(Blocks, "log_ratios", rolled)
+
+
+def shrink_proposal(monkeypatch):
+    """As if the noise were added with weight 1 - rho ** 2, not with its root."""
+    monkeypatch.setattr(refresh_module, "math", SimpleNamespace(sqrt=lambda value: value))
+
+
+def adapt_step_size(transition):
+    """A step size that depends on the state."""
+
+    def step(state, tuning, num_steps):
+        large, info = transition.step(state, tuning, num_steps)
+        small, _ = transition.step(state, tuning._replace(step_size=0.3), num_steps)
+        where = state.position[:, 0] > 0
+        parts = (select(where, new, old) for new, old in zip(large[:3], small[:3], strict=True))
+        return State(
+            *parts, select_evaluation(where, large.evaluation, small.evaluation)
+        ), info
+
+    return step
+
+
+def redraw_noise(transition):
+    """New noise after the move, outside any accepted move."""
+
+    def step(state, tuning, num_steps):
+        state, info = transition.step(state, tuning, num_steps)
+        noise = torch.randn_like(state.noise)
+        return transition.begin(state.position, noise), info
+
+    return step
+
+
+def pick_any_particle(transition):
+    """Local sites recovered without looking at the weights."""
+
+    def step(state, tuning, num_steps):
+        state, info = transition.step(state, tuning, num_steps)
+        values = make_target("prior-8").values(state.position, state.noise.reshape(CHAINS, 8, -1))
+        return state._replace(evaluation=state.evaluation._replace(local={"x": values[:, 0]})), info
+
+    return step
+
+
+SPOILT_PATCHES = {
+    "joint": [accept_always, forget_kinetic_energy, forget_noise_norm, rotate_wrongly]
+    + [keep_rejected_sites],
+    "fresh": [accept_always, forget_kinetic_energy, accept_all_blocks, confuse_blocks],
+    "correlated": [accept_all_blocks, shrink_proposal],
+    "slice": [accept_all_blocks],
+}
+SPOILT_STEPS = [adapt_step_size, redraw_noise, pick_any_particle]
+
+
+def _transition(method):
+    target = make_target("prior-8")
+    return joint(target) if method == "joint" else conditional(target, REFRESHES[method])
+
+
+@pytest.mark.parametrize(
+    ("method", "spoil"),
+    [(method, spoil) for method, patches in SPOILT_PATCHES.items() for spoil in patches],
+)
+def test_spoilt_sampler_is_found_out(method, spoil, monkeypatch):
+    transition = _transition(method)
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(make_target("prior-8"), transition)
+
+
+@pytest.mark.parametrize("spoil", SPOILT_STEPS)
+@pytest.mark.parametrize("method", ["joint", "fresh"])
+def test_spoilt_step_is_found_out(method, spoil):
+    transition = _transition(method)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(make_target("prior-8"), transition, step=spoil(transition))
+
+
+def test_one_block_for_all_is_found_out_if_all_are_accepted(monkeypatch):
+    target = make_target("by_hand-1")
+    accept_all_blocks(monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(target, conditional(target, CorrelatedRefresh()))
+
+
+@pytest.mark.parametrize("spoil", [accept_always, forget_kinetic_energy])
+def test_spoilt_hmc_is_found_out(spoil, monkeypatch):
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_hmc("skewed", "diagonal")
+
+
+def test_adapting_hmc_is_found_out():
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_hmc("skewed", "diagonal", step=adapt_step_size(hmc_case("skewed")[0]))

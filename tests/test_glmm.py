@@ -1,0 +1,96 @@
+"""The GLMM of the PM-HMC paper against its posterior by quadrature.
+
+Chains start from draws of the reference posterior (``reference/make_glmm.py``), so that whatever moves their means
+away from the truth is the sampler's fault.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import arviz
+import numpy as np
+import pytest
+import torch
+
+import pyro_hamflow as phf
+from tests.targets import glmm, glmm_data
+
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "glmm.json").read_text())["3"]
+FIVE = [8, 9, 10, 11, 12]  # the mixture's parameters, the hard ones
+
+
+def initial_params(num_chains: int) -> dict[str, torch.Tensor]:
+    draws = torch.tensor(REFERENCE["draws"])[:num_chains]
+    return {
+        "beta": draws[:, :8],
+        "mu": draws[:, 8:10],
+        "log_precision": draws[:, 10:12],
+        "logit_weight": draws[:, 12],
+    }
+
+
+def run(num_particles, method, *, num_samples, **settings):
+    marginal = phf.marginalize(
+        glmm, ["x"], num_particles=num_particles, proposal="laplace", points="iid"
+    )
+    kernel = phf.PseudoMarginalHMC(
+        marginal,
+        method=method,
+        step_size=0.2,
+        inverse_mass=torch.tensor(REFERENCE["sd"]).square(),
+        adapt_mass=False,
+        **settings,
+    )
+    mcmc = phf.MCMC(kernel, num_samples, 50, 12, initial_params(12), seed=2)
+    mcmc.run(*glmm_data())
+    return mcmc
+
+
+def draws_of(mcmc) -> np.ndarray:
+    return mcmc.draws.position.numpy()  # chains, draws, the 13 in the reference's order
+
+
+def assert_agrees(values: np.ndarray, truth, truth_error, names) -> None:
+    """Means within four standard errors, by ArviZ's Monte Carlo errors of draws and truth."""
+    data = arviz.convert_to_dataset({"v": values})
+    error = np.hypot(arviz.mcse(data)["v"].to_numpy(), np.asarray(truth_error))
+    score = (values.mean((0, 1)) - np.asarray(truth)) / error
+    worst = int(np.abs(score).argmax())
+    assert np.abs(score).max() < 4.0, (names[worst], score[worst])
+
+
+def check(mcmc) -> None:
+    assert_agrees(draws_of(mcmc), REFERENCE["mean"], REFERENCE["mcse"], REFERENCE["names"])
+    effects = mcmc.draws.local["x"].squeeze(-1).numpy()
+    names = [f"x[{i}]" for i in range(effects.shape[-1])]
+    assert_agrees(effects, REFERENCE["effect_mean"], REFERENCE["effect_mean_mcse"], names)
+
+
+@pytest.mark.parametrize("method", ["joint", "conditional"])
+def test_posterior_agrees_with_quadrature(method):
+    check(run(8, method, num_samples=120))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["joint", "conditional"])
+@pytest.mark.parametrize("num_particles", [8, 32, 128])
+def test_long_runs_agree_with_quadrature(num_particles, method):
+    check(run(num_particles, method, num_samples=1000, compile=True))
+
+
+def test_a_biased_sampler_is_noticed(monkeypatch):
+    from pyro_hamflow.model.marginal import MarginalModel
+
+    honest = MarginalModel.estimate
+
+    def dishonest(self, *args, **kwargs):
+        """Weighs particles by the square root of their weights."""
+        estimate = honest(self, *args, **kwargs)
+        return type(estimate)(estimate.group, 0.5 * estimate.log_weights, estimate.values)
+
+    monkeypatch.setattr(MarginalModel, "estimate", dishonest)
+    mcmc = run(8, "conditional", num_samples=120)
+    with pytest.raises(AssertionError):
+        check(mcmc)

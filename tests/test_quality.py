@@ -1,0 +1,66 @@
+"""What an estimate is said to be worth, against what it is worth."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_hamflow as phf
+
+
+def counts(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", len(y)):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Poisson(x.exp()), obs=y)
+
+
+Y = torch.tensor([2.0, 0.0, 1.0, 5.0, 3.0, 0.0, 1.0, 7.0], dtype=torch.float64)
+HERE = {"mean": torch.tensor(0.3, dtype=torch.float64)}
+
+
+def quality(num_particles, points="iid", replicates=2000):
+    marginal = phf.marginalize(counts, ["x"], num_particles=num_particles, points=points)
+    return phf.estimator_quality(marginal, HERE, Y, num_replicates=replicates)
+
+
+def exact_relative_variance(y: float) -> float:
+    """Var(L) / E(L)^2 of a single particle's likelihood, by quadrature."""
+    x = torch.linspace(-9, 10, 20001)
+    density = torch.exp(-0.5 * (x - HERE["mean"]) ** 2) / math.sqrt(2 * math.pi)
+    likelihood = torch.exp(dist.Poisson(x.exp()).log_prob(torch.tensor(y)))
+    mean = torch.trapezoid(density * likelihood, x)
+    return float(torch.trapezoid(density * likelihood**2, x) / mean**2 - 1.0)
+
+
+def test_standard_deviation_matches_the_delta_method():
+    expected = math.sqrt(sum(exact_relative_variance(float(y)) for y in Y) / 512)
+    found = quality(512).standard_deviation
+    # 2,000 replicates know a standard deviation to 1.6 per cent; the delta method errs by O(1/N).
+    assert abs(found / expected - 1.0) < 4 * 0.016 + 0.02
+
+
+@pytest.mark.parametrize("points", ["iid", "rqmc"])
+def test_suggested_particles_bring_the_variance_near_one(points):
+    start = quality(8 if points == "iid" else 2, points)
+    again = quality(max(2, start.suggested_num_particles), points)
+    assert start.standard_deviation**2 > 1.0
+    assert 0.3 < again.standard_deviation**2 < 1.7
+
+
+def test_worst_element_is_part_of_the_whole():
+    found = quality(8)
+    assert found.standard_deviation / math.sqrt(len(Y)) < found.worst_element
+    assert found.worst_element < found.standard_deviation
+
+
+def test_bad_input_is_named():
+    marginal = phf.marginalize(counts, ["x"], num_particles=4)
+    with pytest.raises(ValueError, match="lacks a value for site 'mean'"):
+        phf.estimator_quality(marginal, {}, Y)
+    with pytest.raises(ValueError, match="`num_replicates` is 1: expected 2 or more"):
+        phf.estimator_quality(marginal, HERE, Y, num_replicates=1)
