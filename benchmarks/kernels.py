@@ -150,13 +150,8 @@ def _pace(
         potential = kernel.potential
         vectors = potential.vectors(chains)
         program = potential.program(kind, chains)
-        for results, function in (
-            (gradient_times, lambda: program(*vectors)),
-            (density_times, lambda: potential.evaluate(*vectors)),
-        ):
-            once = min(seconds(function)[0] for _ in range(2))
-            calls = max(3, min(2000, round(0.1 / once)))
-            results.append(seconds(lambda: [function() for _ in range(calls)])[0] / calls)  # noqa: B023
+        gradient_times.append(_per_call(lambda: program(*vectors)))
+        density_times.append(_per_call(lambda: potential.evaluate(*vectors)))
 
     kernel.pacer = Pacer(block, halt)
     mcmc = MCMC(
@@ -191,6 +186,12 @@ def _pace(
         "less densities / gradient": ratio(rest, bare),
         "capture, compilation and warm-up, s": mcmc.warmup_time,
     }
+
+
+def _per_call(function: Callable[[], Any]) -> float:
+    once = min(seconds(function)[0] for _ in range(2))
+    calls = max(3, min(2000, round(0.1 / once)))
+    return seconds(lambda: [function() for _ in range(calls)])[0] / calls
 
 
 def _between(values: list[float]) -> list[float]:

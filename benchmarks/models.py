@@ -80,5 +80,7 @@ def glmm_kernel(
     proposal: str, points: str, num_particles: int, method: str, **settings: Any
 ) -> PseudoMarginalHMC:
     """The pseudo-marginal kernel, compiled, with a dense mass unless told otherwise."""
-    marginal = marginal_glmm(proposal, points, num_particles)
-    return PseudoMarginalHMC(marginal, **({"mass": "dense", "compile": True} | settings), method=method)
+    settings = {"mass": "dense", "compile": True} | settings
+    return PseudoMarginalHMC(
+        marginal_glmm(proposal, points, num_particles), method=method, **settings
+    )

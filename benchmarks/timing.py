@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,17 +54,15 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """A compiler that remembers nothing, so that its seconds are those of a first run.
+    """A compiler that remembers no program, so that its seconds are those of a first run.
 
-    Its precompiled headers, made once on a machine, are kept.
+    Its precompiled headers, made once on a machine, are kept: see :func:`prepare_compiler`.
     """
     with fresh_cache():
         yield
 
 
 def prepare_compiler() -> None:
-    """Lets the compiler make what it makes once for all programs, away from the user's own cache."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="benchmarks_")
-    example = torch.ones(2)
-    graph = torch.fx.symbolic_trace(lambda x: (x.sin(),))
-    compile_graph(graph, example)
+    """Lets the compiler load, and make the headers that serve all programs."""
+    with nothing_compiled():
+        compile_graph(torch.fx.symbolic_trace(lambda x: (x.sin(),)), torch.ones(2))

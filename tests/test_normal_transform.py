@@ -51,20 +51,24 @@ WITH_CDF = {
     "kumaraswamy": (lambda p: torch_dist.Kumaraswamy(p[0], p[1]), [1.7, 2.3]),
     "logistic": (_logistic, [0.3, 1.3]),
     "mixture of normals": (
-        _mixture(lambda p: dist.Normal(p[1:3], p[3:5])), [0.4, -1.5, 2.0, 0.3, 1.1]
+        _mixture(lambda p: dist.Normal(p[1:3], p[3:5])),
+        [0.4, -1.5, 2.0, 0.3, 1.1],
     ),
     "mixture of gammas": (
         # torch has no derivative of the gamma distribution function in its shape
-        _mixture(lambda p: dist.Gamma(torch.tensor([1.5, 9.0]), p[1:3])), [0.4, 1.3, 1.1]
+        _mixture(lambda p: dist.Gamma(torch.tensor([1.5, 9.0]), p[1:3])),
+        [0.4, 1.3, 1.1],
     ),
 }
 ROOT = torch.tensor([[0.8, 0.0, 0.0], [0.5, 1.1, 0.0], [-0.3, 0.2, 0.6]], dtype=torch.float64)
 LINEAR = {
     "multivariate normal": (
-        lambda p: dist.MultivariateNormal(p[:3], scale_tril=ROOT * p[3]), [0.1, 0.2, -0.4, 1.3]
+        lambda p: dist.MultivariateNormal(p[:3], scale_tril=ROOT * p[3]),
+        [0.1, 0.2, -0.4, 1.3],
     ),
     "by covariance": (
-        lambda p: dist.MultivariateNormal(p[:3], (ROOT @ ROOT.mT) * p[3]), [0.1, 0.2, -0.4, 1.3]
+        lambda p: dist.MultivariateNormal(p[:3], (ROOT @ ROOT.mT) * p[3]),
+        [0.1, 0.2, -0.4, 1.3],
     ),
     "low-rank normal": (
         lambda p: dist.LowRankMultivariateNormal(p[:3], ROOT[:, :2] * p[3], p[4:]),
@@ -77,7 +81,8 @@ COMPOSED = {
     "beta": (lambda p: dist.Beta(p[0], p[1]), [0.8, 2.4]),
     "dirichlet": (lambda p: dist.Dirichlet(p), [0.8, 2.4, 1.3]),
     "multivariate student t": (
-        lambda p: dist.MultivariateStudentT(p[0], p[1:4], ROOT), [4.3, 0.1, 0.2, -0.4]
+        lambda p: dist.MultivariateStudentT(p[0], p[1:4], ROOT),
+        [4.3, 0.1, 0.2, -0.4],
     ),
     "vector of gammas": (lambda p: dist.Gamma(p[:2], p[2:]).to_event(1), [0.8, 2.4, 1.3, 0.3]),
     "log of a vector": (
@@ -126,13 +131,11 @@ MARGINALS = {
     "student t": ([lambda p: stats.t(p[0], p[1], p[2])], COMPOSED["student t"]),
     "beta": ([lambda p: stats.beta(p[0], p[1])], COMPOSED["beta"]),
     "dirichlet": (
-        [lambda p, i=i: stats.beta(p[i], sum(p) - p[i]) for i in range(3)], COMPOSED["dirichlet"]
+        [lambda p, i=i: stats.beta(p[i], sum(p) - p[i]) for i in range(3)],
+        COMPOSED["dirichlet"],
     ),
     "multivariate student t": (
-        [
-            lambda p, i=i: stats.t(p[0], p[1 + i], ROOT[i].norm().item())
-            for i in range(3)
-        ],
+        [lambda p, i=i: stats.t(p[0], p[1 + i], ROOT[i].norm().item()) for i in range(3)],
         COMPOSED["multivariate student t"],
     ),
     "vector of gammas": (

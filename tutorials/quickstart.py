@@ -81,8 +81,8 @@ spread = float(posterior["spread"].mean())
 share = float((posterior["spread"] ** 2 / (posterior["spread"] ** 2 + torch.pi**2 / 3)).mean())
 print(
     f"\nWhat a man is like, beyond what was recorded of him, explains {share:.0%} of who is a "
-    f"union member (standard deviation of the men's effects {spread:.2f} on the logit scale), far more "
-    "than schooling, experience, origin or marriage do."
+    f"union member (standard deviation of the men's effects {spread:.2f} on the logit scale), far "
+    "more than schooling, experience, origin or marriage do."
 )
 
 # %%

@@ -17,6 +17,7 @@ from pyro_hamflow.mcmc.transition import Transition
 from pyro_hamflow.model.potential import Potential
 
 _REPLICATES = 32
+_LARGEST_VARIANCE = 2.0
 _METHODS = ("auto", "joint", "conditional")
 
 
@@ -68,7 +69,8 @@ class PseudoMarginalHMC(HamiltonianKernel):
             of the estimate, and says so.
         refresh: The move of the noise under the conditional method; fresh independent noise for
             every element if not given.
-        settings: The other arguments of :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`.
+        settings: The other arguments of
+            :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`.
 
     Raises:
         TypeError: If the model is not callable.
@@ -145,9 +147,15 @@ class PseudoMarginalHMC(HamiltonianKernel):
             ]
         )
         self.log_likelihood_variance = float(values.double().var(0).median())
-        method, why = "conditional", "each element's noise is refreshed on its own"
+        if potential.factorises:
+            method, why = "conditional", "each element's noise is refreshed on its own"
+        elif self.log_likelihood_variance <= _LARGEST_VARIANCE:
+            method, why = "conditional", "fresh noise is often accepted as a whole"
+        else:
+            method, why = "joint", "fresh noise would rarely be accepted as a whole"
         self.messages.append(
             f"PseudoMarginalHMC: the log-likelihood estimate has variance "
-            f"{self.log_likelihood_variance:.3g} where the chains start; moves are {method} ({why})."
+            f"{self.log_likelihood_variance:.3g} where the chains start; "
+            f"moves are {method} ({why})."
         )
         return method

@@ -42,6 +42,8 @@ def capture(function: Program, *examples: Tensor) -> GraphModule:
         >>> square(torch.tensor(5.0))
         tensor(25.)
     """
+    # Tracing tells arguments apart by identity: one tensor given twice would be one argument.
+    examples = tuple(example.clone() for example in examples)
     # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
     with torch.autograd.grad_mode._force_original_view_tracking(True):
         recorded = make_fx(function)(*examples)
@@ -88,7 +90,7 @@ def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
     try:
         import torch._inductor as inductor  # here, for it takes a second to import
 
-        dense = [example.contiguous() for example in examples]
+        dense: list[Any] = [example.contiguous() for example in examples]
         with torch.no_grad():
             compiled = inductor.compile(graph, dense)
             compiled(*dense)
@@ -160,14 +162,15 @@ _SHAPES = {*_VIEWS, torch.ops.aten.reshape.default, torch.ops.aten.expand.defaul
 
 def _same_as(node: Node) -> Node | None:
     """The argument that a node returns as it is, if it does no more than that."""
+    arguments: Any = node.args
     if node.target in _COPIES:
-        return node.args[0]
+        return arguments[0]
     if node.target == torch.ops.aten.permute.default:
-        return node.args[0] if list(node.args[1]) == sorted(node.args[1]) else None
+        return arguments[0] if list(arguments[1]) == sorted(arguments[1]) else None
     if node.target == torch.ops.aten.copy.default:
-        source = node.args[1]
+        source = arguments[1]
     elif node.target in _SHAPES:
-        source = node.args[0]
+        source = arguments[0]
     else:
         return None
     before, after = source.meta.get("val"), node.meta.get("val")

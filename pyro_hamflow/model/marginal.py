@@ -29,7 +29,6 @@ from pyro_hamflow.model.laplace import (
     log_gaussian,
 )
 from pyro_hamflow.model.layout import Layout, Stratum, lay_out
-from pyro_hamflow.model.normal_transform import normal_transform
 from pyro_hamflow.model.points import place_points
 from pyro_hamflow.model.proposals import (
     PriorProposal,
@@ -37,6 +36,7 @@ from pyro_hamflow.model.proposals import (
     Proposal,
     component_log_weight,
     gaussian_form,
+    program_transform,
 )
 from pyro_hamflow.model.structure import (
     Frames,
@@ -240,7 +240,7 @@ class MarginalModel:
                     group.name: lay_out(
                         group,
                         trace,
-                        self._proposal(group, None, parameters, *args, **kwargs),
+                        self._proposal(group, None, None, parameters, *args, **kwargs),
                         self.num_particles,
                         self.points,
                     )
@@ -267,7 +267,7 @@ class MarginalModel:
         for stratum, part in zip(layout.strata, layout.split(u), strict=True):
 
             def particle(coordinates: Tensor, stratum: Stratum = stratum) -> Any:
-                proposal = self._proposal(group, stratum, parameters, *args, **kwargs)
+                proposal = self._proposal(group, stratum, coordinates, parameters, *args, **kwargs)
                 return self._particle(
                     group, coordinates, stratum, proposal, parameters, *args, **kwargs
                 )
@@ -338,12 +338,13 @@ class MarginalModel:
         self,
         group: Group,
         stratum: Stratum | None,
+        coordinates: Tensor | None,
         parameters: dict[str, Tensor],
         *args: Any,
         **kwargs: Any,
     ) -> Proposal:
         if callable(self.proposal):
-            return ProgramProposal(self._run_proposal(group, parameters, *args, **kwargs))
+            return self._run_proposal(group, coordinates, parameters, *args, **kwargs)
         if self.proposal == "prior":
             return PriorProposal()
         if stratum is None:
@@ -354,10 +355,25 @@ class MarginalModel:
         return LaplaceProposal(group, blocks, self._fit.sites[group.name, stratum.components])
 
     def _run_proposal(
-        self, group: Group, parameters: dict[str, Tensor], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+        self,
+        group: Group,
+        coordinates: Tensor | None,
+        parameters: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> ProgramProposal:
+        """Runs the user's proposal; without coordinates, for its distributions alone."""
         program: Any = self.proposal
-        with poutine.block(), pyro.validation_enabled(False), SetValues(_no_draw):
+
+        def choose(msg: Message) -> Tensor:
+            fn: Any = msg["fn"]
+            transform = program_transform(msg["name"], fn)
+            if coordinates is None or msg["name"] not in group.sites:
+                return transform.draw(torch.zeros(fn.batch_shape + transform.noise_shape)).detach()
+            block = self.plan(*args, **kwargs).layouts[group.name].blocks[msg["name"]]
+            return transform.draw(block.spread(coordinates, group))
+
+        with poutine.block(), pyro.validation_enabled(False), SetValues(choose):
             trace = poutine.trace(program).get_trace(parameters, *args, **kwargs)
         for name in group.sites:
             if name not in trace.nodes:
@@ -365,7 +381,10 @@ class MarginalModel:
                     f"the proposal does not sample local site '{name}': it samples "
                     f"{list(trace.stochastic_nodes)}"
                 )
-        return {name: trace.nodes[name]["fn"] for name in group.sites}
+        return ProgramProposal(
+            {name: trace.nodes[name]["fn"] for name in group.sites},
+            {name: trace.nodes[name]["value"] for name in group.sites},
+        )
 
     def pilot(
         self,
@@ -506,13 +525,6 @@ class _InPlates(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         msg["cond_indep_stack"] = tuple(self.frames) + msg["cond_indep_stack"]
-
-
-def _no_draw(msg: Message) -> Tensor:
-    """A value for a proposal's site: what is wanted is its distribution, not a draw from it."""
-    fn: Any = msg["fn"]
-    form = normal_transform(fn)
-    return form.draw(torch.zeros(fn.batch_shape + form.noise_shape)).detach()
 
 
 def _signature(argument: Any) -> Any:

@@ -1,11 +1,12 @@
 r"""Distributions written as smooth transforms of standard normal noise.
 
-A likelihood estimate is a differentiable function of parameters and noise only if its particles are:
+A likelihood estimate is a smooth function of parameters and noise only if its particles are:
 :math:`x = g_\theta(u)` with :math:`u \sim N(0, I)`. Location-scale families and transformed normals
 are such maps already; Student's t, beta and Dirichlet variables become so through gamma variables;
 any other univariate distribution through the inverse of its distribution function :math:`F_\theta`,
 whose derivative follows from the implicit function theorem,
-:math:`\partial x / \partial\theta = -F_\theta'(x) / f_\theta(x)`, without differentiating the search.
+:math:`\partial x / \partial\theta = -F_\theta'(x) / f_\theta(x)`, and needs no derivative of the
+search.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def normal_transform(fn: Any) -> NormalTransform:
         return NormalTransform(fn.event_shape, lambda u: _dirichlet_draw(fn.concentration, u))
     if isinstance(fn, torch_dist.TransformedDistribution) and not _folded(fn):
         return _transformed(fn)
-    if len(fn.event_shape) == 0 and not getattr(_support(fn), "is_discrete", True):
+    if len(fn.event_shape) == 0 and not getattr(support(fn), "is_discrete", True):
         if _has(fn.icdf):
             return NormalTransform(scalar, lambda u: fn.icdf(_normal_cdf(u)))
         if _has(fn.cdf):
@@ -132,7 +133,8 @@ def _folded(fn: torch_dist.TransformedDistribution) -> bool:
     return any(isinstance(transform, AbsTransform) for transform in fn.transforms)
 
 
-def _support(fn: Any) -> Any:
+def support(fn: Any) -> Any:
+    """Where a distribution's values lie."""
     try:
         return fn.support
     except (NotImplementedError, AttributeError):  # torch's mixtures have none since torch 2.13
@@ -204,7 +206,7 @@ def _inverse_cdf_draw(fn: Any, u: Tensor) -> Tensor:
     """A draw by the numerical inverse of ``fn.cdf``, with first derivatives."""
     u = u.expand(torch.broadcast_shapes(u.shape, fn.batch_shape))
     with torch.no_grad():
-        positive = _support(fn) in (constraints.positive, constraints.nonnegative)
+        positive = support(fn) in (constraints.positive, constraints.nonnegative)
         x = _solve(fn.cdf, fn.log_prob, torch.special.ndtr(u), positive=positive)
         inverse_density = torch.exp(-fn.log_prob(x))
     level = fn.cdf(x)

@@ -64,7 +64,7 @@ def _climb(potential: Potential, position: Tensor) -> Tensor:
         if not bool(value.isfinite()):
             break
         value.backward()
-        if not bool(position.grad.isfinite().all()):
+        if position.grad is None or not bool(position.grad.isfinite().all()):
             break
         optimizer.step()
     return position.detach()

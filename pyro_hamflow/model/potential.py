@@ -24,9 +24,9 @@ from torch.fx import GraphModule
 from pyro_hamflow.model.capture import Program, batch, capture, compile_graph, loop
 from pyro_hamflow.model.structure import (
     SetValues,
-    is_deterministic,
     is_latent,
     plate_nesting,
+    refuse_nan,
     refuse_subsampling,
 )
 
@@ -89,8 +89,8 @@ class Potential:
 
     Raises:
         ValueError: If a plate is subsampled, a discrete site cannot be enumerated, data contain
-            NaN, a site has no support to be moved to the real line from, or the model draws random
-            numbers of its own.
+            NaN, a site has no fixed support to be moved to the real line from, or the model draws
+            random numbers of its own.
 
     Example:
         >>> def model(y):
@@ -122,7 +122,7 @@ class Potential:
             torch.manual_seed(0)
             plain = poutine.trace(model).get_trace(*args, **self.kwargs)
         refuse_subsampling(plain)
-        _refuse_nan(plain)
+        refuse_nan(plain)
         latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
         discrete = [name for name, site in latent.items() if _is_discrete(name, site)]
         noisy = [n for n in latent if separate_noise and latent[n]["infer"].get("noise")]
@@ -143,6 +143,7 @@ class Potential:
         self.plain_trace = plain
         zero = self.example.new_zeros
         trace = self._trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
+        _refuse_moving_supports(self.sites, trace)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
         self._graphs: dict[tuple[str, int], Program] = {}
         self._base_graphs: dict[str, GraphModule] = {}
@@ -174,7 +175,7 @@ class Potential:
     def _one(self, kind: str) -> Program:
         """A function of one chain's vectors."""
 
-        def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
                 noise = noise.detach().requires_grad_()
@@ -197,7 +198,12 @@ class Potential:
             with torch.no_grad():
                 return self.value_of_one(position, noise), *self._pick(position, noise, uniform)
 
-        return {"gradients": gradients, "gradient": gradient, "evaluate": evaluate}[kind]
+        programs: dict[str, Program] = {
+            "gradients": gradients,
+            "gradient": gradient,
+            "evaluate": evaluate,
+        }
+        return programs[kind]
 
     # --- many chains, as programs ---------------------------------------------------------------
 
@@ -454,6 +460,7 @@ class Potential:
                 continue
             worst = site["log_prob"][~site["log_prob"].isfinite()].flatten()[0]
             kind = "observed site" if site["is_observed"] else "site"
+            kind = "likelihood estimate" if "estimate" in site["infer"] else kind
             faults.append(f"{kind} '{name}' has log density {worst.item()}")
         return "; ".join(faults) or "the gradient of the log density is not finite"
 
@@ -519,6 +526,20 @@ def _stack(latent: Mapping[str, Any], names: list[str]) -> list[Site]:
     return sites
 
 
+def _refuse_moving_supports(sites: list[Site], trace: poutine.Trace) -> None:
+    """Raises a ValueError if a site's support is another one at other values of the rest."""
+    for site in sites:
+        free = torch.full(site.shape, 0.3, dtype=trace.nodes[site.name]["value"].dtype)
+        free = free.to(trace.nodes[site.name]["value"].device)
+        there = transform_of(site.name, trace.nodes[site.name]["fn"])(free)
+        if not torch.equal(there, site.transform(free)):
+            raise ValueError(
+                f"the support of site '{site.name}' depends on other latent sites: expected a "
+                "fixed one, since values move to the real line by one map; sample it on a unit "
+                "scale, then shift and scale it"
+            )
+
+
 def support_of(name: str, fn: Any) -> Any:
     """The support of a site's distribution; raises a ValueError if it has none."""
     try:
@@ -557,20 +578,6 @@ def _is_discrete(name: str, site: Any) -> bool:
             "expected a continuous site, or a discrete one that can be enumerated"
         )
     return False
-
-
-def _refuse_nan(trace: poutine.Trace) -> None:
-    trace.compute_log_prob()
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not site["is_observed"] or is_deterministic(site):
-            continue
-        value = site["value"]
-        if isinstance(value, Tensor) and value.isnan().any() and site["log_prob"].isnan().any():
-            count = int(value.isnan().sum())
-            raise ValueError(
-                f"the data of observed site '{name}' contain NaN ({count} of {value.numel()} "
-                "values): expected numbers, or `poutine.mask` over missing ones"
-            )
 
 
 def _first_line(error: Exception) -> str:

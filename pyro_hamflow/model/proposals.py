@@ -15,7 +15,9 @@ import torch
 import torch.distributions as torch_dist
 from torch import Tensor
 
-from pyro_hamflow.model.normal_transform import normal_transform
+from pyro_hamflow.model.normal_transform import NormalTransform, normal_transform, support
+
+_SUPPORT_CHECKS = 100
 
 
 class Draw(NamedTuple):
@@ -68,6 +70,7 @@ def component_count(fn: Any) -> int | None:
 
 
 def component_log_weight(fn: torch_dist.MixtureSameFamily, component: int) -> Tensor:
+    """The log weight of one component of a mixture, of the mixture's batch shape."""
     logits = fn.mixture_distribution.logits
     return torch.log_softmax(logits, -1)[..., component]
 
@@ -104,13 +107,15 @@ class ProgramProposal:
     """Particles from a user's Pyro program, which samples the local sites.
 
     Arguments:
-        distributions: What the program samples each site from, set anew at every run.
+        distributions: What the program samples each site from, in one run.
+        values: What it has drawn.
     """
 
     stratified = False
 
-    def __init__(self, distributions: dict[str, Any]) -> None:
+    def __init__(self, distributions: dict[str, Any], values: dict[str, Tensor]) -> None:
         self.distributions = distributions
+        self.values = values
 
     def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
         source = self.distributions[name]
@@ -120,15 +125,25 @@ class ProgramProposal:
                 f"{tuple(source.batch_shape)} and event shape {tuple(source.event_shape)}: "
                 f"expected {tuple(fn.batch_shape)} and {tuple(fn.event_shape)}, as in the model"
             )
-        try:
-            return normal_transform(source).noise_shape
-        except ValueError as error:
-            raise ValueError(f"the proposal of local site '{name}': {error}") from error
+        if not bool(support(source).check(fn.sample((_SUPPORT_CHECKS,))).all()):
+            raise ValueError(
+                f"the proposal of local site '{name}', {type(source).__name__}, has support "
+                f"{support(source)}: expected one that holds every value of its prior, "
+                f"{type(fn).__name__}, or the estimate would be too small"
+            )
+        return program_transform(name, source).noise_shape
 
     def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
-        source = self.distributions[name]
-        value = normal_transform(source).draw(noise)
+        source, value = self.distributions[name], self.values[name]
         return Draw(value, fn.log_prob(value) - source.log_prob(value))
+
+
+def program_transform(name: str, fn: Any) -> NormalTransform:
+    """The transform of a site of a user's proposal; raises a ValueError if none is known."""
+    try:
+        return normal_transform(fn)
+    except ValueError as error:
+        raise ValueError(f"the proposal of local site '{name}': {error}") from error
 
 
 class GaussianForm(NamedTuple):

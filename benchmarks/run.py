@@ -1,0 +1,53 @@
+"""Runs the benchmarks and writes RESULTS.md: `python -m benchmarks.run [--only NAME] [--quick]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import pyro
+import torch
+
+from benchmarks import glmm, gradients, kernels, memory
+from benchmarks.report import render, store
+from benchmarks.timing import prepare_compiler
+
+TOPICS = {"gradients": gradients, "kernels": kernels, "memory": memory, "glmm": glmm}
+
+
+def main() -> None:
+    """Measures the topics asked for; renders all that are stored."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", action="append", choices=TOPICS, help="a topic; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to try the code")
+    parser.add_argument("--render", action="store_true", help="measure nothing, write RESULTS.md")
+    parser.add_argument("--folder", type=Path, help="where to write; here unless quick")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    options = parser.parse_args()
+    here = Path(__file__).parent
+    trial = Path(tempfile.gettempdir()) / "pyro_hamflow_benchmarks"
+    folder = options.folder or (trial if options.quick else here)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logger = logging.getLogger("benchmarks")
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(options.threads)
+    torch.set_default_dtype(torch.float64)
+    if not options.render:
+        prepare_compiler()
+        for topic in options.only or TOPICS:
+            logger.info("%s ...", topic)
+            began = time.perf_counter()
+            pyro.set_rng_seed(0)
+            tables = TOPICS[topic].measure(quick=options.quick)
+            minutes = (time.perf_counter() - began) / 60
+            store(folder, topic, TOPICS[topic].ABOUT, tables, minutes)
+            logger.info("%s took %.1f minutes", topic, minutes)
+    path = render(folder, list(TOPICS), quick=options.quick)
+    logger.info("written: %s", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Captured, batched and compiled programs do what the functions they came from do."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_hamflow.mcmc.hmc import HMCTransition
+from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
+from pyro_hamflow.model.capture import batch, capture, loop
+from pyro_hamflow.model.marginal import marginalize
+from pyro_hamflow.model.potential import Potential
+
+
+def counts(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    with pyro.plate("group", len(y)):
+        x = pyro.sample("x", dist.Normal(mean, spread))
+        pyro.sample("y", dist.Poisson(x.exp()), obs=y)
+
+
+def test_arguments_stay_apart_when_the_examples_are_one_tensor():
+    example = torch.ones(3)
+    graph = capture(lambda a, b: a - 2 * b, example, example)
+    torch.testing.assert_close(graph(torch.ones(3), torch.zeros(3)), torch.ones(3))
+
+
+def test_constants_are_computed_once():
+    data = torch.randn(50)
+    graph = capture(lambda a: a + data.exp().sum().log(), torch.tensor(0.0))
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(calls) == 1
+
+
+def test_in_place_operations_become_pure():
+    def function(a):
+        total = torch.zeros(3)
+        total[1] += a.sum()
+        return total
+
+    a = torch.randn(4, 3)
+    graph = batch(capture(function, a[0]), a)
+    torch.testing.assert_close(graph(a), torch.stack([function(row) for row in a]))
+
+
+def test_loop_does_what_batch_does():
+    def function(a, b):
+        return a * b, a.sum()
+
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    for one, other in zip(batch(function, a, b)(a, b), loop(function)(a, b), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("transition", [JointTransition, HMCTransition])
+def test_compiled_steps_equal_plain_ones(transition):
+    y = torch.tensor([2.0, 0.0, 1.0])
+    plain, compiled = (
+        Potential(
+            marginalize(counts, ["x"], num_particles=2),
+            (y,),
+            separate_noise=True,
+            compile_graphs=flag,
+        )
+        for flag in (False, True)
+    )
+    position, noise = plain.vectors(3)
+    mass, size = torch.tensor([0.5, 2.0]), torch.tensor(0.1)
+    other = torch.randn_like(position)
+    if transition is JointTransition:
+        inputs = (position, other, noise, torch.randn_like(noise), mass, size, 0.5 * size)
+    else:
+        inputs = (position, other, torch.randn_like(position), noise, mass, size)
+    steps = [transition(potential, 3)._advance(mass) for potential in (plain, compiled)]
+    assert steps[0] is not steps[1]
+    for one, two in zip(steps[0](*inputs), steps[1](*inputs), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,204 @@
+"""Warm-up: step size, mass, schedule; and that nothing is tuned afterwards."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_hamflow import HMC, PseudoMarginalHMC, marginalize
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.warmup import Covariance, DualAveraging, WarmUp, mass_windows
+
+SCALES = torch.tensor([0.1, 1.0, 5.0]).double()
+
+
+def scaled():
+    pyro.sample("x", dist.Normal(0.0, SCALES).to_event(1))
+
+
+def latent():
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", 3):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor([0.5, -1.0, 2.0]))
+
+
+# --- step size ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize("start", [1e-3, 0.5, 30.0])
+def test_dual_averaging_solves_for_target(target, start):
+    """At an acceptance of exp(-step size) the answer is -log(target)."""
+    averaging = DualAveraging(start, target)
+    for _ in range(3000):
+        averaging.update(math.exp(-averaging.step_size))
+    assert abs(math.exp(-averaging.final()) - target) < 0.01
+
+
+def test_dual_averaging_before_any_update():
+    assert DualAveraging(0.3, 0.8).final() == 0.3
+
+
+@pytest.mark.parametrize("target", [0.65, 0.9])
+def test_acceptance_reaches_target(target):
+    """Of chains moved with the tuned step size, within what jitter of the length leaves open."""
+    torch.manual_seed(1)
+    kernel = HMC(scaled, target_accept=target)
+    state = kernel.begin(64, 400)
+    rates = []
+    for i in range(800):
+        state, info = kernel.advance(state)
+        if i >= 400:
+            rates.append(info.acceptance_rate.mean().item())
+    assert abs(np.mean(rates) - target) < 0.05
+
+
+def test_fixed_step_size_stays():
+    kernel = HMC(scaled, step_size=0.05, adapt_step_size=False)
+    state = kernel.begin(4, 30)
+    for _ in range(40):
+        state, _ = kernel.advance(state)
+        assert kernel.step_size == 0.05
+
+
+# --- mass ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_covariance_is_pooled(dense):
+    """That of all chains and iterations together, however they came in."""
+    torch.manual_seed(2)
+    batches = [torch.randn(n, 3) @ torch.randn(3, 3) + 10.0 for n in (1, 5, 2, 40)]
+    covariance = Covariance(3, dense=dense)
+    for batch in batches:
+        covariance.update(batch)
+    everything = np.concatenate([batch.numpy() for batch in batches])
+    expected = np.cov(everything.T)
+    expected = expected if dense else np.diag(expected)
+    computed = covariance._sum / (covariance.count - 1)
+    assert covariance.count == len(everything)
+    assert np.allclose(computed.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_inverse_mass_is_shrunk_covariance(dense):
+    torch.manual_seed(2)
+    covariance = Covariance(2, dense=dense)
+    draws = torch.randn(50, 2)
+    covariance.update(draws)
+    full = torch.cov(draws.T)
+    expected = 50 / 55 * full + 1e-3 * 5 / 55 * torch.eye(2)
+    expected = expected if dense else expected.diagonal()
+    assert torch.allclose(covariance.inverse_mass(), expected, rtol=1e-12)
+
+
+def test_infinite_positions_are_left_out():
+    covariance = Covariance(2, dense=False)
+    covariance.update(torch.tensor([[1.0, 2.0], [torch.inf, 0.0], [torch.nan, 0.0], [3.0, 5.0]]))
+    assert covariance.count == 2
+    assert torch.allclose(covariance._sum, torch.tensor([2.0, 4.5]))
+
+
+@pytest.mark.parametrize("mass", ["diagonal", "dense"])
+def test_mass_finds_posterior_scales(mass):
+    torch.manual_seed(3)
+    kernel = HMC(scaled, mass=mass)
+    state = kernel.begin(32, 300)
+    for _ in range(300):
+        state, _ = kernel.advance(state)
+    found = kernel.inverse_mass
+    found = found.diagonal() if mass == "dense" else found
+    assert torch.allclose(found.sqrt(), SCALES, rtol=0.1)
+
+
+def test_identity_mass_stays():
+    kernel = HMC(scaled, mass="identity")
+    state = kernel.begin(4, 100)
+    for _ in range(100):
+        state, _ = kernel.advance(state)
+    assert torch.equal(kernel.inverse_mass, torch.ones(3))
+
+
+# --- schedule -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 10, 19, 20, 27, 50, 100, 333, 500, 1000, 5000])
+def test_windows(warmup_steps):
+    """They lie in order inside the warm-up, with its first and last part left free."""
+    ends = mass_windows(warmup_steps)
+    assert ends == sorted(set(ends))
+    assert all(0.15 * warmup_steps < end <= 0.9 * warmup_steps for end in ends)
+    lengths = np.diff([int(0.15 * warmup_steps), *ends])
+    assert all(lengths >= 20)
+    assert all(lengths[1:] >= 2 * lengths[:-1])
+    if warmup_steps >= 100:
+        assert ends[-1] == int(0.9 * warmup_steps)
+
+
+def test_mass_changes_at_ends_of_windows():
+    kinetic = GaussianKinetic(torch.ones(2))
+    warmup = WarmUp(0.1, kinetic, 500, target=0.8, adapt_step_size=True, adapt_mass=True)
+    changed = [i + 1 for i in range(500) if warmup.update(torch.randn(8, 2), torch.rand(8))]
+    assert changed == mass_windows(500)
+    assert warmup.finished
+
+
+def test_opening_positions_do_not_enter_mass():
+    """Chains on their way to the typical set do not count."""
+    kinetic = GaussianKinetic(torch.ones(1))
+    warmup = WarmUp(0.1, kinetic, 100, target=0.8, adapt_step_size=False, adapt_mass=True)
+    for i in range(100):
+        position = torch.randn(8, 1) if i >= 15 else torch.full((8, 1), 1e6)
+        warmup.update(position, torch.ones(8))
+    assert warmup.tuning.kinetic.inverse_mass < 2.0
+
+
+# --- nothing is tuned afterwards ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: HMC(scaled),
+        lambda: HMC(scaled, mass="dense"),
+        lambda: PseudoMarginalHMC(marginalize(latent, ["x"], num_particles=4), method="joint"),
+        lambda: PseudoMarginalHMC(
+            marginalize(latent, ["x"], num_particles=4), method="conditional"
+        ),
+    ],
+    ids=["diagonal", "dense", "joint", "conditional"],
+)
+@pytest.mark.parametrize("warmup_steps", [0, 60])
+def test_tuning_is_frozen_after_warmup(make, warmup_steps):
+    kernel = make()
+    state = kernel.begin(8, warmup_steps)
+    for _ in range(warmup_steps):
+        state, _ = kernel.advance(state)
+    size, mass = kernel.step_size, kernel.inverse_mass.clone()
+    tuning = kernel._warmup.tuning
+    for _ in range(20):
+        state, _ = kernel.advance(state)
+    assert kernel.step_size == size
+    assert torch.equal(kernel.inverse_mass, mass)
+    assert kernel._warmup.tuning is tuning
+
+
+def test_number_of_steps_does_not_depend_on_state():
+    """It is the same for all chains, and drawn from the step size alone."""
+    kernel = HMC(scaled, step_size=0.1, adapt_step_size=False, jitter=0.4)
+    state = kernel.begin(16, 0)
+    counts = set()
+    for _ in range(60):
+        state, info = kernel.advance(state)
+        assert len(set(info.n_steps.tolist())) == 1
+        counts.add(int(info.n_steps[0]))
+    mean = math.pi / 2 / 0.1
+    assert min(counts) >= round(0.6 * mean)
+    assert max(counts) <= round(1.4 * mean)
+    assert len(counts) > 5
