@@ -245,7 +245,7 @@ PRIORS = {
     "other event shape": (
         None,
         _proposal("x", x=dist.Normal(torch.zeros(2), 1.0).to_event(1)),
-        r"samples site 'x' with batch shape \(4,\) and event shape \(2,\): expected \(4,\) and \(\)",
+        r"site 'x' with batch shape \(4,\) and event shape \(2,\): expected \(4,\) and \(\)",
     ),
     "other batch shape": (
         None,

@@ -33,12 +33,12 @@ def potential(z, u):
 
 
 def gradients(z, u):
-    """The potential and both gradients, with their own derivatives if those of z are wanted."""
-    wanted = z.requires_grad
+    """The potential and both gradients, differentiable themselves if that is wanted."""
+    wanted = z.requires_grad or u.requires_grad
     with torch.enable_grad():
-        z, u = (z, u) if wanted else (z.detach().requires_grad_(), u.detach().requires_grad_())
+        z, u = (part if part.requires_grad else part.detach().requires_grad_() for part in (z, u))
         value = potential(z, u)
-        slopes = torch.autograd.grad(value.sum(), (z, u), create_graph=wanted, allow_unused=True)
+        slopes = torch.autograd.grad(value.sum(), (z, u), create_graph=wanted)
     return value.detach(), *slopes
 
 

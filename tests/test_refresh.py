@@ -86,8 +86,8 @@ def mixture():
 def no_plate():
     """One element: a single block."""
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    x = pyro.sample("x", dist.Normal(mean, 1.0))
-    pyro.sample("y", dist.Normal(x.exp(), 1.0), obs=torch.tensor(0.7))
+    x = pyro.sample("x", dist.Normal(mean, 1.0).expand([2]).to_event(1))
+    pyro.sample("y", dist.Normal(x.prod(-1), 1.0), obs=torch.tensor(0.7))
 
 
 def by_hand():

@@ -1,0 +1,316 @@
+"""The runner: seeds, shapes, interruptions, hooks, progress, and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+
+from pyro_hamflow import HMC, MCMC, PseudoMarginalHMC, marginalize, to_inference_data
+from pyro_hamflow.model.potential import Potential
+
+
+def model():
+    pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.sample("scale", dist.LogNormal(0.0, 0.5).expand([2]).to_event(1))
+
+
+def latent(y):
+    mean = pyro.sample("mean", dist.Normal(torch.zeros_like(y[0]), 1.0))
+    with pyro.plate("group", len(y)):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def funnel():
+    width = pyro.sample("width", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(0.0, (2.0 * width).exp()).expand([5]).to_event(1))
+
+
+@cache
+def _captured():
+    return Potential(model)
+
+
+def _kernel(**settings):
+    """A kernel whose model is captured once for all tests."""
+    kernel = HMC(model, **settings)
+    kernel._potential = _captured()
+    return kernel
+
+
+def _run(num_samples=10, warmup_steps=10, *, kernel=None, **settings):
+    mcmc = MCMC(kernel or _kernel(), num_samples, warmup_steps, disable_progbar=True, **settings)
+    mcmc.run()
+    return mcmc
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+def test_seed_repeats_run(chain_method):
+    def draws(seed):
+        mcmc = _run(num_chains=2, seed=seed, chain_method=chain_method)
+        return mcmc.draws.position
+
+    first = draws(3)
+    torch.rand(7)
+    assert torch.equal(draws(3), first)
+    assert not torch.equal(draws(4), first)
+
+
+def test_seed_repeats_run_of_same_object():
+    """Also where the second run finds the model captured."""
+    mcmc = MCMC(HMC(model), 6, 6, num_chains=2, seed=3, disable_progbar=True)
+    mcmc.run()
+    first = mcmc.draws.position
+    mcmc.run()
+    assert torch.equal(mcmc.draws.position, first)
+
+
+def test_seed_repeats_pseudo_marginal_run():
+    y = torch.tensor([0.5, -1.0, 2.0])
+    kernel = PseudoMarginalHMC(marginalize(latent, ["x"], num_particles=2))
+    mcmc = MCMC(kernel, 5, 5, num_chains=2, seed=3, disable_progbar=True)
+    mcmc.run(y)
+    first = mcmc.draws
+    mcmc.run(y)
+    assert torch.equal(mcmc.draws.position, first.position)
+    assert torch.equal(mcmc.draws.local["x"], first.local["x"])
+
+
+def test_chains_differ():
+    for chain_method in ("vectorized", "sequential"):
+        position = _run(num_chains=2, chain_method=chain_method).draws.position
+        assert not torch.equal(position[0], position[1])
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_shapes_of_draws(chain_method, num_chains):
+    mcmc = _run(num_chains=num_chains, chain_method=chain_method)
+    grouped = mcmc.get_samples(group_by_chain=True)
+    assert grouped["mean"].shape == (num_chains, 10)
+    assert grouped["scale"].shape == (num_chains, 10, 2)
+    flat = mcmc.get_samples()
+    assert torch.equal(flat["scale"], grouped["scale"].reshape(-1, 2))
+    assert mcmc.get_samples(7)["scale"].shape == (7, 2)
+    assert mcmc.get_samples(7, group_by_chain=True)["scale"].shape == (num_chains, 7, 2)
+    for name, stat in mcmc.draws.stats.items():
+        assert stat.shape == (num_chains, 10), name
+    assert mcmc.warmup_draws is None
+    diagnostics = mcmc.diagnostics()
+    assert diagnostics["scale"]["n_eff"].shape == (2,)
+    assert set(diagnostics["acceptance rate"]) == {f"chain {i}" for i in range(num_chains)}
+    assert list(mcmc.summary().index) == ["mean", "scale[0]", "scale[1]"]
+
+
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+def test_saved_warmup(chain_method):
+    mcmc = _run(6, 9, num_chains=2, save_warmup=True, chain_method=chain_method)
+    assert mcmc.warmup_draws.position.shape == (2, 9, 3)
+    assert mcmc.draws.position.shape == (2, 6, 3)
+    assert len(mcmc.warmup_draws.stats["step_size"].unique()) > 1
+
+
+def test_warmup_is_as_long_as_sampling_if_not_given():
+    assert MCMC(_kernel(), 17).warmup_steps == 17
+
+
+def test_float32_end_to_end():
+    y = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float32)
+    torch.set_default_dtype(torch.float32)
+    for method in ("joint", "conditional"):
+        kernel = PseudoMarginalHMC(marginalize(latent, ["x"], num_particles=2), method=method)
+        mcmc = MCMC(kernel, 10, 10, num_chains=2, disable_progbar=True)
+        mcmc.run(y)
+        assert mcmc.draws.position.dtype == torch.float32
+        assert mcmc.draws.stats["energy_error"].dtype == torch.float64
+        assert len(mcmc.draws.position.unique()) > 4
+        posterior = to_inference_data(mcmc).posterior
+        assert posterior["x"].shape == (2, 10, 3)
+
+
+# --- starting values ----------------------------------------------------------------------------
+
+STILL = {"step_size": 1e-9, "adapt_step_size": False, "max_num_steps": 1}
+
+
+@pytest.mark.parametrize(("num_chains", "lead"), [(1, ()), (1, (1,)), (3, (3,))])
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+def test_initial_params_are_honoured(num_chains, lead, chain_method):
+    start = {"mean": torch.rand(lead), "scale": torch.rand(*lead, 2)}
+    mcmc = _run(
+        1,
+        0,
+        kernel=_kernel(**STILL),
+        num_chains=num_chains,
+        initial_params=start,
+        chain_method=chain_method,
+    )
+    samples = mcmc.get_samples(group_by_chain=True)
+    assert torch.allclose(samples["mean"].flatten(), start["mean"].flatten(), atol=1e-6)
+    assert torch.allclose(samples["scale"].log().flatten(), start["scale"].flatten(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_chains", "start", "message"),
+    [
+        (2, {"mean": torch.zeros(3), "scale": torch.zeros(2, 2)}, "site 'mean' has shape .3,."),
+        (2, {"mean": torch.tensor(0.0), "scale": torch.zeros(2, 2)}, "first dimension of 2"),
+        (2, {"mean": torch.zeros(2), "scale": torch.zeros(2, 3)}, "site 'scale' has shape .2, 3."),
+        (1, {"mean": torch.zeros(4), "scale": torch.zeros(2)}, "site 'mean' has shape .4,."),
+        (2, {"mean": torch.zeros(2)}, "lacks a value for site 'scale'"),
+        (2, {"mean": torch.zeros(2), "scales": torch.zeros(2, 2)}, "names 'scales'"),
+    ],
+)
+def test_bad_initial_params_are_refused(num_chains, start, message):
+    with pytest.raises(ValueError, match=message):
+        _run(1, 0, num_chains=num_chains, initial_params=start)
+
+
+# --- interruptions and hooks --------------------------------------------------------------------
+
+
+def _interrupt(stage, iteration):
+    def hook(kernel, params, where, i):
+        if where == stage and i == iteration:
+            raise KeyboardInterrupt
+
+    return hook
+
+
+def test_interrupted_sampling_keeps_draws():
+    mcmc = MCMC(_kernel(), 10, 5, num_chains=2, hook_fn=_interrupt("Sample", 3), seed=1)
+    with pytest.warns(RuntimeWarning, match="interrupted: 4 of 10 draws were made and are kept"):
+        mcmc.run()
+    assert mcmc.interrupted
+    whole = _run(10, 5, num_chains=2, seed=1)
+    assert torch.equal(mcmc.draws.position, whole.draws.position[:, :4])
+    assert mcmc.get_samples(group_by_chain=True)["scale"].shape == (2, 4, 2)
+    data = to_inference_data(mcmc)
+    assert dict(data.posterior.sizes)["draw"] == 4
+    mcmc.hook_fn = None
+    mcmc.run()
+    assert not mcmc.interrupted
+    assert mcmc.draws.position.shape == (2, 10, 3)
+
+
+def test_interrupted_sequential_run_keeps_finished_chains():
+    """A chain that has hardly begun does not cost the others their draws."""
+    hook = _interrupt("Sample [2]", 0)
+    mcmc = MCMC(_kernel(), 10, 5, num_chains=3, chain_method="sequential", hook_fn=hook)
+    with pytest.warns(RuntimeWarning, match="interrupted: 1 of 10"):
+        mcmc.run()
+    assert mcmc.draws.position.shape == (1, 10, 3)
+    assert dict(to_inference_data(mcmc).posterior.sizes)["draw"] == 10
+
+
+@pytest.mark.parametrize("save_warmup", [False, True])
+def test_interrupted_warmup_raises(save_warmup):
+    hook = _interrupt("Warmup", 3)
+    mcmc = MCMC(_kernel(), 10, 5, hook_fn=hook, save_warmup=save_warmup)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(KeyboardInterrupt, match="before the first draw"):
+            mcmc.run()
+    with pytest.raises(RuntimeError, match="no draws yet"):
+        mcmc.get_samples()
+
+
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+def test_hook_sees_every_iteration(chain_method):
+    calls = []
+
+    def hook(kernel, params, stage, i):
+        calls.append((stage, i))
+        assert params["scale"].shape == ((2, 2) if chain_method == "vectorized" else (1, 2))
+
+    _run(3, 2, num_chains=2, chain_method=chain_method, hook_fn=hook)
+    once = [("Warmup", 0), ("Warmup", 1), ("Sample", 0), ("Sample", 1), ("Sample", 2)]
+    if chain_method == "vectorized":
+        assert calls == once
+    else:
+        assert calls == [(f"{s} [{c}]", i) for c in (1, 2) for s, i in once]
+
+
+# --- what the user sees -------------------------------------------------------------------------
+
+
+def test_progress_bar(monkeypatch, capsys):
+    monkeypatch.delenv("CI", raising=False)
+    MCMC(_kernel(), 5, 5).run()
+    shown = capsys.readouterr().err
+    for word in ("Warmup", "Sample", "step size=", "acc. prob=", "divergences=0"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("hide", ["CI", "disable_progbar"])
+def test_hidden_progress_bar(hide, monkeypatch, capsys):
+    if hide == "CI":
+        monkeypatch.setenv("CI", "true")
+    else:
+        monkeypatch.delenv("CI", raising=False)
+    MCMC(_kernel(), 5, 5, disable_progbar=hide != "CI").run()
+    assert capsys.readouterr().err == ""
+
+
+def test_divergences_are_counted():
+    """A funnel with steps too long for its neck: rejected, counted, told, and no crash."""
+    kernel = HMC(funnel, step_size=1.0, adapt_step_size=False, adapt_mass=False)
+    start = {"width": torch.full((4,), -3.0), "x": torch.full((4, 5), 0.01)}
+    mcmc = MCMC(kernel, 50, 0, num_chains=4, initial_params=start, seed=0, disable_progbar=True)
+    mcmc.run()
+    stats = mcmc.draws.stats
+    count = int(stats["diverging"].sum())
+    assert count > 0
+    assert bool((stats["energy_error"][stats["diverging"]] > 1000).all())
+    assert not bool(stats["accepted"][stats["diverging"]].any())
+    assert bool(mcmc.draws.position.isfinite().all())
+    assert any(message.startswith(f"{count} of 200") for message in mcmc.messages)
+    told = mcmc.diagnostics()["divergences"]
+    assert sum(len(part) for part in told.values()) == count
+    assert int(to_inference_data(mcmc).sample_stats["diverging"].sum()) == count
+
+
+# --- wrong use ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_samples": 0}, ValueError, "`num_samples` is 0: expected 1 or more"),
+        ({"num_samples": 2.5}, TypeError, "`num_samples` is 2.5: expected an integer"),
+        ({"num_samples": True}, TypeError, "`num_samples` is True: expected an integer"),
+        ({"warmup_steps": -1}, ValueError, "`warmup_steps` is -1: expected 0 or more"),
+        ({"num_chains": 0}, ValueError, "`num_chains` is 0: expected 1 or more"),
+        (
+            {"chain_method": "parallel"},
+            ValueError,
+            "`chain_method` is 'parallel': expected one of",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        MCMC(_kernel(), **({"num_samples": 5} | settings))
+
+
+def test_kernel_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="`kernel` is a NUTS: expected a kernel of pyro_hamflow"):
+        MCMC(pyro.infer.NUTS(model), 5)
+
+
+@pytest.mark.parametrize("ask", ["get_samples", "diagnostics", "summary"])
+def test_results_before_run_are_refused(ask):
+    with pytest.raises(RuntimeError, match="call `run` first"):
+        getattr(MCMC(_kernel(), 5), ask)()
