@@ -68,11 +68,11 @@ class _Paced:
 
 
 class PacedHMC(_Paced, HMC):
-    """HMC that is timed in blocks."""
+    pass
 
 
 class PacedPseudoMarginalHMC(_Paced, PseudoMarginalHMC):
-    """PseudoMarginalHMC that is timed in blocks."""
+    pass
 
 
 def measure(*, quick: bool) -> list[Table]:
@@ -86,7 +86,8 @@ def measure(*, quick: bool) -> list[Table]:
         "per leapfrog step, momenta, the Metropolis test and the record of each draw.",
         f"at most {_GOAL_SCHOOLS} at 64 chains: {met(many <= _GOAL_SCHOOLS)} ({many:.3g}).",
     )
-    settings = [(n, method) for n in ((8,) if quick else (32, 128)) for method in ("joint", "conditional")]
+    sizes = (8,) if quick else (32, 128)
+    settings = [(n, method) for n in sizes for method in ("joint", "conditional")]
     rows = [_glmm(n, method, quick=quick) for n, method in settings]
     worst = max(row["less densities / gradient"] for row in rows)
     glmm = Table(

@@ -93,9 +93,8 @@ def assert_invariant(before, after, limit=LIMIT):
     labels, differences = [], []
     for power, label in ((1, "mean"), (2, "second moment"), (3, "third moment")):
         labels += [f"{label} of {name}" for name in names]
-        differences.append(
-            _power(last, centre, scale, power) - _power(first, centre, scale, power)
-        )
+        new_power = _power(last, centre, scale, power)
+        differences.append(new_power - _power(first, centre, scale, power))
     for level in _QUANTILES:
         labels += [f"{level:.0%} quantile of {name}" for name in names]
         edge = first.quantile(level, 0)

@@ -10,6 +10,7 @@ import torch
 
 from pyro_hamflow import marginalize
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import find_start
 from tests.zoo import Shaped
 
 Y = torch.tensor([0.3, -1.0, 2.2, 0.5], dtype=torch.float64)
@@ -398,4 +399,4 @@ NO_START = {
 def test_want_of_a_start_names_the_site(model, match):
     potential = Potential(model, (Y,), separate_noise=True)
     with pytest.raises(ValueError, match="no finite starting point in 100 tries: " + match):
-        potential.find_start(2)
+        find_start(potential, 2)

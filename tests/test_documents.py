@@ -20,7 +20,10 @@ def test_readme_example_runs():
     assert shorter != block
     code = "import warnings; warnings.simplefilter('ignore')\n" + shorter
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"CI": "true"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=os.environ | {"CI": "true"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "elpd_loo" in done.stdout and "spread" in done.stdout

@@ -1,9 +1,9 @@
 """Samplers keep their targets: many chains, begun from exact draws, follow them after some moves.
 
-The latent-variable model has bounded likelihood, so that its joint posterior of parameters and local
-sites is drawn exactly by rejection from the prior. Its extended target then follows: one particle
-of each element, picked uniformly, is given the noise that leads to the element's local value, and
-all other noise is standard normal. Each check is shown to fail on samplers spoilt in one point.
+The latent-variable model has bounded likelihood, so that its joint posterior of parameters and
+local sites is drawn exactly by rejection from the prior. Its extended target then follows: one
+particle of each element, picked uniformly, is given the noise that leads to the element's local
+value, and all other noise is standard normal. Each check is shown to fail on samplers spoilt in one point.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class Extended:
     def __init__(self, kind, num_particles, proposal="prior", points="iid"):
         self.num_particles, self.points, self.kind = num_particles, points, kind
         self.groups = len(Y)
+        self._draws = None
         if kind == "by hand":
             self.model = by_hand(num_particles)
         else:
@@ -173,9 +174,7 @@ class Extended:
             def particle(z, mean, scale, stratum=stratum):
                 values = {"mean": mean, "scale": scale}
                 proposal = self.model._proposal(group, stratum, values, Y)
-                return self.model._particle(group, z[:, None], stratum, proposal, values, Y)[1][
-                    "x"
-                ]
+                return self.model._particle(group, z[:, None], stratum, proposal, values, Y)[1]["x"]
 
             inner = torch.func.vmap(particle, in_dims=(0, None, None))
             results.append(torch.func.vmap(inner)(part, parameters["mean"], parameters["scale"]))
@@ -193,9 +192,13 @@ class Extended:
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return 0.5 * (low + high)
 
-    @cache
-    def draws(self, num_chains=CHAINS):
-        """Exact draws: positions, noise, local sites."""
+    def draws(self):
+        """Exact draws, made once: positions, noise, local sites."""
+        if self._draws is None:
+            self._draws = self._make_draws(CHAINS)
+        return self._draws
+
+    def _make_draws(self, num_chains):
         mixture = self.kind == "mixture"
         position, first, x = posterior_draws(num_chains, mixture=mixture)
         shape = (num_chains, self.groups)
@@ -449,9 +452,7 @@ def pick_any_particle(transition):
     def step(state, tuning, num_steps):
         state, info = transition.step(state, tuning, num_steps)
         values = make_target("prior-8").values(state.position, state.noise.reshape(CHAINS, 8, -1))
-        return state._replace(
-            evaluation=state.evaluation._replace(local={"x": values[:, 0]})
-        ), info
+        return state._replace(evaluation=state.evaluation._replace(local={"x": values[:, 0]})), info
 
     return step
 

@@ -1,7 +1,7 @@
 """The GLMM of the PM-HMC paper against its posterior by quadrature.
 
-Chains start from draws of the reference posterior (``reference/make_glmm.py``), so that whatever moves their means
-away from the truth is the sampler's fault.
+Chains start from draws of the reference posterior (``reference/make_glmm.py``), so that whatever
+moves their means away from the truth is the sampler's fault.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import pyro_hamflow as phf
 from tests.targets import glmm, glmm_data
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "glmm.json").read_text())["3"]
-FIVE = [8, 9, 10, 11, 12]  # the mixture's parameters, the hard ones
 
 
 def initial_params(num_chains: int) -> dict[str, torch.Tensor]:
@@ -48,24 +47,30 @@ def run(num_particles, method, *, num_samples, **settings):
     return mcmc
 
 
-def draws_of(mcmc) -> np.ndarray:
-    return mcmc.draws.position.numpy()  # chains, draws, the 13 in the reference's order
-
-
-def assert_agrees(values: np.ndarray, truth, truth_error, names) -> None:
-    """Means within four standard errors, by ArviZ's Monte Carlo errors of draws and truth."""
+def scores(values: np.ndarray, truth, truth_error) -> np.ndarray:
+    """By how many standard errors means differ, by ArviZ's Monte Carlo errors of draws and truth."""
     data = arviz.convert_to_dataset({"v": values})
     error = np.hypot(arviz.mcse(data)["v"].to_numpy(), np.asarray(truth_error))
-    score = (values.mean((0, 1)) - np.asarray(truth)) / error
-    worst = int(np.abs(score).argmax())
-    assert np.abs(score).max() < 4.0, (names[worst], score[worst])
+    return (values.mean((0, 1)) - np.asarray(truth)) / error
+
+
+def parameter_scores(mcmc) -> np.ndarray:
+    draws = mcmc.draws.position.numpy()  # chains, draws, the 13 in the reference's order
+    return scores(draws, REFERENCE["mean"], REFERENCE["mcse"])
+
+
+def effect_scores(mcmc) -> np.ndarray:
+    effects = mcmc.draws.local["x"].squeeze(-1).numpy()
+    return scores(effects, REFERENCE["effect_mean"], REFERENCE["effect_mean_mcse"])
 
 
 def check(mcmc) -> None:
-    assert_agrees(draws_of(mcmc), REFERENCE["mean"], REFERENCE["mcse"], REFERENCE["names"])
-    effects = mcmc.draws.local["x"].squeeze(-1).numpy()
-    names = [f"x[{i}]" for i in range(effects.shape[-1])]
-    assert_agrees(effects, REFERENCE["effect_mean"], REFERENCE["effect_mean_mcse"], names)
+    """Every parameter within four standard errors, and the 500 effects off by one on average.
+
+    Short runs do not know each effect's Monte Carlo error well; the mean of their squares they do.
+    """
+    assert np.abs(parameter_scores(mcmc)).max() < 4.0
+    assert np.mean(effect_scores(mcmc) ** 2) < 1.3
 
 
 @pytest.mark.parametrize("method", ["joint", "conditional"])
@@ -77,7 +82,9 @@ def test_posterior_agrees_with_quadrature(method):
 @pytest.mark.parametrize("method", ["joint", "conditional"])
 @pytest.mark.parametrize("num_particles", [8, 32, 128])
 def test_long_runs_agree_with_quadrature(num_particles, method):
-    check(run(num_particles, method, num_samples=1000, compile=True))
+    mcmc = run(num_particles, method, num_samples=1000, compile=True)
+    check(mcmc)
+    assert np.abs(effect_scores(mcmc)).max() < 4.0
 
 
 def test_a_biased_sampler_is_noticed(monkeypatch):

@@ -12,6 +12,7 @@ from pyro.infer.mcmc.util import initialize_model
 
 from pyro_hamflow.model import potential as potential_module
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import find_start
 from tests.zoo import ZOO, eight_schools, learned_parameter
 
 CHAINS = 3
@@ -124,7 +125,7 @@ def test_float32_model_gives_float32_potential():
     assert torch.allclose(value[0], plain_value, rtol=1e-6)
     assert torch.allclose(slope[0], plain_slope, rtol=1e-5)
     assert potential.ravel({"a": position.double()}, 1).dtype == torch.float32
-    assert potential.find_start(2)[0].dtype == torch.float32
+    assert find_start(potential, 2)[0].dtype == torch.float32
 
 
 def test_arguments_reach_the_model():
@@ -263,7 +264,7 @@ def test_draws_of_the_global_generator_are_left_alone():
 def test_start_is_finite_and_within_the_box():
     potential = Potential(eight_schools)
     centre = torch.full((potential.dimension,), 5.0)
-    position, noise = potential.find_start(4, centre, radius=0.5)
+    position, noise = find_start(potential, 4, centre, radius=0.5)
     assert noise.shape == (4, 0)
     assert bool(((position - centre).abs() <= 0.5).all())
     assert bool(potential.value(position, noise).isfinite().all())

@@ -20,8 +20,10 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.record import Record
 from pyro_hamflow.mcmc.transition import Info, State, Transition
 from pyro_hamflow.mcmc.warmup import WarmUp
-from pyro_hamflow.model.marginal import MarginalModel, same_arguments
+from pyro_hamflow.model.arguments import same_arguments
+from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import find_start
 
 _MASSES = ("identity", "diagonal", "dense")
 _FIRST_STEP = 0.1
@@ -130,7 +132,8 @@ class HamiltonianKernel(MCMCKernel):
             The first state.
         """
         self.messages = []
-        potential = self.prepare(args, dict(kwargs or {}), initial_params)
+        with torch.random.fork_rng():  # so that a run repeats itself, captured already or not
+            potential = self.prepare(args, dict(kwargs or {}), initial_params)
         position, noise = self._start(potential, num_chains, initial_params)
         self._transition = self.make_transition(potential, position)
         state = self._transition.begin(position, noise)
@@ -277,11 +280,11 @@ class HamiltonianKernel(MCMCKernel):
     ) -> tuple[Tensor, Tensor]:
         if initial_params is None:
             if self._pilot is None:
-                return potential.find_start(num_chains)
+                return find_start(potential, num_chains)
             centre = potential.flatten(self._pilot)
-            return potential.find_start(num_chains, centre, _PILOT_RADIUS)
+            return find_start(potential, num_chains, centre, _PILOT_RADIUS)
         position = potential.ravel(initial_params, num_chains)
-        return potential.find_start(num_chains, position, 0.0)
+        return find_start(potential, num_chains, position, 0.0)
 
     # --- one chain at a time: Pyro's runner -----------------------------------------------------
 
@@ -291,7 +294,7 @@ class HamiltonianKernel(MCMCKernel):
         chains_first = None if initial is None else {n: v[None] for n, v in initial.items()}
         self._record = Record()
         self._state = self.begin(1, warmup_steps, args, kwargs, chains_first)
-        self._returned = None
+        self._returned = self._params(self._state)
 
     @property
     def initial_params(self) -> dict[str, Tensor]:

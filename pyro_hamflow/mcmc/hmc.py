@@ -14,7 +14,8 @@ from pyro_hamflow.mcmc.transition import (
     select,
 )
 from pyro_hamflow.model.capture import Program
-from pyro_hamflow.model.potential import Evaluation, Potential
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 
 
 class HMCTransition:

@@ -43,7 +43,7 @@ class Record:
         }
         estimates = state.evaluation.log_likelihoods
         if estimates:
-            sums = [part.double().flatten(1).sum(-1) for part in estimates.values()]
+            sums = [part.double().reshape(len(part), -1).sum(-1) for part in estimates.values()]
             stats["log_likelihood_estimate"] = torch.stack(sums).sum(0)
         if not bool(info.refresh_rate.isnan().all()):
             stats["refresh_rate"] = info.refresh_rate

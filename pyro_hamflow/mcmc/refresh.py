@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transition import select, select_evaluation
-from pyro_hamflow.model.potential import Evaluation, Potential
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 
 Evaluate = Callable[[Tensor], Evaluation]
 
@@ -105,7 +106,7 @@ class Blocks:
             taken, name = accepted[group.name], group.name
             change = new.log_likelihoods[name] - old.log_likelihoods[name]
             gained = torch.where(taken, change, torch.zeros_like(change))
-            value = value - gained.flatten(1).sum(-1)
+            value = value - gained.reshape(len(gained), -1).sum(-1)
             log_likelihoods[name] = torch.where(
                 taken, new.log_likelihoods[name], old.log_likelihoods[name]
             )

@@ -142,6 +142,8 @@ class MCMC:
                 break
         if not finished:
             raise KeyboardInterrupt("interrupted before the first draw")
+        if len(finished[-1][1]) * len(finished) < self.num_samples * (len(finished) - 1):
+            finished.pop()  # a chain just begun: all would be cut to its length
         self._draws = Draws.join([kept.stacked() for _, kept in finished])
         if self.save_warmup and all(len(warm) for warm, _ in finished):
             self._warmup_draws = Draws.join([warm.stacked() for warm, _ in finished])
@@ -245,12 +247,13 @@ class MCMC:
         result: dict[str, Any] = {}
         for name, value in self.get_samples(group_by_chain=True).items():
             data = arviz.convert_to_dataset({name: value.detach().cpu().numpy()})
-            result[name] = {
-                "n_eff": arviz.ess(data)[name].values,
-                "r_hat": arviz.rhat(data)[name].values
-                if self.num_chains > 1
-                else np.full(value.shape[2:], np.nan),
-            }
+            with np.errstate(invalid="ignore", divide="ignore"):  # chains that never moved
+                result[name] = {
+                    "n_eff": arviz.ess(data)[name].values,
+                    "r_hat": arviz.rhat(data)[name].values
+                    if len(value) > 1
+                    else np.full(value.shape[2:], np.nan),
+                }
         stats = self.draws.stats
         result["divergences"] = {
             f"chain {i}": flags.nonzero().flatten().tolist()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.model.potential import Evaluation, Potential
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 
 DIVERGENCE = 1000.0
 

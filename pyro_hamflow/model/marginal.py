@@ -16,39 +16,36 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
+from pyro_hamflow.model.arguments import same_arguments, signature
 from pyro_hamflow.model.laplace import (
     LaplaceProposal,
     LikelihoodSite,
     fit_sites,
-    log_gaussian,
 )
 from pyro_hamflow.model.layout import Layout, Stratum, lay_out
+from pyro_hamflow.model.particles import (
+    Estimate,
+    Plan,
+    draw_particle,
+    joint_density,
+    run_program,
+)
 from pyro_hamflow.model.points import place_points
 from pyro_hamflow.model.proposals import (
     PriorProposal,
-    ProgramProposal,
     Proposal,
-    component_log_weight,
-    gaussian_form,
-    program_transform,
 )
 from pyro_hamflow.model.structure import (
     Frames,
     Group,
-    SetValues,
     Structure,
     analyse,
-    log_density,
-    plate_shape,
     run_with,
-    sum_to_elements,
-    vectorized_frames,
 )
 
 Model = Callable[..., Any]
@@ -148,21 +145,6 @@ def marginalize(
     return MarginalModel(model, sites, num_particles, proposal, points)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The particles of one group and their weights, as one run of the model made them.
-
-    Attributes:
-        group: The group.
-        log_weights: Of shape ``(particles, *plates)``; their log-sum-exp is the log estimate.
-        values: The particles of each local site.
-    """
-
-    group: Group
-    log_weights: Tensor
-    values: dict[str, Tensor]
-
-
 class MarginalModel:
     """A Pyro model in which local sites are integrated out; made by :func:`marginalize`."""
 
@@ -191,13 +173,13 @@ class MarginalModel:
         self.num_particles = num_particles
         self.proposal = proposal
         self.points = points
-        self._plans: dict[Any, Plan] = {}
+        self._layouts: dict[Any, tuple[Structure, dict[str, Layout]]] = {}
         self._fit: Fit | None = None
 
     @property
     def max_plate_nesting(self) -> int:
         """How many dimensions the plates of the original model take, hidden ones included."""
-        return max((plan.structure.nesting for plan in self._plans.values()), default=0)
+        return max((structure.nesting for structure, _ in self._layouts.values()), default=0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.plan(*args, **kwargs)
@@ -226,28 +208,24 @@ class MarginalModel:
         return result
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The structure of the model and the layout of its noise, found at the first call."""
-        key = tuple(_signature(arg) for arg in args) + tuple(
-            (name, _signature(arg)) for name, arg in sorted(kwargs.items())
+        """The model bound to its arguments, its structure, and the layout of its noise."""
+        key = tuple(signature(arg) for arg in args) + tuple(
+            (name, signature(arg)) for name, arg in sorted(kwargs.items())
         )
-        if key not in self._plans:
+        if key not in self._layouts:
             structure = analyse(self.model, self.sites, *args, **kwargs)
+            plan = Plan(self.model, args, kwargs, structure, {})
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 trace = run_with(self.model, lambda msg: None, *args, **kwargs)
                 parameters = {n: trace.nodes[n]["value"] for n in structure.parameters}
-                layouts = {
-                    group.name: lay_out(
-                        group,
-                        trace,
-                        self._proposal(group, None, None, parameters, *args, **kwargs),
-                        self.num_particles,
-                        self.points,
+                for group in structure.groups:
+                    proposal = self._proposal(plan, group, None, None, parameters)
+                    plan.layouts[group.name] = lay_out(
+                        group, trace, proposal, self.num_particles, self.points
                     )
-                    for group in structure.groups
-                }
-            self._plans[key] = Plan(structure, layouts)
-        return self._plans[key]
+            self._layouts[key] = (structure, plan.layouts)
+        return Plan(self.model, args, kwargs, *self._layouts[key])
 
     def estimate(
         self, group: Group, u: Tensor, parameters: dict[str, Tensor], *args: Any, **kwargs: Any
@@ -267,10 +245,8 @@ class MarginalModel:
         for stratum, part in zip(layout.strata, layout.split(u), strict=True):
 
             def particle(coordinates: Tensor, stratum: Stratum = stratum) -> Any:
-                proposal = self._proposal(group, stratum, coordinates, parameters, *args, **kwargs)
-                return self._particle(
-                    group, coordinates, stratum, proposal, parameters, *args, **kwargs
-                )
+                proposal = self._proposal(plan, group, stratum, coordinates, parameters)
+                return draw_particle(plan, group, stratum, coordinates, proposal, parameters)
 
             coordinates = place_points(self.points, stratum.count, part)
             weights, value = torch.func.vmap(particle, randomness="different")(coordinates)
@@ -279,112 +255,25 @@ class MarginalModel:
         joined = {name: torch.cat([value[name] for value in values]) for name in group.sites}
         return Estimate(group, torch.cat(log_weights), joined)
 
-    def _particle(
-        self,
-        group: Group,
-        coordinates: Tensor,
-        stratum: Stratum,
-        proposal: Proposal,
-        parameters: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One particle: its log weight for each element, and its values."""
-        plan = self.plan(*args, **kwargs)
-        structure, blocks = plan.structure, plan.layouts[group.name].blocks
-        components = dict(stratum.components)
-        log_ratios: list[Tensor] = []
-        values: dict[str, Tensor] = {}
-
-        def choose(msg: Message) -> Tensor | None:
-            name = msg["name"]
-            if name not in group.sites:
-                return parameters.get(name, structure.placeholders.get(name))
-            fn: Any = msg["fn"]
-            component = components.get(name)
-            draw = proposal.draw(name, fn, blocks[name].spread(coordinates, group), component)
-            log_ratio = draw.log_ratio
-            if component is not None:
-                weight = component_log_weight(fn, component)
-                log_ratio = weight if log_ratio is None else log_ratio + weight
-            scale: Any = msg["scale"]
-            if not isinstance(scale, float | int) or scale != 1.0:
-                # The model counts this prior otherwise than once. A mask changes nothing: the
-                # prior of a masked element integrates to one, and so does its estimate.
-                change = (scale - 1.0) * fn.log_prob(draw.value)
-                log_ratio = change if log_ratio is None else log_ratio + change
-            if log_ratio is not None:
-                frames = vectorized_frames(msg)
-                log_ratios.append(
-                    sum_to_elements(log_ratio, frames, group.frames, structure.nesting)
-                )
-            values[name] = draw.value
-            return draw.value
-
-        trace = run_with(self.model, choose, *args, **kwargs)
-        terms = [
-            sum_to_elements(
-                log_density(trace.nodes[name]),
-                vectorized_frames(trace.nodes[name]),
-                group.frames,
-                structure.nesting,
-            )
-            for name in group.terms
-        ]
-        zeros = coordinates.new_zeros(plate_shape(group.frames, structure.nesting))
-        return sum(log_ratios + terms, start=zeros), values
-
     def _proposal(
         self,
+        plan: Plan,
         group: Group,
         stratum: Stratum | None,
         coordinates: Tensor | None,
         parameters: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
     ) -> Proposal:
+        """The proposal of one particle; without a stratum, for its noise shapes alone."""
         if callable(self.proposal):
-            return self._run_proposal(group, coordinates, parameters, *args, **kwargs)
+            return run_program(self.proposal, plan, group, coordinates, parameters)
         if self.proposal == "prior":
             return PriorProposal()
         if stratum is None:
             return LaplaceProposal(group, {}, {})
         if self._fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
-        blocks = self.plan(*args, **kwargs).layouts[group.name].blocks
+        blocks = plan.layouts[group.name].blocks
         return LaplaceProposal(group, blocks, self._fit.sites[group.name, stratum.components])
-
-    def _run_proposal(
-        self,
-        group: Group,
-        coordinates: Tensor | None,
-        parameters: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
-    ) -> ProgramProposal:
-        """Runs the user's proposal; without coordinates, for its distributions alone."""
-        program: Any = self.proposal
-
-        def choose(msg: Message) -> Tensor:
-            fn: Any = msg["fn"]
-            transform = program_transform(msg["name"], fn)
-            if coordinates is None or msg["name"] not in group.sites:
-                return transform.draw(torch.zeros(fn.batch_shape + transform.noise_shape)).detach()
-            block = self.plan(*args, **kwargs).layouts[group.name].blocks[msg["name"]]
-            return transform.draw(block.spread(coordinates, group))
-
-        with poutine.block(), pyro.validation_enabled(False), SetValues(choose):
-            trace = poutine.trace(program).get_trace(parameters, *args, **kwargs)
-        for name in group.sites:
-            if name not in trace.nodes:
-                raise ValueError(
-                    f"the proposal does not sample local site '{name}': it samples "
-                    f"{list(trace.stochastic_nodes)}"
-                )
-        return ProgramProposal(
-            {name: trace.nodes[name]["fn"] for name in group.sites},
-            {name: trace.nodes[name]["value"] for name in group.sites},
-        )
 
     def pilot(
         self,
@@ -426,48 +315,9 @@ class MarginalModel:
         for group in plan.structure.groups if self.proposal == "laplace" else ():
             layout = plan.layouts[group.name]
             for stratum in layout.strata:
-                evaluate = self._joint(group, stratum, pilot, *args, **kwargs)
+                evaluate = joint_density(plan, group, stratum, pilot)
                 sites[group.name, stratum.components] = fit_sites(group, layout, evaluate)
         self._fit = Fit((args, kwargs), {name: v.detach() for name, v in pilot.items()}, sites)
-
-    def _joint(
-        self,
-        group: Group,
-        stratum: Stratum,
-        parameters: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """The log joint density of a group's elements, as a function of Gaussian coordinates."""
-        plan = self.plan(*args, **kwargs)
-        structure = plan.structure
-        components = dict(stratum.components)
-        parameters = {name: value.detach() for name, value in parameters.items()}
-
-        def evaluate(coordinates: dict[str, Tensor] | None) -> Any:
-            parts: list[Tensor] = []
-            priors: dict[str, tuple[Tensor, Tensor]] = {}
-
-            def choose(msg: Message) -> Tensor | None:
-                name = msg["name"]
-                if name not in group.sites:
-                    return parameters.get(name, structure.placeholders.get(name))
-                form = gaussian_form(name, msg["fn"], components.get(name))
-                v = form.loc if coordinates is None else coordinates[name]
-                frames = vectorized_frames(msg)
-                density = log_gaussian(v, form)
-                parts.append(sum_to_elements(density, frames, group.frames, structure.nesting))
-                priors[name] = (form.loc, form.precision)
-                return form.value(v)
-
-            trace = run_with(self.model, choose, *args, **kwargs)
-            for name in group.terms:
-                site = trace.nodes[name]
-                density, frames = log_density(site), vectorized_frames(site)
-                parts.append(sum_to_elements(density, frames, group.frames, structure.nesting))
-            return sum(parts[1:], start=parts[0]).reshape(group.shape), priors
-
-        return evaluate
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)
@@ -476,14 +326,6 @@ class MarginalModel:
             f"marginalize({name}, {list(self.sites)}, num_particles={self.num_particles}, "
             f"proposal={proposal!r}, points={self.points!r})"
         )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a marginal model runs on arguments of one shape."""
-
-    structure: Structure
-    layouts: dict[str, Layout]
 
 
 @dataclass(frozen=True)
@@ -525,29 +367,3 @@ class _InPlates(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         msg["cond_indep_stack"] = tuple(self.frames) + msg["cond_indep_stack"]
-
-
-def _signature(argument: Any) -> Any:
-    """What of an argument may change a model's structure."""
-    if isinstance(argument, Tensor):
-        return (tuple(argument.shape), argument.dtype, argument.device)
-    try:
-        hash(argument)
-    except TypeError:
-        return id(argument)
-    return argument
-
-
-def same_arguments(first: Any, second: Any) -> bool:
-    """Whether two sets of arguments are equal, tensors by their values."""
-    if first is second:
-        return True
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and first.dtype == second.dtype and first.equal(second)
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(
-            same_arguments(first[k], second[k]) for k in first
-        )
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(map(same_arguments, first, second))
-    return type(first) is type(second) and bool(first == second)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.model.potential import Potential, transform_of
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.sites import transform_of
 from pyro_hamflow.model.structure import run_with
 
 _ROUNDS = 4

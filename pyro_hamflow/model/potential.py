@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.poutine as poutine
@@ -18,10 +18,11 @@ import torch
 from pyro.infer import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.fx import GraphModule
 
 from pyro_hamflow.model.capture import Program, batch, capture, compile_graph, loop
+from pyro_hamflow.model.recovery import Evaluation, pick_particles
+from pyro_hamflow.model.sites import is_discrete, refuse_moving_supports, stack_sites
 from pyro_hamflow.model.structure import (
     SetValues,
     is_latent,
@@ -31,45 +32,6 @@ from pyro_hamflow.model.structure import (
 )
 
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
-_START_RADIUS = 2.0
-_START_TRIES = 100
-
-
-class Site(NamedTuple):
-    """A latent site's share of a flat vector.
-
-    Attributes:
-        name: The site.
-        start: Its first coordinate.
-        stop: One past its last.
-        shape: Its shape on the real line.
-        transform: From the real line to the support.
-    """
-
-    name: str
-    start: int
-    stop: int
-    shape: torch.Size
-    transform: Any
-
-    def constrain(self, flat: Tensor) -> Tensor:
-        """The site's values, from flat vectors of shape ``(*, dimension)``."""
-        part = flat[..., self.start : self.stop]
-        return self.transform(part.reshape(part.shape[:-1] + self.shape))
-
-
-class Evaluation(NamedTuple):
-    """What a model says at given positions and noise.
-
-    Attributes:
-        value: The potential of each chain, of shape ``(chains,)``.
-        log_likelihoods: Log-likelihood estimates of each group's elements, ``(chains, *plates)``.
-        local: A draw of each local site, given position and noise.
-    """
-
-    value: Tensor
-    log_likelihoods: dict[str, Tensor]
-    local: dict[str, Tensor]
 
 
 class Potential:
@@ -124,10 +86,12 @@ class Potential:
         refuse_subsampling(plain)
         refuse_nan(plain)
         latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
-        discrete = [name for name, site in latent.items() if _is_discrete(name, site)]
+        discrete = [name for name, site in latent.items() if is_discrete(name, site)]
         noisy = [n for n in latent if separate_noise and latent[n]["infer"].get("noise")]
-        self.sites = _stack(latent, [n for n in latent if n not in discrete and n not in noisy])
-        self.noise_sites = _stack(latent, noisy)
+        self.sites = stack_sites(
+            latent, [n for n in latent if n not in discrete and n not in noisy]
+        )
+        self.noise_sites = stack_sites(latent, noisy)
         self.dimension = self.sites[-1].stop if self.sites else 0
         self.noise_dimension = self.noise_sites[-1].stop if self.noise_sites else 0
         values = [latent[s.name]["value"] for s in self.sites + self.noise_sites]
@@ -142,8 +106,8 @@ class Potential:
             self.model = poutine.enum(config_enumerate(model), first_available_dim=-1 - nesting)
         self.plain_trace = plain
         zero = self.example.new_zeros
-        trace = self._trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
-        _refuse_moving_supports(self.sites, trace)
+        trace = self.trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
+        refuse_moving_supports(self.sites, trace)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
         self._graphs: dict[tuple[str, int], Program] = {}
         self._base_graphs: dict[str, GraphModule] = {}
@@ -151,7 +115,8 @@ class Potential:
 
     # --- one chain, in Python -------------------------------------------------------------------
 
-    def _trace(self, position: Tensor, noise: Tensor) -> poutine.Trace:
+    def trace(self, position: Tensor, noise: Tensor) -> poutine.Trace:
+        """A run of the model at one chain's vectors, without its noise sites."""
         values = {site.name: site.constrain(position) for site in self.sites}
         values |= {site.name: site.constrain(noise) for site in self.noise_sites}
         with poutine.block(), pyro.validation_enabled(False):
@@ -165,7 +130,7 @@ class Potential:
     def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
         """The potential of one chain, by running the model: vectors in, a scalar out."""
         with pyro.validation_enabled(False):
-            log_joint = self._evaluator.log_prob(self._trace(position, noise))
+            log_joint = self._evaluator.log_prob(self.trace(position, noise))
             for site in self.sites:
                 free = position[site.start : site.stop].reshape(site.shape)
                 jacobian = site.transform.log_abs_det_jacobian(free, site.transform(free))
@@ -196,7 +161,10 @@ class Potential:
 
         def evaluate(position: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return self.value_of_one(position, noise), *self._pick(position, noise, uniform)
+                value = self.value_of_one(position, noise)
+                if not self.estimates:
+                    return (value,)
+                return value, *pick_particles(self.trace(position, noise), uniform)
 
         programs: dict[str, Program] = {
             "gradients": gradients,
@@ -406,63 +374,11 @@ class Potential:
             return self.example.new_zeros(num_chains, 0)
         return torch.cat(parts, -1)
 
-    # --- where to start -------------------------------------------------------------------------
-
     def draw_noise(self, num_chains: int) -> Tensor:
         """Standard normal noise for every chain."""
         return torch.randn(
             num_chains, self.noise_dimension, dtype=self.example.dtype, device=self.example.device
         )
-
-    def find_start(
-        self, num_chains: int, centre: Tensor | None = None, radius: float = _START_RADIUS
-    ) -> tuple[Tensor, Tensor]:
-        """Draws positions uniformly around a centre until every chain's potential is finite.
-
-        Arguments:
-            num_chains: Number of chains.
-            centre: Where to look, of shape ``(dimension,)`` or ``(chains, dimension)``; zero if not
-                given.
-            radius: Half the width of the box around it, for each coordinate.
-
-        Returns:
-            Positions and noise.
-
-        Raises:
-            ValueError: If a hundred tries find no finite point; names the sites at fault.
-        """
-        shape = (num_chains, self.dimension)
-        middle = self.example.new_zeros(shape) if centre is None else centre.expand(shape)
-        draw = torch.empty_like(middle)
-        position, noise = middle + draw.uniform_(-radius, radius), self.draw_noise(num_chains)
-        for _ in range(_START_TRIES):
-            value, slope, _ = self.gradients(position, noise)
-            good = value.isfinite() & slope.isfinite().all(-1)
-            if good.all():
-                return position, noise
-            again = middle + draw.uniform_(-radius, radius)
-            position = torch.where(good[:, None], position, again)
-            noise = torch.where(good[:, None], noise, self.draw_noise(num_chains))
-        bad = int((~good).nonzero()[0])
-        raise ValueError(
-            f"no finite starting point in {_START_TRIES} tries: "
-            f"{self.fault(position[bad], noise[bad])}"
-        )
-
-    def fault(self, position: Tensor, noise: Tensor) -> str:
-        """Which sites have no finite log density at a chain's point, in words."""
-        with torch.no_grad(), pyro.validation_enabled(False):
-            trace = self._trace(position, noise)
-            trace.compute_log_prob()
-        faults = []
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or bool(torch.isfinite(site["log_prob"]).all()):
-                continue
-            worst = site["log_prob"][~site["log_prob"].isfinite()].flatten()[0]
-            kind = "observed site" if site["is_observed"] else "site"
-            kind = "likelihood estimate" if "estimate" in site["infer"] else kind
-            faults.append(f"{kind} '{name}' has log density {worst.item()}")
-        return "; ".join(faults) or "the gradient of the log density is not finite"
 
     # --- recovered local sites ------------------------------------------------------------------
 
@@ -492,92 +408,6 @@ class Potential:
     def num_choices(self) -> int:
         """How many particles are picked when local sites are recovered."""
         return sum(estimate.group.shape.numel() for estimate in self.estimates)
-
-    def _pick(self, position: Tensor, noise: Tensor, uniform: Tensor) -> list[Tensor]:
-        """Picks a particle of each element of each estimate, by its weight."""
-        results: list[Tensor] = []
-        if not self.estimates:
-            return results
-        for site in self._trace(position, noise).nodes.values():
-            if site["type"] != "sample" or "estimate" not in site["infer"]:
-                continue
-            estimate = site["infer"]["estimate"]
-            group, log_weights = estimate.group, estimate.log_weights
-            level, uniform = uniform.tensor_split([group.shape.numel()])
-            cumulated = log_weights.softmax(0).cumsum(0)
-            chosen = (cumulated < level.reshape(log_weights.shape[1:])).sum(0)
-            chosen = chosen.clamp(max=len(log_weights) - 1)
-            results.append(log_weights.logsumexp(0).reshape(group.shape))
-            for name, event_dim in zip(group.sites, group.event_dims, strict=True):
-                particles = estimate.values[name]
-                outer = chosen.dim() - (particles.dim() - 1 - event_dim)
-                index = chosen.reshape(chosen.shape[outer:] + (1,) * event_dim)
-                results.append(particles.gather(0, index.expand(particles.shape[1:])[None])[0])
-        return results
-
-
-def _stack(latent: Mapping[str, Any], names: list[str]) -> list[Site]:
-    sites, start = [], 0
-    for name in names:
-        transform = transform_of(name, latent[name]["fn"])
-        shape = transform.inv(latent[name]["value"]).shape
-        sites.append(Site(name, start, start + shape.numel(), shape, transform))
-        start += shape.numel()
-    return sites
-
-
-def _refuse_moving_supports(sites: list[Site], trace: poutine.Trace) -> None:
-    """Raises a ValueError if a site's support is another one at other values of the rest."""
-    for site in sites:
-        free = torch.full(site.shape, 0.3, dtype=trace.nodes[site.name]["value"].dtype)
-        free = free.to(trace.nodes[site.name]["value"].device)
-        there = transform_of(site.name, trace.nodes[site.name]["fn"])(free)
-        if not torch.equal(there, site.transform(free)):
-            raise ValueError(
-                f"the support of site '{site.name}' depends on other latent sites: expected a "
-                "fixed one, since values move to the real line by one map; sample it on a unit "
-                "scale, then shift and scale it"
-            )
-
-
-def support_of(name: str, fn: Any) -> Any:
-    """The support of a site's distribution; raises a ValueError if it has none."""
-    try:
-        support = fn.support
-    except (NotImplementedError, AttributeError):
-        # Since torch 2.13 its mixtures tell no support; their components do.
-        support = getattr(getattr(fn, "component_distribution", None), "support", None)
-    if support is None:
-        raise ValueError(
-            f"the distribution of site '{name}', {type(fn).__name__}, has no support: expected one "
-            "that says where its values lie, such as `constraints.real`"
-        )
-    return support
-
-
-def transform_of(name: str, fn: Any) -> Any:
-    """The map from the real line to a site's support; raises a ValueError if none is known."""
-    support = support_of(name, fn)
-    try:
-        return biject_to(support)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the distribution of site '{name}', {type(fn).__name__}, has support {support}, to "
-            "which no map from the real line is registered: expected another distribution, or a "
-            "map in `torch.distributions.biject_to`"
-        ) from error
-
-
-def _is_discrete(name: str, site: Any) -> bool:
-    fn = site["fn"]
-    if getattr(fn, "has_enumerate_support", False):
-        return True
-    if getattr(support_of(name, fn), "is_discrete", False):
-        raise ValueError(
-            f"latent site '{name}' is a {type(fn).__name__}, discrete without finite support: "
-            "expected a continuous site, or a discrete one that can be enumerated"
-        )
-    return False
 
 
 def _first_line(error: Exception) -> str:

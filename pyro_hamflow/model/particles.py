@@ -1,0 +1,205 @@
+"""Runs of a model with particles in place of its local sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.runtime import Message
+from torch import Tensor
+
+from pyro_hamflow.model.laplace import log_gaussian
+from pyro_hamflow.model.layout import Layout, Stratum
+from pyro_hamflow.model.proposals import (
+    ProgramProposal,
+    Proposal,
+    component_log_weight,
+    gaussian_form,
+    program_transform,
+)
+from pyro_hamflow.model.structure import (
+    Group,
+    SetValues,
+    Structure,
+    log_density,
+    plate_shape,
+    run_with,
+    sum_to_elements,
+    vectorized_frames,
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The particles of one group and their weights, as one run of the model made them.
+
+    Attributes:
+        group: The group.
+        log_weights: Of shape ``(particles, *plates)``; their log-sum-exp is the log estimate.
+        values: The particles of each local site.
+    """
+
+    group: Group
+    log_weights: Tensor
+    values: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model bound to its arguments, and what is known of it for arguments of their shapes.
+
+    Attributes:
+        model: The original model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        structure: Its local sites and what depends on them.
+        layouts: The noise of each group of local sites.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Structure
+    layouts: dict[str, Layout]
+
+    def run(
+        self,
+        group: Group,
+        parameters: dict[str, Tensor],
+        choose_local: Callable[[Message], Tensor],
+    ) -> list[Tensor]:
+        """Runs the model and returns its terms in a group's estimate, summed to elements."""
+
+        def choose(msg: Message) -> Tensor | None:
+            if msg["name"] in group.sites:
+                return choose_local(msg)
+            return parameters.get(msg["name"], self.structure.placeholders.get(msg["name"]))
+
+        trace = run_with(self.model, choose, *self.args, **self.kwargs)
+        return [
+            self.sum(log_density(trace.nodes[name]), trace.nodes[name], group)
+            for name in group.terms
+        ]
+
+    def sum(self, density: Tensor, site: Any, group: Group) -> Tensor:
+        """Sums a site's log densities to the elements of a group."""
+        frames = vectorized_frames(site)
+        return sum_to_elements(density, frames, group.frames, self.structure.nesting)
+
+
+def draw_particle(
+    plan: Plan,
+    group: Group,
+    stratum: Stratum,
+    coordinates: Tensor,
+    proposal: Proposal,
+    parameters: dict[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One particle of every element of a group.
+
+    Arguments:
+        plan: The model.
+        group: The group of local sites.
+        stratum: Which components of mixture priors the particle belongs to.
+        coordinates: Its noise, of shape ``(*group.shape, dimension)``.
+        proposal: Where it comes from.
+        parameters: The values of all sites that are not integrated out.
+
+    Returns:
+        Its log weight for each element, and the values of the local sites.
+    """
+    blocks, components = plan.layouts[group.name].blocks, dict(stratum.components)
+    log_ratios: list[Tensor] = []
+    values: dict[str, Tensor] = {}
+
+    def choose(msg: Any) -> Tensor:
+        name, fn, scale = msg["name"], msg["fn"], msg["scale"]
+        component = components.get(name)
+        draw = proposal.draw(name, fn, blocks[name].spread(coordinates, group), component)
+        parts = [] if draw.log_ratio is None else [draw.log_ratio]
+        if component is not None:
+            parts.append(component_log_weight(fn, component))
+        if not isinstance(scale, float | int) or scale != 1.0:
+            # The model counts this prior otherwise than once. A mask changes nothing: the prior of
+            # a masked element integrates to one, and so does its estimate.
+            parts.append((scale - 1.0) * fn.log_prob(draw.value))
+        log_ratios.extend(plan.sum(part, msg, group) for part in parts)
+        values[name] = draw.value
+        return draw.value
+
+    terms = plan.run(group, parameters, choose)
+    zeros = coordinates.new_zeros(plate_shape(group.frames, plan.structure.nesting))
+    return sum(log_ratios + terms, start=zeros), values
+
+
+def joint_density(
+    plan: Plan, group: Group, stratum: Stratum, parameters: dict[str, Tensor]
+) -> Callable[[dict[str, Tensor] | None], Any]:
+    """The log joint density of a group's elements, as a function of Gaussian coordinates.
+
+    Arguments:
+        plan: The model.
+        group: The group of local sites.
+        stratum: Which components of mixture priors are meant.
+        parameters: The values of all sites that are not integrated out.
+
+    Returns:
+        What :func:`~pyro_hamflow.model.laplace.fit_sites` maximises.
+    """
+    components = dict(stratum.components)
+    parameters = {name: value.detach() for name, value in parameters.items()}
+
+    def evaluate(coordinates: dict[str, Tensor] | None) -> Any:
+        parts: list[Tensor] = []
+        priors: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def choose(msg: Any) -> Tensor:
+            name = msg["name"]
+            form = gaussian_form(name, msg["fn"], components.get(name))
+            v = form.loc if coordinates is None else coordinates[name]
+            parts.append(plan.sum(log_gaussian(v, form), msg, group))
+            priors[name] = (form.loc, form.precision)
+            return form.value(v)
+
+        terms = plan.run(group, parameters, choose)
+        return sum(parts[1:] + terms, start=parts[0]).reshape(group.shape), priors
+
+    return evaluate
+
+
+def run_program(
+    program: Callable[..., Any],
+    plan: Plan,
+    group: Group,
+    coordinates: Tensor | None,
+    parameters: dict[str, Tensor],
+) -> ProgramProposal:
+    """Runs a user's proposal; without coordinates, for its distributions alone.
+
+    Raises:
+        ValueError: If it does not sample a local site of the group.
+    """
+
+    def choose(msg: Any) -> Tensor:
+        name, fn = msg["name"], msg["fn"]
+        transform = program_transform(name, fn)
+        if coordinates is None or name not in group.sites:
+            return transform.draw(torch.zeros(fn.batch_shape + transform.noise_shape)).detach()
+        return transform.draw(plan.layouts[group.name].blocks[name].spread(coordinates, group))
+
+    with poutine.block(), pyro.validation_enabled(False), SetValues(choose):
+        trace = poutine.trace(program).get_trace(parameters, *plan.args, **plan.kwargs)
+    for name in group.sites:
+        if name not in trace.nodes:
+            raise ValueError(
+                f"the proposal does not sample local site '{name}': it samples "
+                f"{list(trace.stochastic_nodes)}"
+            )
+    return ProgramProposal(
+        {name: trace.nodes[name]["fn"] for name in group.sites},
+        {name: trace.nodes[name]["value"] for name in group.sites},
+    )

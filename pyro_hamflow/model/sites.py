@@ -1,0 +1,100 @@
+"""Latent sites as parts of one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+
+class Site(NamedTuple):
+    """A latent site's share of a flat vector.
+
+    Attributes:
+        name: The site.
+        start: Its first coordinate.
+        stop: One past its last.
+        shape: Its shape on the real line.
+        transform: From the real line to the support.
+    """
+
+    name: str
+    start: int
+    stop: int
+    shape: torch.Size
+    transform: Any
+
+    def constrain(self, flat: Tensor) -> Tensor:
+        """The site's values, from flat vectors of shape ``(*, dimension)``."""
+        part = flat[..., self.start : self.stop]
+        return self.transform(part.reshape(part.shape[:-1] + self.shape))
+
+
+def stack_sites(latent: Mapping[str, Any], names: list[str]) -> list[Site]:
+    """Gives each named site its share of a flat vector."""
+    sites, start = [], 0
+    for name in names:
+        transform = transform_of(name, latent[name]["fn"])
+        shape = transform.inv(latent[name]["value"]).shape
+        sites.append(Site(name, start, start + shape.numel(), shape, transform))
+        start += shape.numel()
+    return sites
+
+
+def refuse_moving_supports(sites: list[Site], trace: poutine.Trace) -> None:
+    """Raises a ValueError if a site's support is another one at other values of the rest."""
+    for site in sites:
+        free = torch.full(site.shape, 0.3, dtype=trace.nodes[site.name]["value"].dtype)
+        free = free.to(trace.nodes[site.name]["value"].device)
+        there = transform_of(site.name, trace.nodes[site.name]["fn"])(free)
+        if not torch.equal(there, site.transform(free)):
+            raise ValueError(
+                f"the support of site '{site.name}' depends on other latent sites: expected a "
+                "fixed one, since values move to the real line by one map; sample it on a unit "
+                "scale, then shift and scale it"
+            )
+
+
+def support_of(name: str, fn: Any) -> Any:
+    """The support of a site's distribution; raises a ValueError if it has none."""
+    try:
+        support = fn.support
+    except (NotImplementedError, AttributeError):
+        # Since torch 2.13 its mixtures tell no support; their components do.
+        support = getattr(getattr(fn, "component_distribution", None), "support", None)
+    if support is None:
+        raise ValueError(
+            f"the distribution of site '{name}', {type(fn).__name__}, has no support: expected one "
+            "that says where its values lie, such as `constraints.real`"
+        )
+    return support
+
+
+def transform_of(name: str, fn: Any) -> Any:
+    """The map from the real line to a site's support; raises a ValueError if none is known."""
+    support = support_of(name, fn)
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the distribution of site '{name}', {type(fn).__name__}, has support {support}, to "
+            "which no map from the real line is registered: expected another distribution, or a "
+            "map in `torch.distributions.biject_to`"
+        ) from error
+
+
+def is_discrete(name: str, site: Any) -> bool:
+    """Whether a site is summed out; raises a ValueError if it is discrete and cannot be."""
+    fn = site["fn"]
+    if getattr(fn, "has_enumerate_support", False):
+        return True
+    if getattr(support_of(name, fn), "is_discrete", False):
+        raise ValueError(
+            f"latent site '{name}' is a {type(fn).__name__}, discrete without finite support: "
+            "expected a continuous site, or a discrete one that can be enumerated"
+        )
+    return False

@@ -1,0 +1,64 @@
+"""Where chains start."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_hamflow.model.potential import Potential
+
+_RADIUS = 2.0
+_TRIES = 100
+
+
+def find_start(
+    potential: Potential, num_chains: int, centre: Tensor | None = None, radius: float = _RADIUS
+) -> tuple[Tensor, Tensor]:
+    """Draws positions uniformly around a centre until every chain's potential is finite.
+
+    Arguments:
+        potential: The target.
+        num_chains: Number of chains.
+        centre: Where to look, of shape ``(dimension,)`` or ``(chains, dimension)``; zero if not
+            given.
+        radius: Half the width of the box around it, for each coordinate.
+
+    Returns:
+        Positions and noise.
+
+    Raises:
+        ValueError: If a hundred tries find no finite point; names the sites at fault.
+    """
+    shape = (num_chains, potential.dimension)
+    middle = potential.example.new_zeros(shape) if centre is None else centre.expand(shape)
+    draw = torch.empty_like(middle)
+    position, noise = middle + draw.uniform_(-radius, radius), potential.draw_noise(num_chains)
+    for _ in range(_TRIES):
+        value, slope, _ = potential.gradients(position, noise)
+        good = value.isfinite() & slope.isfinite().all(-1)
+        if good.all():
+            return position, noise
+        again = middle + draw.uniform_(-radius, radius)
+        position = torch.where(good[:, None], position, again)
+        noise = torch.where(good[:, None], noise, potential.draw_noise(num_chains))
+    bad = int((~good).nonzero()[0])
+    raise ValueError(
+        f"no finite starting point in {_TRIES} tries: {fault(potential, position[bad], noise[bad])}"
+    )
+
+
+def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
+    """Which sites have no finite log density at a chain's point, in words."""
+    with torch.no_grad(), pyro.validation_enabled(False):
+        trace = potential.trace(position, noise)
+        trace.compute_log_prob()
+    faults = []
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or bool(torch.isfinite(site["log_prob"]).all()):
+            continue
+        worst = site["log_prob"][~site["log_prob"].isfinite()].flatten()[0]
+        kind = "observed site" if site["is_observed"] else "site"
+        kind = "likelihood estimate" if "estimate" in site["infer"] else kind
+        faults.append(f"{kind} '{name}' has log density {worst.item()}")
+    return "; ".join(faults) or "the gradient of the log density is not finite"
