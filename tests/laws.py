@@ -71,8 +71,8 @@ def assert_order(energy_error, step_sizes, order=2.0, tolerance=0.1):
 def assert_invariant(before, after, limit=LIMIT):
     """Checks that many chains, begun from exact draws of a target, still follow it after moves.
 
-    Means, second and third moments, cross moments and coverage of quantiles are compared by z-tests
-    on the difference of each chain's two values, which has mean zero if the target is kept.
+    Means, second and third moments, cross moments and coverage of quantiles are compared by
+    z-tests on the difference of each chain's two values, of mean zero if the target is kept.
 
     Arguments:
         before: Named quantities at exact draws, each of shape ``(chains, *)``.

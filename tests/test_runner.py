@@ -140,6 +140,24 @@ def test_float32_end_to_end():
         assert posterior["x"].shape == (2, 10, 3)
 
 
+def without_plate(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.Normal(mean, 1.0).expand([2]).to_event(1))
+    pyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("method", ["joint", "conditional"])
+def test_estimate_without_plate(method):
+    """One element, whose estimate has no dimension but that of the chains."""
+    kernel = PseudoMarginalHMC(marginalize(without_plate, ["x"], num_particles=2), method=method)
+    mcmc = MCMC(kernel, 4, 4, num_chains=2, disable_progbar=True)
+    mcmc.run(torch.tensor(0.7))
+    estimate = mcmc.draws.stats["log_likelihood_estimate"]
+    assert estimate.shape == (2, 4)
+    assert torch.equal(mcmc.draws.log_likelihood["x"].reshape(2, 4), estimate)
+    assert mcmc.draws.local["x"].shape == (2, 4, 2)
+
+
 # --- starting values ----------------------------------------------------------------------------
 
 STILL = {"step_size": 1e-9, "adapt_step_size": False, "max_num_steps": 1}

@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.integrators import leapfrog_step
-from pyro_hamflow.mcmc.transition import (
-    Info,
-    State,
-    Tuning,
-    metropolis,
-    select,
-)
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.transition import Info, State, Tuning, draw_level, metropolis, select
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
@@ -37,7 +32,6 @@ class HMCTransition:
         self.potential = potential
         self.num_chains = num_chains
         self._gradient = potential.graph("gradient", num_chains)
-        self._steps: dict[int, Program] = {}
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
         value, gradient = self._gradient(position, noise)
@@ -47,36 +41,26 @@ class HMCTransition:
         inverse_mass = tuning.kinetic.inverse_mass
         size = torch.full_like(self.potential.example, tuning.step_size)
         momentum = tuning.kinetic.sample(self.num_chains)
+        level = draw_level(self.num_chains, momentum.device)
         z, r, value, slope = state.position, momentum, state.evaluation.value, state.gradient
         advance = self._advance(inverse_mass)
         for _ in range(num_steps):
             z, r, value, slope = advance(z, r, slope, state.noise, inverse_mass, size)
-        kinetic_before = tuning.kinetic.energy(momentum).double()
-        kinetic_after = tuning.kinetic.energy(r).double()
-        before = state.evaluation.value.double()
-        error = (value.double() - before) + (kinetic_after - kinetic_before)
-        decision = metropolis(error)
-        accepted = decision.accepted
-        kept = Evaluation(select(accepted, value, state.evaluation.value), {}, {})
-        moved = State(
-            select(accepted, z, state.position),
-            state.noise,
-            select(accepted, slope, state.gradient),
-            kept,
-        )
-        steps = torch.full_like(accepted, num_steps, dtype=torch.long)
+        old = (state.position, momentum, state.evaluation.value, state.gradient)
+        inputs = (z, r, value, slope, *old, inverse_mass, level)
+        conclude = self.potential.accelerate("leapfrog test", _conclude, *inputs)
+        position, value, slope, accepted, rate, error, diverging, energy = conclude(*inputs)
         info = Info(
-            acceptance_rate=decision.acceptance_rate,
-            energy=kept.value.double() + torch.where(accepted, kinetic_after, kinetic_before),
-            energy_error=decision.energy_error,
-            diverging=decision.diverging,
-            accepted=accepted,
-            n_steps=steps,
-            n_gradients=steps,
-            n_densities=torch.zeros_like(steps),
-            refresh_rate=torch.full_like(error, torch.nan),
+            accepted,
+            rate,
+            error,
+            diverging,
+            energy,
+            num_steps,
+            n_gradients=num_steps,
+            n_densities=0,
         )
-        return moved, info
+        return State(position, state.noise, slope, Evaluation(value, {}, {})), info
 
     def refreshed(self, state: State, inverse_mass: Tensor) -> State:
         """The state with potential and gradient computed anew, after its noise has changed.
@@ -91,21 +75,35 @@ class HMCTransition:
         return state._replace(gradient=slope, evaluation=state.evaluation._replace(value=value))
 
     def _advance(self, inverse_mass: Tensor) -> Program:
-        """The leapfrog step as one program, for a diagonal or for a dense mass."""
-        rank = inverse_mass.dim()
-        if rank not in self._steps:
+        """The leapfrog step as one program."""
 
-            def advance(*inputs: Tensor) -> tuple[Tensor, ...]:
-                return leapfrog_step(self._gradient, *inputs)
+        def advance(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return leapfrog_step(self._gradient, *inputs)
 
-            position, noise = self.potential.vectors(self.num_chains)
-            self._steps[rank] = self.potential.accelerate(
-                advance,
-                position,
-                position,
-                position,
-                noise,
-                torch.ones_like(inverse_mass),
-                self.potential.example,
-            )
-        return self._steps[rank]
+        position, noise = self.potential.vectors(self.num_chains)
+        examples = (position, position, position, noise, inverse_mass, self.potential.example)
+        return self.potential.accelerate("leapfrog", advance, *examples)
+
+
+def _conclude(
+    z: Tensor,
+    r: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    position: Tensor,
+    momentum: Tensor,
+    old_value: Tensor,
+    old_slope: Tensor,
+    inverse_mass: Tensor,
+    level: Tensor,
+) -> tuple[Tensor, ...]:
+    """The Metropolis test at a trajectory's end: the new state, the decision, the energy."""
+    kinetic = GaussianKinetic(inverse_mass)
+    before, after = kinetic.energy(momentum).double(), kinetic.energy(r).double()
+    gain = value.double() - old_value.double()
+    decision = metropolis(gain + (after - before), level)
+    accepted = decision.accepted
+    kept = select(accepted, value, old_value)
+    energy = kept.double() + torch.where(accepted, after, before)
+    moved = (select(accepted, z, position), kept, select(accepted, slope, old_slope))
+    return *moved, *decision, energy

@@ -18,6 +18,7 @@ from pyro_hamflow.mcmc.transition import (
     Info,
     State,
     Tuning,
+    draw_level,
     metropolis,
     select,
     select_evaluation,
@@ -45,7 +46,6 @@ class JointTransition:
         self.potential = potential
         self.num_chains = num_chains
         self._gradients = potential.graph("gradients", num_chains)
-        self._steps: dict[int, Program] = {}
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
         evaluation = self.potential.evaluate(position, noise)
@@ -72,7 +72,7 @@ class JointTransition:
         kinetic_after = kinetic.energy(phase.r).double()
         error = (evaluation.value.double() - before) + (kinetic_after - kinetic_before)
         error = error + _half_square_gain(phase.u, start.u) + _half_square_gain(phase.p, start.p)
-        decision = metropolis(error)
+        decision = metropolis(error, draw_level(self.num_chains, error.device))
         accepted = decision.accepted
         kept = select_evaluation(accepted, evaluation, state.evaluation)
         moved = State(
@@ -81,48 +81,24 @@ class JointTransition:
             state.gradient,
             kept,
         )
-        steps = torch.full_like(accepted, num_steps, dtype=torch.long)
+        energy = kept.value.double() + torch.where(accepted, kinetic_after, kinetic_before)
         info = Info(
-            acceptance_rate=decision.acceptance_rate,
-            energy=kept.value.double() + torch.where(accepted, kinetic_after, kinetic_before),
-            energy_error=decision.energy_error,
-            diverging=decision.diverging,
-            accepted=accepted,
-            n_steps=steps,
-            n_gradients=steps,
-            n_densities=torch.ones_like(steps),
-            refresh_rate=torch.full_like(error, torch.nan),
+            *decision, energy=energy, n_steps=num_steps, n_gradients=num_steps, n_densities=1
         )
         return moved, info
 
     def _advance(self, inverse_mass: Tensor) -> Program:
-        rank = inverse_mass.dim()
-        if rank not in self._steps:
+        """A kick and the drift after it as one program."""
 
-            def advance(
-                z: Tensor,
-                r: Tensor,
-                u: Tensor,
-                p: Tensor,
-                mass: Tensor,
-                size: Tensor,
-                time: Tensor,
-            ) -> tuple[Tensor, ...]:
-                return tuple(kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time))
+        def advance(
+            z: Tensor, r: Tensor, u: Tensor, p: Tensor, mass: Tensor, size: Tensor, time: Tensor
+        ) -> tuple[Tensor, ...]:
+            return tuple(kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time))
 
-            position, noise = self.potential.vectors(self.num_chains)
-            example = self.potential.example
-            self._steps[rank] = self.potential.accelerate(
-                advance,
-                position,
-                position,
-                noise,
-                noise,
-                torch.ones_like(inverse_mass),
-                example,
-                example,
-            )
-        return self._steps[rank]
+        position, noise = self.potential.vectors(self.num_chains)
+        scalar = self.potential.example
+        examples = (position, position, noise, noise, inverse_mass, scalar, scalar)
+        return self.potential.accelerate("splitting", advance, *examples)
 
 
 def _half_square_gain(new: Tensor, old: Tensor) -> Tensor:

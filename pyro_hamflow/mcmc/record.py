@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,27 +17,27 @@ class Record:
 
     Attributes:
         position: Positions, each of shape ``(chains, dimension)``.
-        stats: Statistics by their ArviZ names, each of shape ``(chains,)``.
+        stats: Statistics by their ArviZ names, of shape ``(chains,)`` or one number for all.
         local: Recovered values of each local site.
         log_likelihood: Log-likelihood estimates of the elements of each group of local sites.
     """
 
     position: list[Tensor] = field(default_factory=list)
-    stats: dict[str, list[Tensor]] = field(default_factory=dict)
+    stats: dict[str, list[Any]] = field(default_factory=dict)
     local: dict[str, list[Tensor]] = field(default_factory=dict)
     log_likelihood: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def append(self, state: State, info: Info, step_size: float) -> None:
         """Keeps one iteration of all chains."""
         value = state.evaluation.value
-        stats = {
+        stats: dict[str, Any] = {
             "lp": -value,
             "energy": info.energy,
             "energy_error": info.energy_error,
             "acceptance_rate": info.acceptance_rate,
             "diverging": info.diverging,
             "accepted": info.accepted,
-            "step_size": torch.full_like(info.acceptance_rate, step_size),
+            "step_size": step_size,
             "n_steps": info.n_steps,
             "n_gradients": info.n_gradients,
             "n_densities": info.n_densities,
@@ -45,7 +46,7 @@ class Record:
         if estimates:
             sums = [part.double().reshape(len(part), -1).sum(-1) for part in estimates.values()]
             stats["log_likelihood_estimate"] = torch.stack(sums).sum(0)
-        if not bool(info.refresh_rate.isnan().all()):
+        if info.refresh_rate is not None:
             stats["refresh_rate"] = info.refresh_rate
         self.position.append(state.position)
         for name, stat in stats.items():
@@ -63,8 +64,12 @@ class Record:
 
     def stacked(self) -> Draws:
         """All draws as tensors, chains and draws first, on the CPU."""
+        chains = len(self.position[0])
 
-        def stack(parts: list[Tensor]) -> Tensor:
+        def stack(parts: list[Any]) -> Tensor:
+            if not isinstance(parts[0], Tensor):
+                dtype = torch.float64 if isinstance(parts[0], float) else torch.long
+                return torch.tensor(parts, dtype=dtype).expand(chains, -1).clone()
             return torch.stack(parts, 1).detach().cpu()
 
         return Draws(

@@ -156,15 +156,15 @@ class MCMC:
         initial = self._initial(chain)
         began = time.perf_counter()
         state = kernel.begin(num_chains, self.warmup_steps, self._args, self._kwargs, initial)
+        self.warmup_time += time.perf_counter() - began
         total = self.warmup_steps + self.num_samples
         label = "" if chain is None else f" [{chain + 1}]"
         hidden = self.disable_progbar or "CI" in os.environ
         with tqdm(total=total, disable=hidden, desc="Warmup" + label) as bar:
             for i in range(total):
+                began = time.perf_counter()
                 warming = i < self.warmup_steps
                 if i == self.warmup_steps:
-                    self.warmup_time += time.perf_counter() - began
-                    began = time.perf_counter()
                     bar.set_description("Sample" + label)
                 state, info = kernel.advance(state)
                 record = warm if warming else kept
@@ -177,7 +177,10 @@ class MCMC:
                 if not hidden and (i % max(1, total // 200) == 0 or i == total - 1):
                     bar.set_postfix(kernel.progress(info, kept), refresh=False)
                 bar.update()
-        self.sampling_time += time.perf_counter() - began
+                if warming:
+                    self.warmup_time += time.perf_counter() - began
+                else:
+                    self.sampling_time += time.perf_counter() - began
 
     def _initial(self, chain: int | None) -> Mapping[str, Tensor] | None:
         if self.initial_params is None:

@@ -36,30 +36,30 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What happened in one transition, each of shape ``(chains,)``.
+    """What happened in one transition: to each chain, of shape ``(chains,)``, or to all alike.
 
     Attributes:
+        accepted: Whether the proposal was accepted.
         acceptance_rate: Probability of acceptance.
-        energy: The Hamiltonian at the state that was kept; of parameters alone, without the noise.
         energy_error: By how much the Hamiltonian grew along the trajectory.
         diverging: Whether it grew without bound, or lost its number.
-        accepted: Whether the proposal was accepted.
+        energy: The Hamiltonian at the state that was kept; of parameters alone, without the noise.
         n_steps: Steps of the integrator.
         n_gradients: Gradients evaluated.
         n_densities: Densities evaluated without gradient.
-        refresh_rate: Share of the noise that was renewed after the parameters' move; NaN if the
-            move has no such part.
+        refresh_rate: Share of the noise that was renewed after the parameters' move, if the move
+            has such a part.
     """
 
+    accepted: Tensor
     acceptance_rate: Tensor
-    energy: Tensor
     energy_error: Tensor
     diverging: Tensor
-    accepted: Tensor
-    n_steps: Tensor
-    n_gradients: Tensor
-    n_densities: Tensor
-    refresh_rate: Tensor
+    energy: Tensor
+    n_steps: int
+    n_gradients: int
+    n_densities: int
+    refresh_rate: Tensor | None = None
 
 
 class Tuning(NamedTuple):
@@ -99,17 +99,22 @@ class Decision(NamedTuple):
     diverging: Tensor
 
 
-def metropolis(energy_error: Tensor) -> Decision:
+def draw_level(num_chains: int, device: torch.device) -> Tensor:
+    """A uniform random number for the Metropolis test of each chain."""
+    return torch.rand(num_chains, dtype=torch.float64, device=device)
+
+
+def metropolis(energy_error: Tensor, level: Tensor) -> Decision:
     """Accepts each chain's proposal with probability min(1, exp(-energy_error)).
 
     An energy error that is no number counts as infinite: such a proposal is rejected.
 
     Arguments:
         energy_error: Of shape ``(chains,)``, in float64.
+        level: A uniform random number for each.
     """
     error = torch.where(energy_error.isnan(), torch.inf, energy_error)
     rate = torch.exp(-error.clamp(min=0.0))
-    level = torch.rand(error.shape, dtype=error.dtype, device=error.device)
     return Decision(level < rate, rate, error, error > DIVERGENCE)
 
 

@@ -109,7 +109,7 @@ class Potential:
         trace = self.trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
         refuse_moving_supports(self.sites, trace)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
-        self._graphs: dict[tuple[str, int], Program] = {}
+        self._graphs: dict[tuple[Any, ...], Program] = {}
         self._base_graphs: dict[str, GraphModule] = {}
         self._probe = self._refuse_randomness()
 
@@ -248,11 +248,20 @@ class Potential:
             )
             return loop(base)
 
-    def accelerate(self, function: Program, *examples: Tensor) -> Program:
-        """Compiles a function that calls :meth:`graph` programs, if compilation is asked for."""
-        if not self.compile_graphs or self._base("gradient") is None:
+    def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
+        """Compiles a function around :meth:`graph` programs, once, if compilation is asked for.
+
+        Arguments:
+            name: What the function does; with the examples' shapes it tells functions apart.
+            function: The function.
+            examples: Arguments of the shapes that it will be called with.
+        """
+        if not self.compile_graphs or self.fallback_reason is not None:
             return function
-        return compile_graph(capture(function, *examples), *examples)
+        key = (name, *(tuple(example.shape) for example in examples))
+        if key not in self._graphs:
+            self._graphs[key] = compile_graph(capture(function, *examples), *examples)
+        return self._graphs[key]
 
     def _base(self, kind: str) -> GraphModule | None:
         """The captured program of one chain, or ``None`` where the model cannot be captured."""

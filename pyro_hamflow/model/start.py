@@ -35,7 +35,7 @@ def find_start(
     draw = torch.empty_like(middle)
     position, noise = middle + draw.uniform_(-radius, radius), potential.draw_noise(num_chains)
     for _ in range(_TRIES):
-        value, slope, _ = potential.gradients(position, noise)
+        value, slope = potential.graph("gradient", num_chains)(position, noise)
         good = value.isfinite() & slope.isfinite().all(-1)
         if good.all():
             return position, noise
