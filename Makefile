@@ -10,10 +10,10 @@ demo: $(VENV)/demo
 	$(BIN)/python tutorials/quickstart.py
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/test
-	$(BIN)/python -m pytest --slow
+	$(BIN)/python -m pytest -n auto --dist loadfile --slow
 
 lint: $(VENV)/test
 	$(BIN)/ruff check $(SOURCES)

@@ -237,7 +237,8 @@ PRIORS = {
         "laplace",
         "prior of local site 'x' is a Gamma: proposal 'laplace'",
     ),
-    "misses a site": (None, _proposal("w"), "does not sample local site 'x': it samples .*'w'"),
+    "misses a site": (None, _proposal(), "does not sample local site 'x'"),
+    "another site": (None, _proposal("w"), "samples site 'w', which is not integrated out"),
     "no transform in function": (
         dist.VonMises(0.0, 1.0),
         _proposal("x", x=dist.VonMises(0.0, 2.0)),

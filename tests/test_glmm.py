@@ -48,7 +48,7 @@ def run(num_particles, method, *, num_samples, **settings):
 
 
 def scores(values: np.ndarray, truth, truth_error) -> np.ndarray:
-    """By how many standard errors means differ, by ArviZ's Monte Carlo errors of draws and truth."""
+    """By how many standard errors means differ; by ArviZ's Monte Carlo errors, and the truth's."""
     data = arviz.convert_to_dataset({"v": values})
     error = np.hypot(arviz.mcse(data)["v"].to_numpy(), np.asarray(truth_error))
     return (values.mean((0, 1)) - np.asarray(truth)) / error

@@ -158,7 +158,7 @@ class MCMC:
         state = kernel.begin(num_chains, self.warmup_steps, self._args, self._kwargs, initial)
         self.warmup_time += time.perf_counter() - began
         total = self.warmup_steps + self.num_samples
-        label = "" if chain is None else f" [{chain + 1}]"
+        label = "" if chain is None or self.num_chains == 1 else f" [{chain + 1}]"
         hidden = self.disable_progbar or "CI" in os.environ
         with tqdm(total=total, disable=hidden, desc="Warmup" + label) as bar:
             for i in range(total):
@@ -212,6 +212,12 @@ class MCMC:
             messages.append(
                 f"Only {accepted:.0%} of the proposals were accepted: warm up for longer, or take "
                 "more particles."
+            )
+        refreshed = float(stats["refresh_rate"].mean()) if "refresh_rate" in stats else 1.0
+        if refreshed < 0.3:
+            messages.append(
+                f"Only {refreshed:.0%} of the noise was renewed in each draw: take more particles, "
+                "or a `CorrelatedRefresh`."
             )
         if not self.disable_progbar and "CI" not in os.environ:
             for message in messages:

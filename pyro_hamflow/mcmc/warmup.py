@@ -96,8 +96,8 @@ class Covariance:
 def mass_windows(warmup_steps: int) -> list[int]:
     """The iterations at whose end the mass is updated: windows of doubling length.
 
-    The first 15 per cent of the iterations, which find the typical set, and the last 10, which
-    settle the step size, lie outside the windows.
+    The first 15 per cent of the iterations, which find the typical set, and the last 10 per cent
+    (50 iterations, if there are enough), which settle the step size, lie outside the windows.
 
     Example:
         >>> mass_windows(500)
@@ -105,7 +105,8 @@ def mass_windows(warmup_steps: int) -> list[int]:
     """
     if warmup_steps < _FIRST_WINDOW:
         return []
-    start, stop = int(0.15 * warmup_steps), int(0.9 * warmup_steps)
+    start = int(0.15 * warmup_steps)
+    stop = warmup_steps - max(warmup_steps // 10, min(50, warmup_steps // 5))
     ends, length = [], _FIRST_WINDOW
     while start + length <= stop:
         # The last window takes what is left when its successor would not fit.

@@ -45,7 +45,7 @@ class Block:
         part = coordinates[..., self.start : self.stop]
         part = part.reshape([frame.size for frame in order] + list(self.event))
         ranks = sorted(range(len(order)), key=lambda i: order[i].dim)
-        part = part.permute(*ranks, *range(len(order), part.dim()))
+        part = part.permute([*ranks, *range(len(order), part.dim())])
         return part.reshape(self._batch_shape() + list(self.event))
 
     def collect(self, values: Tensor, group: Group) -> Tensor:
@@ -55,7 +55,7 @@ class Block:
         by_dim = sorted(order, key=lambda frame: frame.dim)
         values = values.reshape([frame.size for frame in by_dim] + list(self.event))
         ranks = [by_dim.index(frame) for frame in order]
-        values = values.permute(*ranks, *range(len(order), values.dim()))
+        values = values.permute([*ranks, *range(len(order), values.dim())])
         return values.reshape(list(group.shape) + [self.stop - self.start])
 
     def gather(self, values: Tensor, group: Group) -> Tensor:

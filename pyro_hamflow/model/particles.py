@@ -8,7 +8,6 @@ from typing import Any
 
 import pyro
 import pyro.poutine as poutine
-import torch
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
@@ -181,15 +180,20 @@ def run_program(
     """Runs a user's proposal; without coordinates, for its distributions alone.
 
     Raises:
-        ValueError: If it does not sample a local site of the group.
+        ValueError: If it does not sample a local site of the group, or samples another site.
     """
 
     def choose(msg: Any) -> Tensor:
-        name, fn = msg["name"], msg["fn"]
-        transform = program_transform(name, fn)
-        if coordinates is None or name not in group.sites:
-            return transform.draw(torch.zeros(fn.batch_shape + transform.noise_shape)).detach()
-        return transform.draw(plan.layouts[group.name].blocks[name].spread(coordinates, group))
+        name = msg["name"]
+        if name in group.sites and coordinates is not None:
+            transform = program_transform(name, msg["fn"])
+            return transform.draw(plan.layouts[group.name].blocks[name].spread(coordinates, group))
+        if name not in plan.structure.placeholders:
+            raise ValueError(
+                f"the proposal samples site '{name}', which is not integrated out: expected "
+                f"sites among {list(plan.structure.placeholders)}"
+            )
+        return plan.structure.placeholders[name]
 
     with poutine.block(), pyro.validation_enabled(False), SetValues(choose):
         trace = poutine.trace(program).get_trace(parameters, *plan.args, **plan.kwargs)

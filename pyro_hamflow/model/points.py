@@ -29,7 +29,8 @@ def place_points(points: str, num_points: int, noise: Tensor) -> Tensor:
         noise: Standard normal noise, of shape ``(noise_count, *, dimension)``.
 
     Returns:
-        The points, of shape ``(num_points, *, dimension)``; each alone is standard normal.
+        The points, of shape ``(num_points, *, dimension)``; each alone is standard normal, up to
+        the precision of floating-point numbers near 1, which ends a lattice's points at |z| = 8.
     """
     if points == "iid":
         return noise
