@@ -38,8 +38,8 @@ ARGUMENTS = {
     "negative": (dict(num_particles=-3), ValueError, "`num_particles` is -3: expected 1 or more"),
     "fraction": (dict(num_particles=2.5), TypeError, "`num_particles` is 2.5: expected an integer"),
     "truth": (dict(num_particles=True), TypeError, "`num_particles` is True: expected an integer"),
-    "proposal": (dict(proposal="guess"), ValueError, "`proposal` is 'guess': expected 'prior', "),
-    "no proposal": (dict(proposal=None), ValueError, "`proposal` is None: expected 'prior', "),
+    "proposal": (dict(proposal="guess"), ValueError, "`proposal` is 'guess': expected 'auto', "),
+    "no proposal": (dict(proposal=None), ValueError, "`proposal` is None: expected 'auto', "),
     "points": (dict(points="sobol"), ValueError, "`points` is 'sobol': expected 'iid' or 'rqmc'"),
 }
 

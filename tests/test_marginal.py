@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_hamflow import marginalize, noise
 from pyro_hamflow.model import marginal as marginal_module
+from pyro_hamflow.model import particles as particles_module
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.proposals import ProgramProposal
 from tests.targets import glmm, glmm_data, wide_proposal
@@ -145,9 +146,9 @@ def _forgets_the_ratio(monkeypatch):
 
 
 def _forgets_a_visit(monkeypatch):
-    density = marginal_module.log_density
+    density = particles_module.log_density
     part = torch.tensor([1.0, 0.97])
-    monkeypatch.setattr(marginal_module, "log_density", lambda site: part * density(site))
+    monkeypatch.setattr(particles_module, "log_density", lambda site: part * density(site))
 
 
 @pytest.mark.parametrize("sabotage", [_forgets_to_divide, _forgets_the_ratio, _forgets_a_visit])
@@ -738,3 +739,23 @@ def test_laplace_fits_by_itself_and_again_for_other_data():
     assert first.keys() == {"mu", "s"}
     assert marginal.pilot((Y.clone(),), {}) is first
     assert not torch.equal(marginal.pilot((Y + 3.0,), {})["mu"], first["mu"])
+
+
+@pytest.mark.parametrize(
+    ("prior", "chosen"),
+    [
+        (dist.Normal(0.0, 1.0), "laplace"),
+        (dist.LogNormal(0.0, 1.0), "laplace"),
+        (dist.Gamma(2.0, 1.0), "prior"),
+    ],
+    ids=["normal", "log-normal", "gamma"],
+)
+def test_proposal_is_chosen_by_the_prior(prior, chosen):
+    def model(y):
+        with pyro.plate("group", len(y)):
+            x = pyro.sample("x", prior)
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    marginal = marginalize(model, ["x"])
+    marginal.plan(torch.tensor([0.3, 1.2]))
+    assert marginal.proposal == chosen

@@ -257,6 +257,7 @@ class HamiltonianKernel(MCMCKernel):
         """Captures the model, unless it is captured already and has not changed since."""
         self._pilot: dict[str, Tensor] | None = None
         if self.separate_noise and isinstance(self.model, MarginalModel):
+            self.model.plan(*args, **kwargs)  # finds faults of the sites, settles the proposal
             if initial_params is None or self.model.proposal == "laplace":
                 start = None
                 if initial_params is not None:

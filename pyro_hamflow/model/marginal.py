@@ -90,8 +90,8 @@ def marginalize(
     model: Model,
     sites: Sequence[str],
     *,
-    num_particles: int,
-    proposal: str | Callable[..., Any] = "prior",
+    num_particles: int = 8,
+    proposal: str | Callable[..., Any] = "auto",
     points: str = "iid",
 ) -> MarginalModel:
     r"""Integrates local latent sites out of a model by an unbiased likelihood estimate.
@@ -113,7 +113,9 @@ def marginalize(
             share them.
         proposal: ``"prior"`` draws particles from the prior; ``"laplace"`` from the prior times a
             Gaussian approximation of the likelihood, fitted before sampling; a function
-            ``(parameters, *model_args)`` from the sites that it samples as a Pyro program.
+            ``(parameters, *model_args)`` from the sites that it samples as a Pyro program;
+            ``"auto"`` takes ``"laplace"`` where the local priors are Gaussian, transformed or
+            mixed, and ``"prior"`` elsewhere.
         points: ``"iid"`` for independent particles, ``"rqmc"`` for a randomly shifted lattice.
 
     Returns:
@@ -162,9 +164,9 @@ class MarginalModel:
             raise TypeError(f"`num_particles` is {num_particles!r}: expected an integer")
         if num_particles < 1:
             raise ValueError(f"`num_particles` is {num_particles}: expected 1 or more")
-        if not callable(proposal) and proposal not in ("prior", "laplace"):
+        if not callable(proposal) and proposal not in ("auto", "prior", "laplace"):
             raise ValueError(
-                f"`proposal` is {proposal!r}: expected 'prior', 'laplace' or a function"
+                f"`proposal` is {proposal!r}: expected 'auto', 'prior', 'laplace' or a function"
             )
         if points not in ("iid", "rqmc"):
             raise ValueError(f"`points` is {points!r}: expected 'iid' or 'rqmc'")
@@ -215,17 +217,27 @@ class MarginalModel:
         if key not in self._layouts:
             structure = analyse(self.model, self.sites, *args, **kwargs)
             plan = Plan(self.model, args, kwargs, structure, {})
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                trace = run_with(self.model, lambda msg: None, *args, **kwargs)
-                parameters = {n: trace.nodes[n]["value"] for n in structure.parameters}
-                for group in structure.groups:
-                    proposal = self._proposal(plan, group, None, None, parameters)
-                    plan.layouts[group.name] = lay_out(
-                        group, trace, proposal, self.num_particles, self.points
-                    )
+            if self.proposal == "auto":
+                self.proposal = "laplace"
+                try:
+                    self._lay_out(plan)
+                except ValueError:  # a prior is not Gaussian; other faults will come up again
+                    self.proposal = "prior"
+            self._lay_out(plan)
             self._layouts[key] = (structure, plan.layouts)
         return Plan(self.model, args, kwargs, *self._layouts[key])
+
+    def _lay_out(self, plan: Plan) -> None:
+        """Shares the noise of each group out among its sites and particles."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trace = run_with(self.model, lambda msg: None, *plan.args, **plan.kwargs)
+        parameters = {n: trace.nodes[n]["value"] for n in plan.structure.parameters}
+        for group in plan.structure.groups:
+            proposal = self._proposal(plan, group, None, None, parameters)
+            plan.layouts[group.name] = lay_out(
+                group, trace, proposal, self.num_particles, self.points
+            )
 
     def estimate(
         self, group: Group, u: Tensor, parameters: dict[str, Tensor], *args: Any, **kwargs: Any

@@ -11,6 +11,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import transform_of
 from pyro_hamflow.model.structure import run_with
 
+_PARTICLES = 16
 _ROUNDS = 4
 _STEPS = 40
 _LEARNING_RATE = 0.1
@@ -24,6 +25,8 @@ def find_pilot(
 ) -> dict[str, Tensor]:
     """Climbs the estimated posterior for a few steps, refitting the likelihood sites on the way.
 
+    A rough guess needs few particles, however many the marginal model has.
+
     Arguments:
         marginal: A marginal model.
         args: Its arguments.
@@ -31,9 +34,13 @@ def find_pilot(
         start: Unconstrained values to start from; near zero if not given.
 
     Returns:
-        Constrained values of the parameters; the marginal model is left fitted near there.
+        Constrained values of the parameters.
     """
-    names = marginal.plan(*args, **kwargs).structure.parameters
+    plan = marginal.plan(*args, **kwargs)
+    names = plan.structure.parameters
+    least = max(len(layout.strata) for layout in plan.layouts.values())
+    count = max(least, min(marginal.num_particles, _PARTICLES))
+    rough = type(marginal)(marginal.model, marginal.sites, count, marginal.proposal, "iid")
     trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
     transforms = {
         name: transform_of(name, trace.nodes[name]["fn"])
@@ -48,8 +55,8 @@ def find_pilot(
             start = {name: 0.1 * torch.randn_like(value) for name, value in shapes.items()}
         point = {name: transforms[name](value) for name, value in start.items()}
         for _ in range(_ROUNDS):
-            marginal.fit(*args, pilot=point, **kwargs)
-            potential = Potential(marginal, args, kwargs, separate_noise=True)
+            rough.fit(*args, pilot=point, **kwargs)
+            potential = Potential(rough, args, kwargs, separate_noise=True)
             point = potential.constrain(_climb(potential, potential.flatten(point)))
     return point
 
