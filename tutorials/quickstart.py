@@ -56,10 +56,11 @@ def membership(covariates, union):
 # %% [markdown]
 # ## The run
 # `marginalize` replaces the effects by an estimate of each man's likelihood from 16 particles,
-# drawn where a Laplace approximation of his likelihood says that they matter.
+# drawn where a Laplace approximation of his likelihood says that they matter (the default for
+# Gaussian effects).
 
 # %%
-marginal = phf.marginalize(membership, ["effect"], num_particles=16, proposal="laplace")
+marginal = phf.marginalize(membership, ["effect"], num_particles=16)
 kernel = phf.PseudoMarginalHMC(marginal, mass="dense")
 mcmc = phf.MCMC(kernel, num_samples=500, warmup_steps=300, num_chains=4, seed=1)
 mcmc.run(covariates, union)
