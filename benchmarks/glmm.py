@@ -23,16 +23,12 @@ _ESS = "smallest ESS"
 _PER_SECOND = "per second"
 _WITH_ALL = "per second, with all before"
 _SETTINGS = (
-    ("laplace", "iid", 2, "conditional"),
-    ("laplace", "iid", 4, "conditional"),
     ("laplace", "iid", 8, "conditional"),
     ("laplace", "iid", 8, "joint"),
     ("laplace", "rqmc", 8, "conditional"),
+    ("laplace", "iid", 2, "conditional"),
     ("laplace", "iid", 32, "conditional"),
-    ("laplace", "iid", 128, "conditional"),
     ("prior", "iid", 32, "conditional"),
-    ("prior", "rqmc", 32, "conditional"),
-    ("N(0, 9)", "iid", 128, "conditional"),
     ("N(0, 9)", "iid", 128, "joint"),
 )
 _PAPER = ("N(0, 9)", "iid", 128, "joint")

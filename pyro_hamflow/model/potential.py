@@ -129,8 +129,11 @@ class Potential:
 
     def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
         """The potential of one chain, by running the model: vectors in, a scalar out."""
+        return self._value_of_run(self.trace(position, noise), position)
+
+    def _value_of_run(self, trace: poutine.Trace, position: Tensor) -> Tensor:
         with pyro.validation_enabled(False):
-            log_joint = self._evaluator.log_prob(self.trace(position, noise))
+            log_joint = self._evaluator.log_prob(trace)
             for site in self.sites:
                 free = position[site.start : site.stop].reshape(site.shape)
                 jacobian = site.transform.log_abs_det_jacobian(free, site.transform(free))
@@ -161,10 +164,9 @@ class Potential:
 
         def evaluate(position: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                value = self.value_of_one(position, noise)
-                if not self.estimates:
-                    return (value,)
-                return value, *pick_particles(self.trace(position, noise), uniform)
+                trace = self.trace(position, noise)
+                value = self._value_of_run(trace, position)
+                return value, *(pick_particles(trace, uniform) if self.estimates else ())
 
         programs: dict[str, Program] = {
             "gradients": gradients,
