@@ -390,7 +390,7 @@ NO_START = {
     "observed site": (impossible, r"observed site 'y' has log density (-inf|nan)"),
     "gradient": (steep, "the gradient of the log density is not finite"),
     "estimate": (
-        marginalize(impossible_local, ["x"], num_particles=2),
+        marginalize(impossible_local, ["x"], num_particles=2, proposal="prior"),
         "likelihood estimate 'x_log_likelihood' has log density (-inf|nan)",
     ),
 }

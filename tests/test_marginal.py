@@ -660,7 +660,7 @@ def test_noise_written_by_hand_gives_the_same_estimate():
         terms = dist.Normal(x[..., None], 0.9).log_prob(y[:, None]).sum(-1)
         pyro.factor("estimate", (terms.logsumexp(0) - math.log(8)).sum())
 
-    marginal = marginalize(normal_normal, ["x"], num_particles=8)
+    marginal = marginalize(normal_normal, ["x"], num_particles=8, proposal="prior")
     results = []
     point = [torch.randn(2).requires_grad_(), torch.randn(24).requires_grad_()]
     for written in (by_hand, marginal):

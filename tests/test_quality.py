@@ -24,7 +24,9 @@ HERE = {"mean": torch.tensor(0.3, dtype=torch.float64)}
 
 
 def quality(num_particles, points="iid", replicates=2000):
-    marginal = phf.marginalize(counts, ["x"], num_particles=num_particles, points=points)
+    marginal = phf.marginalize(
+        counts, ["x"], num_particles=num_particles, proposal="prior", points=points
+    )
     return phf.estimator_quality(marginal, HERE, Y, num_replicates=replicates)
 
 

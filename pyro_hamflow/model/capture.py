@@ -64,7 +64,13 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
     with warnings.catch_warnings():
         # An operation without a batching rule is looped over: slower, and as right.
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
-        return capture(torch.func.vmap(graph), *examples)
+        # Shapes alone are traced: nothing of the batch's size is computed, or held, until it runs.
+        tracer = make_fx(
+            torch.func.functionalize(torch.func.vmap(graph)),
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+        )
+        return _simplify(tracer(*examples))
 
 
 def loop(function: Program) -> Program:

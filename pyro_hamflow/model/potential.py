@@ -141,13 +141,16 @@ class Potential:
         return -log_joint
 
     def _one(self, kind: str) -> Program:
-        """A function of one chain's vectors."""
+        """A function of one chain's vectors.
+
+        A potential that ignores its position has gradient zero, for which it must depend on it.
+        """
 
         def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
                 noise = noise.detach().requires_grad_()
-                value = self.value_of_one(position, noise)
+                value = self.value_of_one(position, noise) + 0.0 * position.sum()
                 slopes = torch.autograd.grad(
                     value, (position, noise), allow_unused=True, materialize_grads=True
                 )
@@ -156,7 +159,7 @@ class Potential:
         def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
-                value = self.value_of_one(position, noise)
+                value = self.value_of_one(position, noise) + 0.0 * position.sum()
                 (slope,) = torch.autograd.grad(
                     value, position, allow_unused=True, materialize_grads=True
                 )

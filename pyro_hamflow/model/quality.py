@@ -60,7 +60,7 @@ def estimator_quality(
         ...     with pyro.plate("group", len(y)):
         ...         x = pyro.sample("x", dist.Normal(mean, 1.0))
         ...         pyro.sample("y", dist.Poisson(x.exp()), obs=y)
-        >>> marginal = marginalize(model, ["x"], num_particles=8)
+        >>> marginal = marginalize(model, ["x"], num_particles=8, proposal="prior")
         >>> parameters = {"mean": torch.tensor(0.0)}
         >>> quality = estimator_quality(marginal, parameters, torch.tensor([2.0, 0.0, 1.0]))
         >>> 0.2 < quality.standard_deviation < 1.0
