@@ -757,5 +757,6 @@ def test_proposal_is_chosen_by_the_prior(prior, chosen):
             pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
     marginal = marginalize(model, ["x"])
-    marginal.plan(torch.tensor([0.3, 1.2]))
+    plan = marginal.plan(torch.tensor([0.3, 1.2]))
     assert marginal.proposal == chosen
+    assert plan.layouts["x"].num_particles == {"laplace": 2, "prior": 32}[chosen]

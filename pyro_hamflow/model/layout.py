@@ -119,6 +119,11 @@ class Layout:
     points: str
     example: Tensor
 
+    @property
+    def num_particles(self) -> int:
+        """How many particles each element has."""
+        return sum(stratum.count for stratum in self.strata)
+
     def noise_shape(self, group: Group) -> torch.Size:
         vectors = sum(noise_count(self.points, stratum.count) for stratum in self.strata)
         return torch.Size([vectors, *group.shape, self.dimension])
@@ -129,9 +134,12 @@ class Layout:
 
 
 def lay_out(
-    group: Group, trace: poutine.Trace, proposal: Proposal, num_particles: int, points: str
+    group: Group, trace: poutine.Trace, proposal: Proposal, num_particles: int | None, points: str
 ) -> Layout:
     """Counts the coordinates of a group's sites and shares its particles among mixture components.
+
+    Without a number of particles, there are as many as the proposal needs to serve well, and one
+    for each component of the mixture priors.
 
     Raises:
         ValueError: If there are fewer particles than components.
@@ -151,6 +159,8 @@ def lay_out(
         if splits is not None and proposal.stratified:
             choices.append([(name, component) for component in range(splits)])
     combinations = list(product(*choices))
+    if num_particles is None:
+        num_particles = max(proposal.enough_particles, len(combinations))
     if num_particles < len(combinations):
         raise ValueError(
             f"`num_particles` is {num_particles}: expected at least {len(combinations)}, one for "

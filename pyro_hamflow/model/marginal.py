@@ -90,7 +90,7 @@ def marginalize(
     model: Model,
     sites: Sequence[str],
     *,
-    num_particles: int = 8,
+    num_particles: int | None = None,
     proposal: str | Callable[..., Any] = "auto",
     points: str = "iid",
 ) -> MarginalModel:
@@ -110,7 +110,9 @@ def marginalize(
         model: A Pyro model.
         sites: Names of the local latent sites.
         num_particles: N, the number of particles of each element; components of a mixture prior
-            share them.
+            share them. If not given, 2 for ``"laplace"`` and 32 for other proposals, and at least
+            one for each component: more cost more than they gain where each element's noise is
+            refreshed on its own.
         proposal: ``"prior"`` draws particles from the prior; ``"laplace"`` from the prior times a
             Gaussian approximation of the likelihood, fitted before sampling; a function
             ``(parameters, *model_args)`` from the sites that it samples as a Pyro program;
@@ -154,15 +156,15 @@ class MarginalModel:
         self,
         model: Model,
         sites: Sequence[str],
-        num_particles: int,
+        num_particles: int | None,
         proposal: str | Callable[..., Any],
         points: str,
     ) -> None:
         if isinstance(sites, str) or not list(sites):
             raise ValueError(f"`sites` is {sites!r}: expected a list of names of local sites")
-        if isinstance(num_particles, bool) or not isinstance(num_particles, int):
+        if isinstance(num_particles, bool) or not isinstance(num_particles, int | None):
             raise TypeError(f"`num_particles` is {num_particles!r}: expected an integer")
-        if num_particles < 1:
+        if num_particles is not None and num_particles < 1:
             raise ValueError(f"`num_particles` is {num_particles}: expected 1 or more")
         if not callable(proposal) and proposal not in ("auto", "prior", "laplace"):
             raise ValueError(

@@ -39,7 +39,8 @@ def find_pilot(
     plan = marginal.plan(*args, **kwargs)
     names = plan.structure.parameters
     least = max(len(layout.strata) for layout in plan.layouts.values())
-    count = max(least, min(marginal.num_particles, _PARTICLES))
+    most = max(layout.num_particles for layout in plan.layouts.values())
+    count = max(least, min(most, _PARTICLES))
     rough = type(marginal)(marginal.model, marginal.sites, count, marginal.proposal, "iid")
     trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
     transforms = {

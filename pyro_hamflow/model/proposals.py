@@ -38,9 +38,11 @@ class Proposal(Protocol):
 
     Attributes:
         stratified: Whether each component of a mixture prior gets particles of its own.
+        enough_particles: How many particles mostly serve well.
     """
 
     stratified: bool
+    enough_particles: int
 
     def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
         """The shape of the noise of one element of a site.
@@ -83,6 +85,7 @@ class PriorProposal:
     """
 
     stratified = True
+    enough_particles = 32
 
     def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
         try:
@@ -112,6 +115,7 @@ class ProgramProposal:
     """
 
     stratified = False
+    enough_particles = 32
 
     def __init__(self, distributions: dict[str, Any], values: dict[str, Tensor]) -> None:
         self.distributions = distributions

@@ -91,7 +91,6 @@ def estimator_quality(
     ratio = deviation**2 / _WANTED_VARIANCE
     factor = ratio if marginal.points == "iid" else math.sqrt(ratio)
     least = max(len(plan.layouts[group.name].strata) for group in plan.structure.groups)
-    suggested = max(least, math.ceil(marginal.num_particles * factor)) if ratio == ratio else least
-    return EstimatorQuality(
-        deviation, float(joined.std(0).max()), marginal.num_particles, suggested
-    )
+    count = max(plan.layouts[group.name].num_particles for group in plan.structure.groups)
+    suggested = max(least, math.ceil(count * factor)) if math.isfinite(ratio) else least
+    return EstimatorQuality(deviation, float(joined.std(0).max()), count, suggested)
