@@ -759,4 +759,4 @@ def test_proposal_is_chosen_by_the_prior(prior, chosen):
     marginal = marginalize(model, ["x"])
     plan = marginal.plan(torch.tensor([0.3, 1.2]))
     assert marginal.proposal == chosen
-    assert plan.layouts["x"].num_particles == {"laplace": 2, "prior": 32}[chosen]
+    assert plan.layouts["x"].num_particles == {"laplace": 16, "prior": 32}[chosen]

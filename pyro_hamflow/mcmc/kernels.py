@@ -18,6 +18,7 @@ from pyro_hamflow.model.potential import Potential
 
 _REPLICATES = 32
 _LARGEST_VARIANCE = 2.0
+_SLOW_VARIANCE = 10.0
 _METHODS = ("auto", "joint", "conditional")
 
 
@@ -149,6 +150,8 @@ class PseudoMarginalHMC(HamiltonianKernel):
         self.log_likelihood_variance = float(values.double().var(0).median())
         if potential.factorises:
             method, why = "conditional", "each element's noise is refreshed on its own"
+            if self.log_likelihood_variance > _SLOW_VARIANCE:
+                why += "; more particles would let the parameters move further at once"
         elif self.log_likelihood_variance <= _LARGEST_VARIANCE:
             method, why = "conditional", "fresh noise is often accepted as a whole"
         else:

@@ -60,7 +60,7 @@ class LaplaceProposal:
     """
 
     stratified = True
-    enough_particles = 2
+    enough_particles = 16
 
     def __init__(
         self, group: Group, blocks: dict[str, Block], sites: dict[str, LikelihoodSite]
