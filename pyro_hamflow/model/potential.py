@@ -110,6 +110,7 @@ class Potential:
         refuse_moving_supports(self.sites, trace)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
         self._graphs: dict[tuple[Any, ...], Program] = {}
+        self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
         self._base_graphs: dict[str, GraphModule] = {}
         self._probe = self._refuse_randomness()
 
@@ -314,11 +315,13 @@ class Potential:
 
     def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
         """Positions and noise to capture programs with; random, but always the same."""
-        generator = torch.Generator().manual_seed(0)
-        return (
-            torch.randn(num_chains, self.dimension, generator=generator).to(self.example),
-            torch.randn(num_chains, self.noise_dimension, generator=generator).to(self.example),
-        )
+        if num_chains not in self._vectors:
+            generator = torch.Generator().manual_seed(0)
+            self._vectors[num_chains] = (
+                torch.randn(num_chains, self.dimension, generator=generator).to(self.example),
+                torch.randn(num_chains, self.noise_dimension, generator=generator).to(self.example),
+            )
+        return self._vectors[num_chains]
 
     def _refuse_randomness(self) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the model twice at one point; returns the point and the potential there."""
