@@ -306,7 +306,7 @@ def joint(target):
 
 
 def conditional(target, refresh):
-    return ConditionalTransition(target.potential, CHAINS, refresh)
+    return ConditionalTransition(HMCTransition(target.potential, CHAINS), refresh)
 
 
 def test_invariance_joint(target):

@@ -80,9 +80,12 @@ def test_posterior_agrees_with_quadrature(method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["joint", "conditional"])
-@pytest.mark.parametrize(("num_particles", "num_samples"), [(8, 800), (32, 400), (128, 150)])
+@pytest.mark.parametrize(("num_particles", "num_samples"), [(8, 1600), (32, 1200), (128, 400)])
 def test_long_runs_agree_with_quadrature(num_particles, num_samples, method):
-    check(run(num_particles, method, num_samples=num_samples, compile=True))
+    """Every parameter and every one of the 500 effects within four standard errors."""
+    mcmc = run(num_particles, method, num_samples=num_samples, compile=True)
+    assert np.abs(parameter_scores(mcmc)).max() < 4.0
+    assert np.abs(effect_scores(mcmc)).max() < 4.0
 
 
 def test_a_biased_sampler_is_noticed(monkeypatch):

@@ -53,7 +53,7 @@ def leapfrog_step(
         slope: The gradient at ``z``.
         noise: The noise of each chain, of shape ``(chains, noise_dimension)``.
         inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
-        step_size: A scalar.
+        step_size: A scalar, or one for each chain, of shape ``(chains, 1)``.
 
     Returns:
         Position, momentum, potential and gradient after the step.
@@ -147,3 +147,38 @@ def splitting(
         time = step_size if step < num_steps - 1 else 0.5 * step_size
         phase = kick_and_drift(gradients, phase, inverse_mass, step_size, time)
     return phase
+
+
+def rotating_leapfrog_step(
+    gradients: Gradient,
+    phase: Phase,
+    slope: Tensor,
+    noise_slope: Tensor,
+    inverse_mass: Tensor,
+    step_size: Tensor,
+) -> tuple[Phase, Tensor, Tensor, Tensor]:
+    """One step of the splitting integrator in the other order: half a kick, a drift, half a kick.
+
+    The kicks lie at the step's ends, as a No-U-Turn trajectory wants them: one gradient tells both
+    the energy of a point and the way on.
+
+    Arguments:
+        gradients: A function of position and noise that returns the potential and both gradients.
+        phase: Where to start.
+        slope: The potential's gradient there in the position.
+        noise_slope: The same in the noise.
+        inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
+        step_size: A scalar, or one for each chain, of shape ``(chains, 1)``.
+
+    Returns:
+        The next point, the potential there and both its gradients.
+
+    Invariant:
+        As of :func:`splitting`.
+    """
+    half = 0.5 * step_size
+    kicked = phase._replace(r=phase.r - half * slope, p=phase.p - half * noise_slope)
+    moved = drift(kicked, inverse_mass, step_size)
+    value, slope, noise_slope = gradients(moved.z, moved.u)
+    end = moved._replace(r=moved.r - half * slope, p=moved.p - half * noise_slope)
+    return end, value, slope, noise_slope

@@ -27,7 +27,7 @@ class GaussianKinetic:
     inverse_mass: Tensor
 
     @cached_property
-    def _root(self) -> Tensor:
+    def root(self) -> Tensor:
         """The square root of the inverse mass, a lower triangle if dense."""
         if self.inverse_mass.dim() == 1:
             return self.inverse_mass.sqrt()
@@ -42,8 +42,8 @@ class GaussianKinetic:
             device=self.inverse_mass.device,
         )
         if self.inverse_mass.dim() == 1:
-            return noise / self._root
-        return torch.linalg.solve_triangular(self._root, noise, upper=False, left=False)
+            return noise / self.root
+        return torch.linalg.solve_triangular(self.root, noise, upper=False, left=False)
 
     def energy(self, r: Tensor) -> Tensor:
         """K(r) of every chain, of shape ``(chains,)``."""
@@ -53,3 +53,15 @@ class GaussianKinetic:
 def velocity(inverse_mass: Tensor, r: Tensor) -> Tensor:
     """The rate of change of the position: the inverse mass times momenta ``(*, dimension)``."""
     return inverse_mass * r if inverse_mass.dim() == 1 else r @ inverse_mass
+
+
+def whiten(root: Tensor, r: Tensor) -> Tensor:
+    """Momenta ``(*, dimension)`` in the coordinates in which they are N(0, I).
+
+    There the kinetic energy is half a sum of squares, and a velocity is its momentum.
+
+    Arguments:
+        root: The square root of the inverse mass, as :class:`GaussianKinetic` gives it.
+        r: The momenta.
+    """
+    return root * r if root.dim() == 1 else r @ root

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.record import Record
-from pyro_hamflow.mcmc.transition import Info, State, Transition
+from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Transition
 from pyro_hamflow.mcmc.warmup import WarmUp
 from pyro_hamflow.model.arguments import same_arguments
 from pyro_hamflow.model.marginal import MarginalModel
@@ -28,7 +28,7 @@ from pyro_hamflow.model.start import find_start
 _MASSES = ("identity", "diagonal", "dense")
 _FIRST_STEP = 0.1
 _PILOT_RADIUS = 0.1
-_JITTER = 0.4
+_OPENING_STEPS = 20
 
 
 class HamiltonianKernel(MCMCKernel):
@@ -39,13 +39,10 @@ class HamiltonianKernel(MCMCKernel):
         step_size: The integrator's first step size; found by trial if not given.
         adapt_step_size: Whether warm-up tunes it.
         target_accept: The mean acceptance probability that warm-up aims for.
-        trajectory_length: The mean time of a trajectory, where the posterior has unit scale.
-        jitter: By which share trajectories are at random shorter or longer.
         mass: ``"identity"``, ``"diagonal"`` or ``"dense"``.
         inverse_mass: The first inverse mass, of shape ``(dimension,)`` or, if dense,
             ``(dimension, dimension)``; ones if not given.
         adapt_mass: Whether warm-up tunes it; an identity mass stays as it is.
-        max_num_steps: The most steps of a trajectory.
         compile: Whether to compile the programs to machine code, which takes tens of seconds and
             makes long runs several times faster.
     """
@@ -59,12 +56,9 @@ class HamiltonianKernel(MCMCKernel):
         step_size: float | None = None,
         adapt_step_size: bool = True,
         target_accept: float = 0.8,
-        trajectory_length: float = math.pi / 2,
-        jitter: float = _JITTER,
         mass: str = "diagonal",
         inverse_mass: Tensor | None = None,
         adapt_mass: bool = True,
-        max_num_steps: int = 1000,
         compile: bool = False,
     ) -> None:
         if not callable(model):
@@ -73,25 +67,14 @@ class HamiltonianKernel(MCMCKernel):
             raise ValueError(f"`step_size` is {step_size}: expected a positive number")
         if not 0 < target_accept < 1:
             raise ValueError(f"`target_accept` is {target_accept}: expected 0 < target_accept < 1")
-        if not trajectory_length > 0:
-            raise ValueError(
-                f"`trajectory_length` is {trajectory_length}: expected a positive time"
-            )
-        if not 0 <= jitter < 1:
-            raise ValueError(f"`jitter` is {jitter}: expected 0 <= jitter < 1")
         if mass not in _MASSES:
             raise ValueError(f"`mass` is {mass!r}: expected one of {_MASSES}")
-        if max_num_steps < 1:
-            raise ValueError(f"`max_num_steps` is {max_num_steps}: expected 1 or more")
         super().__init__()
         self.model = model
         self.adapt_step_size = adapt_step_size
         self.target_accept = target_accept
-        self.trajectory_length = trajectory_length
-        self.jitter = jitter
         self.mass = mass
         self.adapt_mass = adapt_mass and mass != "identity"
-        self.max_num_steps = max_num_steps
         self.compile = compile
         self._first_step_size = step_size
         self._first_inverse_mass = inverse_mass
@@ -106,8 +89,22 @@ class HamiltonianKernel(MCMCKernel):
         self.messages: list[str] = []
 
     @abstractmethod
+    def make_parameter_transition(
+        self, potential: Potential, num_chains: int
+    ) -> ParameterTransition:
+        """The kernel's move of the parameters, noise held."""
+
+    @abstractmethod
+    def make_joint_transition(self, potential: Potential, num_chains: int) -> Transition:
+        """The kernel's move of parameters and noise together."""
+
     def make_transition(self, potential: Potential, position: Tensor) -> Transition:
-        """The kernel's move, for chains that start at given positions."""
+        """The kernel's whole move, for chains that start at given positions."""
+        return self.make_parameter_transition(potential, len(position))
+
+    @abstractmethod
+    def draw_num_steps(self, step_size: float) -> int:
+        """How many steps the next trajectories take, or may take at most."""
 
     # --- all chains at once: our runner ---------------------------------------------------------
 
@@ -152,7 +149,10 @@ class HamiltonianKernel(MCMCKernel):
     def advance(self, state: State) -> tuple[State, Info]:
         """One iteration of all chains; tunes while warm-up lasts."""
         warmup, transition = self._running()
-        state, info = transition.step(state, warmup.tuning, self._num_steps())
+        num_steps = self.draw_num_steps(warmup.tuning.step_size)
+        if warmup.opening:
+            num_steps = min(num_steps, _OPENING_STEPS)
+        state, info = transition.step(state, warmup.tuning, num_steps)
         if not warmup.finished:
             changed = warmup.update(state.position, info.acceptance_rate)
             if changed and self.adapt_step_size and not warmup.finished:
@@ -197,8 +197,6 @@ class HamiltonianKernel(MCMCKernel):
             "kernel": type(self).__name__,
             "model": repr(self.model) if isinstance(self.model, MarginalModel) else "",
             "target_accept": self.target_accept,
-            "trajectory_length": self.trajectory_length,
-            "jitter": self.jitter,
             "mass": self.mass,
             "compile": self.compile,
         }
@@ -207,13 +205,6 @@ class HamiltonianKernel(MCMCKernel):
         if self._warmup is None or self._transition is None:
             raise RuntimeError("the kernel has not been set up: run it first")
         return self._warmup, self._transition
-
-    def _num_steps(self) -> int:
-        warmup = self._running()[0]
-        factor = 1.0 + self.jitter * (2.0 * torch.rand(()).item() - 1.0)
-        steps = round(self.trajectory_length * factor / warmup.tuning.step_size)
-        limit = min(self.max_num_steps, 20) if warmup.opening else self.max_num_steps
-        return max(1, min(steps, limit))
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
         dimension = potential.dimension

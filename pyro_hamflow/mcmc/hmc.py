@@ -62,13 +62,14 @@ class HMCTransition:
         )
         return State(position, state.noise, slope, Evaluation(value, {}, {})), info
 
-    def refreshed(self, state: State, inverse_mass: Tensor) -> State:
+    def refreshed(self, state: State, tuning: Tuning) -> State:
         """The state with potential and gradient computed anew, after its noise has changed.
 
         A leapfrog step of size zero does it, so that one program serves for all gradients.
         """
         still = torch.zeros_like(state.position)
         size = torch.zeros_like(self.potential.example)
+        inverse_mass = tuning.kinetic.inverse_mass
         _, _, value, slope = self._advance(inverse_mass)(
             state.position, still, still, state.noise, inverse_mass, size
         )

@@ -1,4 +1,4 @@
-"""The kernels that users name."""
+"""The kernels that users name, for models whose density is known: HMC and NUTS."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
 from pyro_hamflow.mcmc.hmc import HMCTransition
-from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition, JointTransition
-from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, Refresh
-from pyro_hamflow.mcmc.transition import Transition
+from pyro_hamflow.mcmc.nuts import JointNUTSTransition, NUTSTransition
+from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
+from pyro_hamflow.mcmc.transition import ParameterTransition, Transition
 from pyro_hamflow.model.potential import Potential
 
-_REPLICATES = 32
-_LARGEST_VARIANCE = 2.0
-_SLOW_VARIANCE = 10.0
-_METHODS = ("auto", "joint", "conditional")
+_DEEPEST = 20
 
 
 class HMC(HamiltonianKernel):
     """Hamiltonian Monte Carlo with vectorised chains.
 
     Runs in :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`. On a
-    model with noise sites it treats the noise as parameters. Its arguments are those of
-    :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`.
+    model with noise sites it treats the noise as parameters.
+
+    Arguments:
+        model: A Pyro model.
+        trajectory_length: The mean time of a trajectory, where the posterior has unit scale.
+        jitter: By which share trajectories are at random shorter or longer.
+        max_num_steps: The most steps of a trajectory.
+        settings: The other arguments of
+            :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`.
 
     Raises:
         TypeError: If the model is not callable.
@@ -52,113 +55,107 @@ class HMC(HamiltonianKernel):
         torch.Size([800])
     """
 
-    def make_transition(self, potential: Potential, position: Tensor) -> Transition:
-        return HMCTransition(potential, len(position))
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        trajectory_length: float = math.pi / 2,
+        jitter: float = 0.4,
+        max_num_steps: int = 1000,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, **settings)
+        if not trajectory_length > 0:
+            raise ValueError(
+                f"`trajectory_length` is {trajectory_length}: expected a positive time"
+            )
+        if not 0 <= jitter < 1:
+            raise ValueError(f"`jitter` is {jitter}: expected 0 <= jitter < 1")
+        if max_num_steps < 1:
+            raise ValueError(f"`max_num_steps` is {max_num_steps}: expected 1 or more")
+        self.trajectory_length = trajectory_length
+        self.jitter = jitter
+        self.max_num_steps = max_num_steps
+
+    def make_parameter_transition(
+        self, potential: Potential, num_chains: int
+    ) -> ParameterTransition:
+        return HMCTransition(potential, num_chains)
+
+    def make_joint_transition(self, potential: Potential, num_chains: int) -> Transition:
+        return JointTransition(potential, num_chains)
+
+    def draw_num_steps(self, step_size: float) -> int:
+        factor = 1.0 + self.jitter * (2.0 * torch.rand(()).item() - 1.0)
+        steps = round(self.trajectory_length * factor / step_size)
+        return max(1, min(steps, self.max_num_steps))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {
+            "trajectory_length": self.trajectory_length,
+            "jitter": self.jitter,
+        }
 
 
-class PseudoMarginalHMC(HamiltonianKernel):
-    """Pseudo-marginal Hamiltonian Monte Carlo with vectorised chains.
+class NUTS(HamiltonianKernel):
+    """The No-U-Turn Sampler with vectorised chains.
 
-    Samples the exact posterior of a model whose likelihood is estimated: one made by
-    :func:`~pyro_hamflow.marginalize`, or one that calls :func:`~pyro_hamflow.noise`. Runs in
-    :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
+    Trajectories grow until they turn back, so that no length needs to be set; their draws are
+    picked from all their points. Runs in :class:`pyro_hamflow.MCMC`, all chains at once, and in
+    :class:`pyro.infer.MCMC`. On a model with noise sites it treats the noise as parameters.
 
     Arguments:
-        model: A Pyro model with noise sites.
-        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
-            with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
-            of the estimate, and says so.
-        refresh: The move of the noise under the conditional method; fresh independent noise for
-            every element if not given.
+        model: A Pyro model.
+        max_tree_depth: The most doublings of a trajectory, 10 by default: 1,023 steps.
         settings: The other arguments of
             :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`.
 
     Raises:
         TypeError: If the model is not callable.
-        ValueError: If a number lies outside its range; when run, if the model has no noise sites,
-            or one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+        ValueError: If a number lies outside its range; when run, if the model has faults, which
+            :class:`~pyro_hamflow.model.potential.Potential` lists.
 
     Invariant:
-        The extended density of parameters and noise, and so the exact posterior of the parameters
-        for any number of particles, once warm-up has ended.
+        The posterior, exactly, once warm-up has ended: step size and mass are then frozen.
 
     References:
-        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021)
-        | https://arxiv.org/abs/1607.02516
+        | The No-U-Turn Sampler (Hoffman, Gelman, 2014)
+        | https://arxiv.org/abs/1111.4246
+        | A conceptual introduction to Hamiltonian Monte Carlo (Betancourt, 2017), appendix A
+        | https://arxiv.org/abs/1701.02434
 
     Example:
         >>> def model(y):
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("group", len(y)):
-        ...         x = pyro.sample("x", dist.Normal(mean, 1.0))
-        ...         pyro.sample("y", dist.Poisson(x.exp()), obs=y)
-        >>> marginal = marginalize(model, ["x"], num_particles=8)
-        >>> mcmc = MCMC(PseudoMarginalHMC(marginal), num_samples=200, disable_progbar=True)
-        >>> mcmc.run(torch.tensor([2.0, 0.0, 1.0]))
+        ...     pyro.sample("y", dist.Normal(mean, 1.0).expand([3]).to_event(1), obs=y)
+        >>> mcmc = MCMC(NUTS(model), num_samples=100, num_chains=4, disable_progbar=True)
+        >>> mcmc.run(torch.ones(3))
         >>> mcmc.get_samples()["mean"].shape
-        torch.Size([200])
+        torch.Size([400])
     """
 
-    separate_noise = True
-
     def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        method: str = "auto",
-        refresh: Refresh | None = None,
-        **settings: Any,
+        self, model: Callable[..., Any], *, max_tree_depth: int = 10, **settings: Any
     ) -> None:
         super().__init__(model, **settings)
-        if method not in _METHODS:
-            raise ValueError(f"`method` is {method!r}: expected one of {_METHODS}")
-        self.method = method
-        self.refresh = refresh or CorrelatedRefresh()
-        self.chosen_method = method
-        self.log_likelihood_variance = math.nan
-
-    def make_transition(self, potential: Potential, position: Tensor) -> Transition:
-        if not potential.noise_sites:
+        if not 1 <= max_tree_depth <= _DEEPEST:
             raise ValueError(
-                "the model has no noise sites: expected a model from `marginalize`, or one that "
-                "calls `pyro_hamflow.noise`; for other models use `HMC`"
+                f"`max_tree_depth` is {max_tree_depth}: expected 1 to {_DEEPEST} doublings"
             )
-        if self.method == "auto":
-            self.chosen_method = self._choose(potential, position)
-        else:
-            self.chosen_method = self.method
-        if self.chosen_method == "joint":
-            return JointTransition(potential, len(position))
-        return ConditionalTransition(potential, len(position), self.refresh)
+        self.max_tree_depth = max_tree_depth
+
+    def make_parameter_transition(
+        self, potential: Potential, num_chains: int
+    ) -> ParameterTransition:
+        return NUTSTransition(potential, num_chains, self.max_tree_depth)
+
+    def make_joint_transition(self, potential: Potential, num_chains: int) -> Transition:
+        return JointNUTSTransition(potential, num_chains, self.max_tree_depth)
+
+    def draw_num_steps(self, step_size: float) -> int:
+        return 2**self.max_tree_depth - 1
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings | {
-            "method": self.chosen_method,
-            "refresh": repr(self.refresh),
-            "log_likelihood_variance": self.log_likelihood_variance,
-        }
-
-    def _choose(self, potential: Potential, position: Tensor) -> str:
-        """Which of the two ways serves, by the variance of the estimate where the chains start."""
-        values = torch.stack(
-            [
-                potential.value(position, potential.draw_noise(len(position)))
-                for _ in range(_REPLICATES)
-            ]
-        )
-        self.log_likelihood_variance = float(values.double().var(0).median())
-        if potential.factorises:
-            method, why = "conditional", "each element's noise is refreshed on its own"
-            if self.log_likelihood_variance > _SLOW_VARIANCE:
-                why += "; more particles would let the parameters move further at once"
-        elif self.log_likelihood_variance <= _LARGEST_VARIANCE:
-            method, why = "conditional", "fresh noise is often accepted as a whole"
-        else:
-            method, why = "joint", "fresh noise would rarely be accepted as a whole"
-        self.messages.append(
-            f"PseudoMarginalHMC: the log-likelihood estimate has variance "
-            f"{self.log_likelihood_variance:.3g} where the chains start; "
-            f"moves are {method} ({why})."
-        )
-        return method
+        return super().settings | {"max_tree_depth": self.max_tree_depth}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.integrators import Phase, drift, kick_and_drift
-from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.refresh import Blocks, Refresh
 from pyro_hamflow.mcmc.transition import (
     Info,
+    ParameterTransition,
     State,
     Tuning,
     draw_level,
@@ -110,8 +110,7 @@ class ConditionalTransition:
     """Moves parameters with the noise held, then refreshes the noise.
 
     Arguments:
-        potential: The target.
-        num_chains: How many chains.
+        inner: The move of the parameters.
         refresh: The move of the noise.
 
     Invariant:
@@ -123,11 +122,11 @@ class ConditionalTransition:
         | https://arxiv.org/abs/1510.02958
     """
 
-    def __init__(self, potential: Potential, num_chains: int, refresh: Refresh) -> None:
-        self.potential = potential
-        self.inner = HMCTransition(potential, num_chains)
+    def __init__(self, inner: ParameterTransition, refresh: Refresh) -> None:
+        self.potential = inner.potential
+        self.inner = inner
         self.refresh = refresh
-        self.blocks = Blocks(potential)
+        self.blocks = Blocks(inner.potential)
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
         state = self.inner.begin(position, noise)
@@ -144,7 +143,7 @@ class ConditionalTransition:
             lambda proposed: self.potential.evaluate(position, proposed),
         )
         changed = State(position, noise, moved.gradient, evaluation)
-        fresh = self.inner.refreshed(changed, tuning.kinetic.inverse_mass)
+        fresh = self.inner.refreshed(changed, tuning)
         info = info._replace(
             energy=info.energy + (fresh.evaluation.value - here.value).double(),
             n_gradients=info.n_gradients + 1,

@@ -46,8 +46,9 @@ class Record:
         if estimates:
             sums = [part.double().reshape(len(part), -1).sum(-1) for part in estimates.values()]
             stats["log_likelihood_estimate"] = torch.stack(sums).sum(0)
-        if info.refresh_rate is not None:
-            stats["refresh_rate"] = info.refresh_rate
+        for name in ("refresh_rate", "tree_depth", "reached_max_treedepth"):
+            if (stat := getattr(info, name)) is not None:
+                stats[name] = stat
         self.position.append(state.position)
         for name, stat in stats.items():
             self.stats.setdefault(name, []).append(stat)

@@ -25,7 +25,8 @@ class State(NamedTuple):
     Attributes:
         position: Parameters on the real line, of shape ``(chains, dimension)``.
         noise: Noise of the likelihood estimate, of shape ``(chains, noise_dimension)``.
-        gradient: The potential's gradient in the position; the joint move does not need it.
+        gradient: The potential's gradient in the position, and in the noise behind it for joint
+            moves that need both.
         evaluation: The potential, and the local sites recovered there.
     """
 
@@ -49,6 +50,8 @@ class Info(NamedTuple):
         n_densities: Densities evaluated without gradient.
         refresh_rate: Share of the noise that was renewed after the parameters' move, if the move
             has such a part.
+        tree_depth: How often the trajectory doubled, if that is how it grows.
+        reached_max_treedepth: Whether it ended because it might not double again.
     """
 
     accepted: Tensor
@@ -56,10 +59,12 @@ class Info(NamedTuple):
     energy_error: Tensor
     diverging: Tensor
     energy: Tensor
-    n_steps: int
-    n_gradients: int
+    n_steps: int | Tensor
+    n_gradients: int | Tensor
     n_densities: int
     refresh_rate: Tensor | None = None
+    tree_depth: Tensor | None = None
+    reached_max_treedepth: Tensor | None = None
 
 
 class Tuning(NamedTuple):
@@ -87,7 +92,14 @@ class Transition(Protocol):
         """The state at given positions and noise."""
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
-        """Moves every chain once, by trajectories of ``num_steps`` steps."""
+        """Moves every chain once, by trajectories of ``num_steps`` steps, or of so many at most."""
+
+
+class ParameterTransition(Transition, Protocol):
+    """One move of all chains' parameters, with the noise held."""
+
+    def refreshed(self, state: State, tuning: Tuning) -> State:
+        """The state with potential and gradient computed anew, after its noise has changed."""
 
 
 class Decision(NamedTuple):

@@ -1,0 +1,240 @@
+"""The No-U-Turn Sampler, all chains at once: on parameters, or on parameters and noise together."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.integrators import Phase, leapfrog_step, rotating_leapfrog_step
+from pyro_hamflow.mcmc.transition import Info, State, Tuning
+from pyro_hamflow.mcmc.tree import Energy, Motion, Pick, Point, Tree, begin, ended_tree, extend
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
+
+
+class NUTSTransition:
+    """Moves parameters along trajectories that end at a U-turn, the noise of an estimate held.
+
+    Points of a trajectory are picked by their weights, later doublings first; a U-turn is judged by
+    the sum of the momenta, for every balanced subtree, and across the subtrees that meet.
+
+    Arguments:
+        potential: The target.
+        num_chains: How many chains.
+        max_tree_depth: The most doublings of a trajectory.
+
+    Invariant:
+        The density exp(-U(z, u)) of the positions at their noise, exactly.
+
+    References:
+        | The No-U-Turn Sampler (Hoffman, Gelman, 2014)
+        | https://arxiv.org/abs/1111.4246
+        | A conceptual introduction to Hamiltonian Monte Carlo (Betancourt, 2017), appendix A
+        | https://arxiv.org/abs/1701.02434
+    """
+
+    def __init__(self, potential: Potential, num_chains: int, max_tree_depth: int) -> None:
+        self.potential = potential
+        self._gradient = potential.graph("gradient", num_chains)
+        motion = Motion(self._move, _energy, potential.dimension)
+        example = potential.vectors(num_chains)[0]
+        self._builder = TreeBuilder(potential, motion, example, max_tree_depth, "tree")
+
+    def begin(self, position: Tensor, noise: Tensor) -> State:
+        value, gradient = self._gradient(position, noise)
+        return State(position, noise, gradient, Evaluation(value, {}, {}))
+
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        momentum = tuning.kinetic.sample(len(state.position))
+        start = Point(state.position.mT, momentum.mT, state.gradient.mT)
+        value = state.evaluation.value
+        tree = self._builder.build(start, value, state.noise, tuning, num_steps)
+        position, slope, value, *_ = tree.draw
+        moved = State(position.mT, state.noise, slope.mT, Evaluation(value, {}, {}))
+        return moved, self._builder.info(tree)
+
+    def refreshed(self, state: State, tuning: Tuning) -> State:
+        """The state with potential and gradient computed anew, after its noise has changed.
+
+        The first step of a trajectory, of size zero, does it, so that one program serves for all
+        gradients.
+        """
+        still = torch.zeros_like(state.position.mT)
+        start, value = Point(state.position.mT, still, still), state.evaluation.value
+        tuning = tuning._replace(step_size=0.0)
+        here = self._builder.first_step(start, value, state.noise, tuning)
+        evaluation = state.evaluation._replace(value=here.value)
+        return state._replace(gradient=here.slope.mT, evaluation=evaluation)
+
+    def _move(
+        self, point: Point, noise: Tensor, inverse_mass: Tensor, step: Tensor
+    ) -> tuple[Point, Tensor]:
+        z, r, slope = (part.mT for part in point)
+        z, r, value, slope = leapfrog_step(
+            self._gradient, z, r, slope, noise, inverse_mass, step[:, None]
+        )
+        return Point(z.mT, r.mT, slope.mT), value
+
+
+def _energy(point: Point, value: Tensor, whitened: Tensor) -> Energy:
+    total = value.double() + 0.5 * whitened.double().square().sum(0)
+    return Energy(total, total)
+
+
+class JointNUTSTransition:
+    """Moves parameters and noise together, until the parameters make a U-turn.
+
+    The noise turns about the origin at unit speed whatever the parameters do, so it has no say in
+    where a trajectory ends; but beyond half a turn it would come back, and no trajectory goes
+    further.
+
+    Arguments:
+        potential: The target.
+        num_chains: How many chains.
+        max_tree_depth: The most doublings of a trajectory.
+
+    Invariant:
+        The extended density of parameters and noise, exactly, for every number of particles.
+
+    References:
+        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021)
+        | https://arxiv.org/abs/1607.02516
+        | The No-U-Turn Sampler (Hoffman, Gelman, 2014)
+        | https://arxiv.org/abs/1111.4246
+    """
+
+    def __init__(self, potential: Potential, num_chains: int, max_tree_depth: int) -> None:
+        self.potential = potential
+        self._gradients = potential.graph("gradients", num_chains)
+        self._size = potential.dimension
+        motion = Motion(self._move, self._energy, potential.dimension)
+        example = torch.cat(potential.vectors(num_chains), -1)
+        self._builder = TreeBuilder(potential, motion, example, max_tree_depth, "joint tree")
+
+    def begin(self, position: Tensor, noise: Tensor) -> State:
+        _, *slopes = self._gradients(position, noise)
+        evaluation = self.potential.evaluate(position, noise)
+        return State(position, noise, torch.cat(slopes, -1), evaluation)
+
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        momentum = tuning.kinetic.sample(len(state.position))
+        start = Point(
+            torch.cat([state.position, state.noise], -1).mT,
+            torch.cat([momentum, torch.randn_like(state.noise)], -1).mT,
+            state.gradient.mT,
+        )
+        half_turn = int(math.pi / tuning.step_size)
+        limit = max(1, min(num_steps, half_turn))
+        value = state.evaluation.value
+        tree = self._builder.build(start, value, state.noise[:, :0], tuning, limit)
+        position, noise = self._parts(tree.draw.position)
+        evaluation = self.potential.evaluate(position, noise)
+        moved = State(position, noise, tree.draw.slope.mT, evaluation)
+        return moved, self._builder.info(tree)._replace(n_densities=1)
+
+    def _parts(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameters, and the noise behind them, as rows."""
+        rows = columns.mT
+        return rows[:, : self._size], rows[:, self._size :]
+
+    def _move(
+        self, point: Point, noise: Tensor, inverse_mass: Tensor, step: Tensor
+    ) -> tuple[Point, Tensor]:
+        (z, u), (r, p) = self._parts(point.position), self._parts(point.momentum)
+        slopes = self._parts(point.slope)
+        phase, value, *slopes_there = rotating_leapfrog_step(
+            self._gradients, Phase(z, r, u, p), *slopes, inverse_mass, step[:, None]
+        )
+        pairs = ((phase.z, phase.u), (phase.r, phase.p), tuple(slopes_there))
+        return Point(*(torch.cat(pair, -1).mT for pair in pairs)), value
+
+    def _energy(self, point: Point, value: Tensor, whitened: Tensor) -> Energy:
+        parameters = _energy(point, value, whitened).total
+        u, p = point.position[self._size :].double(), point.momentum[self._size :].double()
+        return Energy(parameters + 0.5 * (u.square() + p.square()).sum(0), parameters)
+
+
+class TreeBuilder:
+    """Builds trajectories by one program, which begins them and adds points to them.
+
+    Arguments:
+        potential: The target; compiles the program if asked to.
+        motion: How points move.
+        example: Positions of all chains, noise included if it moves.
+        max_tree_depth: The most doublings of a trajectory.
+        name: Of the program.
+    """
+
+    def __init__(
+        self, potential: Potential, motion: Motion, example: Tensor, max_tree_depth: int, name: str
+    ) -> None:
+        self.potential = potential
+        self.motion = motion
+        self.max_tree_depth = max_tree_depth
+        self.name = name
+        self._empty = ended_tree(example.mT.contiguous(), motion.dimension, max_tree_depth)
+        self._all = self._empty.done
+        self._none = ~self._all
+
+    def build(
+        self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, num_steps: int
+    ) -> Tree:
+        """Builds a trajectory for every chain to its end, of ``num_steps`` steps at most."""
+        limit = min(num_steps, 2**self.max_tree_depth - 1)
+        tensors, settings = self._start(start, value, noise, tuning, limit)
+        renew = self._all
+        while True:
+            tensors = self._advance(tensors, renew, settings)
+            renew = self._none
+            if bool(tensors[-1].all()):
+                return Tree.unflatten(tensors)
+
+    def first_step(self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning) -> Pick:
+        """The first point that trajectories add."""
+        tensors, settings = self._start(start, value, noise, tuning, 1)
+        return Tree.unflatten(self._advance(tensors, self._all, settings)).candidate
+
+    def info(self, tree: Tree) -> Info:
+        """What happened in the transition to a tree's draw."""
+        depth = torch.log2(tree.num_points.double() + 1.0).ceil()  # a broken doubling counts too
+        return Info(
+            accepted=tree.draw.error != 0.0,
+            acceptance_rate=tree.rate / tree.num_points,
+            energy_error=tree.draw.error,
+            diverging=tree.diverging,
+            energy=tree.draw.energy,
+            n_steps=tree.num_points,
+            n_gradients=tree.num_points,
+            n_densities=0,
+            tree_depth=depth.long(),
+            reached_max_treedepth=tree.limited,
+        )
+
+    def _start(
+        self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, limit: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A tree to begin at a point, and what does not change while it is built."""
+        draw = self._empty.draw._replace(
+            position=start.position.contiguous(), slope=start.slope.contiguous(), value=value
+        )
+        kinetic, example = tuning.kinetic, self.potential.example
+        size = torch.full_like(example, tuning.step_size)
+        most = torch.full_like(example, limit, dtype=torch.long)
+        momentum = start.momentum.contiguous()
+        settings = (momentum, noise, kinetic.inverse_mass, kinetic.root, size, most)
+        return self._empty._replace(draw=draw).flatten(), settings
+
+    def _advance(
+        self, tensors: tuple[Tensor, ...], renew: Tensor, settings: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        level = torch.rand(3, len(renew), dtype=torch.float64, device=renew.device)
+        inputs = (*tensors, renew, *settings, level)
+        return self.potential.accelerate(self.name, self._program, *inputs)(*inputs)
+
+    def _program(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        size = len(inputs) - 8
+        renew, momentum, noise, inverse_mass, root, *rest = inputs[size:]
+        tree = begin(Tree.unflatten(inputs[:size]), self.motion, renew, momentum, root)
+        return extend(tree, self.motion, noise, inverse_mass, root, *rest).flatten()

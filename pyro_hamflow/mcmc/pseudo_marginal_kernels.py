@@ -1,0 +1,189 @@
+"""The kernels that users name, for models whose likelihood is estimated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
+from pyro_hamflow.mcmc.kernels import HMC, NUTS
+from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
+from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, Refresh
+from pyro_hamflow.mcmc.transition import Transition
+from pyro_hamflow.model.potential import Potential
+
+_REPLICATES = 32
+_LARGEST_VARIANCE = 2.0
+_SLOW_VARIANCE = 10.0
+_METHODS = ("auto", "joint", "conditional")
+
+
+class PseudoMarginal(HamiltonianKernel):
+    """What makes a kernel pseudo-marginal: the noise of an estimate is part of the state.
+
+    Arguments:
+        model: A Pyro model with noise sites.
+        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
+            with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
+            of the estimate, and says so.
+        refresh: The move of the noise under the conditional method; fresh independent noise for
+            every element if not given.
+        settings: The other arguments of the kernel.
+    """
+
+    separate_noise = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        method: str = "auto",
+        refresh: Refresh | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, **settings)
+        if method not in _METHODS:
+            raise ValueError(f"`method` is {method!r}: expected one of {_METHODS}")
+        self.method = method
+        self.refresh = refresh or CorrelatedRefresh()
+        self.chosen_method = method
+        self.log_likelihood_variance = math.nan
+
+    def make_transition(self, potential: Potential, position: Tensor) -> Transition:
+        if not potential.noise_sites:
+            raise ValueError(
+                "the model has no noise sites: expected a model from `marginalize`, or one that "
+                "calls `pyro_hamflow.noise`; for other models use `HMC` or `NUTS`"
+            )
+        if self.method == "auto":
+            self.chosen_method = self._choose(potential, position)
+        else:
+            self.chosen_method = self.method
+        if self.chosen_method == "joint":
+            return self.make_joint_transition(potential, len(position))
+        inner = self.make_parameter_transition(potential, len(position))
+        return ConditionalTransition(inner, self.refresh)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {
+            "method": self.chosen_method,
+            "refresh": repr(self.refresh),
+            "log_likelihood_variance": self.log_likelihood_variance,
+        }
+
+    def _choose(self, potential: Potential, position: Tensor) -> str:
+        """Which of the two ways serves, by the variance of the estimate where the chains start."""
+        values = torch.stack(
+            [
+                potential.value(position, potential.draw_noise(len(position)))
+                for _ in range(_REPLICATES)
+            ]
+        )
+        self.log_likelihood_variance = float(values.double().var(0).median())
+        if potential.factorises:
+            method, why = "conditional", "each element's noise is refreshed on its own"
+            if self.log_likelihood_variance > _SLOW_VARIANCE:
+                why += "; more particles would let the parameters move further at once"
+        elif self.log_likelihood_variance <= _LARGEST_VARIANCE:
+            method, why = "conditional", "fresh noise is often accepted as a whole"
+        else:
+            method, why = "joint", "fresh noise would rarely be accepted as a whole"
+        self.messages.append(
+            f"{type(self).__name__}: the log-likelihood estimate has variance "
+            f"{self.log_likelihood_variance:.3g} where the chains start; "
+            f"moves are {method} ({why})."
+        )
+        return method
+
+
+class PseudoMarginalHMC(PseudoMarginal, HMC):
+    """Pseudo-marginal Hamiltonian Monte Carlo with vectorised chains.
+
+    Samples the exact posterior of a model whose likelihood is estimated: one made by
+    :func:`~pyro_hamflow.marginalize`, or one that calls :func:`~pyro_hamflow.noise`. Runs in
+    :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
+
+    Arguments:
+        model: A Pyro model with noise sites.
+        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
+            with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
+            of the estimate, and says so.
+        refresh: The move of the noise under the conditional method; fresh independent noise for
+            every element if not given.
+        settings: The other arguments of :class:`~pyro_hamflow.HMC`.
+
+    Raises:
+        TypeError: If the model is not callable.
+        ValueError: If a number lies outside its range; when run, if the model has no noise sites,
+            or one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+
+    Invariant:
+        The extended density of parameters and noise, and so the exact posterior of the parameters
+        for any number of particles, once warm-up has ended.
+
+    References:
+        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021)
+        | https://arxiv.org/abs/1607.02516
+
+    Example:
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("group", len(y)):
+        ...         x = pyro.sample("x", dist.Normal(mean, 1.0))
+        ...         pyro.sample("y", dist.Poisson(x.exp()), obs=y)
+        >>> marginal = marginalize(model, ["x"], num_particles=8)
+        >>> mcmc = MCMC(PseudoMarginalHMC(marginal), num_samples=200, disable_progbar=True)
+        >>> mcmc.run(torch.tensor([2.0, 0.0, 1.0]))
+        >>> mcmc.get_samples()["mean"].shape
+        torch.Size([200])
+    """
+
+
+class PseudoMarginalNUTS(PseudoMarginal, NUTS):
+    """The pseudo-marginal No-U-Turn Sampler with vectorised chains.
+
+    Samples what :class:`PseudoMarginalHMC` does, along trajectories that grow until the parameters
+    turn back. Joint trajectories turn the noise by half a circle at most. Runs in
+    :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
+
+    Arguments:
+        model: A Pyro model with noise sites.
+        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
+            with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
+            of the estimate, and says so.
+        refresh: The move of the noise under the conditional method; fresh independent noise for
+            every element if not given.
+        settings: The other arguments of :class:`~pyro_hamflow.NUTS`.
+
+    Raises:
+        TypeError: If the model is not callable.
+        ValueError: If a number lies outside its range; when run, if the model has no noise sites,
+            or one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+
+    Invariant:
+        The extended density of parameters and noise, and so the exact posterior of the parameters
+        for any number of particles, once warm-up has ended.
+
+    References:
+        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021)
+        | https://arxiv.org/abs/1607.02516
+        | The No-U-Turn Sampler (Hoffman, Gelman, 2014)
+        | https://arxiv.org/abs/1111.4246
+
+    Example:
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("group", len(y)):
+        ...         x = pyro.sample("x", dist.Normal(mean, 1.0))
+        ...         pyro.sample("y", dist.Poisson(x.exp()), obs=y)
+        >>> marginal = marginalize(model, ["x"], num_particles=8)
+        >>> mcmc = MCMC(PseudoMarginalNUTS(marginal), num_samples=50, disable_progbar=True)
+        >>> mcmc.run(torch.tensor([2.0, 0.0, 1.0]))
+        >>> mcmc.get_samples()["mean"].shape
+        torch.Size([50])
+    """
