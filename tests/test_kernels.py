@@ -299,8 +299,9 @@ def test_sample_before_setup():
         ({**START, "mean": torch.zeros(2)}, "site 'mean' has shape"),
     ],
 )
-def test_bad_initial_params_are_refused(start, message):
-    kernel = hmc()
+@pytest.mark.parametrize("make", [HMC, lambda m: PseudoMarginalHMC(marginalize(model, ["x"]))])
+def test_bad_initial_params_are_refused(make, start, message):
+    kernel = make(plain_model)
     kernel.initial_params = start
     with pytest.raises(ValueError, match=message):
         kernel.setup(0, Y)

@@ -122,8 +122,10 @@ def test_saved_warmup(chain_method):
     assert len(mcmc.warmup_draws.stats["step_size"].unique()) > 1
 
 
-def test_warmup_is_as_long_as_sampling_if_not_given():
-    assert MCMC(_kernel(), 17).warmup_steps == 17
+def test_chains_that_are_tuned_together_share_the_warmup():
+    assert MCMC(_kernel(), 17).warmup_steps == 700
+    assert MCMC(_kernel(), 17, num_chains=4).warmup_steps == 250
+    assert MCMC(_kernel(), 17, num_chains=4, chain_method="sequential").warmup_steps == 700
 
 
 def test_float32_end_to_end():

@@ -179,7 +179,8 @@ def test_opening_positions_do_not_enter_mass():
 @pytest.mark.parametrize("warmup_steps", [0, 60])
 def test_tuning_is_frozen_after_warmup(make, warmup_steps):
     kernel = make()
-    site, shape = ("x", (8, 3)) if isinstance(kernel, HMC) else ("mean", (8,))
+    marginal = isinstance(kernel, PseudoMarginalHMC)
+    site, shape = ("mean", (8,)) if marginal else ("x", (8, 3))
     state = kernel.begin(8, warmup_steps, initial_params={site: 0.1 * torch.randn(shape)})
     for _ in range(warmup_steps):
         state, _ = kernel.advance(state)
@@ -204,3 +205,23 @@ def test_number_of_steps_does_not_depend_on_state():
     assert min(counts) >= round(0.6 * mean)
     assert max(counts) <= round(1.4 * mean)
     assert len(counts) > 5
+
+
+def test_few_positions_give_a_diagonal_mass():
+    """A whole matrix from fewer positions than dimensions would have directions without spread."""
+    torch.manual_seed(0)
+    few, many = Covariance(20, dense=True), Covariance(20, dense=True)
+    few.update(torch.randn(30, 20))
+    many.update(torch.randn(3000, 20) @ torch.randn(20, 20))
+    assert torch.equal(few.inverse_mass(), torch.diag(few.inverse_mass().diag()))
+    assert (many.inverse_mass().fill_diagonal_(0.0) != 0).sum() == 380
+
+
+@pytest.mark.parametrize(("dimension", "dense"), [(100, True), (101, False)])
+def test_mass_is_dense_where_that_is_cheap(dimension, dense):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0).expand([dimension]).to_event(1))
+
+    kernel = HMC(model)
+    kernel.begin(2, 10)
+    assert kernel.inverse_mass.dim() == (2 if dense else 1)

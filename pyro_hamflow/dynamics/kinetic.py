@@ -31,7 +31,7 @@ class GaussianKinetic:
         """The square root of the inverse mass, a lower triangle if dense."""
         if self.inverse_mass.dim() == 1:
             return self.inverse_mass.sqrt()
-        return torch.linalg.cholesky(self.inverse_mass)
+        return torch.linalg.cholesky(self.inverse_mass.double()).to(self.inverse_mass)
 
     def sample(self, num_chains: int) -> Tensor:
         """Momenta for every chain, of shape ``(chains, dimension)``."""

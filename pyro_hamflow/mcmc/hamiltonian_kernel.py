@@ -25,7 +25,8 @@ from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
-_MASSES = ("identity", "diagonal", "dense")
+_MASSES = ("auto", "identity", "diagonal", "dense")
+_LARGEST_DENSE = 100
 _FIRST_STEP = 0.1
 _PILOT_RADIUS = 0.1
 _OPENING_STEPS = 20
@@ -39,7 +40,8 @@ class HamiltonianKernel(MCMCKernel):
         step_size: The integrator's first step size; found by trial if not given.
         adapt_step_size: Whether warm-up tunes it.
         target_accept: The mean acceptance probability that warm-up aims for.
-        mass: ``"identity"``, ``"diagonal"`` or ``"dense"``.
+        mass: ``"identity"``, ``"diagonal"`` or ``"dense"``; ``"auto"`` is dense for up to a hundred
+            parameters, and diagonal beyond.
         inverse_mass: The first inverse mass, of shape ``(dimension,)`` or, if dense,
             ``(dimension, dimension)``; ones if not given.
         adapt_mass: Whether warm-up tunes it; an identity mass stays as it is.
@@ -56,7 +58,7 @@ class HamiltonianKernel(MCMCKernel):
         step_size: float | None = None,
         adapt_step_size: bool = True,
         target_accept: float = 0.8,
-        mass: str = "diagonal",
+        mass: str = "auto",
         inverse_mass: Tensor | None = None,
         adapt_mass: bool = True,
         compile: bool = False,
@@ -207,17 +209,20 @@ class HamiltonianKernel(MCMCKernel):
         return self._warmup, self._transition
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
-        dimension = potential.dimension
-        expected = (dimension, dimension) if self.mass == "dense" else (dimension,)
-        if self._first_inverse_mass is None:
+        dimension, given = potential.dimension, self._first_inverse_mass
+        if self.mass != "auto":
+            dense = self.mass == "dense"
+        elif given is not None:
+            dense = given.dim() == 2
+        else:
+            dense = dimension <= _LARGEST_DENSE
+        if given is None:
             ones = potential.example.new_ones(dimension)
-            return GaussianKinetic(torch.diag(ones) if self.mass == "dense" else ones)
-        inverse_mass = self._first_inverse_mass.to(potential.example)
-        if tuple(inverse_mass.shape) != expected:
-            raise ValueError(
-                f"`inverse_mass` has shape {tuple(inverse_mass.shape)}: expected {expected}"
-            )
-        return GaussianKinetic(inverse_mass)
+            return GaussianKinetic(torch.diag(ones) if dense else ones)
+        expected = (dimension, dimension) if dense else (dimension,)
+        if tuple(given.shape) != expected:
+            raise ValueError(f"`inverse_mass` has shape {tuple(given.shape)}: expected {expected}")
+        return GaussianKinetic(given.to(potential.example))
 
     def _reasonable_step_size(self, state: State) -> float:
         """Doubles or halves the step size until single steps are accepted about as wanted."""

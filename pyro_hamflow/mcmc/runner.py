@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -32,8 +33,8 @@ class MCMC:
     Arguments:
         kernel: One of this package's kernels.
         num_samples: Draws of each chain that are kept.
-        warmup_steps: Iterations before them, in which the kernel is tuned; as many as draws if not
-            given.
+        warmup_steps: Iterations before them, in which the kernel is tuned. Chains that move at once
+            are tuned on together and need fewer: 100, and 600 shared among them, if not given.
         num_chains: How many chains.
         initial_params: Unconstrained starting values, chains first (with one chain, the chain
             dimension may be left out); found near the pilot or near zero if not given.
@@ -79,7 +80,7 @@ class MCMC:
             )
         for name, number, least in (
             ("num_samples", num_samples, 1),
-            ("warmup_steps", num_samples if warmup_steps is None else warmup_steps, 0),
+            ("warmup_steps", 0 if warmup_steps is None else warmup_steps, 0),
             ("num_chains", num_chains, 1),
         ):
             if isinstance(number, bool) or not isinstance(number, int):
@@ -90,10 +91,13 @@ class MCMC:
             raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
         self.kernel = kernel
         self.num_samples = num_samples
-        self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
         self.num_chains = num_chains
         self.initial_params = initial_params
         self.chain_method = chain_method
+        if warmup_steps is None:
+            pooled = num_chains if chain_method == "vectorized" else 1
+            warmup_steps = 100 + math.ceil(600 / pooled)
+        self.warmup_steps = warmup_steps
         self.seed = seed
         self.save_warmup = save_warmup
         self.hook_fn = hook_fn

@@ -16,6 +16,7 @@ from pyro_hamflow.mcmc.transition import Tuning
 
 _FIRST_WINDOW = 20
 _LARGEST_STEP = 1e3
+_FEWEST_PER_DIMENSION = 3
 
 
 class DualAveraging:
@@ -85,12 +86,18 @@ class Covariance:
         self.count = total
 
     def inverse_mass(self) -> Tensor:
-        """The covariance, shrunk a little towards a small multiple of the identity."""
+        """The covariance, shrunk a little towards a small multiple of the identity.
+
+        A whole matrix from few positions has directions without any spread, in which no step can be
+        made: below three positions for each dimension its diagonal alone is trusted.
+        """
         covariance = self._sum / max(self.count - 1, 1)
         share, floor = self.count / (self.count + 5.0), 1e-3 * 5.0 / (self.count + 5.0)
-        if self.dense:
-            return share * covariance + floor * torch.eye(len(self._mean)).double()
-        return share * covariance + floor
+        if not self.dense:
+            return share * covariance + floor
+        if self.count < _FEWEST_PER_DIMENSION * len(self._mean):
+            covariance = torch.diag(covariance.diag())
+        return share * covariance + floor * torch.eye(len(self._mean)).double()
 
 
 def mass_windows(warmup_steps: int) -> list[int]:

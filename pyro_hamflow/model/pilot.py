@@ -50,11 +50,12 @@ def find_pilot(
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if start is None:
+        point = {}
+        for name, transform in transforms.items():
             # Not zero itself, which may be a saddle, as it is for mixtures.
-            shapes = {n: t.inv(trace.nodes[n]["value"]) for n, t in transforms.items()}
-            start = {name: 0.1 * torch.randn_like(value) for name, value in shapes.items()}
-        point = {name: transforms[name](value) for name, value in start.items()}
+            free = 0.1 * torch.randn_like(transform.inv(trace.nodes[name]["value"]))
+            given = (start or {}).get(name, free)  # one of another shape is refused later, by name
+            point[name] = transform(given.to(free) if given.shape == free.shape else free)
         for _ in range(_ROUNDS):
             rough.fit(*args, pilot=point, **kwargs)
             potential = Potential(rough, args, kwargs, separate_noise=True)
