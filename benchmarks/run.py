@@ -11,11 +11,11 @@ from pathlib import Path
 import pyro
 import torch
 
-from benchmarks import glmm, gradients, kernels, memory
+from benchmarks import glmm, gradients, kernels, memory, nuts
 from benchmarks.report import render, store
 from benchmarks.timing import prepare_compiler
 
-TOPICS = {"gradients": gradients, "kernels": kernels, "memory": memory, "glmm": glmm}
+TOPICS = {"gradients": gradients, "kernels": kernels, "memory": memory, "glmm": glmm, "nuts": nuts}
 
 
 def main() -> None:

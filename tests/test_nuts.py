@@ -131,7 +131,7 @@ def run_both(transition, state, tuning, step, hamiltonian, whiten, monkeypatch, 
     monkeypatch.setattr(torch, "rand", record)
     moved, info = transition.step(state, tuning, 2**depth - 1)
     monkeypatch.undo()
-    levels = [level for level in levels if level.shape == (3, CHAINS)]
+    levels = [level for level in levels if level.shape == (3, CHAINS)]  # not those of recovery
     new = torch.cat([moved.position, moved.noise], -1) if joint else moved.position
     limit = depth
     if joint:

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_hamflow.dynamics.integrators import Phase, leapfrog_step, rotating_leapfrog_step
 from pyro_hamflow.mcmc.transition import Info, State, Tuning
 from pyro_hamflow.mcmc.tree import Energy, Motion, Pick, Point, Tree, begin, ended_tree, extend
+from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
 
@@ -177,24 +178,25 @@ class TreeBuilder:
         self._empty = ended_tree(example.mT.contiguous(), motion.dimension, max_tree_depth)
         self._all = self._empty.done
         self._none = ~self._all
+        self._level = self._empty.rate.new_zeros(3, len(self._all))
 
     def build(
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, num_steps: int
     ) -> Tree:
         """Builds a trajectory for every chain to its end, of ``num_steps`` steps at most."""
         limit = min(num_steps, 2**self.max_tree_depth - 1)
-        tensors, settings = self._start(start, value, noise, tuning, limit)
+        program, tensors, settings = self._prepare(start, value, noise, tuning, limit)
         renew = self._all
         while True:
-            tensors = self._advance(tensors, renew, settings)
+            tensors = program(*tensors, renew, *settings, self._draw_level())
             renew = self._none
             if bool(tensors[-1].all()):
                 return Tree.unflatten(tensors)
 
     def first_step(self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning) -> Pick:
         """The first point that trajectories add."""
-        tensors, settings = self._start(start, value, noise, tuning, 1)
-        return Tree.unflatten(self._advance(tensors, self._all, settings)).candidate
+        program, tensors, settings = self._prepare(start, value, noise, tuning, 1)
+        return Tree.unflatten(program(*tensors, self._all, *settings, self._draw_level())).candidate
 
     def info(self, tree: Tree) -> Info:
         """What happened in the transition to a tree's draw."""
@@ -212,26 +214,24 @@ class TreeBuilder:
             reached_max_treedepth=tree.limited,
         )
 
-    def _start(
+    def _prepare(
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, limit: int
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """A tree to begin at a point, and what does not change while it is built."""
+    ) -> tuple[Program, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The program, a tree to begin at a point, and what does not change while it is built."""
         draw = self._empty.draw._replace(
             position=start.position.contiguous(), slope=start.slope.contiguous(), value=value
         )
+        tensors = self._empty._replace(draw=draw).flatten()
         kinetic, example = tuning.kinetic, self.potential.example
         size = torch.full_like(example, tuning.step_size)
         most = torch.full_like(example, limit, dtype=torch.long)
         momentum = start.momentum.contiguous()
         settings = (momentum, noise, kinetic.inverse_mass, kinetic.root, size, most)
-        return self._empty._replace(draw=draw).flatten(), settings
+        inputs = (*tensors, self._all, *settings, self._level)
+        return self.potential.accelerate(self.name, self._program, *inputs), tensors, settings
 
-    def _advance(
-        self, tensors: tuple[Tensor, ...], renew: Tensor, settings: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        level = torch.rand(3, len(renew), dtype=torch.float64, device=renew.device)
-        inputs = (*tensors, renew, *settings, level)
-        return self.potential.accelerate(self.name, self._program, *inputs)(*inputs)
+    def _draw_level(self) -> Tensor:
+        return torch.rand(self._level.shape, dtype=self._level.dtype, device=self._level.device)
 
     def _program(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         size = len(inputs) - 8
