@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.integrators import Phase, leapfrog_step, rotating_leapfrog_step
+from pyro_hamflow.dynamics.kinetic import whiten
 from pyro_hamflow.mcmc.transition import Info, State, Tuning
-from pyro_hamflow.mcmc.tree import Energy, Motion, Pick, Point, Tree, begin, ended_tree, extend
+from pyro_hamflow.mcmc.tree import (
+    Energy,
+    Motion,
+    Pick,
+    Point,
+    Tree,
+    begin,
+    deepened,
+    ended_tree,
+    extend,
+)
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+
+_LARGE = 20_000
+_SHALLOW = 4
 
 
 class NUTSTransition:
@@ -39,7 +54,7 @@ class NUTSTransition:
     def __init__(self, potential: Potential, num_chains: int, max_tree_depth: int) -> None:
         self.potential = potential
         self._gradient = potential.graph("gradient", num_chains)
-        motion = Motion(self._move, _energy, potential.dimension)
+        motion = Motion(self._move, _whiten, _energy, potential.dimension)
         example = potential.vectors(num_chains)[0]
         self._builder = TreeBuilder(potential, motion, example, max_tree_depth, "tree")
 
@@ -48,8 +63,7 @@ class NUTSTransition:
         return State(position, noise, gradient, Evaluation(value, {}, {}))
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
-        momentum = tuning.kinetic.sample(len(state.position))
-        start = Point(state.position.mT, momentum.mT, state.gradient.mT)
+        start = Point(state.position.mT, torch.randn_like(state.position).mT, state.gradient.mT)
         value = state.evaluation.value
         tree = self._builder.build(start, value, state.noise, tuning, num_steps)
         position, slope, value, *_ = tree.draw
@@ -70,17 +84,33 @@ class NUTSTransition:
         return state._replace(gradient=here.slope.mT, evaluation=evaluation)
 
     def _move(
-        self, point: Point, noise: Tensor, inverse_mass: Tensor, step: Tensor
-    ) -> tuple[Point, Tensor]:
+        self, point: Point, noise: Tensor, root: Tensor, step: Tensor
+    ) -> tuple[Point, Tensor, Tensor]:
+        plain = []
+
+        def gradient(z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = self._gradient(z, noise)
+            plain.append(slope)
+            return value, whiten(root, slope)
+
         z, r, slope = (part.mT for part in point)
         z, r, value, slope = leapfrog_step(
-            self._gradient, z, r, slope, noise, inverse_mass, step[:, None]
+            gradient, z, r, slope, noise, _velocity(root), step[:, None]
         )
-        return Point(z.mT, r.mT, slope.mT), value
+        return Point(z.mT, r.mT, slope.mT), value, plain[0].mT
 
 
-def _energy(point: Point, value: Tensor, whitened: Tensor) -> Energy:
-    total = value.double() + 0.5 * whitened.double().square().sum(0)
+def _velocity(root: Tensor) -> Tensor:
+    """What takes whitened momenta to velocities."""
+    return root if root.dim() == 1 else root.mT
+
+
+def _whiten(root: Tensor, slope: Tensor) -> Tensor:
+    return whiten(root, slope.mT).mT
+
+
+def _energy(point: Point, value: Tensor) -> Energy:
+    total = value.double() + 0.5 * point.momentum.double().square().sum(0)
     return Energy(total, total)
 
 
@@ -110,7 +140,7 @@ class JointNUTSTransition:
         self.potential = potential
         self._gradients = potential.graph("gradients", num_chains)
         self._size = potential.dimension
-        motion = Motion(self._move, self._energy, potential.dimension)
+        motion = Motion(self._move, self._whiten, self._energy, potential.dimension)
         example = torch.cat(potential.vectors(num_chains), -1)
         self._builder = TreeBuilder(potential, motion, example, max_tree_depth, "joint tree")
 
@@ -120,10 +150,10 @@ class JointNUTSTransition:
         return State(position, noise, torch.cat(slopes, -1), evaluation)
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
-        momentum = tuning.kinetic.sample(len(state.position))
+        parts = (state.position, state.noise)
         start = Point(
-            torch.cat([state.position, state.noise], -1).mT,
-            torch.cat([momentum, torch.randn_like(state.noise)], -1).mT,
+            torch.cat(parts, -1).mT,
+            torch.cat([torch.randn_like(part) for part in parts], -1).mT,
             state.gradient.mT,
         )
         half_turn = int(math.pi / tuning.step_size)
@@ -141,20 +171,33 @@ class JointNUTSTransition:
         return rows[:, : self._size], rows[:, self._size :]
 
     def _move(
-        self, point: Point, noise: Tensor, inverse_mass: Tensor, step: Tensor
-    ) -> tuple[Point, Tensor]:
+        self, point: Point, noise: Tensor, root: Tensor, step: Tensor
+    ) -> tuple[Point, Tensor, Tensor]:
+        plain = []
+
+        def gradients(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            value, slope, noise_slope = self._gradients(z, u)
+            plain.append(torch.cat([slope, noise_slope], -1))
+            return value, whiten(root, slope), noise_slope
+
         (z, u), (r, p) = self._parts(point.position), self._parts(point.momentum)
         slopes = self._parts(point.slope)
         phase, value, *slopes_there = rotating_leapfrog_step(
-            self._gradients, Phase(z, r, u, p), *slopes, inverse_mass, step[:, None]
+            gradients, Phase(z, r, u, p), *slopes, _velocity(root), step[:, None]
         )
         pairs = ((phase.z, phase.u), (phase.r, phase.p), tuple(slopes_there))
-        return Point(*(torch.cat(pair, -1).mT for pair in pairs)), value
+        return Point(*(torch.cat(pair, -1).mT for pair in pairs)), value, plain[0].mT
 
-    def _energy(self, point: Point, value: Tensor, whitened: Tensor) -> Energy:
-        parameters = _energy(point, value, whitened).total
-        u, p = point.position[self._size :].double(), point.momentum[self._size :].double()
-        return Energy(parameters + 0.5 * (u.square() + p.square()).sum(0), parameters)
+    def _whiten(self, root: Tensor, slope: Tensor) -> Tensor:
+        of_parameters, of_noise = self._parts(slope)
+        return torch.cat([whiten(root, of_parameters), of_noise], -1).mT
+
+    def _energy(self, point: Point, value: Tensor) -> Energy:
+        squares = point.momentum.double().square()
+        kinetic, spin = squares[: self._size].sum(0), squares[self._size :].sum(0)
+        parameters = value.double() + 0.5 * kinetic
+        norm = point.position[self._size :].double().square().sum(0)
+        return Energy(parameters + 0.5 * (norm + spin), parameters)
 
 
 class TreeBuilder:
@@ -175,7 +218,11 @@ class TreeBuilder:
         self.motion = motion
         self.max_tree_depth = max_tree_depth
         self.name = name
-        self._empty = ended_tree(example.mT.contiguous(), motion.dimension, max_tree_depth)
+        # Marks are read at every step: where they are large, few are made until more are needed.
+        large = example.numel() * max_tree_depth > _LARGE
+        depth = min(max_tree_depth, _SHALLOW) if large else max_tree_depth
+        self._full = 2**depth - 1 if depth < max_tree_depth else -1
+        self._empty = ended_tree(example.mT.contiguous(), motion.dimension, depth)
         self._all = self._empty.done
         self._none = ~self._all
         self._level = self._empty.rate.new_zeros(3, len(self._all))
@@ -185,18 +232,24 @@ class TreeBuilder:
     ) -> Tree:
         """Builds a trajectory for every chain to its end, of ``num_steps`` steps at most."""
         limit = min(num_steps, 2**self.max_tree_depth - 1)
-        program, tensors, settings = self._prepare(start, value, noise, tuning, limit)
+        tensors, settings = self._prepare(start, value, noise, tuning, limit)
+        program = self._accelerate(tensors, settings)
         renew = self._all
-        while True:
+        for number in itertools.count(1):
             tensors = program(*tensors, renew, *settings, self._draw_level())
             renew = self._none
             if bool(tensors[-1].all()):
-                return Tree.unflatten(tensors)
+                break
+            if number == self._full:
+                tensors = deepened(Tree.unflatten(tensors), self.max_tree_depth).flatten()
+                program = self._accelerate(tensors, settings)
+        return Tree.unflatten(tensors)
 
     def first_step(self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning) -> Pick:
         """The first point that trajectories add."""
-        program, tensors, settings = self._prepare(start, value, noise, tuning, 1)
-        return Tree.unflatten(program(*tensors, self._all, *settings, self._draw_level())).candidate
+        tensors, settings = self._prepare(start, value, noise, tuning, 1)
+        program = self._accelerate(tensors, settings)
+        return Tree.unflatten(program(*tensors, self._all, *settings, self._level)).candidate
 
     def info(self, tree: Tree) -> Info:
         """What happened in the transition to a tree's draw."""
@@ -216,8 +269,8 @@ class TreeBuilder:
 
     def _prepare(
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, limit: int
-    ) -> tuple[Program, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The program, a tree to begin at a point, and what does not change while it is built."""
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A tree to begin at a point, and what does not change while it is built."""
         draw = self._empty.draw._replace(
             position=start.position.contiguous(), slope=start.slope.contiguous(), value=value
         )
@@ -226,15 +279,18 @@ class TreeBuilder:
         size = torch.full_like(example, tuning.step_size)
         most = torch.full_like(example, limit, dtype=torch.long)
         momentum = start.momentum.contiguous()
-        settings = (momentum, noise, kinetic.inverse_mass, kinetic.root, size, most)
+        settings = (momentum, noise, kinetic.root, size, most)
+        return tensors, settings
+
+    def _accelerate(self, tensors: tuple[Tensor, ...], settings: tuple[Tensor, ...]) -> Program:
         inputs = (*tensors, self._all, *settings, self._level)
-        return self.potential.accelerate(self.name, self._program, *inputs), tensors, settings
+        return self.potential.accelerate(self.name, self._program, *inputs)
 
     def _draw_level(self) -> Tensor:
         return torch.rand(self._level.shape, dtype=self._level.dtype, device=self._level.device)
 
     def _program(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        size = len(inputs) - 8
-        renew, momentum, noise, inverse_mass, root, *rest = inputs[size:]
+        size = len(inputs) - 7
+        renew, momentum, noise, root, *rest = inputs[size:]
         tree = begin(Tree.unflatten(inputs[:size]), self.motion, renew, momentum, root)
-        return extend(tree, self.motion, noise, inverse_mass, root, *rest).flatten()
+        return extend(tree, self.motion, noise, root, *rest).flatten()

@@ -22,7 +22,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_hamflow.dynamics.kinetic import whiten
 from pyro_hamflow.mcmc.transition import DIVERGENCE
 
 
@@ -31,8 +30,8 @@ class Point(NamedTuple):
 
     Attributes:
         position: Parameters, and behind them the noise, if it moves.
-        momentum: Their momenta.
-        slope: The potential's gradient.
+        momentum: Their momenta, those of the parameters in the coordinates where they are N(0, I).
+        slope: The potential's gradient in the same coordinates.
     """
 
     position: Tensor
@@ -57,7 +56,7 @@ class Pick(NamedTuple):
 
     Attributes:
         position: Of shape ``(dimension, chains)``.
-        slope: The potential's gradient.
+        slope: The potential's gradient, in plain coordinates.
         value: The potential, of shape ``(chains,)``.
         error: By how much the Hamiltonian exceeds that of the trajectory's start.
         energy: The Hamiltonian of the parameters alone.
@@ -77,19 +76,17 @@ class Motion(NamedTuple):
     """How points move, and what their energy is.
 
     Attributes:
-        step: From a point, the held noise, the inverse mass and a signed step size for each chain
-            to the next point and the potential there.
-        energy: From a point, its potential and its parameters' whitened momenta to the Hamiltonian.
+        step: From a point, the held noise, the root of the inverse mass and a signed step size for
+            each chain to the next point, and the potential and its plain gradient there.
+        whiten: From the root of the inverse mass and a gradient to its whitened coordinates.
+        energy: From a point and its potential to the Hamiltonian.
         dimension: How many of the coordinates are parameters, whose U-turn ends a trajectory.
     """
 
-    step: Callable[[Point, Tensor, Tensor, Tensor], tuple[Point, Tensor]]
-    energy: Callable[[Point, Tensor, Tensor], Energy]
+    step: Callable[[Point, Tensor, Tensor, Tensor], tuple[Point, Tensor, Tensor]]
+    whiten: Callable[[Tensor, Tensor], Tensor]
+    energy: Callable[[Point, Tensor], Energy]
     dimension: int
-
-    def whiten(self, root: Tensor, point: Point) -> Tensor:
-        """The momenta of the parameters in the coordinates in which they are N(0, I)."""
-        return whiten(root, point.momentum[: self.dimension].mT).mT
 
 
 class Tree(NamedTuple):
@@ -101,10 +98,10 @@ class Tree(NamedTuple):
         backward: The trajectory's first end.
         forward: Its last end.
         here: The latest point.
-        starts: Marks: whitened momenta at the marked points, ``(slots, dimension, chains)``.
-        previous: Marks: whitened momenta one point before.
-        sums: Marks: the sum of all whitened momenta before the marked points.
-        momentum_sum: The sum of all whitened momenta, of shape ``(dimension, chains)``.
+        starts: Marks, of shape ``(slots, dimension, chains)``: the parameters' momenta there.
+        previous: Marks: their momenta one point before.
+        sums: Marks: the sum of all their momenta before.
+        momentum_sum: The sum of all the parameters' momenta, of shape ``(dimension, chains)``.
         log_weight: Logarithm of the trajectory's weight, relative to its start.
         candidate_log_weight: The same of the doubling that is under way.
         first_energy: The Hamiltonian at the start.
@@ -187,11 +184,21 @@ def ended_tree(position: Tensor, dimension: int, max_depth: int) -> Tree:
     )
 
 
+def deepened(tree: Tree, max_depth: int) -> Tree:
+    """The same trajectories with slots for more doublings."""
+    more = max_depth + 1 - len(tree.sums)
+
+    def padded(marks: Tensor) -> Tensor:
+        return torch.cat([marks, marks.new_zeros(more, *marks.shape[1:])])
+
+    starts, previous, sums = (padded(m) for m in (tree.starts, tree.previous, tree.sums))
+    return tree._replace(starts=starts, previous=previous, sums=sums)
+
+
 def begin(tree: Tree, motion: Motion, renew: Tensor, momentum: Tensor, root: Tensor) -> Tree:
     """Begins a new trajectory at the draw of the last, in the chains that are to be renewed."""
-    start = Point(tree.draw.position, momentum, tree.draw.slope)
-    whitened = motion.whiten(root, start)
-    energy = motion.energy(start, tree.draw.value, whitened)
+    start = Point(tree.draw.position, momentum, motion.whiten(root, tree.draw.slope))
+    energy = motion.energy(start, tree.draw.value)
 
     def renewed(new: Tensor | float, old: Tensor) -> Tensor:
         return torch.where(renew, new, old)
@@ -202,7 +209,7 @@ def begin(tree: Tree, motion: Motion, renew: Tensor, momentum: Tensor, root: Ten
         ),
         backward=_select_all(renew, start, tree.backward),
         forward=_select_all(renew, start, tree.forward),
-        momentum_sum=renewed(whitened, tree.momentum_sum),
+        momentum_sum=renewed(momentum[: motion.dimension], tree.momentum_sum),
         log_weight=renewed(0.0, tree.log_weight),
         first_energy=renewed(energy.total, tree.first_energy),
         rate=renewed(0.0, tree.rate),
@@ -217,7 +224,6 @@ def extend(
     tree: Tree,
     motion: Motion,
     noise: Tensor,
-    inverse_mass: Tensor,
     root: Tensor,
     step_size: Tensor,
     limit: Tensor,
@@ -229,8 +235,7 @@ def extend(
         tree: The trajectories.
         motion: How points move.
         noise: The noise that is held, of shape ``(chains, noise_dimension)``.
-        inverse_mass: Of the parameters.
-        root: Its square root.
+        root: The square root of the inverse mass of the parameters.
         step_size: A scalar.
         limit: The most points that a trajectory may add, a scalar.
         level: Uniform random numbers, of shape ``(3, chains)``, in float64.
@@ -249,10 +254,9 @@ def extend(
     before = _select_all(doubling, _select_all(onward, tree.forward, tree.backward), tree.here)
     far = _select_all(onward, tree.backward, tree.forward)
     signed = torch.where(growing, sign, 0.0).to(step_size) * step_size
-    here, value = motion.step(before, noise, inverse_mass, signed)
+    here, value, slope = motion.step(before, noise, root, signed)
 
-    momentum = motion.whiten(root, here)
-    energy = motion.energy(here, value, momentum)
+    energy = motion.energy(here, value)
     error = energy.total - tree.first_energy
     error = torch.where(error.isnan(), torch.inf, error)
     diverging = error > DIVERGENCE
@@ -260,16 +264,17 @@ def extend(
     candidate_log_weight = torch.where(doubling, -torch.inf, tree.candidate_log_weight)
     candidate_log_weight = torch.logaddexp(candidate_log_weight, -error)
     taken = level[1].log() < -error - candidate_log_weight
-    latest = Pick(here.position, here.slope, value, error, energy.parameters)
+    latest = Pick(here.position, slope, value, error, energy.parameters)
     candidate = _select_all(taken, latest, tree.candidate)
 
+    momentum, start, last = (p.momentum[: motion.dimension] for p in (here, far, before))
     slots = torch.arange(len(tree.sums), device=number.device)[:, None]
     ones = _count_ones(number, len(slots))
     marked = (slots == ones)[:, None]
     anew = (doubling & (slots == 0))[:, None]
     starts = torch.where(marked, momentum, tree.starts)
-    starts = torch.where(anew, motion.whiten(root, far), starts)
-    previous = torch.where(marked, motion.whiten(root, before), tree.previous)
+    starts = torch.where(anew, start, starts)
+    previous = torch.where(marked, last, tree.previous)
     sums = torch.where(marked, tree.momentum_sum, tree.sums)
     momentum_sum = tree.momentum_sum + momentum
     trailing = _count_ones(number ^ (number + 1), len(slots) + 1) - 1
