@@ -11,11 +11,18 @@ from pathlib import Path
 import pyro
 import torch
 
-from benchmarks import glmm, gradients, kernels, memory, nuts
+from benchmarks import glmm, gradients, kernels, memory, methods, nuts
 from benchmarks.report import render, store
 from benchmarks.timing import prepare_compiler
 
-TOPICS = {"gradients": gradients, "kernels": kernels, "memory": memory, "glmm": glmm, "nuts": nuts}
+TOPICS = {
+    "gradients": gradients,
+    "kernels": kernels,
+    "memory": memory,
+    "glmm": glmm,
+    "nuts": nuts,
+    "methods": methods,
+}
 
 
 def main() -> None:

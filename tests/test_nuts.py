@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize
+from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize, noise
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.transition import DIVERGENCE, Tuning
@@ -315,3 +315,36 @@ def test_statistics_of_a_pseudo_marginal_run(method):
     assert (stats["n_gradients"] == stats["n_steps"] + more).all()
     assert (stats["n_densities"] == (1 if method == "joint" else 2)).all()
     assert mcmc.draws.local["x"].shape == (3, 50, 3)
+
+
+def by_hand(num_particles):
+    """The latent-variable model with an estimate that is accepted or rejected as a whole."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        x = mean + 3.0 * noise("u", (num_particles, len(y)))
+        terms = dist.Bernoulli(logits=2.0 * x).log_prob(y)
+        pyro.factor("estimate", (terms.logsumexp(0) - math.log(num_particles)).sum())
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen", "why"),
+    [
+        (by_hand(2), "joint", "with the noise held, the parameters could move little"),
+        (by_hand(200), "conditional", "fresh noise is often accepted as a whole"),
+        (
+            marginalize(latent, ["x"], num_particles=2, proposal="prior"),
+            "conditional",
+            "each element's noise is refreshed on its own",
+        ),
+    ],
+    ids=["one block, few", "one block, many", "blocks"],
+)
+def test_method_is_chosen_by_the_variance(model, chosen, why):
+    kernel = PseudoMarginalNUTS(model)
+    mcmc = MCMC(kernel, 5, 5, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run(Y.repeat(6))
+    assert kernel.settings["method"] == chosen
+    assert why in mcmc.messages[0]
