@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from pyro_hamflow.dynamics import integrators
-from pyro_hamflow.dynamics.integrators import Phase, drift, leapfrog_step, rotate, splitting
-from pyro_hamflow.dynamics.kinetic import GaussianKinetic, velocity
+from pyro_hamflow.dynamics.integrators import (
+    Phase,
+    drift,
+    leapfrog_step,
+    rotate,
+    rotating_leapfrog_step,
+    splitting,
+)
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic, velocity, whiten
 from tests.laws import LIMIT, assert_order, assert_reversible, assert_volume_preserving
 
 MASSES = {
@@ -79,6 +87,29 @@ def split(inverse_mass, size, num_steps):
     return move
 
 
+def rotating_leapfrog(inverse_mass, size, num_steps):
+    """Steps of the splitting integrator in its other order, as a move of the whole phase."""
+
+    def move(parts):
+        phase, step_size = Phase(*parts), torch.tensor(size)
+        _, *slopes = gradients(phase.z, phase.u)
+        for _ in range(num_steps):
+            phase, _, *slopes = rotating_leapfrog_step(
+                gradients, phase, *slopes, inverse_mass, step_size
+            )
+        return tuple(phase)
+
+    return move
+
+
+SPLITTINGS = {"drift first": split, "kick first": rotating_leapfrog}
+
+
+@pytest.fixture(params=SPLITTINGS.values(), ids=SPLITTINGS)
+def splitting_move(request):
+    return request.param
+
+
 def energy(inverse_mass, phase):
     z, r, u, p = phase
     kinetic = GaussianKinetic(inverse_mass).energy(r)
@@ -93,8 +124,8 @@ def test_reversibility_leapfrog(inverse_mass):
     assert_reversible(leapfrog(inverse_mass, u, 0.1, 1000), flip, (z, r))
 
 
-def test_reversibility_splitting(inverse_mass):
-    assert_reversible(split(inverse_mass, 0.1, 1000), flip, phase_of(4))
+def test_reversibility_splitting(splitting_move, inverse_mass):
+    assert_reversible(splitting_move(inverse_mass, 0.1, 1000), flip, phase_of(4))
 
 
 def test_reversibility_rotate():
@@ -120,8 +151,8 @@ def test_volume_leapfrog(inverse_mass):
     assert_volume_preserving(leapfrog(inverse_mass, u, 0.4, 5), (z, r))
 
 
-def test_volume_splitting(inverse_mass):
-    assert_volume_preserving(split(inverse_mass, 0.4, 5), phase_of(1))
+def test_volume_splitting(splitting_move, inverse_mass):
+    assert_volume_preserving(splitting_move(inverse_mass, 0.4, 5), phase_of(1))
 
 
 def test_volume_rotate():
@@ -170,16 +201,17 @@ def _leapfrog_error(inverse_mass, size):
     return energy(inverse_mass, (new_z, new_r, u, p)) - energy(inverse_mass, (z, r, u, p))
 
 
-def _splitting_error(inverse_mass, size):
+def _splitting_error(inverse_mass, size, move=split):
     start = phase_of(64)
-    end = split(inverse_mass, size, round(1.2 / size))(start)
+    end = move(inverse_mass, size, round(1.2 / size))(start)
     return energy(inverse_mass, end) - energy(inverse_mass, start)
 
 
+_kick_first_error = partial(_splitting_error, move=rotating_leapfrog)
 SIZES = [0.1, 0.05, 0.025]
 
 
-@pytest.mark.parametrize("error", [_leapfrog_error, _splitting_error])
+@pytest.mark.parametrize("error", [_leapfrog_error, _splitting_error, _kick_first_error])
 def test_order_of_energy_error(inverse_mass, error):
     assert_order(lambda size: error(inverse_mass, size), SIZES)
 
@@ -273,3 +305,13 @@ def test_velocity_is_gradient_of_kinetic_energy(inverse_mass):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_type_of_momenta(dtype):
     assert GaussianKinetic(torch.ones(3, dtype=dtype)).sample(2).dtype == dtype
+
+
+def test_whitened_momenta(inverse_mass):
+    """They are standard normal, and the energy is half their sum of squares."""
+    kinetic = GaussianKinetic(inverse_mass)
+    r = kinetic.sample(100_000)
+    white = whiten(kinetic.root, r)
+    assert torch.allclose(0.5 * white.square().sum(-1), kinetic.energy(r))
+    assert (white.mean(0).abs() < LIMIT / math.sqrt(len(r))).all()
+    assert torch.allclose(white.mT.cov(), torch.eye(2, dtype=white.dtype), atol=0.02)
