@@ -66,3 +66,22 @@ def test_bad_input_is_named():
         phf.estimator_quality(marginal, {}, Y)
     with pytest.raises(ValueError, match="`num_replicates` is 1: expected 2 or more"):
         phf.estimator_quality(marginal, HERE, Y, num_replicates=1)
+
+
+def test_particles_are_settled_by_the_variance():
+    """Two where they suffice; more where they do not; anew for other data."""
+    marginal = phf.marginalize(counts, ["x"], proposal="laplace")
+    marginal.pilot((Y,), {})
+    assert marginal.plan(Y).layouts["x"].num_particles == 2
+    many = Y.repeat(200)
+    marginal.pilot((many,), {})
+    found = marginal.plan(many).layouts["x"].num_particles
+    assert found > 2
+    here = marginal.pilot((many,), {})
+    assert phf.estimator_quality(marginal, here, many).standard_deviation < 1.3 or found == 16
+
+
+def test_given_particles_are_kept():
+    marginal = phf.marginalize(counts, ["x"], num_particles=5, proposal="laplace")
+    marginal.pilot((Y,), {})
+    assert marginal.plan(Y).layouts["x"].num_particles == 5

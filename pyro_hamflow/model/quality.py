@@ -74,6 +74,7 @@ def estimator_quality(
             raise ValueError(f"`parameters` lacks a value for site '{name}'")
     if marginal.proposal == "laplace":
         marginal.pilot(args, kwargs)
+        plan = marginal.plan(*args, **kwargs)
     elements = []
     for group in plan.structure.groups:
         layout = plan.layouts[group.name]
@@ -94,3 +95,31 @@ def estimator_quality(
     count = max(plan.layouts[group.name].num_particles for group in plan.structure.groups)
     suggested = max(least, math.ceil(count * factor)) if math.isfinite(ratio) else least
     return EstimatorQuality(deviation, float(joined.std(0).max()), count, suggested)
+
+
+def settle_particles(
+    marginal: MarginalModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Finds the fewest particles that are enough at the pilot, doubling from two.
+
+    No more than the proposal's own default are tried: beyond, more particles cost more than the
+    noise that they take away.
+
+    Arguments:
+        marginal: A model whose proposal has been fitted.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+    """
+    layouts = marginal.plan(*args, **kwargs).layouts.values()
+    most = max(layout.num_particles for layout in layouts)
+    count = max(2, *(len(layout.strata) for layout in layouts), 0)
+    pilot = marginal.pilot(args, kwargs)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        while count < most:
+            marginal.lay_out_anew(count)
+            quality = estimator_quality(marginal, pilot, *args, **kwargs)
+            if quality.standard_deviation**2 <= _WANTED_VARIANCE:
+                return
+            count *= 2
+    marginal.lay_out_anew(None)
