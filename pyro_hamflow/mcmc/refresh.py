@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_hamflow.mcmc.transition import select, select_evaluation
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.structure import plate_shape
 
 Evaluate = Callable[[Tensor], Evaluation]
 
@@ -111,10 +112,7 @@ class Blocks:
                 taken, new.log_likelihoods[name], old.log_likelihoods[name]
             )
             for site, event_dim in zip(group.sites, group.event_dims, strict=True):
-                depth = new.local[site].dim() - 1 - event_dim
-                shape = [1] * depth
-                for frame in group.frames:
-                    shape[frame.dim] = frame.size
+                shape = plate_shape(group.frames, new.local[site].dim() - 1 - event_dim)
                 mask = taken.reshape([len(taken), *shape] + [1] * event_dim)
                 local[site] = torch.where(mask, new.local[site], old.local[site])
         return Evaluation(value, log_likelihoods, local)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pyro_hamflow.model.layout import Block, Layout
 from pyro_hamflow.model.proposals import Draw, GaussianForm, gaussian_form
-from pyro_hamflow.model.structure import Group
+from pyro_hamflow.model.structure import Group, depth_of, plate_shape
 
 _STRETCH = 1e-4
 _NEWTON_STEPS = 30
@@ -89,9 +89,7 @@ class LaplaceProposal:
 
 def _to_batch(coordinates: Tensor, block: Block, group: Group) -> Tensor:
     """Repeats the coordinates of each element over the plates inside the group's."""
-    shape = [1] * max((-frame.dim for frame in block.frames), default=0)
-    for frame in group.frames:
-        shape[frame.dim] = frame.size
+    shape = plate_shape(group.frames, depth_of(block.frames))
     return coordinates.reshape(shape + [coordinates.shape[-1]])
 
 

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from pyro_hamflow.model.points import noise_count
 from pyro_hamflow.model.proposals import Proposal, component_count
-from pyro_hamflow.model.structure import Frames, Group, vectorized_frames
+from pyro_hamflow.model.structure import (
+    Frames,
+    Group,
+    depth_of,
+    plate_shape,
+    vectorized_frames,
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,7 @@ class Block:
         return tuple(frame for frame in self.frames if frame not in group.frames)
 
     def _batch_shape(self) -> list[int]:
-        shape = [1] * max((-frame.dim for frame in self.frames), default=0)
-        for frame in self.frames:
-            shape[frame.dim] = frame.size
-        return shape
+        return plate_shape(self.frames, depth_of(self.frames))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ watching which terms move with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,11 @@ def log_density(site: Any) -> Tensor:
     """A sample site's log density, scaled and masked as the model says, not summed."""
     density = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(density, site["scale"], site["mask"])
+
+
+def depth_of(frames: Iterable[Any]) -> int:
+    """How many dimensions, counted from the right, some plates take."""
+    return max((-frame.dim for frame in frames), default=0)
 
 
 def plate_shape(frames: Frames, nesting: int) -> list[int]:
@@ -251,7 +256,7 @@ def analyse(
 def plate_nesting(trace: poutine.Trace) -> int:
     """How many dimensions, counted from the right, the plates of a model take."""
     sites = (site for site in trace.nodes.values() if site["type"] == "sample")
-    return max((-frame.dim for site in sites for frame in vectorized_frames(site)), default=0)
+    return depth_of(frame for site in sites for frame in vectorized_frames(site))
 
 
 def _check_site(trace: poutine.Trace, name: str) -> None:

@@ -22,6 +22,7 @@ from pyro_hamflow.mcmc.record import Draws
 from pyro_hamflow.model.capture import Program, batch, capture, loop
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.structure import (
+    depth_of,
     is_deterministic,
     is_latent,
     log_density,
@@ -216,7 +217,7 @@ class _Model:
                 shape = list(group.shape)
                 if name in self.trace.nodes:  # plates inside the group's are summed over
                     frames = vectorized_frames(self.trace.nodes[name])
-                    shape = plate_shape(group.frames, max((-f.dim for f in frames), default=0))
+                    shape = plate_shape(group.frames, depth_of(frames))
                 densities[name] = part.reshape([*part.shape[:2], *shape])
                 observed = [name for name in observed if name not in group.terms]
         wanted = (deterministic, observed if pointwise and self._plain() else [])
