@@ -224,7 +224,8 @@ def test_joint_trajectories_are_the_recursive_ones(step_size, monkeypatch):
     whiten = lambda m: kinetic.root * m[:size]  # noqa: E731
     info = run_both(transition, state, tuning, step, hamiltonian, whiten, monkeypatch)
     assert info.n_steps.max() <= math.pi / step_size, "the noise turned by more than half a circle"
-    assert bool(info.reached_max_treedepth.any())
+    assert (info.n_steps == 2 ** int(math.log2(math.pi / step_size + 1)) - 1).any()
+    assert not info.reached_max_treedepth.any()
 
 
 # --- edges --------------------------------------------------------------------------------------
@@ -302,6 +303,13 @@ def test_statistics_of_a_run():
     assert ((steps >= 2 ** (depth - 1)) & (steps < 2**depth)).all()
     assert (stats["n_gradients"] == steps).all()
     assert not stats["reached_max_treedepth"].any()
+
+
+def test_trajectories_cut_short_are_told():
+    kernel = NUTS(bent, max_tree_depth=2, step_size=1e-3, adapt_step_size=False)
+    mcmc = MCMC(kernel, 10, 0, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run()
+    assert "20 of 20 trajectories reached `max_tree_depth`" in mcmc.messages[0]
 
 
 @pytest.mark.parametrize("method", ["joint", "conditional"])

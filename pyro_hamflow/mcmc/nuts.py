@@ -222,6 +222,7 @@ class TreeBuilder:
         large = example.numel() * max_tree_depth > _LARGE
         depth = min(max_tree_depth, _SHALLOW) if large else max_tree_depth
         self._full = 2**depth - 1 if depth < max_tree_depth else -1
+        self._most = 2**max_tree_depth - 1
         self._empty = ended_tree(example.mT.contiguous(), motion.dimension, depth)
         self._all = self._empty.done
         self._none = ~self._all
@@ -231,7 +232,7 @@ class TreeBuilder:
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, num_steps: int
     ) -> Tree:
         """Builds a trajectory for every chain to its end, of ``num_steps`` steps at most."""
-        limit = min(num_steps, 2**self.max_tree_depth - 1)
+        limit = min(num_steps, self._most)
         tensors, settings = self._prepare(start, value, noise, tuning, limit)
         program = self._accelerate(tensors, settings)
         renew = self._all
@@ -264,7 +265,7 @@ class TreeBuilder:
             n_gradients=tree.num_points,
             n_densities=0,
             tree_depth=depth.long(),
-            reached_max_treedepth=tree.limited,
+            reached_max_treedepth=tree.limited & (tree.num_points == self._most),
         )
 
     def _prepare(

@@ -211,6 +211,12 @@ class MCMC:
                 f"{diverging} of {stats['diverging'].numel()} transitions diverged: raise "
                 "`target_accept`, or reparametrise the model."
             )
+        full = int(stats["reached_max_treedepth"].sum()) if "reached_max_treedepth" in stats else 0
+        if full:
+            messages.append(
+                f"{full} of {stats['diverging'].numel()} trajectories reached `max_tree_depth` "
+                "before they turned back: warm up for longer, or reparametrise the model."
+            )
         accepted = float(stats["acceptance_rate"].mean())
         if accepted < 0.3:
             messages.append(
