@@ -68,7 +68,7 @@ def test_compiled_steps_equal_plain_ones(transition):
         for flag in (False, True)
     )
     position, noise = plain.vectors(3)
-    mass, size = torch.tensor([0.5, 2.0]), torch.tensor(0.1)
+    mass, size = torch.tensor([0.5, 2.0]), torch.full((3, 1), 0.1)
     other = torch.randn_like(position)
     if transition is JointTransition:
         inputs = (position, other, noise, torch.randn_like(noise), mass, size, 0.5 * size)

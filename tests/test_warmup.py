@@ -225,3 +225,29 @@ def test_mass_is_dense_where_that_is_cheap(dimension, dense):
     kernel = HMC(model)
     kernel.begin(2, 10)
     assert kernel.inverse_mass.dim() == (2 if dense else 1)
+
+
+def steep():
+    """Tails in which only short steps are accepted."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    pyro.factor("tail", -x.pow(4).sum())
+
+
+def distance_after_warmup():
+    kernel = HMC(steep)
+    start = torch.zeros(16, 2)
+    start[3] = 40.0
+    state = kernel.begin(16, 100, initial_params={"x": start})
+    for _ in range(100):
+        state, _ = kernel.advance(state)
+    assert kernel._warmup.tuning.pace is None
+    return state.position.abs().max().item()
+
+
+def test_chain_that_starts_badly_arrives():
+    assert distance_after_warmup() < 3.0
+
+
+def test_it_would_not_with_one_step_for_all(monkeypatch):
+    monkeypatch.setattr(WarmUp, "_set_pace", lambda self, acceptance_rate: None)
+    assert distance_after_warmup() > 30.0

@@ -39,7 +39,7 @@ class HMCTransition:
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         inverse_mass = tuning.kinetic.inverse_mass
-        size = torch.full_like(self.potential.example, tuning.step_size)
+        size = tuning.step_sizes(state.position)[:, None]
         momentum = tuning.kinetic.sample(self.num_chains)
         level = draw_level(self.num_chains, momentum.device)
         z, r, value, slope = state.position, momentum, state.evaluation.value, state.gradient
@@ -68,7 +68,7 @@ class HMCTransition:
         A leapfrog step of size zero does it, so that one program serves for all gradients.
         """
         still = torch.zeros_like(state.position)
-        size = torch.zeros_like(self.potential.example)
+        size = still[:, :1]
         inverse_mass = tuning.kinetic.inverse_mass
         _, _, value, slope = self._advance(inverse_mass)(
             state.position, still, still, state.noise, inverse_mass, size
@@ -82,7 +82,8 @@ class HMCTransition:
             return leapfrog_step(self._gradient, *inputs)
 
         position, noise = self.potential.vectors(self.num_chains)
-        examples = (position, position, position, noise, inverse_mass, self.potential.example)
+        size = position.new_ones(len(position), 1)
+        examples = (position, position, position, noise, inverse_mass, size)
         return self.potential.accelerate("leapfrog", advance, *examples)
 
 

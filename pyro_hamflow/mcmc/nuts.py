@@ -277,7 +277,7 @@ class TreeBuilder:
         )
         tensors = self._empty._replace(draw=draw).flatten()
         kinetic, example = tuning.kinetic, self.potential.example
-        size = torch.full_like(example, tuning.step_size)
+        size = tuning.step_sizes(start.position.mT)
         most = torch.full_like(example, limit, dtype=torch.long)
         momentum = start.momentum.contiguous()
         settings = (momentum, noise, kinetic.root, size, most)

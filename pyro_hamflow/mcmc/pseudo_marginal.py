@@ -54,7 +54,7 @@ class JointTransition:
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         kinetic = tuning.kinetic
         mass = kinetic.inverse_mass
-        size = torch.full_like(self.potential.example, tuning.step_size)
+        size = tuning.step_sizes(state.position)[:, None]
         start = Phase(
             state.position,
             kinetic.sample(self.num_chains),
@@ -96,8 +96,8 @@ class JointTransition:
             return tuple(kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time))
 
         position, noise = self.potential.vectors(self.num_chains)
-        scalar = self.potential.example
-        examples = (position, position, noise, noise, inverse_mass, scalar, scalar)
+        size = position.new_ones(len(position), 1)
+        examples = (position, position, noise, noise, inverse_mass, size, size)
         return self.potential.accelerate("splitting", advance, *examples)
 
 

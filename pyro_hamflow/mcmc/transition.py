@@ -73,10 +73,18 @@ class Tuning(NamedTuple):
     Attributes:
         step_size: The integrator's step.
         kinetic: The kinetic energy of the parameters' momenta.
+        pace: By what each chain's step is shorter, of shape ``(chains,)``, while chains are on
+            their way to the typical set; not at all if not given.
     """
 
     step_size: float
     kinetic: GaussianKinetic
+    pace: Tensor | None = None
+
+    def step_sizes(self, position: Tensor) -> Tensor:
+        """The step of each chain, of shape ``(chains,)``, at positions ``(chains, dimension)``."""
+        sizes = position.new_full((len(position),), self.step_size)
+        return sizes if self.pace is None else sizes * self.pace.to(sizes)
 
 
 class Transition(Protocol):

@@ -236,7 +236,7 @@ def extend(
         motion: How points move.
         noise: The noise that is held, of shape ``(chains, noise_dimension)``.
         root: The square root of the inverse mass of the parameters.
-        step_size: A scalar.
+        step_size: Of each chain, of shape ``(chains,)``.
         limit: The most points that a trajectory may add, a scalar.
         level: Uniform random numbers, of shape ``(3, chains)``, in float64.
 

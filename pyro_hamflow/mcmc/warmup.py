@@ -174,6 +174,7 @@ class WarmUp:
         """Takes in the outcome of one iteration; says whether the mass has changed."""
         self._done += 1
         if self.adapt_step_size:
+            self._set_pace(acceptance_rate)
             self._averaging.update(float(acceptance_rate.mean()))
             size = self._averaging.final() if self.finished else self._averaging.step_size
             self.tuning = self.tuning._replace(step_size=size)
@@ -191,6 +192,19 @@ class WarmUp:
             )
         self._covariance = self._new_covariance()
         return True
+
+    def _set_pace(self, acceptance_rate: Tensor) -> None:
+        """Slows chains down that would not move, as out in the tails, until the opening is over.
+
+        The step that suits most chains may be too long for one that started badly: tuned on the
+        mean of all, it would stay where it is for ever.
+        """
+        pace = None
+        if self.opening:
+            old = self.tuning.pace
+            old = torch.ones_like(acceptance_rate) if old is None else old
+            pace = (old * torch.exp(acceptance_rate - self.target)).clamp(max=1.0)
+        self.tuning = self.tuning._replace(pace=pace)
 
     def _new_covariance(self) -> Covariance:
         inverse_mass = self.tuning.kinetic.inverse_mass
