@@ -11,7 +11,14 @@ import pyro.infer
 import pytest
 import torch
 
-from pyro_hamflow import HMC, MCMC, PseudoMarginalHMC, marginalize, to_inference_data
+from pyro_hamflow import (
+    HMC,
+    MCMC,
+    CorrelatedRefresh,
+    PseudoMarginalHMC,
+    marginalize,
+    to_inference_data,
+)
 from pyro_hamflow.model.potential import Potential
 
 
@@ -334,3 +341,20 @@ def test_kernel_of_another_kind_is_refused():
 def test_results_before_run_are_refused(ask):
     with pytest.raises(RuntimeError, match="call `run` first"):
         getattr(MCMC(_kernel(), 5), ask)()
+
+
+def test_chains_that_disagree_are_told():
+    """Two particles far from where they matter, and chains that hardly move."""
+
+    def wide(parameters, y):
+        with pyro.plate("group", len(y)):
+            pyro.sample("x", dist.Normal(0.0, 30.0).expand([len(y)]))
+
+    marginal = marginalize(latent, ["x"], num_particles=2, proposal=wide)
+    kernel = PseudoMarginalHMC(
+        marginal, refresh=CorrelatedRefresh(0.9999), method="conditional", **STILL
+    )
+    y = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    mcmc = MCMC(kernel, 60, 0, num_chains=4, seed=0, disable_progbar=True)
+    mcmc.run(y)
+    assert any("disagree about the log-likelihood (R-hat" in text for text in mcmc.messages)

@@ -22,7 +22,7 @@ from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
 from pyro_hamflow.mcmc.record import Draws, Record
 
 _METHODS = ("vectorized", "sequential")
-_SHOWN = 50
+_FEWEST, _LARGEST_RHAT = 50, 1.1
 
 
 class MCMC:
@@ -229,6 +229,15 @@ class MCMC:
                 f"Only {refreshed:.0%} of the noise was renewed in each draw: take more particles, "
                 "or a `CorrelatedRefresh`."
             )
+        estimates = stats.get("log_likelihood_estimate")
+        if estimates is not None and min(estimates.shape) > 1 and estimates.shape[1] >= _FEWEST:
+            disagreement = float(arviz.rhat(estimates.numpy()))
+            if disagreement > _LARGEST_RHAT:
+                messages.append(
+                    "The chains disagree about the log-likelihood (R-hat "
+                    f"{disagreement:.2f} of its estimate): take more particles or another "
+                    "proposal, or warm up for longer."
+                )
         if not self.disable_progbar and "CI" not in os.environ:
             for message in messages:
                 tqdm.write(message, file=sys.stderr)

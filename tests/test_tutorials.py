@@ -1,0 +1,34 @@
+"""The tutorials run from top to bottom, made small by SMOKE=1, and leave the files they promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
+PROMISED = {"pseudo_marginal": {"pseudo_marginal.png"}}
+# The quickstart has no small version: its last cell demands good diagnostics of a run on real data,
+# which few draws cannot give. `test_documents.py` runs it as it is, among the slow tests.
+WHOLE = {"quickstart"}
+
+
+def test_every_tutorial_is_tested():
+    assert {path.stem for path in TUTORIALS.glob("*.py")} == PROMISED.keys() | WHOLE
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_tutorial_runs(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(TUTORIALS / f"{name}.py")],
+        cwd=tmp_path,
+        env=os.environ | {"SMOKE": "1", "CI": "true", "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == PROMISED[name]
+    assert "r_hat" in done.stdout  # the summary at the end
