@@ -21,9 +21,10 @@ import torch
 from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh, marginalize, noise
 from pyro_hamflow.dynamics import integrators
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc import hmc, pseudo_marginal
+from pyro_hamflow.mcmc import hmc, nuts, pseudo_marginal, tree
 from pyro_hamflow.mcmc import refresh as refresh_module
 from pyro_hamflow.mcmc.hmc import HMCTransition
+from pyro_hamflow.mcmc.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition, JointTransition
 from pyro_hamflow.mcmc.refresh import Blocks
 from pyro_hamflow.mcmc.transition import Decision, State, Tuning, select, select_evaluation
@@ -32,6 +33,8 @@ from pyro_hamflow.model.potential import Potential
 from tests.laws import assert_invariant
 
 CHAINS = 10_000
+DEPTH = 5
+MOST_POINTS = 2**DEPTH - 1
 Y = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
 SLOPE = 2.0
 WEIGHT = 0.7  # of the first component of the mixture prior
@@ -145,6 +148,7 @@ class Extended:
         self._draws = None
         # Short enough for estimates that vary a lot, or jump where a lattice point wraps round.
         self.joint_step = 0.5 if callable(proposal) or points == "rqmc" else 0.8
+        self.joint_nuts_step = 0.3 if points == "rqmc" else 0.4
         if kind == "by hand":
             self.model = by_hand(num_particles)
         else:
@@ -286,19 +290,37 @@ def check(target, transition, *, step=None, moves=2):
     """Moves exact draws of the extended target a few times, and compares."""
     position, u, x = target.draws()
     state = transition.begin(position, u)
-    kinetic = GaussianKinetic(torch.tensor([0.7, 0.4]))
-    is_joint = isinstance(transition, JointTransition)
-    tuning = Tuning(target.joint_step if is_joint else 0.9, kinetic)
-    rates = []
+    tuning, num_steps = setting(target, transition)
+    rates, depths = [], set()
     for _ in range(moves):
-        state, info = (step or transition.step)(state, tuning, 4)
+        state, info = (step or transition.step)(state, tuning, num_steps)
         rates.append(info.acceptance_rate.mean().item())
+        depths |= depths_of(info)
     local = state.evaluation.local.get("x")
     before = target.quantities(position, u, None if local is None else x)
     assert_invariant(before, target.quantities(state.position, state.noise, local))
     assert 0.2 < min(rates) < 0.98, "the moves are too good or too bad for the check to have power"
+    assert info.tree_depth is None or len(depths) > 2, "trajectories of few lengths only"
     value = target.potential.value(state.position, state.noise)
     assert torch.allclose(value, state.evaluation.value, rtol=1e-10, atol=1e-10)
+    gradient = transition.begin(state.position, state.noise).gradient
+    assert torch.allclose(gradient, state.gradient, rtol=1e-9, atol=1e-9), "a gradient of elsewhere"
+
+
+def setting(target, transition):
+    """Tuning and number of steps with which the checks have power."""
+    inner = getattr(transition, "inner", transition)
+    if isinstance(inner, HMCTransition | JointTransition):
+        step_size = target.joint_step if inner is transition else 0.9
+        return Tuning(step_size, GaussianKinetic(torch.tensor([0.7, 0.4]))), 4
+    # A light mass, so that parameters turn back long before the noise has made half a turn.
+    step_size = target.joint_nuts_step if inner is transition else 0.5
+    return Tuning(step_size, GaussianKinetic(torch.tensor([2.0, 1.2]))), MOST_POINTS
+
+
+def depths_of(info):
+    """The depths of trajectories that occurred."""
+    return set() if info.tree_depth is None else set(info.tree_depth.tolist())
 
 
 def joint(target):
@@ -309,6 +331,20 @@ def conditional(target, refresh):
     return ConditionalTransition(HMCTransition(target.potential, CHAINS), refresh)
 
 
+def conditional_hmc(target):
+    return conditional(target, CorrelatedRefresh())
+
+
+def joint_nuts(target):
+    return JointNUTSTransition(target.potential, CHAINS, DEPTH)
+
+
+def conditional_nuts(target):
+    return ConditionalTransition(
+        NUTSTransition(target.potential, CHAINS, DEPTH), CorrelatedRefresh()
+    )
+
+
 def test_invariance_joint(target):
     check(target, joint(target))
 
@@ -316,6 +352,11 @@ def test_invariance_joint(target):
 @pytest.mark.parametrize("refresh", REFRESHES.values(), ids=REFRESHES)
 def test_invariance_conditional(target, refresh):
     check(target, conditional(target, refresh))
+
+
+@pytest.mark.parametrize("make", [joint_nuts, conditional_nuts])
+def test_invariance_pseudo_marginal_nuts(target, make):
+    check(target, make(target))
 
 
 def test_blocks_conditional():
@@ -332,33 +373,69 @@ HMC_TARGETS = {
 
 
 @cache
-def hmc_case(name):
-    model, args, draw, _ = HMC_TARGETS[name]
-    return HMCTransition(Potential(model, args), CHAINS), draw
+def potential_of(name):
+    model, args, _, _ = HMC_TARGETS[name]
+    return Potential(model, args)
 
 
-def check_hmc(name, mass, *, step=None, moves=2):
+def hmc_of(name):
+    return HMCTransition(potential_of(name), CHAINS)
+
+
+def check_known(name, mass, transition, step_size, num_steps, *, step=None, moves=2, chains=CHAINS):
     """Moves exact draws of a target without noise a few times, and compares."""
-    transition, draw = hmc_case(name)
-    inverse_mass = torch.tensor(HMC_TARGETS[name][3])
+    _, _, draw, inverse_mass = HMC_TARGETS[name]
+    inverse_mass = torch.tensor(inverse_mass)
     if mass == "dense":
         inverse_mass = torch.diag(inverse_mass) + 0.15
-    tuning = Tuning(0.5, GaussianKinetic(inverse_mass))
-    position = draw(CHAINS)
-    state = transition.begin(position, position.new_zeros(CHAINS, 0))
+    tuning = Tuning(step_size, GaussianKinetic(inverse_mass))
+    position = draw(chains)
+    state = transition.begin(position, position.new_zeros(chains, 0))
+    depths = set()
     for _ in range(moves):
-        state, info = (step or transition.step)(state, tuning, 4)
+        state, info = (step or transition.step)(state, tuning, num_steps)
+        depths |= depths_of(info)
     assert_invariant({"theta": position}, {"theta": state.position})
     assert 0.3 < info.acceptance_rate.mean().item() < 0.98
+    assert info.tree_depth is None or len(depths) > 2, "trajectories of few lengths only"
     fresh = transition.begin(state.position, state.noise)
     assert torch.allclose(fresh.evaluation.value, state.evaluation.value, rtol=1e-10)
     assert torch.allclose(fresh.gradient, state.gradient, rtol=1e-10, atol=1e-10)
+
+
+def check_hmc(name, mass, *, step=None):
+    check_known(name, mass, hmc_of(name), 0.5, 4, step=step)
+
+
+def check_nuts(name, mass, step_size, *, wrap=None, moves=2, chains=CHAINS):
+    transition = NUTSTransition(potential_of(name), chains, DEPTH)
+    step = wrap and wrap(transition)
+    check_known(
+        name, mass, transition, step_size, MOST_POINTS, step=step, moves=moves, chains=chains
+    )
 
 
 @pytest.mark.parametrize("mass", ["diagonal", "dense"])
 @pytest.mark.parametrize("name", HMC_TARGETS)
 def test_invariance_hmc(name, mass):
     check_hmc(name, mass)
+
+
+@pytest.mark.parametrize("mass", ["diagonal", "dense"])
+@pytest.mark.parametrize(
+    ("name", "step_size"),
+    [("skewed", 0.3), ("skewed", 0.7), ("conjugate", 0.4), ("conjugate", 0.7)],
+)
+def test_invariance_nuts(name, step_size, mass):
+    """Step sizes under which most trajectories have 8 to 31 points, and 2 to 7."""
+    check_nuts(name, mass, step_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mass", ["diagonal", "dense"])
+@pytest.mark.parametrize("name", HMC_TARGETS)
+def test_invariance_nuts_of_many_chains(name, mass):
+    check_nuts(name, mass, 0.6, moves=4, chains=10 * CHAINS)
 
 
 # --- the checks fail on spoilt samplers ---------------------------------------------------------
@@ -509,4 +586,205 @@ def test_spoilt_hmc_is_found_out(spoil, monkeypatch):
 
 def test_adapting_hmc_is_found_out():
     with pytest.raises(AssertionError, match="standard errors"):
-        check_hmc("skewed", "diagonal", step=adapt_step_size(hmc_case("skewed")[0]))
+        check_hmc("skewed", "diagonal", step=adapt_step_size(hmc_of("skewed")))
+
+
+# --- and on spoilt No-U-Turn samplers -----------------------------------------------------------
+
+
+def spoil_levels(change):
+    """Trajectories whose random numbers are changed before they are used."""
+
+    def spoil(monkeypatch):
+        honest = tree.extend
+
+        def extend(grown, motion, *settings):
+            *settings, level = settings
+            return honest(grown, motion, *settings, change(grown, level.clone()))
+
+        monkeypatch.setattr(nuts, "extend", extend)
+
+    spoil.__name__ = change.__name__
+    return spoil
+
+
+@spoil_levels
+def pick_the_last_point(grown, level):
+    level[1] = 0.0
+    return level
+
+
+@spoil_levels
+def pick_any_point(grown, level):
+    """Every point of a doubling with the same probability, whatever its weight."""
+    number = grown.num_points + 1
+    place = number - 2 ** number.double().log2().floor() + 1
+    level[1] = torch.where(level[1] < 1 / place, 0.0, 1.0)
+    return level
+
+
+@spoil_levels
+def accept_every_doubling(grown, level):
+    level[2] = 0.0
+    return level
+
+
+@spoil_levels
+def grow_forwards(grown, level):
+    level[0] = 0.0
+    return level
+
+
+def spoil_turns(change):
+    """Trajectories that judge by other U-turns."""
+
+    def spoil(monkeypatch):
+        honest = tree._turned
+        monkeypatch.setattr(tree, "_turned", lambda *marks: change(honest, *marks))
+
+    spoil.__name__ = change.__name__
+    return spoil
+
+
+@spoil_turns
+def ignore_turns_of_subtrees(honest, *marks):
+    turned = honest(*marks)
+    turned[1:] = False
+    return turned
+
+
+@spoil_turns
+def judge_turns_at_the_end(honest, starts, previous, sums, momentum_sum, end):
+    return (end * (momentum_sum - sums[:-1])).sum(1) <= 0
+
+
+@spoil_turns
+def judge_turns_at_the_start(honest, starts, previous, sums, momentum_sum, end):
+    return (starts[:-1] * (momentum_sum - sums[:-1])).sum(1) <= 0
+
+
+def spoil_energy(change):
+    """Points that are weighed by another energy."""
+
+    def spoil(monkeypatch):
+        plain, joint = nuts._energy, JointNUTSTransition._energy
+
+        def spoilt(energy, point, value):
+            return energy._replace(total=change(energy, point, value.double()))
+
+        monkeypatch.setattr(nuts, "_energy", lambda *at: spoilt(plain(*at), *at))
+        monkeypatch.setattr(
+            JointNUTSTransition, "_energy", lambda self, *at: spoilt(joint(self, *at), *at)
+        )
+
+    spoil.__name__ = change.__name__
+    return spoil
+
+
+@spoil_energy
+def turn_energy_round(energy, point, value):
+    return -energy.total
+
+
+@spoil_energy
+def forget_kinetic_energy_of_points(energy, point, value):
+    return energy.total - (energy.parameters - value)
+
+
+@spoil_energy
+def forget_energy_of_noise(energy, point, value):
+    return energy.parameters
+
+
+@spoil_energy
+def forget_momentum_of_noise(energy, point, value):
+    return energy.total - 0.5 * point.momentum[2:].double().square().sum(0)
+
+
+def choose(transition, other):
+    """The transition where the first coordinate is positive, and another step elsewhere."""
+
+    def step(state, tuning, num_steps):
+        first, info = transition.step(state, tuning, num_steps)
+        second = other(state, tuning, num_steps)
+        where = state.position[:, 0] > 0
+        parts = (select(where, new, old) for new, old in zip(first[:3], second[:3], strict=True))
+        return State(*parts, select_evaluation(where, first.evaluation, second.evaluation)), info
+
+    return step
+
+
+def limit_by_state(transition):
+    """Trajectories of one point where the first coordinate is negative."""
+    return choose(transition, lambda state, tuning, _: transition.step(state, tuning, 1)[0])
+
+
+def choose_step_size_by_state(transition):
+    """Small steps where the first coordinate is negative; too small for trajectories to turn."""
+
+    def other(state, tuning, num_steps):
+        small = tuning._replace(step_size=0.1 * tuning.step_size)
+        return transition.step(state, small, num_steps)[0]
+
+    return choose(transition, other)
+
+
+# What changes the law of a few moves so little that only many chains show it.
+FAINT = [pick_any_point, grow_forwards, judge_turns_at_the_end, judge_turns_at_the_start]
+SPOILT_TREES = [pick_the_last_point, accept_every_doubling, ignore_turns_of_subtrees]
+SPOILT_TREES += [turn_energy_round, forget_kinetic_energy_of_points]
+SPOILT_NUTS = {
+    joint_nuts: [ignore_turns_of_subtrees, turn_energy_round, forget_kinetic_energy_of_points]
+    + [forget_energy_of_noise, forget_momentum_of_noise],
+    conditional_nuts: [ignore_turns_of_subtrees, turn_energy_round, accept_all_blocks],
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT_TREES)
+def test_spoilt_nuts_is_found_out(spoil, monkeypatch):
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_nuts("skewed", "diagonal", 0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", FAINT)
+def test_faintly_spoilt_nuts_is_found_out(spoil, monkeypatch):
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_nuts("skewed", "diagonal", 0.6, moves=4, chains=10 * CHAINS)
+
+
+@pytest.mark.parametrize("wrap", [limit_by_state, choose_step_size_by_state])
+def test_nuts_of_two_minds_is_found_out(wrap):
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_nuts("skewed", "diagonal", 0.5, wrap=wrap)
+
+
+@pytest.mark.parametrize(
+    ("make", "spoil"), [(make, spoil) for make, all_ in SPOILT_NUTS.items() for spoil in all_]
+)
+def test_spoilt_pseudo_marginal_nuts_is_found_out(make, spoil, monkeypatch):
+    target = make_target("prior-8")
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(target, make(target))
+
+
+@pytest.mark.parametrize("wrap", [limit_by_state, redraw_noise, pick_any_particle])
+@pytest.mark.parametrize("make", [joint_nuts, conditional_nuts])
+def test_spoilt_pseudo_marginal_nuts_step_is_found_out(make, wrap):
+    target = make_target("prior-8")
+    transition = make(target)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(target, transition, step=wrap(transition))
+
+
+@pytest.mark.parametrize("make", [conditional_hmc, conditional_nuts])
+def test_gradient_at_old_noise_is_found_out(make, monkeypatch):
+    """By itself: it changes the law of a few moves too little to be seen."""
+    target = make_target("prior-8")
+    transition = make(target)
+    monkeypatch.setattr(transition.inner, "refreshed", lambda state, tuning: state)
+    with pytest.raises(AssertionError, match="a gradient of elsewhere"):
+        check(target, transition)

@@ -30,11 +30,11 @@ def initial_params(num_chains: int) -> dict[str, torch.Tensor]:
     }
 
 
-def run(num_particles, method, *, num_samples, **settings):
+def run(num_particles, method, *, num_samples, kernel=phf.PseudoMarginalHMC, **settings):
     marginal = phf.marginalize(
         glmm, ["x"], num_particles=num_particles, proposal="laplace", points="iid"
     )
-    kernel = phf.PseudoMarginalHMC(
+    moves = kernel(
         marginal,
         method=method,
         step_size=0.2,
@@ -42,7 +42,7 @@ def run(num_particles, method, *, num_samples, **settings):
         adapt_mass=False,
         **settings,
     )
-    mcmc = phf.MCMC(kernel, num_samples, 50, 12, initial_params(12), seed=2)
+    mcmc = phf.MCMC(moves, num_samples, 50, 12, initial_params(12), seed=2)
     mcmc.run(*glmm_data())
     return mcmc
 
@@ -78,12 +78,26 @@ def test_posterior_agrees_with_quadrature(method):
     check(run(8, method, num_samples=120))
 
 
+@pytest.mark.parametrize("method", ["joint", pytest.param("conditional", marks=pytest.mark.slow)])
+def test_posterior_of_nuts_agrees_with_quadrature(method):
+    check(run(8, method, num_samples=100, kernel=phf.PseudoMarginalNUTS))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["joint", "conditional"])
-@pytest.mark.parametrize(("num_particles", "num_samples"), [(8, 1600), (32, 1200), (128, 400)])
-def test_long_runs_agree_with_quadrature(num_particles, num_samples, method):
+@pytest.mark.parametrize(
+    ("kernel", "num_particles", "num_samples"),
+    [
+        (phf.PseudoMarginalHMC, 8, 1600),
+        (phf.PseudoMarginalHMC, 32, 1200),
+        (phf.PseudoMarginalHMC, 128, 400),
+        (phf.PseudoMarginalNUTS, 8, 1600),
+        (phf.PseudoMarginalNUTS, 32, 1200),
+    ],
+)
+def test_long_runs_agree_with_quadrature(kernel, num_particles, num_samples, method):
     """Every parameter and every one of the 500 effects within four standard errors."""
-    mcmc = run(num_particles, method, num_samples=num_samples, compile=True)
+    mcmc = run(num_particles, method, num_samples=num_samples, kernel=kernel, compile=True)
     assert np.abs(parameter_scores(mcmc)).max() < 4.0
     assert np.abs(effect_scores(mcmc)).max() < 4.0
 
