@@ -216,7 +216,10 @@ def funnel(spread):
 
 
 def check_funnel(mcmc, spread):
-    """The neck's law, and the width's, which has moments of its logarithm alone."""
+    """The neck's law, and the width's, of whose logarithm the moments are taken.
+
+    The widths are alike, so that a bias shows best in their average.
+    """
     draws = {name: value.numpy() for name, value in mcmc.get_samples(group_by_chain=True).items()}
     v = draws["v"]
     x = draws["x"] if "x" in draws else np.exp(0.5 * v)[..., None] * draws["x_decentered"]
@@ -227,12 +230,12 @@ def check_funnel(mcmc, spread):
         (v**2, spread**2),
         (v < -spread, 0.15865525393145707),
         (v < -2 * spread, 0.02275013194817921),
-        (np.sign(x), 0.0),
-        (log_x, log_normal),
-        (log_x**2, log_normal**2 + np.pi**2 / 8 + spread**2 / 4),
+        (np.sign(x).mean(-1), 0.0),
+        (log_x.mean(-1), log_normal),
+        ((log_x**2).mean(-1), log_normal**2 + np.pi**2 / 8 + spread**2 / 4),
     ]
     for i, (values, value) in enumerate(expected):
-        assert np.abs(scores(values.astype(float), value)).max() < 4.0, i
+        assert abs(scores(values.astype(float), value)) < 4.0, i
 
 
 def test_funnel_noncentred():
