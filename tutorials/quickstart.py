@@ -62,7 +62,7 @@ def membership(covariates, union):
 # %%
 marginal = phf.marginalize(membership, ["effect"], num_particles=16)
 kernel = phf.PseudoMarginalHMC(marginal, mass="dense")
-mcmc = phf.MCMC(kernel, num_samples=400, warmup_steps=250, num_chains=4, seed=1)
+mcmc = phf.MCMC(kernel, num_samples=800, warmup_steps=250, num_chains=4, seed=1)
 mcmc.run(covariates, union)
 
 coords = {"man": men, "year": years, "covariate": names}
