@@ -35,7 +35,7 @@ def measure(*, quick: bool) -> list[Table]:
             rows,
             "Smallest effective sample size per 1,000 gradients, a density counted as half a "
             "gradient. Where all noise is accepted or rejected at once, joint moves overtake at a "
-            "variance of about 3; where each group's noise is accepted on its own, only where the "
+            "variance of a few; where each group's noise is accepted on its own, only where the "
             "variance is many times that. The kernels' default follows: conditional up to 3, and "
             "up to 20 where the estimate factorises.",
         )
