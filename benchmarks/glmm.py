@@ -7,10 +7,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-import arviz
 import numpy as np
 import torch
 
+from benchmarks.diagnostics import largest_rhat, largest_score, smallest_ess
 from benchmarks.models import glmm_arguments, glmm_kernel, glmm_reference, glmm_starts
 from benchmarks.report import Row, Table, met
 from benchmarks.timing import nothing_compiled
@@ -150,21 +150,15 @@ def _sample(
 
 def _quality(position: Any, sampling: float, before: float, gradients: int) -> Row:
     """Effective draws and errors of draws of shape ``(chains, draws, 13)``."""
-    reference = glmm_reference()
-    columns = [np.ascontiguousarray(column) for column in np.moveaxis(position, -1, 0)]
-    ess = min(float(arviz.ess(column, method="bulk")) for column in columns)
-    rhat = max(float(arviz.rhat(column)) for column in columns)
-    error = np.array([float(arviz.mcse(column)) for column in columns])
-    error = np.hypot(error, reference["mcse"])
-    z = (position.mean((0, 1)) - reference["mean"]) / error
+    ess = smallest_ess(position)
     return {
         "draws": position.shape[1],
         _ESS: ess,
         _PER_SECOND: ess / sampling,
         _WITH_ALL: ess / (sampling + before),
         "per 1,000 gradients": 1000 * ess / gradients,
-        "R-hat": rhat,
-        "max abs z": float(np.abs(z).max()),
+        "R-hat": largest_rhat(position),
+        "max abs z": largest_score(position, glmm_reference()),
     }
 
 

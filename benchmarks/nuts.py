@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import arviz
 import jax.numpy as jnp
 import numpy as np
 import pyro
@@ -13,6 +12,7 @@ import torch
 
 from benchmarks import competitors, models
 from benchmarks.competitors import Run
+from benchmarks.diagnostics import largest_rhat, largest_score, smallest_ess
 from benchmarks.report import Row, Table, met
 from benchmarks.timing import nothing_compiled, seconds
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalHMC, PseudoMarginalNUTS, marginalize
@@ -34,9 +34,8 @@ def measure(*, quick: bool) -> list[Table]:
 
 def quality(run: Run) -> Row:
     """Smallest effective sample size, largest R-hat, and what they cost."""
-    data = arviz.convert_to_dataset({"v": run.draws})
-    least = float(arviz.ess(data, method="bulk")["v"].min())
-    worst = float(arviz.rhat(data)["v"].max()) if len(run.draws) > 1 else float("nan")
+    least = smallest_ess(run.draws)
+    worst = largest_rhat(run.draws) if len(run.draws) > 1 else float("nan")
     whole = run.preparing + run.warming + run.sampling
     return {
         "steps per draw": run.steps,
@@ -58,7 +57,7 @@ def our_run(
     warmup: int | None,
     draws: int,
     start: Any = None,
-) -> tuple[Run, MCMC]:
+) -> Run:
     """One of our kernels, compiled from nothing.
 
     A run of two draws that compiles everything is made first: its seconds are the preparation.
@@ -75,8 +74,7 @@ def our_run(
         mcmc.run(*arguments)
     stats = mcmc.draws.stats
     steps = float(stats["n_steps"].double().mean())
-    run = Run(mcmc.draws.position.numpy(), preparing, mcmc.warmup_time, mcmc.sampling_time, steps)
-    return run, mcmc
+    return Run(mcmc.draws.position.numpy(), preparing, mcmc.warmup_time, mcmc.sampling_time, steps)
 
 
 def _plain(*, quick: bool) -> Table:
@@ -112,7 +110,7 @@ def _plain(*, quick: bool) -> Table:
         rows.append({"posterior": name, "sampler": "Pyro", "chains": 1} | stock | {"ours /": ""})
         for chains in (4, 64):
             kernel = NUTS(ours, compile=True)
-            run, _ = our_run(kernel, arguments, chains=chains, warmup=warmup, draws=draws)
+            run = our_run(kernel, arguments, chains=chains, warmup=warmup, draws=draws)
             mine = quality(run)
             tried = {
                 dense: quality(
@@ -150,7 +148,7 @@ def _joint_glmm(*, quick: bool) -> Table:
     chains, (warmup, draws) = 4, ((50, 50) if quick else (300, 300))
     arguments = models.glmm_arguments(spread=1.0)
     plain = tuple(a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments)
-    run, _ = our_run(
+    run = our_run(
         NUTS(models.joint_glmm, compile=True),
         arguments,
         chains=chains,
@@ -186,11 +184,12 @@ def _glmm(spread: float, *, quick: bool) -> Table:
     for name, (kind, estimate, settings) in kernels.items():
         marginal = marginalize(glmm, ["x"], **estimate)
         kernel = kind(marginal, compile=True, **settings)
-        run, mcmc = our_run(
+        run = our_run(
             kernel, arguments, chains=4, warmup=50 if quick else None, draws=draws, start=start
         )
-        rows.append({"sampler": name} | quality(run) | {"max |z|": _score(run, reference)})
-        del mcmc
+        rows.append(
+            {"sampler": name} | quality(run) | {"max |z|": largest_score(run.draws, reference)}
+        )
     plain = tuple(a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments)
     joint_start = {k: jnp.asarray(v.numpy()) for k, v in start.items()}
     joint_start["x"] = jnp.zeros((4, 500))
@@ -205,7 +204,7 @@ def _glmm(spread: float, *, quick: bool) -> Table:
     )
     rows.append({"sampler": "NumPyro, 513 parameters"} | quality(joint) | {"max |z|": "-"})
     expert = _expert(spread, start, warmup=50 if quick else 250, draws=50 if quick else 250)
-    score = _score(expert, reference)
+    score = largest_score(expert.draws, reference)
     rows.append({"sampler": "NumPyro, quadrature by hand"} | quality(expert) | {"max |z|": score})
     mine = rows[0]["ESS/s"]
     against_joint, against_expert = mine / rows[-2]["ESS/s"], mine / rows[-1]["ESS/s"]
@@ -219,12 +218,6 @@ def _glmm(spread: float, *, quick: bool) -> Table:
         f"at least {_GOALS[spread]:g} times the first: {met(against_joint >= _GOALS[spread])}; at "
         f"least twice the second: {met(against_expert >= 2)}.",
     )
-
-
-def _score(run: Run, reference: dict[str, Any]) -> float:
-    data = arviz.convert_to_dataset({"v": run.draws})
-    error = np.hypot(arviz.mcse(data)["v"].to_numpy(), np.asarray(reference["mcse"]))
-    return float(np.abs((run.draws.mean((0, 1)) - reference["mean"]) / error).max())
 
 
 def _expert(spread: float, start: dict[str, Any], *, warmup: int, draws: int) -> Run:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import arviz
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,3 +117,16 @@ def assert_invariant(before, after, limit=LIMIT):
 
 def _power(values: Tensor, centre: Tensor, scale: Tensor, power: int) -> Tensor:
     return ((values - centre) / scale).pow(power)
+
+
+def scores(values, truth, truth_error=0.0):
+    """By how many standard errors the mean of ``(chains, draws, *)`` differs from a truth.
+
+    Arguments:
+        values: The draws, as an array.
+        truth: What their mean should be.
+        truth_error: The standard error of the truth, which is added to ArviZ's of the mean.
+    """
+    error = arviz.mcse(arviz.convert_to_dataset({"v": values}))["v"].to_numpy()
+    error = np.hypot(error, np.asarray(truth_error))
+    return (values.mean((0, 1)) - np.asarray(truth)) / error

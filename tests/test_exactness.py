@@ -500,17 +500,26 @@ def shrink_proposal(monkeypatch):
     monkeypatch.setattr(refresh_module, "math", SimpleNamespace(sqrt=lambda value: value))
 
 
+def choose(transition, other):
+    """The transition where the first coordinate is positive, and another step elsewhere."""
+
+    def step(state, tuning, num_steps):
+        first, info = transition.step(state, tuning, num_steps)
+        second = other(state, tuning, num_steps)
+        where = state.position[:, 0] > 0
+        parts = (select(where, new, old) for new, old in zip(first[:3], second[:3], strict=True))
+        return State(*parts, select_evaluation(where, first.evaluation, second.evaluation)), info
+
+    return step
+
+
 def adapt_step_size(transition):
     """A step size that depends on the state."""
 
-    def step(state, tuning, num_steps):
-        large, info = transition.step(state, tuning, num_steps)
-        small, _ = transition.step(state, tuning._replace(step_size=0.3), num_steps)
-        where = state.position[:, 0] > 0
-        parts = (select(where, new, old) for new, old in zip(large[:3], small[:3], strict=True))
-        return State(*parts, select_evaluation(where, large.evaluation, small.evaluation)), info
+    def other(state, tuning, num_steps):
+        return transition.step(state, tuning._replace(step_size=0.3), num_steps)[0]
 
-    return step
+    return choose(transition, other)
 
 
 def redraw_noise(transition):
@@ -699,19 +708,6 @@ def forget_energy_of_noise(energy, point, value):
 @spoil_energy
 def forget_momentum_of_noise(energy, point, value):
     return energy.total - 0.5 * point.momentum[2:].double().square().sum(0)
-
-
-def choose(transition, other):
-    """The transition where the first coordinate is positive, and another step elsewhere."""
-
-    def step(state, tuning, num_steps):
-        first, info = transition.step(state, tuning, num_steps)
-        second = other(state, tuning, num_steps)
-        where = state.position[:, 0] > 0
-        parts = (select(where, new, old) for new, old in zip(first[:3], second[:3], strict=True))
-        return State(*parts, select_evaluation(where, first.evaluation, second.evaluation)), info
-
-    return step
 
 
 def limit_by_state(transition):

@@ -10,12 +10,12 @@ import json
 from itertools import product
 from pathlib import Path
 
-import arviz
 import numpy as np
 import pytest
 import torch
 
 import pyro_hamflow as phf
+from tests.laws import scores
 from tests.targets import glmm, glmm_data
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "glmm.json").read_text())["3"]
@@ -46,13 +46,6 @@ def run(num_particles, method, *, num_samples, kernel=phf.PseudoMarginalHMC, **s
     mcmc = phf.MCMC(moves, num_samples, 50, 12, initial_params(12), seed=2)
     mcmc.run(*glmm_data())
     return mcmc
-
-
-def scores(values: np.ndarray, truth, truth_error) -> np.ndarray:
-    """By how many standard errors means differ; by ArviZ's Monte Carlo errors, and the truth's."""
-    data = arviz.convert_to_dataset({"v": values})
-    error = np.hypot(arviz.mcse(data)["v"].to_numpy(), np.asarray(truth_error))
-    return (values.mean((0, 1)) - np.asarray(truth)) / error
 
 
 def parameter_scores(mcmc) -> np.ndarray:

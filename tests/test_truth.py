@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import arviz
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -13,6 +12,7 @@ from pyro.infer.reparam import LocScaleReparam
 
 import pyro_hamflow as phf
 from pyro_hamflow.mcmc import tree
+from tests.laws import scores
 from tests.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 
 Y = torch.tensor([0.3, -1.2, 2.1, 0.8, -0.4, 1.7, 3.0, 0.1, 1.1, -0.6], dtype=torch.float64)
@@ -38,12 +38,6 @@ def truth() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "mean": (np.asarray(mean), np.asarray(precision**-0.5)),
         "x": (local, np.full(len(Y), spread)),
     }
-
-
-def scores(values, expected):
-    """By how many standard errors the mean of ``(chains, draws, *)`` differs, by ArviZ's errors."""
-    error = arviz.mcse(arviz.convert_to_dataset({"v": values}))["v"].to_numpy()
-    return (values.mean((0, 1)) - expected) / error
 
 
 CASES = [(1, "prior"), (4, "prior"), (2, "laplace")]

@@ -52,7 +52,7 @@ class GaussianKinetic:
 
 def velocity(inverse_mass: Tensor, r: Tensor) -> Tensor:
     """The rate of change of the position: the inverse mass times momenta ``(*, dimension)``."""
-    return inverse_mass * r if inverse_mass.dim() == 1 else r @ inverse_mass
+    return _product(inverse_mass, r)
 
 
 def whiten(root: Tensor, r: Tensor) -> Tensor:
@@ -64,4 +64,9 @@ def whiten(root: Tensor, r: Tensor) -> Tensor:
         root: The square root of the inverse mass, as :class:`GaussianKinetic` gives it.
         r: The momenta.
     """
-    return root * r if root.dim() == 1 else r @ root
+    return _product(root, r)
+
+
+def _product(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Rows times a matrix, or times the diagonal of one."""
+    return matrix * rows if matrix.dim() == 1 else rows @ matrix

@@ -36,6 +36,11 @@ class PseudoMarginal(HamiltonianKernel):
         refresh: The move of the noise under the conditional method; fresh independent noise for
             every element if not given.
         settings: The other arguments of the kernel.
+
+    Raises:
+        TypeError: If the model is not callable.
+        ValueError: If a number lies outside its range; when run, if the model has no noise sites,
+            or one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
     """
 
     separate_noise = True
@@ -111,19 +116,8 @@ class PseudoMarginalHMC(PseudoMarginal, HMC):
     :func:`~pyro_hamflow.marginalize`, or one that calls :func:`~pyro_hamflow.noise`. Runs in
     :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
 
-    Arguments:
-        model: A Pyro model with noise sites.
-        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
-            with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
-            of the estimate, and says so.
-        refresh: The move of the noise under the conditional method; fresh independent noise for
-            every element if not given.
-        settings: The other arguments of :class:`~pyro_hamflow.HMC`.
-
-    Raises:
-        TypeError: If the model is not callable.
-        ValueError: If a number lies outside its range; when run, if the model has no noise sites,
-            or one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+    Its arguments, and the errors that it raises, are those of :class:`PseudoMarginal` and of
+    :class:`~pyro_hamflow.HMC`.
 
     Invariant:
         The extended density of parameters and noise, and so the exact posterior of the parameters
@@ -154,19 +148,8 @@ class PseudoMarginalNUTS(PseudoMarginal, NUTS):
     turn back. Joint trajectories turn the noise by half a circle at most. Runs in
     :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
 
-    Arguments:
-        model: A Pyro model with noise sites.
-        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
-            with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
-            of the estimate, and says so.
-        refresh: The move of the noise under the conditional method; fresh independent noise for
-            every element if not given.
-        settings: The other arguments of :class:`~pyro_hamflow.NUTS`.
-
-    Raises:
-        TypeError: If the model is not callable.
-        ValueError: If a number lies outside its range; when run, if the model has no noise sites,
-            or one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+    Its arguments, and the errors that it raises, are those of :class:`PseudoMarginal` and of
+    :class:`~pyro_hamflow.NUTS`.
 
     Invariant:
         The extended density of parameters and noise, and so the exact posterior of the parameters

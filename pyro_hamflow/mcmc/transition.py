@@ -124,18 +124,24 @@ def draw_level(num_chains: int, device: torch.device) -> Tensor:
     return torch.rand(num_chains, dtype=torch.float64, device=device)
 
 
-def metropolis(energy_error: Tensor, level: Tensor) -> Decision:
-    """Accepts each chain's proposal with probability min(1, exp(-energy_error)).
+def judge(energy_error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Acceptance probability min(1, exp(-energy_error)), the error, and whether it is unbounded.
 
     An energy error that is no number counts as infinite: such a proposal is rejected.
+    """
+    error = torch.where(energy_error.isnan(), torch.inf, energy_error)
+    return torch.exp(-error.clamp(min=0.0)), error, error > DIVERGENCE
+
+
+def metropolis(energy_error: Tensor, level: Tensor) -> Decision:
+    """Accepts each chain's proposal with the probability that :func:`judge` gives it.
 
     Arguments:
         energy_error: Of shape ``(chains,)``, in float64.
         level: A uniform random number for each.
     """
-    error = torch.where(energy_error.isnan(), torch.inf, energy_error)
-    rate = torch.exp(-error.clamp(min=0.0))
-    return Decision(level < rate, rate, error, error > DIVERGENCE)
+    rate, error, diverging = judge(energy_error)
+    return Decision(level < rate, rate, error, diverging)
 
 
 def select(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.transition import DIVERGENCE
+from pyro_hamflow.mcmc.transition import judge
 
 
 class Point(NamedTuple):
@@ -257,9 +257,7 @@ def extend(
     here, value, slope = motion.step(before, noise, root, signed)
 
     energy = motion.energy(here, value)
-    error = energy.total - tree.first_energy
-    error = torch.where(error.isnan(), torch.inf, error)
-    diverging = error > DIVERGENCE
+    rate, error, diverging = judge(energy.total - tree.first_energy)
 
     candidate_log_weight = torch.where(doubling, -torch.inf, tree.candidate_log_weight)
     candidate_log_weight = torch.logaddexp(candidate_log_weight, -error)
@@ -300,7 +298,7 @@ def extend(
         log_weight=torch.where(joined, log_weight, tree.log_weight),
         candidate_log_weight=candidate_log_weight,
         first_energy=tree.first_energy,
-        rate=tree.rate + torch.where(growing, torch.exp(-error.clamp(min=0.0)), 0.0),
+        rate=tree.rate + torch.where(growing, rate, 0.0),
         sign=sign,
         num_points=number,
         diverging=tree.diverging | (growing & diverging),

@@ -245,8 +245,9 @@ class MarginalModel:
 
     def lay_out_anew(self, num_particles: int | None) -> None:
         """Changes the number of particles where none was given."""
-        self.settled_particles = num_particles
-        self._layouts.clear()
+        if num_particles != self.settled_particles:
+            self.settled_particles = num_particles
+            self._layouts.clear()
 
     def estimate(
         self, group: Group, u: Tensor, parameters: dict[str, Tensor], *args: Any, **kwargs: Any

@@ -112,7 +112,7 @@ def settle_particles(
     """
     layouts = marginal.plan(*args, **kwargs).layouts.values()
     most = max(layout.num_particles for layout in layouts)
-    count = max(2, *(len(layout.strata) for layout in layouts), 0)
+    count = max(2, *(len(layout.strata) for layout in layouts))
     pilot = marginal.pilot(args, kwargs)
     with torch.random.fork_rng():
         torch.manual_seed(0)
