@@ -72,27 +72,43 @@ def test_fixed_step_size_stays():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_covariance_is_pooled(dense):
-    """That of all chains and iterations together, however they came in."""
+def test_covariance_is_that_within_chains(dense):
+    """Pooled over the chains, each about its own mean, however far apart they are."""
     torch.manual_seed(2)
-    batches = [torch.randn(n, 3) @ torch.randn(3, 3) + 10.0 for n in (1, 5, 2, 40)]
+    chains = torch.randn(7, 40, 3) @ torch.randn(3, 3) + 100.0 * torch.randn(7, 1, 3)
     covariance = Covariance(3, dense=dense)
-    for batch in batches:
+    for batch in chains.unbind(1):
         covariance.update(batch)
-    everything = np.concatenate([batch.numpy() for batch in batches])
-    expected = np.cov(everything.T)
+    expected = np.mean([np.cov(chain.numpy().T) for chain in chains], 0)
     expected = expected if dense else np.diag(expected)
-    computed = covariance._sum / (covariance.count - 1)
-    assert covariance.count == len(everything)
-    assert np.allclose(computed.numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert covariance.count == 7 * 39
+    computed = covariance._sum / covariance.count
+    assert np.allclose(computed.numpy(), expected, rtol=1e-12, atol=1e-10)
+
+
+def test_chains_in_two_modes_keep_the_scale_of_each():
+    def two_modes():
+        x = pyro.sample("x", dist.Normal(0.0, 100.0))
+        near = torch.stack([-0.5 * (x - 30.0) ** 2, -0.5 * (x + 30.0) ** 2])
+        pyro.factor("modes", near.logsumexp(0))
+
+    torch.manual_seed(3)
+    kernel = HMC(two_modes)
+    start = torch.tensor([30.0, -30.0]).repeat(8)
+    state = kernel.begin(16, 200, initial_params={"x": start})
+    for _ in range(200):
+        state, _ = kernel.advance(state)
+    assert state.position.sign().sum() == 0, "a chain has crossed: the test is of no use"
+    assert 0.8 < kernel.inverse_mass.item() < 1.25
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_inverse_mass_is_shrunk_covariance(dense):
     torch.manual_seed(2)
     covariance = Covariance(2, dense=dense)
-    draws = torch.randn(50, 2)
-    covariance.update(draws)
+    draws = torch.randn(51, 2)
+    for draw in draws:
+        covariance.update(draw[None])
     full = torch.cov(draws.T)
     expected = 50 / 55 * full + 1e-3 * 5 / 55 * torch.eye(2)
     expected = expected if dense else expected.diagonal()
@@ -100,10 +116,13 @@ def test_inverse_mass_is_shrunk_covariance(dense):
 
 
 def test_infinite_positions_are_left_out():
+    """Those alone: the chain's other positions count."""
     covariance = Covariance(2, dense=False)
-    covariance.update(torch.tensor([[1.0, 2.0], [torch.inf, 0.0], [torch.nan, 0.0], [3.0, 5.0]]))
+    covariance.update(torch.tensor([[1.0, 2.0], [torch.inf, 0.0]]))
+    covariance.update(torch.tensor([[3.0, 5.0], [7.0, 0.0]]))
+    covariance.update(torch.tensor([[torch.nan, 0.0], [9.0, 4.0]]))
     assert covariance.count == 2
-    assert torch.allclose(covariance._sum, torch.tensor([2.0, 4.5]))
+    assert torch.allclose(covariance._sum, torch.tensor([2.0 + 2.0, 4.5 + 8.0]))
 
 
 @pytest.mark.parametrize("mass", ["diagonal", "dense"])
@@ -211,8 +230,10 @@ def test_few_positions_give_a_diagonal_mass():
     """A whole matrix from fewer positions than dimensions would have directions without spread."""
     torch.manual_seed(0)
     few, many = Covariance(20, dense=True), Covariance(20, dense=True)
-    few.update(torch.randn(30, 20))
-    many.update(torch.randn(3000, 20) @ torch.randn(20, 20))
+    mixed = torch.randn(20, 20)
+    for _ in range(10):
+        few.update(torch.randn(4, 20))
+        many.update(torch.randn(300, 20) @ mixed)
     assert torch.equal(few.inverse_mass(), torch.diag(few.inverse_mass().diag()))
     assert (many.inverse_mass().fill_diagonal_(0.0) != 0).sum() == 380
 

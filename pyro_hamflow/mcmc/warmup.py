@@ -55,7 +55,10 @@ class DualAveraging:
 
 
 class Covariance:
-    """A running covariance of the positions of all chains.
+    """A running covariance of the positions of all chains, each about its own mean.
+
+    Chains that have not met yet, as in the modes or the labellings of a mixture, are far from each
+    other; what a step has to suit is the spread around each.
 
     Arguments:
         dimension: Of the positions.
@@ -64,26 +67,24 @@ class Covariance:
 
     def __init__(self, dimension: int, *, dense: bool) -> None:
         self.dense = dense
-        self.count = 0
-        self._mean = torch.zeros(dimension, dtype=torch.float64)
+        self._mean = torch.zeros(1, dimension, dtype=torch.float64)
         self._sum = torch.zeros((dimension, dimension) if dense else (dimension,)).double()
+        self._counts = torch.zeros(1, 1, dtype=torch.float64)
+
+    @property
+    def count(self) -> int:
+        """How many positions were taken in, less one for each chain's mean."""
+        return int((self._counts - 1.0).clamp(min=0.0).sum())
 
     def update(self, position: Tensor) -> None:
         """Takes in positions, of shape ``(chains, dimension)``."""
         batch = position.double().cpu()
-        batch = batch[batch.isfinite().all(-1)]
-        if len(batch) == 0:
-            return
-        total = self.count + len(batch)
-        mean = batch.mean(0)
-        shift, centred = mean - self._mean, batch - mean
-        weight = self.count * len(batch) / total
-        if self.dense:
-            self._sum += centred.mT @ centred + weight * torch.outer(shift, shift)
-        else:
-            self._sum += centred.square().sum(0) + weight * shift.square()
-        self._mean += shift * len(batch) / total
-        self.count = total
+        finite = batch.isfinite().all(-1, keepdim=True)
+        old, self._counts = self._counts, self._counts + finite
+        shift = torch.where(finite, batch - self._mean, 0.0)
+        self._mean = self._mean + shift / self._counts.clamp(min=1.0)
+        weighted = shift * old / self._counts.clamp(min=1.0)
+        self._sum += weighted.mT @ shift if self.dense else (weighted * shift).sum(0)
 
     def inverse_mass(self) -> Tensor:
         """The covariance, shrunk a little towards a small multiple of the identity.
@@ -91,13 +92,14 @@ class Covariance:
         A whole matrix from few positions has directions without any spread, in which no step can be
         made: below three positions for each dimension its diagonal alone is trusted.
         """
-        covariance = self._sum / max(self.count - 1, 1)
-        share, floor = self.count / (self.count + 5.0), 1e-3 * 5.0 / (self.count + 5.0)
+        count = self.count
+        covariance = self._sum / max(count, 1)
+        share, floor = count / (count + 5.0), 1e-3 * 5.0 / (count + 5.0)
         if not self.dense:
             return share * covariance + floor
-        if self.count < _FEWEST_PER_DIMENSION * len(self._mean):
+        if count < _FEWEST_PER_DIMENSION * len(self._sum):
             covariance = torch.diag(covariance.diag())
-        return share * covariance + floor * torch.eye(len(self._mean)).double()
+        return share * covariance + floor * torch.eye(len(self._sum)).double()
 
 
 def mass_windows(warmup_steps: int) -> list[int]:
