@@ -78,3 +78,33 @@ def test_compiled_steps_equal_plain_ones(transition):
     assert steps[0] is not steps[1]
     for one, two in zip(steps[0](*inputs), steps[1](*inputs), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("upper", [True, False])
+def test_a_shared_triangle_is_solved_once_for_the_batch(upper, left):
+    torch.manual_seed(0)
+    triangle = torch.randn(4, 4, dtype=torch.float64) + 4.0 * torch.eye(4)
+    triangle = triangle.triu() if upper else triangle.tril()
+    rights = torch.randn(6, 2, 4, 4, dtype=torch.float64)[..., : 4 if left else 3, :]
+
+    def solve(right):
+        solution = torch.linalg.solve_triangular(triangle, right, upper=upper, left=left)
+        return (solution,)
+
+    graph = batch(capture(solve, rights[0]), rights)
+    assert torch.allclose(graph(rights)[0], solve(rights)[0], rtol=1e-14, atol=1e-14)
+    solves = [node for node in graph.graph.nodes if "solve" in str(node.target)]
+    assert [node.meta["val"].dim() for node in solves] == [2]
+
+
+def test_triangles_that_differ_are_solved_one_by_one():
+    torch.manual_seed(0)
+    triangles = torch.randn(6, 4, 4, dtype=torch.float64).tril() + 4.0 * torch.eye(4)
+    rights = torch.randn(6, 4, 2, dtype=torch.float64)
+
+    def solve(triangle, right):
+        return (torch.linalg.solve_triangular(triangle, right, upper=False),)
+
+    graph = batch(capture(solve, triangles[0], rights[0]), triangles, rights)
+    assert torch.allclose(graph(triangles, rights)[0], solve(triangles, rights)[0])

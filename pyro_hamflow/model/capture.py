@@ -76,6 +76,7 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
         # Shapes alone are traced: nothing of the batch's size is computed, or held, until it runs.
         tracer = make_fx(
             torch.func.functionalize(torch.func.vmap(graph)),
+            decomposition_table={_SOLVE: _solve_together},
             tracing_mode="fake",
             _allow_non_fake_inputs=True,
         )
@@ -123,6 +124,22 @@ def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
         return compiled(*[tensor.contiguous() for tensor in inputs])
 
     return run
+
+
+_SOLVE = torch.ops.aten.linalg_solve_triangular.default
+
+
+def _solve_together(triangle: Tensor, right: Tensor, *, left: bool = True, **settings: bool) -> Any:
+    """Solves for a whole batch as for one matrix where all share a triangle.
+
+    The operation itself would copy the triangle for each of the batch.
+    """
+    if triangle.shape[:-2].numel() != 1 or not triangle.dim() <= right.dim() > 2:
+        return NotImplemented
+    folded = right.movedim(-2, 0) if left else right
+    matrix = folded.reshape(len(folded), -1) if left else folded.reshape(-1, folded.shape[-1])
+    solved = _SOLVE(triangle.reshape(triangle.shape[-2:]), matrix, left=left, **settings)
+    return solved.reshape(folded.shape).movedim(0, -2) if left else solved.reshape(folded.shape)
 
 
 def _simplify(module: GraphModule) -> GraphModule:
