@@ -108,3 +108,36 @@ def test_triangles_that_differ_are_solved_one_by_one():
 
     graph = batch(capture(solve, triangles[0], rights[0]), triangles, rights)
     assert torch.allclose(graph(triangles, rights)[0], solve(triangles, rights)[0])
+
+
+def test_products_of_a_batch_have_a_row_for_each():
+    """With the vectors first and no transposes between, they are faster to go on from."""
+    torch.manual_seed(0)
+    matrix, vectors = torch.randn(7, 3), torch.randn(5, 3)
+    graph = batch(capture(lambda v: (matrix @ v, v.new_ones(7) @ matrix), vectors[0]), vectors)
+    product, total = graph(vectors)
+    torch.testing.assert_close(product, vectors @ matrix.mT)
+    torch.testing.assert_close(total, matrix.sum(0).expand(5, 3))
+    assert product.is_contiguous()
+
+
+def test_tensors_of_zeros_and_ones_are_constants():
+    def function(a):
+        return a + torch.zeros_like(a).sum() + torch.ones_like(a, dtype=torch.float64).sum()
+
+    graph = capture(function, torch.zeros(3))
+    torch.testing.assert_close(graph(torch.arange(3.0)), function(torch.arange(3.0)))
+    targets = {n.target for n in graph.graph.nodes if n.op == "call_function"}
+    assert targets == {torch.ops.aten.add.Tensor}
+
+
+def test_gradients_of_parts_are_joined_in_one_operation():
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.sample("c", dist.LogNormal(0.0, 1.0))
+
+    nodes = Potential(model).graph("gradient", 4).graph.nodes
+    targets = [str(node.target) for node in nodes]
+    assert targets.count("aten.cat.default") == 1
+    assert not any("slice" in target for target in targets)

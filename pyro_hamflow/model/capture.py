@@ -30,6 +30,8 @@ _OPTIONS = {
     "alignment_asserts": False,
     # Short loops, as over the visits of a subject, are vectorised too: a quarter faster.
     "cpp.enable_tiling_heuristics": False,
+    # Parts that are joined are written where they belong, not selected at every element.
+    "max_pointwise_cat_inputs": 0,
 }
 
 
@@ -162,12 +164,21 @@ def _simplify(module: GraphModule) -> GraphModule:
             constants[node] = operator.attrgetter(node.target)(module).detach()
         elif node.op != "call_function" or _is_random(node):
             copies[node] = simple.node_copy(node, copy_of)
+        elif node.target in _FILLS and isinstance(node.meta.get("val"), Tensor):
+            value = node.meta["val"]
+            one = torch.empty((), dtype=value.dtype, device=value.device)
+            constants[node] = node.target(one).expand(value.shape)
         elif all(source in constants for source in node.all_input_nodes):
             arguments = map_arg((node.args, node.kwargs), constants.__getitem__)
             with torch.no_grad():
                 constants[node] = node.target(*arguments[0], **arguments[1])
         elif (source := _same_as(node)) is not None:
             copies[node] = copy_of(source)
+        elif (factors := _product_of_transposes(node)) is not None:
+            left, right = (copy_of(factor) for factor in factors)
+            turned = simple.call_function(torch.ops.aten.permute.default, (left, [1, 0]))
+            copies[node] = simple.node_copy(node, copy_of)
+            copies[node].target, copies[node].args = _PRODUCT, (right, turned)
         else:
             key = repr((node.target, map_arg((node.args, node.kwargs), copy_of)))
             if key not in seen:
@@ -183,6 +194,7 @@ def _simplify(module: GraphModule) -> GraphModule:
     return GraphModule(root, simple)
 
 
+_FILLS = {torch.ops.aten.zeros_like.default, torch.ops.aten.ones_like.default}
 _COPIES = {
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
@@ -210,6 +222,27 @@ def _same_as(node: Node) -> Node | None:
     if before is None or after is None:
         return None
     return source if (before.shape, before.dtype) == (after.shape, after.dtype) else None
+
+
+_PRODUCT = torch.ops.aten.mm.default
+
+
+def _product_of_transposes(node: Node) -> tuple[Node, Node] | None:
+    """A and B, if a node is the transpose of A times the transpose of B.
+
+    Batches of a matrix times a vector come so. As B times the transpose of A, each of a batch has a
+    row of its own, over which later operations run faster.
+    """
+    if not _is_transpose(node):
+        return None
+    product: Any = node.args[0]
+    if product.target != _PRODUCT or not _is_transpose(product.args[1]):
+        return None
+    return product.args[0], product.args[1].args[0]
+
+
+def _is_transpose(node: Any) -> bool:
+    return node.target == torch.ops.aten.permute.default and list(node.args[1]) == [1, 0]
 
 
 def _is_random(node: Node) -> bool:

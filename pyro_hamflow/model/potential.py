@@ -22,7 +22,13 @@ from torch.fx import GraphModule
 
 from pyro_hamflow.model.capture import Program, batch, capture, compile_graph, loop
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
-from pyro_hamflow.model.sites import is_discrete, refuse_moving_supports, stack_sites
+from pyro_hamflow.model.sites import (
+    constrain,
+    is_discrete,
+    refuse_moving_supports,
+    split,
+    stack_sites,
+)
 from pyro_hamflow.model.structure import (
     SetValues,
     is_latent,
@@ -118,8 +124,10 @@ class Potential:
 
     def trace(self, position: Tensor, noise: Tensor) -> poutine.Trace:
         """A run of the model at one chain's vectors, without its noise sites."""
-        values = {site.name: site.constrain(position) for site in self.sites}
-        values |= {site.name: site.constrain(noise) for site in self.noise_sites}
+        return self._run(split(self.sites, position), split(self.noise_sites, noise))
+
+    def _run(self, free: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> poutine.Trace:
+        values = constrain(self.sites, free) | constrain(self.noise_sites, noise)
         with poutine.block(), pyro.validation_enabled(False):
             # Conditioning inside the enumeration, so that only discrete sites are enumerated.
             with SetValues(lambda msg: values.get(msg["name"])):
@@ -130,46 +138,37 @@ class Potential:
 
     def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
         """The potential of one chain, by running the model: vectors in, a scalar out."""
-        return self._value_of_run(self.trace(position, noise), position)
+        free = split(self.sites, position)
+        return self._value_of_run(self._run(free, split(self.noise_sites, noise)), free)
 
-    def _value_of_run(self, trace: poutine.Trace, position: Tensor) -> Tensor:
+    def _value_of_run(self, trace: poutine.Trace, free: Mapping[str, Tensor]) -> Tensor:
         with pyro.validation_enabled(False):
             log_joint = self._evaluator.log_prob(trace)
             for site in self.sites:
-                free = position[site.start : site.stop].reshape(site.shape)
-                jacobian = site.transform.log_abs_det_jacobian(free, site.transform(free))
+                value = free[site.name]
+                jacobian = site.transform.log_abs_det_jacobian(value, site.transform(value))
                 log_joint = log_joint + jacobian.sum()
         return -log_joint
 
     def _one(self, kind: str) -> Program:
-        """A function of one chain's vectors.
-
-        A potential that ignores its position has gradient zero, for which it must depend on it.
-        """
+        """A function of one chain's vectors."""
 
         def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
                 noise = noise.detach().requires_grad_()
-                value = self.value_of_one(position, noise) + 0.0 * position.sum()
-                slopes = torch.autograd.grad(
-                    value, (position, noise), allow_unused=True, materialize_grads=True
-                )
-            return value.detach(), *slopes
+                return _with_slopes(self.value_of_one(position, noise), position, noise)
 
-        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
-                value = self.value_of_one(position, noise) + 0.0 * position.sum()
-                (slope,) = torch.autograd.grad(
-                    value, position, allow_unused=True, materialize_grads=True
-                )
-            return value.detach(), slope
+                return _with_slopes(self.value_of_one(position, noise), position)
 
         def evaluate(position: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                trace = self.trace(position, noise)
-                value = self._value_of_run(trace, position)
+                free = split(self.sites, position)
+                trace = self._run(free, split(self.noise_sites, noise))
+                value = self._value_of_run(trace, free)
                 return value, *(pick_particles(trace, uniform) if self.estimates else ())
 
         programs: dict[str, Program] = {
@@ -347,16 +346,11 @@ class Potential:
 
     def constrain(self, position: Tensor) -> dict[str, Tensor]:
         """The latent sites' values in their supports, from positions ``(*, dimension)``."""
-        return {site.name: site.constrain(position) for site in self.sites}
+        return constrain(self.sites, self.unravel(position))
 
     def unravel(self, position: Tensor) -> dict[str, Tensor]:
         """The latent sites' values on the real line."""
-        return {
-            site.name: position[..., site.start : site.stop].reshape(
-                position.shape[:-1] + site.shape
-            )
-            for site in self.sites
-        }
+        return split(self.sites, position)
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """One position, of shape ``(dimension,)``, from values in the sites' supports."""
@@ -425,6 +419,14 @@ class Potential:
     def num_choices(self) -> int:
         """How many particles are picked when local sites are recovered."""
         return sum(estimate.group.shape.numel() for estimate in self.estimates)
+
+
+def _with_slopes(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """A value and its gradients; zeros in what it does not depend on."""
+    if not value.requires_grad:
+        return value, *(torch.zeros_like(tensor) for tensor in inputs)
+    slopes = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    return value.detach(), *slopes
 
 
 def _first_line(error: Exception) -> str:
