@@ -11,7 +11,7 @@ from pathlib import Path
 import pyro
 import torch
 
-from benchmarks import glmm, gradients, kernels, memory, methods, nuts
+from benchmarks import glmm, gradients, kernels, memory, methods, nuts, steps
 from benchmarks.report import render, store
 from benchmarks.timing import prepare_compiler
 
@@ -21,6 +21,7 @@ TOPICS = {
     "memory": memory,
     "glmm": glmm,
     "nuts": nuts,
+    "steps": steps,
     "methods": methods,
 }
 

@@ -19,7 +19,6 @@ from pyro_hamflow.mcmc.tree import (
     Tree,
     begin,
     deepened,
-    ended_tree,
     extend,
 )
 from pyro_hamflow.model.capture import Program
@@ -201,7 +200,7 @@ class JointNUTSTransition:
 
 
 class TreeBuilder:
-    """Builds trajectories by one program, which begins them and adds points to them.
+    """Builds trajectories by a program that adds a point to that of each chain.
 
     Arguments:
         potential: The target; compiles the program if asked to.
@@ -223,10 +222,9 @@ class TreeBuilder:
         depth = min(max_tree_depth, _SHALLOW) if large else max_tree_depth
         self._full = 2**depth - 1 if depth < max_tree_depth else -1
         self._most = 2**max_tree_depth - 1
-        self._empty = ended_tree(example.mT.contiguous(), motion.dimension, depth)
-        self._all = self._empty.done
-        self._none = ~self._all
-        self._level = self._empty.rate.new_zeros(3, len(self._all))
+        chains, rows = len(example), (depth + 1, motion.dimension)
+        self._marks = example.new_zeros(*rows, chains)
+        self._level = example.new_zeros(3, chains, dtype=torch.float64)
 
     def build(
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, num_steps: int
@@ -235,10 +233,8 @@ class TreeBuilder:
         limit = min(num_steps, self._most)
         tensors, settings = self._prepare(start, value, noise, tuning, limit)
         program = self._accelerate(tensors, settings)
-        renew = self._all
         for number in itertools.count(1):
-            tensors = program(*tensors, renew, *settings, self._draw_level())
-            renew = self._none
+            tensors = program(*tensors, *settings, self._draw_level())
             if bool(tensors[-1].all()):
                 break
             if number == self._full:
@@ -250,7 +246,7 @@ class TreeBuilder:
         """The first point that trajectories add."""
         tensors, settings = self._prepare(start, value, noise, tuning, 1)
         program = self._accelerate(tensors, settings)
-        return Tree.unflatten(program(*tensors, self._all, *settings, self._level)).candidate
+        return Tree.unflatten(program(*tensors, *settings, self._level)).candidate
 
     def info(self, tree: Tree) -> Info:
         """What happened in the transition to a tree's draw."""
@@ -271,27 +267,20 @@ class TreeBuilder:
     def _prepare(
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, limit: int
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """A tree to begin at a point, and what does not change while it is built."""
-        draw = self._empty.draw._replace(
-            position=start.position.contiguous(), slope=start.slope.contiguous(), value=value
-        )
-        tensors = self._empty._replace(draw=draw).flatten()
-        kinetic, example = tuning.kinetic, self.potential.example
+        """A tree of one point, and what does not change while it grows."""
+        root, example = tuning.kinetic.root, self.potential.example
         size = tuning.step_sizes(start.position.mT)
         most = torch.full_like(example, limit, dtype=torch.long)
-        momentum = start.momentum.contiguous()
-        settings = (momentum, noise, kinetic.root, size, most)
-        return tensors, settings
+        tree = begin(start, value, self.motion, root, self._marks)
+        return tree.flatten(), (noise, root, size, most)
 
     def _accelerate(self, tensors: tuple[Tensor, ...], settings: tuple[Tensor, ...]) -> Program:
-        inputs = (*tensors, self._all, *settings, self._level)
+        inputs = (*tensors, *settings, self._level)
         return self.potential.accelerate(self.name, self._program, *inputs)
 
     def _draw_level(self) -> Tensor:
         return torch.rand(self._level.shape, dtype=self._level.dtype, device=self._level.device)
 
     def _program(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        size = len(inputs) - 7
-        renew, momentum, noise, root, *rest = inputs[size:]
-        tree = begin(Tree.unflatten(inputs[:size]), self.motion, renew, momentum, root)
-        return extend(tree, self.motion, noise, root, *rest).flatten()
+        tree, settings = Tree.unflatten(inputs[:-5]), inputs[-5:]
+        return extend(tree, self.motion, *settings).flatten()

@@ -150,37 +150,41 @@ class Tree(NamedTuple):
         return Tree(*(take(kind) for kind in kinds), *rest)  # type: ignore[arg-type]
 
 
-def ended_tree(position: Tensor, dimension: int, max_depth: int) -> Tree:
-    """A trajectory that has ended, to begin others from.
+def begin(start: Point, value: Tensor, motion: Motion, root: Tensor, marks: Tensor) -> Tree:
+    """Trajectories of one point.
 
     Arguments:
-        position: An example of positions, of shape ``(*, chains)``.
-        dimension: How many of the coordinates are parameters.
-        max_depth: The most doublings.
+        start: The points, with the potential's gradient in plain coordinates.
+        value: The potential there.
+        motion: How points move.
+        root: The square root of the inverse mass of the parameters.
+        marks: Zeros, of shape ``(slots, dimension, chains)``: room for as many doublings as slots,
+            less one.
     """
-    vector = torch.zeros_like(position)
-    value, marks = vector[0], vector.new_zeros(max_depth + 1, dimension, vector.shape[1])
-    double, none = value.double(), value != 0
-    pick, point = Pick(vector, vector, value, double, double), Point(vector, vector, vector)
+    first = start._replace(slope=motion.whiten(root, start.slope))
+    energy = motion.energy(first, value)
+    zero = torch.zeros_like(energy.total)
+    none = torch.zeros_like(value, dtype=torch.bool)
+    pick = Pick(start.position, start.slope, value, zero, energy.parameters)
     return Tree(
         draw=pick,
         candidate=pick,
-        backward=point,
-        forward=point,
-        here=point,
+        backward=first,
+        forward=first,
+        here=first,
         starts=marks,
         previous=marks,
         sums=marks,
-        momentum_sum=marks[0],
-        log_weight=double,
-        candidate_log_weight=double,
-        first_energy=double,
-        rate=double,
-        sign=double,
+        momentum_sum=start.momentum[: motion.dimension],
+        log_weight=zero,
+        candidate_log_weight=zero,
+        first_energy=energy.total,
+        rate=zero,
+        sign=zero,
         num_points=none.long(),
         diverging=none,
         limited=none,
-        done=~none,
+        done=none,
     )
 
 
@@ -193,31 +197,6 @@ def deepened(tree: Tree, max_depth: int) -> Tree:
 
     starts, previous, sums = (padded(m) for m in (tree.starts, tree.previous, tree.sums))
     return tree._replace(starts=starts, previous=previous, sums=sums)
-
-
-def begin(tree: Tree, motion: Motion, renew: Tensor, momentum: Tensor, root: Tensor) -> Tree:
-    """Begins a new trajectory at the draw of the last, in the chains that are to be renewed."""
-    start = Point(tree.draw.position, momentum, motion.whiten(root, tree.draw.slope))
-    energy = motion.energy(start, tree.draw.value)
-
-    def renewed(new: Tensor | float, old: Tensor) -> Tensor:
-        return torch.where(renew, new, old)
-
-    return tree._replace(
-        draw=tree.draw._replace(
-            error=renewed(0.0, tree.draw.error), energy=renewed(energy.parameters, tree.draw.energy)
-        ),
-        backward=_select_all(renew, start, tree.backward),
-        forward=_select_all(renew, start, tree.forward),
-        momentum_sum=renewed(momentum[: motion.dimension], tree.momentum_sum),
-        log_weight=renewed(0.0, tree.log_weight),
-        first_energy=renewed(energy.total, tree.first_energy),
-        rate=renewed(0.0, tree.rate),
-        num_points=renewed(0, tree.num_points),
-        diverging=tree.diverging & ~renew,
-        limited=tree.limited & ~renew,
-        done=tree.done & ~renew,
-    )
 
 
 def extend(
