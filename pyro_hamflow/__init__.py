@@ -18,6 +18,7 @@ from pyro_hamflow.model.marginal import marginalize, noise
 from pyro_hamflow.model.quality import EstimatorQuality, estimator_quality
 from pyro_hamflow.results.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.results.inference_data import to_inference_data
+from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
 
 __version__ = "0.1.0"
 
@@ -46,5 +47,8 @@ __all__ = [
     "importance_sample",
     "marginalize",
     "noise",
+    "plot_momenta",
+    "plot_path",
+    "plot_potential",
     "to_inference_data",
 ]

@@ -331,7 +331,6 @@ def train(
     began = time.perf_counter()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     window = max(1, num_steps // _WINDOWS)
     best, best_step, best_loss = copy.deepcopy(module.state_dict()), 0, math.inf
     losses: list[float] = []
@@ -340,6 +339,9 @@ def train(
     with tqdm(total=num_steps, disable=hidden, desc="Fit") as bar:
         for step in range(num_steps):
             progress = step / num_steps
+            rate = 0.5 * learning_rate * (1.0 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.zero_grad()
             value = loss(progress)
             if bool(value.isfinite()):
@@ -350,7 +352,6 @@ def train(
             if good:
                 optimizer.step()
             skipped += not good
-            schedule.step()
             losses.append(float(value.detach()) if good else math.nan)
             bar.update()
             if (step + 1) % window:

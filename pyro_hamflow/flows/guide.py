@@ -217,7 +217,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
     def _potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Tensor]:
         """The potential of one position."""
         (model,) = self._plain_model
-        with torch.random.fork_rng(), poutine.block():
+        with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled(False):
             torch.manual_seed(0)
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         if any(_is_part(frame) for frame in _frames(trace.nodes.values())):
@@ -239,7 +239,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
             surplus = flow.end_momenta.log_density(q, p) + self._log_det()
             nothing = dist.Delta(torch.zeros_like(surplus), log_density=-surplus)
             pyro.sample(f"_{self._pyro_name}_momenta", nothing, infer={"is_auxiliary": True})
-        return self._to_position(q)
+        return self.to_position(q)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         result = super().forward(*args, **kwargs)
@@ -302,7 +302,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
         """
         q, p, log_density = self.flow.draw_phase((num_samples,))
         log_ratio = log_density - self.flow.end_momenta.log_density(q, p)
-        return self._to_position(q), log_ratio - self._log_det()
+        return self.to_position(q), log_ratio - self._log_det()
 
     @torch.no_grad()
     def propose(self, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -311,16 +311,20 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
 
     def log_ratio(self, position: Tensor) -> Tensor:
         """The same log density at given positions, with momenta drawn from r(p | q)."""
+        return self.flow.log_ratio(self.standardise(position)) - self._log_det()
+
+    def standardise(self, position: Tensor) -> Tensor:
+        """Positions ``(*, dimension)`` in the flow's coordinates."""
         centred = (position - self.loc).mT
-        q = torch.linalg.solve_triangular(self.scale_tril, centred, upper=False).mT
-        return self.flow.log_ratio(q) - self._log_det()
+        return torch.linalg.solve_triangular(self.scale_tril, centred, upper=False).mT
 
     def _sites(self) -> list[Site]:
         """The parameters as parts of a position."""
         nodes: Any = self.prototype_trace.nodes  # type: ignore[attr-defined]
         return stack_sites(nodes, list(self._unconstrained_shapes))
 
-    def _to_position(self, q: Tensor) -> Tensor:
+    def to_position(self, q: Tensor) -> Tensor:
+        """Positions on the real line, from the flow's coordinates ``(*, dimension)``."""
         return self.loc + q @ self.scale_tril.mT
 
     def _log_det(self) -> Tensor:
@@ -342,6 +346,8 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         """What to pickle: all but the model, which stays in place here."""
+        for parameter in self.parameters():  # weak references, which Pyro sets again when needed
+            parameter.__dict__.pop("unconstrained", None)
         return self.__dict__ | {"_model": None, "_plain_model": None, "master": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoNeuralHamiltonianFlow:

@@ -161,8 +161,11 @@ class PriorDistribution(TorchDistribution):
             warnings.filterwarnings(
                 "ignore", message=".*performance drop because we have not yet.*"
             )
-            counter = torch.zeros(max(shape.numel(), 1))
-            draws = torch.func.vmap(draw, randomness="different")(counter)
+            zeros = torch.zeros(shape.numel())
+            try:
+                draws = torch.func.vmap(draw, randomness="different")(zeros)
+            except RuntimeError:  # torch's for an operation that it cannot batch
+                draws = torch.stack([draw(zero) for zero in zeros])
         return draws.reshape(shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:

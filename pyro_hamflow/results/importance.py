@@ -248,7 +248,7 @@ def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     if int(arviz.__version__.split(".")[0]) >= 1:
         from arviz_stats.base import array_stats
 
-        smoothed, k = array_stats.psislw(log_weights)
+        smoothed, k = array_stats.psislw(-log_weights)  # it is written for log-likelihoods
     else:
         smoothed, k = arviz.psislw(log_weights.copy())
     return np.asarray(smoothed), float(k)
