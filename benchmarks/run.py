@@ -11,7 +11,7 @@ from pathlib import Path
 import pyro
 import torch
 
-from benchmarks import glmm, gradients, kernels, memory, methods, nuts
+from benchmarks import flows, glmm, gradients, kernels, marginal_guides, memory, methods, nuts
 from benchmarks.report import render, store
 from benchmarks.timing import prepare_compiler
 
@@ -22,6 +22,8 @@ TOPICS = {
     "glmm": glmm,
     "nuts": nuts,
     "methods": methods,
+    "flows": flows,
+    "marginal_guides": marginal_guides,
 }
 
 

@@ -6,9 +6,10 @@ from pyro_hamflow.dynamics.kinetic import (
     RelativisticKinetic,
 )
 from pyro_hamflow.flows.bases import SoftUniform
-from pyro_hamflow.flows.fit import ForwardKL, ReverseKL, fit_flow, fit_guide
+from pyro_hamflow.flows.fit import fit_flow, fit_guide
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
+from pyro_hamflow.flows.losses import ForwardKL, ReverseKL
 from pyro_hamflow.mcmc.flow_mh import FlowMH
 from pyro_hamflow.mcmc.kernels import HMC, NUTS
 from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginalHMC, PseudoMarginalNUTS

@@ -180,3 +180,21 @@ def test_bad_guides_are_refused():
     mcmc = MCMC(FlowMH(conjugate, untrained(other, (Y,))), 5, 0)
     with pytest.raises(ValueError, match=r"`guide` proposes 2 parameters: expected 1, .*'mean'"):
         mcmc.run(Y)
+
+
+def test_starts_where_the_density_is_finite():
+    def half(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        pyro.factor("cut", torch.where(mean > 0.5, 0.0, -torch.inf))
+
+    guide = untrained(conjugate, (Y,))
+    mcmc = MCMC(FlowMH(half, guide), 20, 0, num_chains=50, seed=0)
+    mcmc.run(Y)
+    assert (mcmc.get_samples()["mean"] > 0.5).all()
+
+    def nowhere(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        pyro.factor("cut", torch.full_like(mean, -torch.inf))
+
+    with pytest.raises(ValueError, match="no point of finite density.*'cut'"):
+        MCMC(FlowMH(nowhere, guide), 20, 0).run(Y)

@@ -35,7 +35,8 @@ from pyro_hamflow import (
     marginalize,
     noise,
 )
-from pyro_hamflow.flows.fit import Objective, train
+from pyro_hamflow.flows.fit import train
+from pyro_hamflow.flows.losses import Objective
 from pyro_hamflow.flows.start import PriorDistribution
 from pyro_hamflow.model.potential import Potential
 

@@ -103,21 +103,23 @@ class _Gradient(torch.autograd.Function):
         weights, outputs = saved[:count], saved[count : 2 * count + 1]
         slopes, adjoints = saved[2 * count + 1 : 3 * count + 1], saved[3 * count + 1 :]
         # Along the adjoints, which the gradient was made of, from the first layer to the last.
-        by_weight, curved = [], []
+        by_weight, bent = [], []
         incoming = cotangent
         for i in range(count):
             by_weight.append(adjoints[i].mT @ incoming)
             along = incoming @ weights[i].mT
-            curved.append((along * adjoints[i]).mul_(outputs[i + 1]).mul_(-2.0))
+            bent.append(along * adjoints[i])
             incoming = along.mul_(slopes[i])
         by_last = incoming.sum(0)
         # And back along the layers, whose slopes have changed with their inputs.
         by_parameters: list[Tensor] = []
         outgoing: Tensor | None = None
         for i in reversed(range(count)):
-            change = curved[i]
-            if outgoing is not None:
-                change.addcmul_(outgoing, slopes[i])
+            change = bent[i].mul_(outputs[i + 1]) if outgoing is None else outgoing.mul_(slopes[i])
+            if outgoing is None:
+                change.mul_(-2.0)
+            else:
+                change.addcmul_(bent[i], outputs[i + 1], value=-2.0)
             by_weight[i].addmm_(change.mT, outputs[i])
             by_parameters[:0] = [by_weight[i], change.sum(0)]
             if i > 0 or ctx.needs_input_grad[0]:

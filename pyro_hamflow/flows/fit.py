@@ -1,4 +1,4 @@
-"""Training of flows and guides: one loop, and what it may minimise."""
+"""Training of flows and guides: one loop for all."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
+from pyro_hamflow.flows.losses import Loss, Objective, ReverseKL
 from pyro_hamflow.model.potential import Potential
 
 _WINDOWS = 40  # over how many parts of the training losses are averaged and compared
@@ -48,124 +48,6 @@ class Fit:
             f"num_skipped={self.num_skipped}, stopped_early={self.stopped_early}, "
             f"seconds={self.seconds:.1f})"
         )
-
-
-class Objective:
-    """What a guide's losses are made of: the bound, and the density of given draws.
-
-    Arguments:
-        guide: The guide.
-        potential: The model.
-        num_particles: From how many draws each is estimated.
-    """
-
-    def __init__(
-        self, guide: AutoNeuralHamiltonianFlow, potential: Potential, num_particles: int
-    ) -> None:
-        self.guide, self.potential, self.num_particles = guide, potential, num_particles
-
-    def reverse(self, inverse_temperature: float = 1.0) -> Tensor:
-        """Minus the evidence bound, of the posterior to the power of an inverse temperature."""
-        position, log_density = self.guide.draw(self.num_particles)
-        noise = self.potential.draw_noise(self.num_particles)
-        return (log_density + inverse_temperature * energy(self.potential, position, noise)).mean()
-
-    def forward(self, draws: Tensor) -> Tensor:
-        """Minus a bound of the guide's log density, at draws picked at random."""
-        picked = torch.randint(len(draws), (self.num_particles,), device=draws.device)
-        return -self.guide.log_ratio(draws[picked]).mean()
-
-
-class Loss(Protocol):
-    """What training minimises."""
-
-    def __call__(self, objective: Objective, progress: float) -> Tensor:
-        """The loss.
-
-        Arguments:
-            objective: What it is made of.
-            progress: The share of the steps that are done.
-        """
-
-    def settled(self, progress: float) -> bool:
-        """Whether losses from now on can be compared with each other."""
-
-
-@dataclass(frozen=True)
-class ReverseKL:
-    """Kullback-Leibler divergence of the guide from the posterior: minus the evidence bound.
-
-    It needs no draws, and tends to miss modes that the guide has not found.
-
-    Arguments:
-        hottest: The temperature to begin with: the posterior to the power of its inverse, flatter
-            than itself, is what the guide follows first; it cools to one geometrically.
-        annealed: The share of the steps that cooling takes.
-
-    Raises:
-        ValueError: If the temperature is below one, or the share not between 0 and 1.
-    """
-
-    hottest: float = 1.0
-    annealed: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not self.hottest >= 1.0:
-            raise ValueError(f"`hottest` is {self.hottest}: expected a temperature of 1 or more")
-        if not 0.0 < self.annealed < 1.0:
-            raise ValueError(f"`annealed` is {self.annealed}: expected a share between 0 and 1")
-
-    def __call__(self, objective: Objective, progress: float) -> Tensor:
-        left = max(0.0, 1.0 - progress / self.annealed)
-        return objective.reverse(self.hottest**-left)
-
-    def settled(self, progress: float) -> bool:
-        return self.hottest == 1.0 or progress >= self.annealed
-
-
-@dataclass(frozen=True)
-class ForwardKL:
-    """Kullback-Leibler divergence of the posterior from the guide, but for a constant, on draws.
-
-    It covers every mode that the draws have.
-
-    Arguments:
-        draws: Draws of the posterior: a dictionary of the sites' values in their supports, draws
-            first, as ``get_samples`` of an MCMC gives them.
-        reverse: How much of :class:`ReverseKL` is added. With 1 it is the loss of Boltzmann
-            generators, and few or biased draws do less harm.
-
-    References:
-        | Boltzmann generators (Noé et al., 2019)
-        | https://arxiv.org/abs/1812.01729
-    """
-
-    draws: Mapping[str, Tensor] = field(repr=False)
-    reverse: float = 0.0
-
-    def __call__(self, objective: Objective, progress: float) -> Tensor:
-        loss = objective.forward(self._positions(objective.potential))
-        return loss + self.reverse * objective.reverse() if self.reverse else loss
-
-    def settled(self, progress: float) -> bool:
-        return True
-
-    def _positions(self, potential: Potential) -> Tensor:
-        if "_flat" not in self.__dict__:
-            parts = []
-            for site in potential.sites:
-                if site.name not in self.draws:
-                    raise ValueError(f"`draws` lacks values of site '{site.name}'")
-                free = site.transform.inv(self.draws[site.name])
-                if tuple(free.shape[1:]) != tuple(site.shape):
-                    raise ValueError(
-                        f"`draws` of site '{site.name}' have shape "
-                        f"{tuple(self.draws[site.name].shape)}: expected draws first, then "
-                        f"{tuple(site.shape)} on the real line"
-                    )
-                parts.append(free.reshape(len(free), -1))
-            object.__setattr__(self, "_flat", torch.cat(parts, -1).to(potential.example))
-        return self.__dict__["_flat"]
 
 
 def fit_guide(

@@ -246,7 +246,8 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
         for name, site in self._noise_sites.items():
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
-                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                    own = pyro.plate(frame.name, frame.size, dim=frame.dim)
+                    stack.enter_context(self.plates.get(frame.name, own))
                 result[name] = pyro.sample(name, site["fn"], infer={"noise": True})
         return result
 

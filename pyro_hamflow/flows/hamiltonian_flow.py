@@ -29,7 +29,7 @@ from pyro_hamflow.flows.bases import map_tensors, standard_normal
 from pyro_hamflow.flows.encoder import Encoder, StandardMomenta
 
 
-class Estimate(NamedTuple):
+class DensityEstimate(NamedTuple):
     """An estimated log density.
 
     Attributes:
@@ -58,8 +58,8 @@ class NeuralHamiltonianFlow(nn.Module):
         encode_start: Whether the first momenta's density f(p | q) is learned, a Gaussian whose
             mean and scale depend on q; else it is N(0, I).
         encode_end: The same of r(p | q), of the last momenta.
-        symmetric: Whether the motion and the encoders commute with q -> -q, so that a symmetric
-            base becomes a symmetric density.
+        symmetric: Whether potential and encoders are unchanged by q -> -q, p -> -p, so that a
+            symmetric base becomes a symmetric density, if the kinetic energy is even too.
         stiffness: Adds :math:`\tfrac12 k \lVert q \rVert^2` to the potential, k learned from this
             value on. With 1, the flow begins as a rotation of phases, which keeps a standard
             normal; without, the potential is the network alone, as in the paper.
@@ -214,7 +214,7 @@ class NeuralHamiltonianFlow(nn.Module):
         p, log_momenta = self.end_momenta.draw(q)
         return self.log_phase(q, p) - log_momenta
 
-    def estimate_log_density(self, q: Tensor, num_momenta: int = 64) -> Estimate:
+    def estimate_log_density(self, q: Tensor, num_momenta: int = 64) -> DensityEstimate:
         r"""The log density of positions, estimated by importance sampling of their momenta.
 
         The density's estimate has no bias; its logarithm has one of about minus half the square of
@@ -229,7 +229,7 @@ class NeuralHamiltonianFlow(nn.Module):
         ratios = self.log_ratio(q.expand(num_momenta, *q.shape))
         value = ratios.logsumexp(0) - math.log(num_momenta)
         spread = (ratios - value).exp().std(0)
-        return Estimate(value, spread / math.sqrt(num_momenta))
+        return DensityEstimate(value, spread / math.sqrt(num_momenta))
 
     def forward(self, num_momenta: int = 64) -> FlowDistribution:
         """The distribution of positions at the present parameters."""

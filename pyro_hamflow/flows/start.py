@@ -55,8 +55,9 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
         lowest, best = value, point.detach().clone()
     hessian = torch.autograd.functional.hessian(value_of, best).double()
     values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT).nan_to_num())
-    covariance = (vectors / values.abs().clamp(min=_FLATTEST)) @ vectors.mT
-    return best, torch.linalg.cholesky(0.5 * (covariance + covariance.mT)).to(best)
+    root = vectors * values.abs().clamp(min=_FLATTEST).rsqrt()
+    triangle = torch.linalg.qr(root.mT).R.mT  # of the covariance, however badly conditioned
+    return best, (triangle * triangle.diagonal().sign()).to(best)
 
 
 def seeded_potential(

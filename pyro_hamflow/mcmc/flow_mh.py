@@ -25,10 +25,12 @@ from pyro_hamflow.mcmc.transition import (
     select_evaluation,
 )
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.start import find_start
+from pyro_hamflow.model.start import fault
+
+_TRIES = 100
 
 
-class Proposal(Protocol):
+class IndependenceProposal(Protocol):
     """A frozen guide: draws of all parameters on the real line."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +57,7 @@ class FlowMHTransition:
         The extended density of parameters and noise, exactly, for any proposal that stays the same.
     """
 
-    def __init__(self, potential: Potential, proposal: Proposal) -> None:
+    def __init__(self, potential: Potential, proposal: IndependenceProposal) -> None:
         self.potential = potential
         self.proposal = proposal
 
@@ -97,7 +99,8 @@ class FlowMH(HamiltonianKernel):
     Arguments:
         model: A Pyro model.
         guide: A trained :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills
-            the protocol :class:`Proposal`. It must not be trained further while draws are made.
+            the protocol :class:`IndependenceProposal`. It must not be trained further while draws
+            are made.
         compile: Whether to compile the model's density to machine code.
 
     Raises:
@@ -127,7 +130,7 @@ class FlowMH(HamiltonianKernel):
     separate_noise = True
 
     def __init__(
-        self, model: Callable[..., Any], guide: Proposal, *, compile: bool = False
+        self, model: Callable[..., Any], guide: IndependenceProposal, *, compile: bool = False
     ) -> None:
         if not hasattr(guide, "propose") or not hasattr(guide, "log_ratio"):
             raise TypeError(
@@ -160,7 +163,18 @@ class FlowMH(HamiltonianKernel):
     ) -> tuple[Tensor, Tensor]:
         if initial_params is not None:
             return super()._start(potential, num_chains, initial_params)
-        return find_start(potential, num_chains, self._guide.propose(num_chains)[0], 0.0)
+        position, noise = self._guide.propose(num_chains)[0], potential.draw_noise(num_chains)
+        for _ in range(_TRIES):
+            good = potential.value(position, noise).isfinite()
+            if good.all():
+                return position, noise
+            position = select(good, position, self._guide.propose(num_chains)[0])
+            noise = select(good, noise, potential.draw_noise(num_chains))
+        bad = int((~good).nonzero()[0])
+        raise ValueError(
+            f"`guide` proposed no point of finite density in {_TRIES} tries: "
+            f"{fault(potential, position[bad], noise[bad])}"
+        )
 
     def make_parameter_transition(self, potential: Potential, num_chains: int) -> Any:
         return FlowMHTransition(potential, self._guide)

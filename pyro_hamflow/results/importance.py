@@ -78,15 +78,19 @@ class ImportanceSamples:
             (2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp()
         )
 
-    @cached_property
+    @property
     def pareto_k(self) -> float:
         """The shape of the weights' tail: below 0.7 they can be relied on."""
-        return smooth_weights(self.log_weights)[1]
+        return self._smoothed[1]
 
     @property
     def weights(self) -> Tensor:
         """The weights, their tail smoothed if there is one to fit, adding up to one."""
-        return smooth_weights(self.log_weights)[0]
+        return self._smoothed[0]
+
+    @cached_property
+    def _smoothed(self) -> tuple[Tensor, float]:
+        return smooth_weights(self.log_weights)
 
     @property
     def samples(self) -> dict[str, Tensor]:
