@@ -145,8 +145,9 @@ class RelativisticKinetic(LearnedGaussianKinetic):
         | https://arxiv.org/abs/1609.04388
 
     Example:
-        >>> RelativisticKinetic(2).energy(torch.zeros(1, 2))
-        tensor([9.0000], grad_fn=<MulBackward0>)
+        >>> velocity = RelativisticKinetic(2).velocity_field()
+        >>> velocity(torch.tensor([[1e6, 0.0]])).norm() <= 3.001
+        tensor(True)
     """
 
     def __init__(self, dimension: int) -> None:

@@ -35,7 +35,7 @@ class SoftUniform(TorchDistribution):
 
     Example:
         >>> SoftUniform(2, 3.0).log_prob(torch.zeros(2)).round(decimals=3)
-        tensor(-3.7760)
+        tensor(-3.7830)
     """
 
     arg_constraints: dict[str, Any] = {}
