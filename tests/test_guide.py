@@ -25,6 +25,7 @@ from pyro.infer import (
     TraceTailAdaptive_ELBO,
     config_enumerate,
 )
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 
 from pyro_hamflow import (
     AutoNeuralHamiltonianFlow,
@@ -234,6 +235,24 @@ def test_local_sites_of_subsampled_plates_are_refused():
         guide(Y)
 
 
+def test_local_sites_of_subsampled_plates_may_be_left_to_another_guide():
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("person", len(y), subsample_size=5) as index:
+            x = pyro.sample("effect", dist.Normal(mean, 0.8))
+            pyro.sample("y", dist.Normal(x, 0.6), obs=y[index])
+
+    torch.manual_seed(0)
+    y = 1.5 + torch.randn(20)
+    guide = AutoGuideList(model)
+    guide.append(AutoNeuralHamiltonianFlow(poutine.block(model, hide=["effect"]), **SMALL))
+    guide.append(AutoNormal(poutine.block(model, expose=["effect"])))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=4))
+    for _ in range(150):
+        svi.step(y)
+    assert abs(guide[0].median()["mean"] - y.sum() / (len(y) + 0.25)) < 0.4
+
+
 def test_guides_of_one_process_are_apart():
     def shifted(y):
         conjugate(y - 5.0)
@@ -409,7 +428,7 @@ def test_losses_differ_in_the_modes_they_find():
     draws = {"x": torch.where(torch.rand(2000) < 0.5, 3.0, -3.0) + 0.5 * torch.randn(2000)}
     settings = {
         "hidden": (16, 16),
-        "init_loc_fn": pyro.infer.autoguide.init_to_value(values={"x": torch.tensor(2.5)}),
+        "init_loc_fn": init_to_value(values={"x": torch.tensor(2.5)}),
     }
     shares = {}
     for name, loss in {
@@ -498,7 +517,7 @@ def test_bad_arguments_are_refused():
         AutoNeuralHamiltonianFlow(conjugate, start=wrong)(Y)
     guide = AutoNeuralHamiltonianFlow(conjugate, **SMALL)
     with pytest.raises(TypeError, match="`guide` is a AutoNormal"):
-        fit_guide(conjugate, pyro.infer.autoguide.AutoNormal(conjugate), Y)
+        fit_guide(conjugate, AutoNormal(conjugate), Y)
     for name in ("num_steps", "num_particles", "learning_rate", "patience"):
         with pytest.raises(ValueError, match=f"`{name}` is 0: expected a positive"):
             fit_guide(conjugate, guide, Y, **{name: 0})

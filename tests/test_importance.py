@@ -189,7 +189,8 @@ def test_weights_without_any_mass_do_not_crash():
 
     found = importance_sample(nowhere, Gaussian(), num_samples=10, seed=0)
     assert found.log_evidence == -math.inf
-    assert found.pareto_k == math.inf
+    assert found.pareto_k == math.inf and found.ess == 0.0
+    assert "misses part of the posterior" in repr(found.message)
     assert found.resample(3)["mean"].shape == (3,)
 
 

@@ -187,31 +187,22 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
     ) -> tuple[Tensor, Tensor, Any]:
         """Centre and scale of the flow's coordinates, and the base in them."""
         (start,), (model,) = self._start, self._plain_model
+        saved = None
+        if self._waiting is not None:
+            saved = tuple(self._waiting[name].to(position) for name in ("loc", "scale_tril"))
         if start == "laplace":
             freedom = position.new_full((len(position),), _FREEDOM)
-            base = dist.StudentT(freedom).to_event(1)
-            if self._waiting is not None:
-                return (
-                    self._waiting["loc"].to(position),
-                    self._waiting["scale_tril"].to(position),
-                    base,
-                )
-            return *laplace(self._potential(args, kwargs), position), base
+            loc, scale_tril = saved or laplace(self._potential(args, kwargs), position)
+            return loc, scale_tril, dist.StudentT(freedom).to_event(1)
         given = PriorDistribution(model, args, kwargs) if start == "prior" else start
         if tuple(given.event_shape) != (len(position),):
             raise ValueError(
                 f"`start` has event shape {tuple(given.event_shape)}: expected ({len(position)},), "
                 f"for the sites {list(self._unconstrained_shapes)}"
             )
-        if self._waiting is not None:
-            loc, scale_tril = (
-                self._waiting["loc"].to(position),
-                self._waiting["scale_tril"].to(position),
-            )
-        else:
-            draws = given.sample((_PILOT_DRAWS,)).to(position)
-            low, loc, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84]).to(draws), 0)
-            scale_tril = torch.diag(0.5 * (high - low))
+        draws = given.sample((_PILOT_DRAWS,)).to(position)
+        low, middle, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84]).to(draws), 0)
+        loc, scale_tril = saved or (middle, torch.diag(0.5 * (high - low)))
         return loc, scale_tril, _standardised(given, loc, scale_tril.diagonal())
 
     def _potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Tensor]:

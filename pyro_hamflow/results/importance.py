@@ -73,10 +73,9 @@ class ImportanceSamples:
 
     @property
     def ess(self) -> float:
-        """The effective sample size of the weights."""
-        return float(
-            (2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp()
-        )
+        """The effective sample size of the weights; zero if all of them are."""
+        total, squares = self.log_weights.logsumexp(0), (2 * self.log_weights).logsumexp(0)
+        return float((2 * total - squares).exp().nan_to_num(0.0))
 
     @property
     def pareto_k(self) -> float:
