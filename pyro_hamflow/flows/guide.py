@@ -281,6 +281,8 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
     @property
     def dimension(self) -> int:
         """How many parameters there are on the real line."""
+        if self.prototype_trace is None:
+            raise RuntimeError("the guide has not seen its model yet: call `prepare` first")
         return len(self.loc)
 
     def draw(self, num_samples: int) -> tuple[Tensor, Tensor]:
