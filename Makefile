@@ -4,10 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyro_hamflow tests tutorials benchmarks
 
-.PHONY: demo test slow lint types format bench clean
+.PHONY: demo paper test slow lint types format bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/python tutorials/quickstart.py
+
+paper: $(VENV)/demo
+	cd tutorials/paper && ../../$(BIN)/python nine_modes.py
+	cd tutorials/paper && ../../$(BIN)/python robustness.py
+	cd tutorials/paper && ../../$(BIN)/python supernova.py
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -11,7 +11,17 @@ from pathlib import Path
 import pyro
 import torch
 
-from benchmarks import glmm, gradients, kernels, memory, methods, nuts, steps
+from benchmarks import (
+    flows,
+    glmm,
+    gradients,
+    kernels,
+    marginal_guides,
+    memory,
+    methods,
+    nuts,
+    steps,
+)
 from benchmarks.report import render, store
 from benchmarks.timing import prepare_compiler
 
@@ -23,6 +33,8 @@ TOPICS = {
     "nuts": nuts,
     "steps": steps,
     "methods": methods,
+    "flows": flows,
+    "marginal_guides": marginal_guides,
 }
 
 

@@ -16,7 +16,8 @@ KNOWN = {
     "model": set(),
     "dynamics": set(),
     "mcmc": {"model", "dynamics"},
-    "results": {"model", "dynamics", "mcmc"},
+    "flows": {"model", "dynamics"},
+    "results": {"model", "dynamics", "mcmc", "flows"},
 }
 
 

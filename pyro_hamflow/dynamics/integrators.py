@@ -68,6 +68,40 @@ def leapfrog_step(
     return z, r - 0.5 * step_size * slope, value, slope
 
 
+def leapfrog(
+    gradient_of: Callable[[Tensor], Tensor],
+    velocity_of: Callable[[Tensor], Tensor],
+    z: Tensor,
+    r: Tensor,
+    step_size: float | Tensor,
+    num_steps: int,
+) -> tuple[Tensor, Tensor]:
+    r"""A whole leapfrog trajectory: half a kick, then drifts and kicks in turn, the last one half.
+
+    Kicks that meet are joined, so that L steps take L + 1 gradients.
+
+    Arguments:
+        gradient_of: The gradient of the potential energy, or any field of the position alone.
+        velocity_of: The gradient of the kinetic energy, or any field of the momentum alone.
+        z: Positions, of shape ``(*, dimension)``.
+        r: Momenta.
+        step_size: The time of a step; a negative one goes back.
+        num_steps: L.
+
+    Returns:
+        Positions and momenta at the end.
+
+    Invariant:
+        Volume; the trajectory with a step size of the other sign leads back to the start.
+    """
+    r = r - 0.5 * step_size * gradient_of(z)
+    for step in range(num_steps):
+        z = z + step_size * velocity_of(r)
+        share = 1.0 if step < num_steps - 1 else 0.5
+        r = r - share * step_size * gradient_of(z)
+    return z, r
+
+
 def rotate(u: Tensor, p: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     r"""Follows the Gaussian part of the noise's Hamiltonian exactly.
 

@@ -30,6 +30,7 @@ from pyro_hamflow.model.structure import (
     run_with,
     vectorized_frames,
 )
+from pyro_hamflow.results.importance import ImportanceSamples
 
 Groups = dict[str, xarray.Dataset]
 _CHUNK = 250
@@ -55,9 +56,14 @@ def to_inference_data(
     such as subjects. Under the extended target the mean of the inverse of such an estimate is the
     inverse likelihood's mean, which is all that importance-weighted leave-one-out needs.
 
+    Weighted draws of :func:`~pyro_hamflow.importance_sample` become draws of equal weight, as many
+    as they are effectively worth, picked at random; ``sample_stats`` keeps their log weights, and
+    the attributes the evidence and Pareto's k.
+
     Arguments:
-        result: A :class:`pyro_hamflow.MCMC` after its run, or a :class:`pyro.infer.MCMC` after a
-            run of one of this package's kernels.
+        result: A :class:`pyro_hamflow.MCMC` after its run, a :class:`pyro.infer.MCMC` after a run
+            of one of this package's kernels, or what :func:`~pyro_hamflow.importance_sample`
+            returns.
         coords: Coordinate values of dimensions, plates for instance.
         dims: Names for the dimensions of a site that are no plates, in order.
         log_likelihood: Whether to include that group.
@@ -69,7 +75,7 @@ def to_inference_data(
         The data; ``to_netcdf`` of it writes a file.
 
     Raises:
-        TypeError: If the result is of neither kind.
+        TypeError: If the result is of no such kind.
         ValueError: If there are no draws, or draws of predicted data do not match them in number.
 
     Example:
@@ -148,7 +154,16 @@ def build_groups(
 class _Run:
     """The draws of a run, whoever ran it."""
 
+    kernel: Any
+    warmup_draws: Draws | None = None
+    sampling_time: float | None = None
+    seed: int | None = None
+
     def __init__(self, result: Any) -> None:
+        if isinstance(result, ImportanceSamples):
+            self.kernel, self.tuning_steps = result, 0
+            self.draws = _picked(result)
+            return
         kernel = getattr(result, "kernel", None)
         if not isinstance(kernel, HamiltonianKernel):
             raise TypeError(
@@ -156,12 +171,9 @@ class _Run:
                 "expected an MCMC object that ran one"
             )
         self.kernel = kernel
-        self.warmup_draws: Draws | None = None
-        self.sampling_time: float | None = None
-        self.seed: int | None = None
         self.tuning_steps = result.warmup_steps
         if hasattr(result, "draws"):
-            self.draws: Draws = result.draws
+            self.draws = result.draws
             self.warmup_draws = result.warmup_draws
             self.sampling_time = result.sampling_time
             self.seed = result.seed
@@ -173,12 +185,24 @@ class _Run:
         self.kernel.prepare(result._args, result._kwargs)
 
 
+def _picked(result: ImportanceSamples) -> Draws:
+    """Draws of equal weight, as many as the weighted ones are worth."""
+    picked = result.pick(max(1, int(result.ess)))
+
+    def one_chain(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _lead(part[picked]) for name, part in parts.items()}
+
+    stats = one_chain({"log_weight": result.log_weights})
+    position = _lead(result.position[picked])
+    return Draws(position, stats, one_chain(result.local), one_chain(result.log_likelihood))
+
+
 class _Model:
     """The names and shapes of a model's sites, and what can be computed from draws of them."""
 
     def __init__(
         self,
-        kernel: HamiltonianKernel,
+        kernel: Any,
         dims: Mapping[str, Sequence[str]],
         coords: Mapping[str, Sequence[Any]],
     ) -> None:
@@ -369,6 +393,9 @@ def _attributes(run: _Run) -> dict[str, Any]:
         "tuning_steps": run.tuning_steps,
         "kernel_settings": json.dumps(run.kernel.settings),
     }
+    if isinstance(run.kernel, ImportanceSamples):
+        for name in ("log_evidence", "log_evidence_error", "pareto_k", "ess"):
+            attributes[name] = float(getattr(run.kernel, name))
     if run.sampling_time is not None:
         attributes["sampling_time"] = run.sampling_time
     if run.seed is not None:

@@ -1,0 +1,1 @@
+"""Learned maps that follow Hamiltonian motion, and the guides built on them."""

@@ -1,0 +1,42 @@
+"""The model's potential as a function to train through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_hamflow.model.potential import Potential
+
+
+def energy(potential: Potential, position: Tensor, noise: Tensor) -> Tensor:
+    """The potential of positions, its gradient in them known to autograd.
+
+    Arguments:
+        potential: The target.
+        position: Of shape ``(chains, dimension)``.
+        noise: Of shape ``(chains, noise_dimension)``, held.
+
+    Returns:
+        The potentials, of shape ``(chains,)``.
+    """
+    return _Energy.apply(position, noise, potential)
+
+
+class _Energy(torch.autograd.Function):
+    """The captured program gives value and gradient at once."""
+
+    @staticmethod
+    def forward(ctx: Any, position: Tensor, noise: Tensor, potential: Potential) -> Tensor:
+        program = potential.program("gradient", len(position))
+        value, slope = program(position.detach(), noise)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return cotangent[:, None] * slope, None, None

@@ -1,0 +1,175 @@
+"""Where guides start: a Laplace approximation of the posterior, or the prior."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_hamflow.flows.energy import energy
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.sites import Site, constrain, split
+from pyro_hamflow.model.structure import run_with
+
+_ROUNDS = 20
+_STEPS = 25
+_FLATTEST = 1e-6  # the least curvature that counts as one
+
+
+def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Tensor, Tensor]:
+    """The mode of a density and the root of its covariance there.
+
+    Where the potential curves downwards, or not at all, the size of the curvature stands in for it.
+
+    Arguments:
+        value_of: The potential of one position.
+        position: Where to begin the search, of shape ``(dimension,)``.
+
+    Returns:
+        The mode, and a lower triangle of shape ``(dimension, dimension)``.
+    """
+    best = position.detach().clone()
+    point = best.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([point], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = value_of(point)
+        value.backward()
+        return value
+
+    lowest = float(value_of(best))
+    for _ in range(_ROUNDS):
+        optimizer.step(closure)
+        value = float(value_of(point.detach()))
+        if not value < lowest - 1e-6:
+            break
+        lowest, best = value, point.detach().clone()
+    hessian = torch.autograd.functional.hessian(value_of, best).double()
+    values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT).nan_to_num())
+    root = vectors * values.abs().clamp(min=_FLATTEST).rsqrt()
+    triangle = torch.linalg.qr(root.mT).R.mT  # of the covariance, however badly conditioned
+    return best, (triangle * triangle.diagonal().sign()).to(best)
+
+
+def seeded_potential(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], sites: list[Site]
+) -> Callable[[Tensor], Tensor]:
+    """The potential of one position as a model with subsampled data tells it of a fixed part.
+
+    Arguments:
+        model: A Pyro model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        sites: The latent sites as parts of a flat vector.
+    """
+
+    def value_of(position: Tensor) -> Tensor:
+        free = split(sites, position)
+        values = constrain(sites, free)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trace = run_with(model, lambda msg: values.get(msg["name"]), *args, **kwargs)
+        with pyro.validation_enabled(False):
+            log_joint = trace.log_prob_sum()
+        for site in sites:
+            jacobian = site.transform.log_abs_det_jacobian(free[site.name], values[site.name])
+            log_joint = log_joint + jacobian.sum()
+        return -log_joint
+
+    return value_of
+
+
+_FILLS = {
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    torch.Tensor.exponential_,
+    torch.Tensor.cauchy_,
+    torch.Tensor.log_normal_,
+}
+
+
+class _DrawApart(TorchFunctionMode):
+    """Lets vmap fill tensors with random numbers of each element's own.
+
+    Arguments:
+        zero: Each element's own zero.
+    """
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS:
+            args = (args[0] + self.zero.to(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class PriorDistribution(TorchDistribution):
+    """A model's prior on the real line, all parameters in one vector.
+
+    Arguments:
+        model: A Pyro model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        def hidden(msg: Any) -> bool:
+            return msg["type"] == "sample" and (
+                msg["is_observed"]
+                or isinstance(msg["fn"], _Subsample)
+                or msg["infer"].get("noise", False)
+            )
+
+        self.potential = Potential(poutine.block(model, hide_fn=hidden), args, kwargs)
+        super().__init__(torch.Size(), torch.Size([self.potential.dimension]), validate_args=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PriorDistribution:
+        return self  # nothing in it changes
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        potential = self.potential
+
+        def draw(zero: Tensor) -> Tensor:
+            with _DrawApart(zero):
+                trace = run_with(
+                    potential.model, lambda msg: None, *potential.args, **potential.kwargs
+                )
+            return potential.flatten(
+                {s.name: trace.nodes[s.name]["value"] for s in potential.sites}
+            )
+
+        with torch.no_grad(), warnings.catch_warnings():
+            # An operation without a batching rule is looped over: slower, and as right.
+            warnings.filterwarnings(
+                "ignore", message=".*performance drop because we have not yet.*"
+            )
+            zeros = torch.zeros(shape.numel())
+            try:
+                draws = torch.func.vmap(draw, randomness="different")(zeros)
+            except RuntimeError:  # torch's for an operation that it cannot batch
+                draws = torch.stack([draw(zero) for zero in zeros])
+        return draws.reshape(shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        flat = value.reshape(-1, value.shape[-1])
+        noise = flat.new_zeros(len(flat), 0)
+        return -energy(self.potential, flat, noise).reshape(value.shape[:-1])

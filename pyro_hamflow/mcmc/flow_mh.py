@@ -1,0 +1,191 @@
+r"""Independence Metropolis: every proposal comes from a frozen guide.
+
+The guide draws positions with something more, such as momenta: its density M is that of the pair.
+The target is the posterior times the density r of that something given the position, and for a
+likelihood estimate times that of its noise. A proposal is accepted with the ratio of the importance
+weights :math:`W = p(\theta, y \mid u)\, r / M` there and here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
+from pyro_hamflow.mcmc.transition import (
+    Info,
+    State,
+    Tuning,
+    draw_level,
+    metropolis,
+    select,
+    select_evaluation,
+)
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import fault
+
+_TRIES = 100
+
+
+class IndependenceProposal(Protocol):
+    """A frozen guide: draws of all parameters on the real line."""
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Sees the model's arguments before the first draw."""
+
+    def propose(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Positions, and log M - log r at each."""
+
+    def log_ratio(self, position: Tensor) -> Tensor:
+        """Log M - log r at given positions, with the rest drawn from r."""
+
+
+class FlowMHTransition:
+    """Proposes a draw of the guide for each chain, noise included.
+
+    What the guide draws besides the position is redrawn from r, which leaves the target as it is,
+    before each proposal; so that chains do not stay where it was lucky.
+
+    Arguments:
+        potential: The target.
+        proposal: The guide.
+
+    Invariant:
+        The extended density of parameters and noise, exactly, for any proposal that stays the same.
+    """
+
+    def __init__(self, potential: Potential, proposal: IndependenceProposal) -> None:
+        self.potential = potential
+        self.proposal = proposal
+
+    def begin(self, position: Tensor, noise: Tensor) -> State:
+        evaluation = self.potential.evaluate(position, noise)
+        return State(position, noise, torch.zeros_like(position), evaluation)
+
+    @torch.no_grad()
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        chains = len(state.position)
+        here = self.proposal.log_ratio(state.position)
+        position, there = self.proposal.propose(chains)
+        noise = self.potential.draw_noise(chains)
+        evaluation = self.potential.evaluate(position, noise)
+        error = evaluation.value.double() - state.evaluation.value.double()
+        error = error + (there.double() - here.double())
+        decision = metropolis(error, draw_level(chains, error.device))
+        accepted = decision.accepted
+        kept = select_evaluation(accepted, evaluation, state.evaluation)
+        moved = State(
+            select(accepted, position, state.position),
+            select(accepted, noise, state.noise),
+            state.gradient,
+            kept,
+        )
+        # A poor proposal is no divergence of a trajectory: there is none.
+        decision = decision._replace(diverging=torch.zeros_like(decision.diverging))
+        info = Info(*decision, energy=kept.value.double(), n_steps=0, n_gradients=0, n_densities=1)
+        return moved, info
+
+
+class FlowMH(HamiltonianKernel):
+    """Independence Metropolis from a frozen guide, all chains at once.
+
+    Its moves jump between modes, as far as the guide covers them; no gradient is evaluated. It runs
+    in :class:`pyro_hamflow.MCMC` and in :class:`pyro.infer.MCMC`, needs no warm-up, and starts from
+    draws of the guide. On a model with noise sites each proposal brings fresh noise.
+
+    Arguments:
+        model: A Pyro model.
+        guide: A trained :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills
+            the protocol :class:`IndependenceProposal`. It must not be trained further while draws
+            are made.
+        compile: Whether to compile the model's density to machine code.
+
+    Raises:
+        TypeError: If the model is not callable, or the guide makes no proposals.
+        ValueError: When run, if the guide is of another dimension than the model, or the model has
+            one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+
+    Invariant:
+        The posterior, exactly; on a model with noise sites the extended density of parameters and
+        noise. How fast chains forget where they were depends on how well the guide covers it.
+
+    References:
+        | Adaptive Monte Carlo augmented with normalizing flows (Gabrié et al., 2022)
+        | https://arxiv.org/abs/2105.12603
+
+    Example:
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> guide = AutoNeuralHamiltonianFlow(model, hidden=(8, 8))
+        >>> mcmc = MCMC(FlowMH(model, guide), num_samples=100, warmup_steps=0, disable_progbar=True)
+        >>> mcmc.run(torch.tensor(1.0))
+        >>> mcmc.get_samples()["mean"].shape
+        torch.Size([100])
+    """
+
+    separate_noise = True
+
+    def __init__(
+        self, model: Callable[..., Any], guide: IndependenceProposal, *, compile: bool = False
+    ) -> None:
+        if not hasattr(guide, "propose") or not hasattr(guide, "log_ratio"):
+            raise TypeError(
+                f"`guide` is a {type(guide).__name__}: expected an AutoNeuralHamiltonianFlow, or a "
+                "guide with methods `prepare`, `propose` and `log_ratio`"
+            )
+        super().__init__(
+            model, step_size=1.0, adapt_step_size=False, mass="identity", compile=compile
+        )
+        self._guide = guide
+
+    def prepare(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        initial_params: Mapping[str, Tensor] | None = None,
+    ) -> Potential:
+        potential = super().prepare(args, kwargs, initial_params)
+        self._guide.prepare(*args, **kwargs)
+        width = self._guide.propose(1)[0].shape[-1]
+        if width != potential.dimension:
+            raise ValueError(
+                f"`guide` proposes {width} parameters: expected {potential.dimension}, for the "
+                f"sites {[site.name for site in potential.sites]}"
+            )
+        return potential
+
+    def _start(
+        self, potential: Potential, num_chains: int, initial_params: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        if initial_params is not None:
+            return super()._start(potential, num_chains, initial_params)
+        position, noise = self._guide.propose(num_chains)[0], potential.draw_noise(num_chains)
+        for _ in range(_TRIES):
+            good = potential.value(position, noise).isfinite()
+            if good.all():
+                return position, noise
+            position = select(good, position, self._guide.propose(num_chains)[0])
+            noise = select(good, noise, potential.draw_noise(num_chains))
+        bad = int((~good).nonzero()[0])
+        raise ValueError(
+            f"`guide` proposed no point of finite density in {_TRIES} tries: "
+            f"{fault(potential, position[bad], noise[bad])}"
+        )
+
+    def make_parameter_transition(self, potential: Potential, num_chains: int) -> Any:
+        return FlowMHTransition(potential, self._guide)
+
+    make_joint_transition = make_parameter_transition
+
+    def draw_num_steps(self, step_size: float) -> int:
+        return 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        unused = ("target_accept", "mass")
+        kept = {name: value for name, value in super().settings.items() if name not in unused}
+        return kept | {"guide": repr(self._guide).splitlines()[0]}

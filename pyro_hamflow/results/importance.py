@@ -1,0 +1,257 @@
+"""Draws of a guide with the weights that correct them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import arviz
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_hamflow.model.potential import Potential
+
+_CHUNK = 1000
+_LARGEST_K = 0.7
+
+
+class Proposal(Protocol):
+    """Draws of all parameters on the real line, as a guide makes them."""
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Sees the model's arguments before the first draw."""
+
+    def propose(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Positions ``(num_samples, dimension)``, and the log density that weights divide by."""
+
+
+@dataclass(frozen=True)
+class ImportanceSamples:
+    """Draws with importance weights.
+
+    Attributes:
+        position: Draws on the real line, of shape ``(num_samples, dimension)``.
+        log_weights: The logarithms of their weights, of shape ``(num_samples,)``; minus infinity
+            where the model's density vanishes or is no number. Their exponentials have the evidence
+            as mean.
+        local: Recovered values of sites that were integrated out.
+        log_likelihood: Log-likelihood estimates of the elements of each group of such sites.
+        num_invalid: How many densities were no number.
+    """
+
+    position: Tensor = field(repr=False)
+    log_weights: Tensor = field(repr=False)
+    local: dict[str, Tensor] = field(repr=False)
+    log_likelihood: dict[str, Tensor] = field(repr=False)
+    num_invalid: int
+    potential: Potential = field(repr=False)
+    model: Callable[..., Any] = field(repr=False)
+    guide: str = field(repr=False)
+
+    separate_noise = True
+
+    def __repr__(self) -> str:
+        return (
+            f"ImportanceSamples({len(self.position)} draws, log_evidence={self.log_evidence:.4f} "
+            f"+- {self.log_evidence_error:.2g}, pareto_k={self.pareto_k:.2f}, ess={self.ess:.0f})"
+        )
+
+    @property
+    def log_evidence(self) -> float:
+        """The logarithm of the mean weight, the estimated evidence."""
+        return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
+
+    @property
+    def log_evidence_error(self) -> float:
+        """Its standard error, as far as the weights drawn can tell; see ``pareto_k``."""
+        relative = (self.log_weights - self.log_evidence).exp()
+        return float(relative.std()) / math.sqrt(len(relative))
+
+    @property
+    def ess(self) -> float:
+        """The effective sample size of the weights; zero if all of them are."""
+        total, squares = self.log_weights.logsumexp(0), (2 * self.log_weights).logsumexp(0)
+        return float((2 * total - squares).exp().nan_to_num(0.0))
+
+    @property
+    def pareto_k(self) -> float:
+        """The shape of the weights' tail: below 0.7 they can be relied on."""
+        return self._smoothed[1]
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights, their tail smoothed if there is one to fit, adding up to one."""
+        return self._smoothed[0]
+
+    @cached_property
+    def _smoothed(self) -> tuple[Tensor, float]:
+        return smooth_weights(self.log_weights)
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """The draws in their supports, recovered local sites included; they count by weight."""
+        return self.potential.constrain(self.position) | self.local
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the draws were made, in plain values."""
+        return {"method": "importance sampling", "guide": self.guide}
+
+    @property
+    def message(self) -> str:
+        """What the weights say about the result, in a sentence."""
+        said = f"Pareto k is {self.pareto_k:.2f}: "
+        if self.pareto_k < _LARGEST_K:
+            return said + f"the corrected draws can be relied on; they are worth {self.ess:.0f}."
+        return said + (
+            "the guide misses part of the posterior, and neither weighted draws nor evidence can "
+            "be relied on: train it for longer, give it more steps, or sample with `NUTS`."
+        )
+
+    def resample(self, num_samples: int) -> dict[str, Tensor]:
+        """Draws of equal weight, picked with replacement by their weights.
+
+        Arguments:
+            num_samples: How many.
+        """
+        picked = self.pick(num_samples)
+        return {name: value[picked] for name, value in self.samples.items()}
+
+    def pick(self, num_samples: int) -> Tensor:
+        """Indices of draws, picked with replacement by their weights."""
+        return torch.multinomial(self.weights, num_samples, replacement=True)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The weighted mean of values ``(num_samples, *)`` over the draws."""
+        weights = self.weights.to(value).reshape(-1, *[1] * (value.dim() - 1))
+        return (weights * value).sum(0)
+
+
+def importance_sample(
+    model: Callable[..., Any],
+    guide: Proposal,
+    *args: Any,
+    num_samples: int = 10_000,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> ImportanceSamples:
+    r"""Corrects a guide: draws with weights, and the evidence.
+
+    The guide draws on a larger space, positions q with momenta p (and the noise u of a likelihood
+    estimate), and so do the weights,
+
+    .. math:: W = \frac{p(q, y \mid u)\, r(p \mid q)}{M(q, p)},
+
+    whose mean is the evidence, without bias, for any guide that covers the posterior. Weighted
+    means over the draws are consistent, which those of the guide alone are not.
+
+    Arguments:
+        model: The Pyro model.
+        guide: An :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills the
+            protocol :class:`Proposal`.
+        args: The model's arguments.
+        num_samples: How many draws.
+        seed: Makes the draws repeat themselves; torch's current random state if not given.
+        kwargs: The model's keyword arguments.
+
+    Returns:
+        Draws and weights. ``pareto_k`` says whether to trust them.
+
+    Raises:
+        TypeError: If the guide makes no proposals.
+        ValueError: If there are fewer than 2 draws, the guide is of another dimension, or the model
+            has one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+
+    Invariant:
+        The mean of the weights is the evidence.
+
+    References:
+        | Pareto smoothed importance sampling (Vehtari et al., 2024)
+        | https://arxiv.org/abs/1507.02646
+
+    Example:
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> guide = AutoNeuralHamiltonianFlow(model, hidden=(8, 8))
+        >>> found = importance_sample(model, guide, torch.tensor(1.0), num_samples=1000)
+        >>> exact = dist.Normal(0.0, math.sqrt(2.0)).log_prob(torch.tensor(1.0))
+        >>> abs(found.log_evidence - float(exact)) < 5 * found.log_evidence_error
+        True
+    """
+    if not hasattr(guide, "propose"):
+        raise TypeError(
+            f"`guide` is a {type(guide).__name__}: expected an AutoNeuralHamiltonianFlow, or a "
+            "guide with methods `prepare` and `propose`"
+        )
+    if num_samples < 2:
+        raise ValueError(f"`num_samples` is {num_samples}: expected 2 or more")
+    if seed is not None:
+        torch.manual_seed(seed)
+    potential = Potential(model, args, kwargs, separate_noise=True)
+    guide.prepare(*args, **kwargs)
+    pieces: list[tuple[Any, ...]] = []
+    with torch.no_grad():
+        for start in range(0, num_samples, _CHUNK):
+            pieces.append(_weigh(potential, guide, min(_CHUNK, num_samples - start)))
+    positions, log_weights, local, log_likelihoods = zip(*pieces, strict=True)
+    log_weight = torch.cat(log_weights)
+    invalid = log_weight.isnan()
+
+    def join(parts: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return ImportanceSamples(
+        torch.cat(positions),
+        torch.where(invalid, -torch.inf, log_weight),
+        join(local),
+        join(log_likelihoods),
+        int(invalid.sum()),
+        potential,
+        model,
+        repr(guide).splitlines()[0],
+    )
+
+
+def _weigh(potential: Potential, guide: Proposal, count: int) -> tuple[Any, ...]:
+    """Draws, their log weights, and what belongs to them."""
+    position, log_density = guide.propose(count)
+    if tuple(position.shape) != (count, potential.dimension):
+        raise ValueError(
+            f"`guide` proposes positions of shape {tuple(position.shape)}: expected "
+            f"{(count, potential.dimension)}, for the sites {[s.name for s in potential.sites]}"
+        )
+    evaluation = potential.evaluate(position, potential.draw_noise(count))
+    log_weight = -evaluation.value.double() - log_density.double()
+    return position, log_weight, evaluation.local, evaluation.log_likelihoods
+
+
+def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
+    """Normalised weights whose tail is smoothed, and the shape k of that tail.
+
+    ArviZ does both. Where nearly all weight is on a handful of draws it finds no tail to fit: k is
+    then infinite, and the weights stay as they are.
+    """
+    finite = log_weights[log_weights.isfinite()].double()
+    if len(finite) < 2:
+        count = max(len(log_weights), 1)
+        return torch.full_like(log_weights, 1.0 / count, dtype=torch.float64), math.inf
+    smoothed, k = _psislw((finite - finite.max()).cpu().numpy())
+    weights = torch.zeros_like(log_weights, dtype=torch.float64)
+    weights[log_weights.isfinite()] = torch.as_tensor(smoothed).to(weights).softmax(0)
+    return weights, float(k)
+
+
+def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto smoothed log weights and k, whichever ArviZ there is."""
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        from arviz_stats.base import array_stats
+
+        smoothed, k = array_stats.psislw(-log_weights)  # it is written for log-likelihoods
+    else:
+        smoothed, k = arviz.psislw(log_weights.copy())
+    return np.asarray(smoothed), float(k)
