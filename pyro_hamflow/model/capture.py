@@ -82,7 +82,7 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
             tracing_mode="fake",
             _allow_non_fake_inputs=True,
         )
-        return _simplify(tracer(*examples))
+        return _simplify(tracer(*examples), fills=True)
 
 
 def loop(function: Program) -> Program:
@@ -144,8 +144,12 @@ def _solve_together(triangle: Tensor, right: Tensor, *, left: bool = True, **set
     return solved.reshape(folded.shape).movedim(0, -2) if left else solved.reshape(folded.shape)
 
 
-def _simplify(module: GraphModule) -> GraphModule:
-    """Computes what depends on no input, once; drops what is repeated, unused or does nothing."""
+def _simplify(module: GraphModule, *, fills: bool = False) -> GraphModule:
+    """Computes what depends on no input, once; drops what is repeated, unused or does nothing.
+
+    Tensors of zeros or ones are such constants too, in graphs that will not be batched any more:
+    some rules of batching rely on the gradient of a result to have its shape.
+    """
     constants: dict[Node, Any] = {}
     simple = Graph()
     copies: dict[Node, Node] = {}
@@ -164,7 +168,7 @@ def _simplify(module: GraphModule) -> GraphModule:
             constants[node] = operator.attrgetter(node.target)(module).detach()
         elif node.op != "call_function" or _is_random(node):
             copies[node] = simple.node_copy(node, copy_of)
-        elif node.target in _FILLS and isinstance(node.meta.get("val"), Tensor):
+        elif fills and node.target in _FILLS and isinstance(node.meta.get("val"), Tensor):
             value = node.meta["val"]
             one = torch.empty((), dtype=value.dtype, device=value.device)
             constants[node] = node.target(one).expand(value.shape)
