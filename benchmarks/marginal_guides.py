@@ -44,7 +44,7 @@ def measure(*, quick: bool) -> list[Table]:
             "The same marginal model under pseudo-marginal NUTS and under a guide",
             rows,
             "As many particles as `marginalize` chooses. Pseudo-marginal NUTS: 4 chains of 500 "
-            "draws, compiled. The guide: a reverse encoder, 600 steps of 32 draws, 10,000 weighted; "
+            "draws, compiled. The guide: a reverse encoder, 600 steps of 32 draws, 10,000 weights; "
             "FlowMH: 20 chains of 500. Gaps are the largest, over all parameters, between means "
             "and those of pseudo-marginal NUTS, in posterior standard deviations, and the same "
             "between standard deviations. Seconds include everything but imports and the pilot.",
