@@ -212,7 +212,10 @@ def _guide_table(*, quick: bool) -> Table:
         "captured gradient; of three learning rates the one with the best bound is shown for "
         "each. Seconds are of training, until k of 10,000 weights was first below 0.7 (looked at "
         "ten times), and in all; starting is not counted. The flows of zuko have the parameters "
-        "nearest in number: RealNVP four couplings, NSF three spline couplings.",
+        "nearest in number: RealNVP four couplings, NSF three spline couplings. RealNVP's bound is "
+        "the better one on all three, for it pays for no momenta, in about the same time; the "
+        "Hamiltonian guide comes below 0.7 as soon, and many times sooner than spline couplings, "
+        "which are by far the best on nine modes.",
     )
 
 

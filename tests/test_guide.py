@@ -247,8 +247,8 @@ def test_local_sites_of_subsampled_plates_may_be_left_to_another_guide():
     guide = AutoGuideList(model)
     guide.append(AutoNeuralHamiltonianFlow(poutine.block(model, hide=["effect"]), **SMALL))
     guide.append(AutoNormal(poutine.block(model, expose=["effect"])))
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=4))
-    for _ in range(150):
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.99}), Trace_ELBO())
+    for _ in range(300):
         svi.step(y)
     assert abs(guide[0].median()["mean"] - y.sum() / (len(y) + 0.25)) < 0.4
 

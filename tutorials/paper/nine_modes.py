@@ -73,3 +73,8 @@ for name, (figure, _) in {
     "momenta": momenta,
 }.items():
     figure.savefig(f"nine_modes_{name}.png", dpi=60)
+
+# %% [markdown]
+# With the fixed kinetic energy and a base that covers the target, the potential has the nine wells
+# of the target; with a peaked base, it has ridges that push outwards. In so few steps the neural
+# kinetic energy gets nowhere from a wide base: energies that both begin nearly flat learn slowly.
