@@ -11,7 +11,7 @@ from pathlib import Path
 import pyro
 import torch
 
-from benchmarks import glmm, gradients, kernels, memory, methods, nuts
+from benchmarks import glmm, gradients, kernels, memory, methods, nuts, surrogate
 from benchmarks.report import render, store
 from benchmarks.timing import prepare_compiler
 
@@ -22,6 +22,7 @@ TOPICS = {
     "glmm": glmm,
     "nuts": nuts,
     "methods": methods,
+    "surrogate": surrogate,
 }
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,25 @@ class Points(NamedTuple):
         return Points(*(part[index] for part in self))
 
 
-Loss = Callable[[PotentialNetwork, Points], Tensor]
+class Trajectories(NamedTuple):
+    """Stretches of true leapfrog trajectories.
+
+    Attributes:
+        position: Of shape ``(stretches, steps + 1, dimension)``.
+        step_size: Of shape ``(stretches,)``.
+        inverse_mass: Of shape ``(stretches, dimension, dimension)``.
+    """
+
+    position: Tensor
+    step_size: Tensor
+    inverse_mass: Tensor
+
+    def pick(self, index: Tensor) -> Trajectories:
+        """Some of the stretches."""
+        return Trajectories(*(part[index] for part in self))
+
+
+Loss = Callable[[PotentialNetwork, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,40 @@ class GradientMatching:
         return loss
 
 
+@dataclass(frozen=True)
+class TrajectoryMatching:
+    r"""The mean squared distance between true trajectories and those of the network.
+
+    Both begin with the same two points; from there the network's follow
+    :math:`z_{n+1} = 2 z_n - z_{n-1} - h^2 M^{-1} \nabla V(z_n)`, the leapfrog steps with momenta
+    left out. Positions and their differences, the momenta, are compared in whitened coordinates.
+
+    Arguments:
+        num_steps: How many steps a trajectory has, 2 or more.
+    """
+
+    num_steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 2:
+            raise ValueError(f"`num_steps` is {self.num_steps}: expected 2 or more")
+
+    def __call__(self, network: PotentialNetwork, trajectories: Trajectories) -> Tensor:
+        true, size, mass = trajectories
+        before, here = true[:, 0], true[:, 1]
+        scale = size[:, None]
+        loss = true.new_zeros(())
+        for n in range(2, true.shape[1]):
+            slope = network.value_and_gradient(here)[1]
+            kick = scale.square() * (slope[:, None] @ mass)[:, 0]
+            before, here = here, 2.0 * here - before - kick
+            miss = (here - true[:, n]) @ network.inverse_root.mT
+            change = here - before - true[:, n] + true[:, n - 1]
+            spin = change @ network.inverse_root.mT / scale
+            loss = loss + (miss.square() + spin.square()).mean()
+        return loss / (true.shape[1] - 2)
+
+
 @dataclass
 class Training:
     """What a training took and reached.
@@ -108,7 +160,7 @@ class Training:
 
 def fit_energy(
     network: PotentialNetwork,
-    points: Points,
+    points: Points | Trajectories,
     *,
     loss: Loss | None = None,
     steps: int = 2000,
@@ -121,7 +173,7 @@ def fit_energy(
 
     Arguments:
         network: The energy.
-        points: What is known of the true energy.
+        points: What is known of the true energy: points, or whole trajectories.
         loss: From network and points to what is to be made small; gradients and energies are
             matched if not given.
         steps: The most steps of the optimiser.
@@ -140,7 +192,7 @@ def fit_energy(
     if not all(bool(part.isfinite().all()) for part in points):
         raise ValueError("some of the points are not finite: expected finite energies, gradients")
     began = time.perf_counter()
-    loss = loss or GradientMatching()
+    measure: Loss = loss or GradientMatching()
     block = torch.arange(count, device=points.position.device) // _BLOCK
     out = block % _HELD_OUT == min(int(block.max()), _HELD_OUT - 1)
     test, known = points.pick(out), points.pick(~out)
@@ -153,7 +205,7 @@ def fit_energy(
     for step in range(steps + 1):
         if step % _CHECK == 0 or step == steps:
             with torch.no_grad():
-                current = float(loss(network, test))
+                current = float(measure(network, test))
             training.held_out.append(current)
             since += 1
             if current < training.best:
@@ -163,10 +215,10 @@ def fit_energy(
                 break
         if at + size > len(order):
             order, at = torch.randperm(len(order)), 0
-        error = loss(network, known.pick(order[at : at + size].to(out.device)))
+        error = measure(network, known.pick(order[at : at + size].to(out.device)))
         at += size
         if not bool(error.isfinite()):
-            break
+            break  # the best weights so far are kept
         optimiser.zero_grad(set_to_none=True)
         error.backward()
         optimiser.step()
@@ -175,7 +227,12 @@ def fit_energy(
         if training.steps % _CHECK == 0:
             training.losses.append(float(error.detach()))
     network.load_state_dict(best)
-    with torch.no_grad():
-        training.energy_error = float((network(test.position, test.context) - test.value).std())
+    if isinstance(test, Points):
+        training.energy_error = _energy_error(network, test)
     training.seconds = time.perf_counter() - began
     return training
+
+
+@torch.no_grad()
+def _energy_error(network: PotentialNetwork, points: Points) -> float:
+    return float((network(points.position, points.context) - points.value).std())

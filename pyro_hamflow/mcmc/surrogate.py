@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
-from pyro_hamflow.dynamics.training import Points
 from pyro_hamflow.mcmc.transition import (
     Info,
     ParameterTransition,
@@ -43,7 +41,6 @@ from pyro_hamflow.mcmc.transition import (
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 
-_TYPICAL = 3  # nats of each dimension above the median energy, and of six more
 _serial = itertools.count()
 
 
@@ -105,101 +102,6 @@ def frozen(network: PotentialNetwork, example: Tensor) -> PotentialNetwork:
     return copy.deepcopy(network).to(example).eval().requires_grad_(False)
 
 
-def synchronize(example: Tensor) -> None:
-    """Waits for a device that computes behind Python's back, before time is read."""
-    if example.is_cuda:
-        torch.cuda.synchronize(example.device)
-
-
-class Call(NamedTuple):
-    """One evaluation of the true gradient.
-
-    Attributes:
-        position: Of shape ``(chains, dimension)``.
-        value: The potential, of shape ``(chains,)``.
-        gradient: Of shape ``(chains, dimension)``.
-        new: Whether the chain has moved since the last evaluation, of shape ``(chains,)``.
-        tuning: That of the trajectory.
-    """
-
-    position: Tensor
-    value: Tensor
-    gradient: Tensor
-    new: Tensor
-    tuning: Tuning | None
-
-
-class Recorder(StandIn):
-    """A potential that keeps what its gradient finds.
-
-    The gradient runs as a program of its own, compiled if the potential's are, with Python around.
-
-    Arguments:
-        potential: The true one.
-
-    Attributes:
-        calls: What was found, in order.
-        recording: Whether more is kept.
-        tuning: What is noted with it.
-        seconds: How long the programs took.
-        runs: How often they ran.
-    """
-
-    def __init__(self, potential: Potential) -> None:
-        super().__init__(potential)
-        self.calls: list[Call] = []
-        self.recording = True
-        self.tuning: Tuning | None = None
-        self.seconds = 0.0
-        self.runs = 0
-
-    def graph(self, kind: str, num_chains: int) -> Program:
-        """The gradient of every chain, kept."""
-        program = self.potential.program(kind, num_chains)
-
-        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            began = time.perf_counter()
-            value, slope = program(position, noise)
-            synchronize(value)
-            self.seconds += time.perf_counter() - began
-            self.runs += 1
-            if self.recording:
-                new = torch.ones_like(value, dtype=torch.bool)
-                if self.calls:
-                    new = (position != self.calls[-1].position).any(-1)
-                self.calls.append(Call(position, value, slope, new, self.tuning))
-            return value, slope
-
-        return gradient
-
-    def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
-        """The function as it is, for it must call back."""
-        return function
-
-    @property
-    def num_gradients(self) -> int:
-        """How many gradients were computed, over all chains."""
-        return sum(int(call.new.sum()) for call in self.calls)
-
-    def points(self, most: int) -> Points:
-        """What was found where draws may lie, the latest of it if there is more than asked for.
-
-        Where chains came from, energies are so large that the typical ones would be lost in them.
-        """
-        kept: list[Call] = []
-        for call in reversed(self.calls):
-            if sum(len(k.value) for k in kept) >= most:
-                break
-            kept.append(call)
-        # Chain by chain, so that neighbours along a trajectory stay neighbours.
-        rows = zip(*(call[:4] for call in kept[::-1]), strict=True)
-        position, value, gradient, new = (torch.stack(row, 1).flatten(0, 1) for row in rows)
-        good = new & value.isfinite() & gradient.isfinite().all(-1)
-        good &= value < value[good].median() + _TYPICAL * (self.dimension + 6)
-        position, value, gradient = position[good], value[good], gradient[good]
-        return Points(position, value, gradient, position[:, :0])
-
-
 class TrustRegion(NamedTuple):
     """Where a learned gradient is trusted: a ball in whitened coordinates, with a soft edge.
 
@@ -227,7 +129,7 @@ class JudgedDensity(StandIn):
         trust: Where the learned gradient is trusted; everywhere if not given.
 
     Attributes:
-        gradients: How many true gradients each chain has asked for since this was set to nothing.
+        asked: Which chains asked for the true gradient, call by call.
     """
 
     def __init__(
@@ -236,8 +138,7 @@ class JudgedDensity(StandIn):
         super().__init__(potential)
         self.network = frozen(network, potential.example)
         self.trust = trust
-        self.gradients: Tensor | int = 0
-        self._last: Tensor | None = None
+        self.asked: list[Tensor] = []
         self._name = f"judged {next(_serial)}"
 
     def graph(self, kind: str, num_chains: int) -> Program:
@@ -259,11 +160,7 @@ class JudgedDensity(StandIn):
         def gated(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             slope = self.network.value_and_gradient(position)[1]
             share = trust.share(self.network, position)
-            asked = share[:, 0] > 0.0
-            if self._last is not None:
-                asked = asked & (position != self._last).any(-1)
-            self._last = position
-            self.gradients = self.gradients + asked.long()
+            self.asked.append(share[:, 0] > 0.0)
             if not bool((share > 0.0).any()):
                 return evaluate(position, noise, uniform)[0], slope
             value, true_slope = true(position, noise)
@@ -401,15 +298,18 @@ class PerLeafTransition:
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         network = self.density.network
-        self.density.gradients = 0
+        self.density.asked.clear()
         moved, info = self.inner.step(state, tuning, num_steps)
         count = torch.zeros_like(info.accepted, dtype=torch.long)
+        steps = info.n_steps + count
+        for i, asked in enumerate(self.density.asked):
+            count = count + (asked & (i < steps))  # a trajectory that has ended asks for nothing
         before, after = network(state.position), network(moved.position)
         gain = moved.evaluation.value.double() - state.evaluation.value.double()
         info = info._replace(
-            n_steps=info.n_steps + count,
-            n_gradients=self.density.gradients + count,
-            n_densities=info.n_steps + count,
+            n_steps=steps,
+            n_gradients=count,
+            n_densities=steps,
             surrogate_accepted=info.accepted,
             surrogate_error=gain - (after.double() - before.double()),
         )
