@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
-PROMISED = {"pseudo_marginal": {"pseudo_marginal.png"}}
+PROMISED = {
+    "neural_nuts": {"neural_nuts.png", "neural_nuts.pt"},
+    "pseudo_marginal": {"pseudo_marginal.png"},
+}
 # The quickstart has no small version: its last cell demands good diagnostics of a run on real data,
 # which few draws cannot give. `test_documents.py` runs it as it is, among the slow tests.
 WHOLE = {"quickstart"}

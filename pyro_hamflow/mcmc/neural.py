@@ -257,6 +257,7 @@ class Neural(PseudoMarginal):
         state, info = super().advance(state)
         recorder.settle(first, torch.zeros_like(info.accepted).long() + info.n_steps)
         self._steps.append(float(torch.as_tensor(info.n_steps).max()))
+        self.report.n_gradients += int(torch.as_tensor(padded(info).n_gradients).sum())
         if self._iteration <= _FEWEST_GATHER // 3:
             recorder.calls.clear()  # from where chains came from
             self._steps.clear()
@@ -292,6 +293,7 @@ class Neural(PseudoMarginal):
                 rate = transition.inner_rate
             if transition.observer is not None:
                 info = info._replace(n_gradients=info.n_gradients + 1)
+                self.report.n_gradients += len(state.position)
         warmup.update(state.position, rate)
         if self._iteration in self._refits:
             state = self._learn(state)
@@ -334,7 +336,6 @@ class Neural(PseudoMarginal):
         )
         self.surrogate = network
         self.report.trainings.append(training)
-        self.report.n_gradients = recorder.num_gradients
         last = self._iteration >= max([0, *self._refits])
         if last and not first:
             reason = self._not_worth_it(self._measure_rate())
@@ -374,11 +375,14 @@ class Neural(PseudoMarginal):
 
     def _conclude(self, state: State) -> State:
         """The decision at the end of warm-up."""
+        self._recording().calls.clear()
+        if not self._rates:
+            self._say("the surrogate that was given is followed, without a trial.")
+            return state
         self.report.acceptance = self._measure_rate()
-        reason = self._not_worth_it(self.report.acceptance) if self._rates else None
+        reason = self._not_worth_it(self.report.acceptance)
         if reason is not None:
             return self._give_up(state, reason)
-        self._recording().calls.clear()
         self._say(
             f"the surrogate is followed: {self.report.acceptance:.0%} of its proposals were "
             "accepted in the trial."
