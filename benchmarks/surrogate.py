@@ -115,7 +115,7 @@ def _lynx(*, quick: bool) -> Table:
         row, kept = ours(kernel, arguments, draws=draws, start=start)
         found[name] = kept.position.numpy()
         rows.append({"sampler": name} | row)
-    few = 10 if quick else 60
+    few = 10 if quick else 30
     times: list[float] = []
     stock = competitors.PyroNUTS(lotka_volterra, full_mass=True)
     begun = {key: value[0] for key, value in start.items()}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,7 +14,6 @@ from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import (
     Loss,
     Points,
-    Training,
     Trajectories,
     TrajectoryMatching,
     fit_energy,
@@ -32,7 +29,14 @@ from pyro_hamflow.mcmc.surrogate import (
     SurrogateDensity,
     TrustRegion,
 )
-from pyro_hamflow.mcmc.surrogate_costs import timed, training_seconds
+from pyro_hamflow.mcmc.surrogate_costs import (
+    SurrogateReport,
+    Trial,
+    affordable_steps,
+    not_worth_it,
+    timed,
+    training_seconds,
+)
 from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning
 from pyro_hamflow.mcmc.warmup import WarmUp
 from pyro_hamflow.model.potential import Potential
@@ -43,33 +47,10 @@ _FEWEST_GATHER, _MOST_GATHER = 12, 0.3
 _POINTS_PER_DIMENSION = 150
 _TRIAL_SHARE = 0.15
 _MOST_POINTS = 20_000
-_MOST_LOST = 0.1  # of the time that true gradients would take, spent in vain
 _GUESSED_STEPS = 8
+_FEWEST_STEPS = 200  # of the optimiser, that teach something
 _COMPILED = 0.1  # of an uncompiled program's time
 _FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
-
-
-@dataclass
-class SurrogateReport:
-    """How a surrogate came about, and what it is good for.
-
-    Attributes:
-        trainings: What each training took and reached, the first, and each after a refill of data.
-        n_gradients: True gradients spent on its data, over all chains.
-        acceptance: The share of its proposals that were accepted in the trial.
-        true_seconds: Of an iteration along true gradients, measured.
-        surrogate_seconds: Of an iteration of the surrogate, measured.
-        following: ``"surrogate"`` or ``"true gradients"``: what the draws follow.
-        reason: Why, in a sentence.
-    """
-
-    trainings: list[Training] = field(default_factory=list)
-    n_gradients: int = 0
-    acceptance: float = math.nan
-    true_seconds: float = math.nan
-    surrogate_seconds: float = math.nan
-    following: str = "surrogate"
-    reason: str = ""
 
 
 class Neural(PseudoMarginal):
@@ -117,7 +98,7 @@ class Neural(PseudoMarginal):
         *,
         surrogate: PotentialNetwork | AmortizedSurrogate | None = None,
         correction: str = "endpoint",
-        num_transitions: int = 3,
+        num_transitions: int = 1,
         true_share: float = 0.02,
         correlation: float = 0.0,
         trust_radius: float = 1.5,
@@ -152,7 +133,8 @@ class Neural(PseudoMarginal):
             raise ValueError(f"`correlation` is {correlation}: expected 0 <= correlation < 1")
         if not trust_radius > 0:
             raise ValueError(f"`trust_radius` is {trust_radius}: expected a positive number")
-        PotentialNetwork(1, hidden=hidden, outputs=outputs)  # refuses bad sizes
+        with torch.random.fork_rng():
+            PotentialNetwork(1, hidden=hidden, outputs=outputs)  # refuses bad sizes
         self.correction = correction
         self.num_transitions = num_transitions
         self.true_share = true_share
@@ -176,10 +158,9 @@ class Neural(PseudoMarginal):
         self._iteration = self._total = 0
         self._gathering = False
         self._refits: list[int] = []
-        self._steps: list[float] = []
-        self._rates: list[Tensor] = []
-        self._times: list[float] = []
+        self._trial = Trial()
         self._true_share = 0.0
+        self._training_steps = self.training_steps
 
     # --- from the first iteration to the last ----------------------------------------------------
 
@@ -256,11 +237,11 @@ class Neural(PseudoMarginal):
         recorder.tuning, first = warmup.tuning, len(recorder.calls)
         state, info = super().advance(state)
         recorder.settle(first, torch.zeros_like(info.accepted).long() + info.n_steps)
-        self._steps.append(float(torch.as_tensor(info.n_steps).max()))
+        self._trial.note(info, 0.0)
         self.report.n_gradients += int(torch.as_tensor(padded(info).n_gradients).sum())
         if self._iteration <= _FEWEST_GATHER // 3:
             recorder.calls.clear()  # from where chains came from
-            self._steps.clear()
+            self._trial = Trial()
         enough = self.training_points or _POINTS_PER_DIMENSION * (recorder.dimension + 2)
         full = self._iteration >= _FEWEST_GATHER and recorder.num_gradients >= enough
         if full or self._iteration >= _MOST_GATHER * self._total:
@@ -284,9 +265,7 @@ class Neural(PseudoMarginal):
         steps = self.draw_num_steps(warmup.tuning.step_size)
         state, info = transition.step(state, warmup.tuning, steps)
         synchronize(state.position)
-        self._times.append(time.perf_counter() - began)
-        self._rates.append(info.acceptance_rate)
-        self._steps.append(float(torch.as_tensor(info.n_steps).max()))
+        self._trial.note(info, time.perf_counter() - began)
         rate = info.acceptance_rate
         if isinstance(transition, EndpointTransition):
             if transition.inner_rate is not None:
@@ -331,14 +310,14 @@ class Neural(PseudoMarginal):
             network,
             examples,
             loss=self.loss,
-            steps=self.training_steps,
+            steps=self._training_steps,
             learning_rate=_FIRST_RATE if first else _LATER_RATE,
         )
         self.surrogate = network
         self.report.trainings.append(training)
         last = self._iteration >= max([0, *self._refits])
         if last and not first:
-            reason = self._not_worth_it(self._measure_rate())
+            reason = self._not_worth_it()
             if reason is not None:
                 return self._give_up(state, reason)
         return self._send_ahead(state, passing=not last)
@@ -348,7 +327,7 @@ class Neural(PseudoMarginal):
         assert self.surrogate is not None
         recorder, chains = self._recording(), len(state.position)
         potential = recorder.potential
-        self._rates, self._times, self._steps = [], [], []
+        self._trial = Trial()
         recorder.recording = passing
         if self.correction == "per leaf" and not passing:
             radius = self.trust_radius * float(self.surrogate.reach)
@@ -376,11 +355,11 @@ class Neural(PseudoMarginal):
     def _conclude(self, state: State) -> State:
         """The decision at the end of warm-up."""
         self._recording().calls.clear()
-        if not self._rates:
+        if not self._trial.rates:
             self._say("the surrogate that was given is followed, without a trial.")
             return state
-        self.report.acceptance = self._measure_rate()
-        reason = self._not_worth_it(self.report.acceptance)
+        self.report.acceptance = self._trial.rate
+        reason = self._not_worth_it()
         if reason is not None:
             return self._give_up(state, reason)
         self._say(
@@ -422,52 +401,36 @@ class Neural(PseudoMarginal):
         if not self.fallback:
             return None
         recorder = self._recording()
-        seconds = recorder.seconds / recorder.runs * sum(self._steps) / len(self._steps)
+        seconds = recorder.seconds / recorder.runs * self._trial.mean_steps
         return self._compare(seconds, recorder.potential)
 
     def _compare(self, seconds: float, potential: Potential) -> str | None:
-        """Why training would take too long, beside iterations of a length, if so."""
-        ahead = self._draws_ahead() * seconds
+        """Why training would take too long, beside iterations of a length, if so.
+
+        Where a full training would, it is cut short.
+        """
         each = training_seconds(potential, self.hidden)
-        training = each * self.training_steps * (1 + self.rounds)
-        if training <= _MOST_LOST * ahead:
+        ahead, fits = self._draws_ahead() * seconds, 1 + self.rounds
+        self._training_steps = min(self.training_steps, affordable_steps(ahead, each * fits))
+        if self._training_steps >= min(self.training_steps, _FEWEST_STEPS):
             return None
         return (
             f"the draws' gradients will take {ahead:.2g} seconds, and training would take "
-            f"{training:.2g}"
+            f"{each * fits * self.training_steps:.2g}"
         )
 
-    def _not_worth_it(self, acceptance: float) -> str | None:
+    def _not_worth_it(self) -> str | None:
         """Why the surrogate is worth less than true gradients, by what was measured, if so."""
-        potential, transition = self._recording().potential, self._running()[1]
-        chains = len(self._rates[-1])
-        position, noise = potential.vectors(chains)
-        gradient = timed(potential.program("gradient", chains), position, noise)
-        density = timed(potential.evaluate, position, noise)
-        mine = statistics.median(self._times)
-        if self._recording().recording:
-            mine -= gradient  # computed to learn from
-        steps = max(1.0, sum(self._steps) / len(self._steps))
-        if isinstance(transition, EndpointTransition):
-            each = max(mine - density, 0.0) / steps
-            steps /= transition.num_transitions
-            efficiency = acceptance / (2.0 - acceptance)
-        else:
-            each = max(mine / steps - density, 0.0)
-            efficiency = 1.0
-        true = steps * (gradient + each)
-        mine += self._true_share * true
-        self.report.true_seconds, self.report.surrogate_seconds = true, mine
-        if not self.fallback or efficiency * true > mine:
-            return None
-        return (
-            f"{acceptance:.0%} of the surrogate's proposals were accepted, at {1e3 * mine:.2g} "
-            f"milliseconds each, where an iteration along true gradients takes {1e3 * true:.2g}"
+        recorder, transition, rate = self._recording(), self._running()[1], self._trial.rate
+        report = self.report
+        report.true_seconds, report.surrogate_seconds = self._trial.costs(
+            recorder.potential, transition, self._true_share, observed=recorder.recording
         )
-
-    def _measure_rate(self) -> float:
-        rates = self._rates[len(self._rates) // 2 :]
-        return float(torch.stack(rates).mean()) if rates else math.nan
+        if not self.fallback:
+            return None
+        endpoint = isinstance(transition, EndpointTransition)
+        efficiency = rate / (2.0 - rate) if endpoint else 1.0  # proposals refused are repeated
+        return not_worth_it(rate, efficiency, report.true_seconds, report.surrogate_seconds)
 
     def _draws_ahead(self) -> int:
         planned = self.planned_draws
