@@ -107,7 +107,8 @@ def test_flow_of_a_random_network_is_reversible_and_keeps_volume():
 def bent(z):
     """A skewed energy and its gradient."""
     z = z.detach().requires_grad_()
-    value = 0.5 * z.square().sum(-1) + (z[:, 0] - 0.5 * z[:, 1]).exp() + 0.1 * z[:, 2].cos()
+    bend = torch.nn.functional.softplus(2.0 * z[:, 0] - z[:, 1])
+    value = 0.5 * z.square().sum(-1) + 2.0 * bend + 0.3 * z[:, 2].cos()
     (slope,) = torch.autograd.grad(value.sum(), z)
     return value.detach(), slope
 

@@ -16,11 +16,11 @@ from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import surrogate as surrogate_module
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.nuts import NUTSTransition
-from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh
 from pyro_hamflow.mcmc.surrogate import (
     EndpointTransition,
     JudgedDensity,
+    PerLeafConditionalTransition,
     PerLeafTransition,
     SurrogateDensity,
     TrustRegion,
@@ -322,7 +322,7 @@ def test_invariance_endpoint_with_noise(name, correlation):
 @pytest.mark.parametrize("name", ["prior-8", "by_hand-1"])
 def test_invariance_per_leaf_with_noise(name):
     leaf = per_leaf(make_target(name).potential, latent_network(name), "hmc")
-    check_latent(name, ConditionalTransition(leaf, CorrelatedRefresh()))
+    check_latent(name, PerLeafConditionalTransition(leaf, CorrelatedRefresh()))
 
 
 # --- the checks fail on spoilt samplers ---------------------------------------------------------

@@ -118,7 +118,7 @@ class PotentialNetwork(nn.Module):
         self.root.copy_(root)
         self.inverse_root.copy_(torch.linalg.inv(root))
         self.reach.copy_(self.whitened(position).square().sum(-1).quantile(0.99).sqrt())
-        if context is not None:
+        if context is not None and self.context_dimension:
             self.context_centre.copy_(context.mean(0))
             scale = context.std(0)
             self.context_scale.copy_(torch.where(scale > 0, scale, 1.0))

@@ -25,6 +25,7 @@ from pyro_hamflow.mcmc.recorder import Recorder, synchronize
 from pyro_hamflow.mcmc.surrogate import (
     EndpointTransition,
     JudgedDensity,
+    PerLeafConditionalTransition,
     PerLeafTransition,
     SurrogateDensity,
     TrustRegion,
@@ -336,7 +337,7 @@ class Neural(PseudoMarginal):
             inner = self.make_parameter_transition(cast(Potential, judged), chains)
             leaf = PerLeafTransition(potential, judged, inner)
             self._transition = (
-                ConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
+                PerLeafConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
             )
         else:
             density = SurrogateDensity(potential, self.surrogate, passing=passing)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
+from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
+from pyro_hamflow.mcmc.refresh import Refresh
 from pyro_hamflow.mcmc.transition import (
     Info,
     ParameterTransition,
@@ -314,3 +316,26 @@ class PerLeafTransition:
             surrogate_error=gain - (after.double() - before.double()),
         )
         return moved, info
+
+
+class PerLeafConditionalTransition(ConditionalTransition):
+    """Moves parameters per leaf with the noise held, then refreshes the noise.
+
+    Arguments:
+        inner: The move of the parameters.
+        refresh: The move of the noise.
+
+    Invariant:
+        As of :class:`~pyro_hamflow.mcmc.pseudo_marginal.ConditionalTransition`.
+    """
+
+    def __init__(self, inner: PerLeafTransition, refresh: Refresh) -> None:
+        super().__init__(inner, refresh)
+        self.density = inner.density
+
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        moved, info = super().step(state, tuning, num_steps)
+        # At the renewed noise, the energy is a density, and the gradient mostly learned.
+        asked = self.density.asked[-1].long() if self.density.trust is not None else 0
+        count = info.n_gradients - 1 + asked
+        return moved, info._replace(n_gradients=count, n_densities=info.n_densities + 1)
