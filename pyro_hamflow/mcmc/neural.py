@@ -48,9 +48,9 @@ _FEWEST_GATHER, _MOST_GATHER = 12, 0.3
 _POINTS_PER_DIMENSION = 150
 _TRIAL_SHARE = 0.15
 _MOST_POINTS = 20_000
-_GUESSED_STEPS = 8
+_GUESSED_STEPS = 16
 _FEWEST_STEPS = 200  # of the optimiser, that teach something
-_COMPILED = 0.1  # of an uncompiled program's time
+_COMPILED = 0.15  # of an uncompiled program's time
 _FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
 
 
