@@ -179,6 +179,17 @@ def test_surrogate_that_errs_is_given_up(monkeypatch):
     assert mcmc.draws.stats["acceptance_rate"].mean() > 0.6
 
 
+def test_where_nothing_can_be_learned_true_gradients_are_followed():
+    def edge():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("edge", torch.where(x.abs() > 1e-6, torch.nan, 0.0) * x)
+
+    start = {"x": torch.zeros(2)}
+    mcmc = run(learner(HNNHMC, edge), chains=2, draws=10, initial_params=start)
+    assert "nothing could be learned: 0 finite gradients were found" in mcmc.messages[0]
+    assert (mcmc.draws.position.abs() <= 1e-6).all()
+
+
 def test_short_warmup_is_told():
     mcmc = run(HNNNUTS(bowl), warmup=20)
     assert "nothing can be learned in 20 iterations of warm-up, below 60" in mcmc.messages[0]

@@ -199,7 +199,7 @@ class PotentialNetwork(nn.Module):
         Raises:
             ValueError: If the file holds something else.
         """
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, weights_only=True, map_location="cpu")
         if not isinstance(content, dict) or content.keys() != {"sizes", "weights"}:
             raise ValueError(f"'{path}' holds no potential network: expected sizes and weights")
         network = cls(**content["sizes"]).to(content["weights"]["centre"].dtype)

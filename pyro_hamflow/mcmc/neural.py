@@ -14,6 +14,7 @@ from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import (
     Loss,
     Points,
+    Training,
     Trajectories,
     TrajectoryMatching,
     fit_energy,
@@ -295,25 +296,11 @@ class Neural(PseudoMarginal):
 
     def _learn(self, state: State) -> State:
         """Fits the network to all that is known, and follows it."""
-        recorder, first = self._recording(), self.surrogate is None
-        potential = recorder.potential
-        points = recorder.points(_MOST_POINTS)
-        examples: Points | Trajectories = points
-        if isinstance(self.loss, TrajectoryMatching):
-            examples = recorder.trajectories(self.loss.num_steps, _MOST_POINTS)
-        network = self.surrogate
-        if network is None:
-            network = PotentialNetwork(
-                potential.dimension, hidden=self.hidden, outputs=self.outputs
-            ).to(potential.example)
-            network.whiten_by(points.position)
-        training = fit_energy(
-            network,
-            examples,
-            loss=self.loss,
-            steps=self._training_steps,
-            learning_rate=_FIRST_RATE if first else _LATER_RATE,
-        )
+        first = self.surrogate is None
+        try:
+            network, training = self._fit()
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            return self._give_up(state, f"nothing could be learned: {error}")
         self.surrogate = network
         self.report.trainings.append(training)
         last = self._iteration >= max([0, *self._refits])
@@ -322,6 +309,24 @@ class Neural(PseudoMarginal):
             if reason is not None:
                 return self._give_up(state, reason)
         return self._send_ahead(state, passing=not last)
+
+    def _fit(self) -> tuple[PotentialNetwork, Training]:
+        recorder, network = self._recording(), self.surrogate
+        potential, rate = recorder.potential, _LATER_RATE
+        points = recorder.points(_MOST_POINTS)
+        examples: Points | Trajectories = points
+        if isinstance(self.loss, TrajectoryMatching):
+            examples = recorder.trajectories(self.loss.num_steps, _MOST_POINTS)
+        if network is None:
+            rate = _FIRST_RATE
+            network = PotentialNetwork(
+                potential.dimension, hidden=self.hidden, outputs=self.outputs
+            ).to(potential.example)
+            network.whiten_by(points.position)
+        steps = self._training_steps
+        return network, fit_energy(
+            network, examples, loss=self.loss, steps=steps, learning_rate=rate
+        )
 
     def _send_ahead(self, state: State, *, passing: bool) -> State:
         """Follows the surrogate from here on; looks at true gradients too if it is passing."""

@@ -16,6 +16,7 @@ from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
+_FEWEST = 32
 _EXACT = 1e-3  # of a kick, by which neighbours along a trajectory may miss
 
 
@@ -120,6 +121,9 @@ class Recorder(StandIn):
         """What was found where draws may lie, the latest of it if there is more than asked for.
 
         Where chains came from, energies are so far from the typical ones that these would be lost.
+
+        Raises:
+            ValueError: If there is hardly anything.
         """
         kept: list[Call] = []
         for call in reversed(self.calls):
@@ -130,6 +134,8 @@ class Recorder(StandIn):
         rows = zip(*(call[:4] for call in kept[::-1]), strict=True)
         position, value, gradient, wanted = (torch.stack(row, 1).flatten(0, 1) for row in rows)
         good = wanted & value.isfinite() & gradient.isfinite().all(-1)
+        if int(good.sum()) < _FEWEST:
+            raise ValueError(f"{int(good.sum())} finite gradients were found, fewer than {_FEWEST}")
         good &= (value - value[good].median()).abs() < _TYPICAL * (self.dimension + 6)
         position, value, gradient = position[good], value[good], gradient[good]
         return Points(position, value, gradient, position[:, :0])
