@@ -272,7 +272,7 @@ def test_invariance_endpoint(quality, kind):
 
 @pytest.mark.parametrize("trust", [EVERYWHERE, NEARBY], ids=["everywhere", "nearby"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("quality", ["good", "bad", "random"])
+@pytest.mark.parametrize("quality", ["good", pytest.param("bad", marks=pytest.mark.slow), "random"])
 def test_invariance_per_leaf(quality, kind, trust):
     transition = per_leaf(skewed_potential(), network_of(quality), kind, trust=trust)
     num_steps = 4 if kind == "hmc" else MOST_POINTS
@@ -312,7 +312,9 @@ def check_latent(name, transition):
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
-@pytest.mark.parametrize("name", ["prior-8", "laplace-2", "by_hand-1"])
+@pytest.mark.parametrize(
+    "name", ["prior-8", pytest.param("laplace-2", marks=pytest.mark.slow), "by_hand-1"]
+)
 def test_invariance_endpoint_with_noise(name, correlation):
     potential = make_target(name).potential
     transition = endpoint(potential, latent_network(name), "hmc", correlation=correlation)

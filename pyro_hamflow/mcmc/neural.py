@@ -75,7 +75,7 @@ class Neural(PseudoMarginal):
         correlation: Of the noise before and after an endpoint move.
         trust_radius: How far from the centre, in multiples of the distance within which 99 of 100
             training points lie, the learned gradient is followed alone, where the correction is
-            per leaf; beyond one and a half times that, the true one is.
+            per leaf; beyond one and a half times that, the true one is. If infinite, nowhere.
         hidden: The widths of the network's hidden layers.
         outputs: How many outputs of it are summed.
         loss: What is made small in training; gradients and energies are matched if not given.
