@@ -200,7 +200,8 @@ class Neural(PseudoMarginal):
                 f"`surrogate` has dimension {given.dimension}: expected {potential.dimension}, as "
                 f"the model's sites {[site.name for site in potential.sites]} have"
             )
-        reason = self._hopeless(potential, position)
+        with torch.random.fork_rng():  # so that a run that learns nothing is the plain kernel's
+            reason = self._hopeless(potential, position)
         if reason is not None:
             self._say(f"true gradients are followed: {reason}.")
             self.report.following = "true gradients"

@@ -141,8 +141,8 @@ def timed(function: Callable[..., Any], *inputs: Tensor) -> float:
 
 def training_seconds(potential: Potential, hidden: Sequence[int]) -> float:
     """The seconds that a step of a network's training takes."""
-    z = torch.randn(_BATCH, potential.dimension).to(potential.example)
-    points = Points(z, 0.5 * z.square().sum(-1), z, z[:, :0])
-    network = PotentialNetwork(potential.dimension, hidden=hidden).to(z)
     with torch.random.fork_rng():
+        z = torch.randn(_BATCH, potential.dimension).to(potential.example)
+        points = Points(z, 0.5 * z.square().sum(-1), z, z[:, :0])
+        network = PotentialNetwork(potential.dimension, hidden=hidden).to(z)
         return fit_energy(network, points, steps=_STEPS).seconds / _STEPS
