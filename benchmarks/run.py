@@ -21,6 +21,7 @@ from benchmarks import (
     methods,
     nuts,
     steps,
+    surrogate,
 )
 from benchmarks.report import render, store
 from benchmarks.timing import prepare_compiler
@@ -35,6 +36,7 @@ TOPICS = {
     "methods": methods,
     "flows": flows,
     "marginal_guides": marginal_guides,
+    "surrogate": surrogate,
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 PROMISED = {
+    "neural_nuts": {"neural_nuts.png", "neural_nuts.pt"},
     "pseudo_marginal": {"pseudo_marginal.png"},
     "hamiltonian_flow_guide": {"hamiltonian_flow_guide.png"},
 }

@@ -89,6 +89,7 @@ class HamiltonianKernel(MCMCKernel):
         self._record = Record()
         self._last: Info | None = None
         self.messages: list[str] = []
+        self.planned_draws: int | None = None  # of each chain, where the runner tells
 
     @abstractmethod
     def make_parameter_transition(

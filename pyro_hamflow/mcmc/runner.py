@@ -158,6 +158,7 @@ class MCMC:
         kernel = self.kernel
         num_chains = self.num_chains if chain is None else 1
         initial = self._initial(chain)
+        kernel.planned_draws = self.num_samples
         began = time.perf_counter()
         state = kernel.begin(num_chains, self.warmup_steps, self._args, self._kwargs, initial)
         self.warmup_time += time.perf_counter() - began

@@ -52,6 +52,8 @@ class Info(NamedTuple):
             has such a part.
         tree_depth: How often the trajectory doubled, if that is how it grows.
         reached_max_treedepth: Whether it ended because it might not double again.
+        surrogate_accepted: Whether a draw was taken that a surrogate led to.
+        surrogate_error: By how much the surrogate misjudged the energy gained on the way there.
     """
 
     accepted: Tensor
@@ -61,10 +63,12 @@ class Info(NamedTuple):
     energy: Tensor
     n_steps: int | Tensor
     n_gradients: int | Tensor
-    n_densities: int
+    n_densities: int | Tensor
     refresh_rate: Tensor | None = None
     tree_depth: Tensor | None = None
     reached_max_treedepth: Tensor | None = None
+    surrogate_accepted: Tensor | None = None
+    surrogate_error: Tensor | None = None
 
 
 class Tuning(NamedTuple):

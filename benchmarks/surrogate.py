@@ -1,0 +1,207 @@
+"""Learned energies: effective draws per second and per gradient, training included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+
+from benchmarks import competitors, models
+from benchmarks.diagnostics import largest_rhat, largest_score, smallest_ess
+from benchmarks.lynx import lotka_volterra, lynx_starts, pelts
+from benchmarks.report import Row, Table, met
+from benchmarks.timing import nothing_compiled
+from pyro_hamflow import HNNNUTS, MCMC, NUTS, PseudoMarginalNUTS, marginalize
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
+from pyro_hamflow.mcmc.record import Draws
+from tests.targets import glmm
+
+ABOUT = "Learned energies: effective draws, training included"
+_DENSITY = 1.0 / 3.0  # of a gradient
+
+
+def measure(*, quick: bool) -> list[Table]:
+    """A costly gradient, two valleys, an estimated likelihood, and gradients too cheap to learn."""
+    return [
+        _lynx(quick=quick),
+        *(_rosenbrock(dimension, quick=quick) for dimension in ((3,) if quick else (3, 10))),
+        _glmm(quick=quick),
+        _cheap(quick=quick),
+    ]
+
+
+def rosenbrock(dimension: int) -> None:
+    """The valley of the literature, its energy divided by twenty."""
+    flat = dist.Normal(torch.zeros(dimension), 1.0).mask(False)  # noqa: FBT003
+    x = pyro.sample("x", flat.to_event(1))
+    bends = 100.0 * (x[1:] - x[:-1].square()).square() + (1.0 - x[:-1]).square()
+    pyro.factor("energy", -bends.sum() / 20.0)
+
+
+def ours(
+    kernel: HamiltonianKernel,
+    arguments: tuple[Any, ...],
+    *,
+    draws: int,
+    start: Any = None,
+    warmup: int | None = None,
+) -> tuple[Row, Draws]:
+    """One run of a kernel, four chains: every second and every gradient from the model on."""
+    mcmc = MCMC(
+        kernel,
+        draws,
+        warmup,
+        num_chains=4,
+        initial_params=start,
+        seed=0,
+        save_warmup=True,
+        disable_progbar=True,
+    )
+    with nothing_compiled():
+        began = time.perf_counter()
+        mcmc.run(*arguments)
+        whole = time.perf_counter() - began
+    least = smallest_ess(mcmc.draws.position.numpy())
+    stats = [mcmc.draws.stats, *([mcmc.warmup_draws.stats] if mcmc.warmup_draws else [])]
+    gradients = sum(float(part["n_gradients"].double().sum()) for part in stats)
+    densities = sum(float(part["n_densities"].double().sum()) for part in stats)
+    report = getattr(kernel, "report", None)
+    row: Row = {
+        "follows": report.following if report else "true gradients",
+        "before, s": whole - mcmc.sampling_time,
+        "sampling, s": mcmc.sampling_time,
+        "training, s": sum(t.seconds for t in report.trainings) if report else 0.0,
+        "accepted": float(mcmc.draws.stats["acceptance_rate"].mean()),
+        "gradients": gradients,
+        "densities": densities,
+        "smallest ESS": least,
+        "R-hat": largest_rhat(mcmc.draws.position.numpy()),
+        "ESS/s in all": least / whole,
+        "ESS/s": least / mcmc.sampling_time,
+        "ESS per 1,000 gradients": 1000 * least / (gradients + _DENSITY * densities),
+    }
+    return row, mcmc.draws
+
+
+def _versus(rows: list[Row], name: str) -> float:
+    """How many times the second row's figure the first one's is."""
+    return rows[0][name] / rows[1][name]
+
+
+def _says(rows: list[Row]) -> str:
+    return (
+        f"HNNNUTS makes {_versus(rows, 'ESS/s in all'):.3g} times the effective draws of NUTS per "
+        f"second with everything counted, {_versus(rows, 'ESS/s'):.3g} times in sampling alone, "
+        f"and {_versus(rows, 'ESS per 1,000 gradients'):.3g} times per gradient, those of warm-up "
+        "and training included, a density counted as a third."
+    )
+
+
+def _lynx(*, quick: bool) -> Table:
+    draws, arguments = 100 if quick else 1000, (pelts(),)
+    start = lynx_starts(4)
+    kernels: dict[str, HamiltonianKernel] = {
+        "HNNNUTS": HNNNUTS(lotka_volterra),
+        "NUTS": NUTS(lotka_volterra),
+    }
+    rows = []
+    found = {}
+    for name, kernel in kernels.items():
+        row, kept = ours(kernel, arguments, draws=draws, start=start)
+        found[name] = kept.position.numpy()
+        rows.append({"sampler": name} | row)
+    few = 10 if quick else 30
+    times: list[float] = []
+    stock = competitors.PyroNUTS(lotka_volterra, full_mass=True)
+    begun = {key: value[0] for key, value in start.items()}
+    mcmc = competitors.PyroMCMC(
+        stock,
+        num_samples=few,
+        warmup_steps=few,
+        initial_params=begun,
+        disable_progbar=True,
+        hook_fn=lambda *_: times.append(time.perf_counter()),
+    )
+    with pyro.validation_enabled(False):  # noqa: FBT003
+        mcmc.run(*arguments)
+    each = (times[-1] - times[few - 1]) / few
+    apart = found["HNNNUTS"].mean((0, 1)) - found["NUTS"].mean((0, 1))
+    apart = np.abs(apart / found["NUTS"].std((0, 1))).max()
+    gain = _versus(rows, "ESS/s in all")
+    return Table(
+        "Lotka-Volterra, lynx and hare, 8 parameters, 4 chains, nothing compiled",
+        rows,
+        f"{draws} draws of each chain, 250 iterations of warm-up. {_says(rows)} The means differ "
+        f"by {apart:.2g} posterior standard deviations at most. Pyro's NUTS, tuned for {few} "
+        f"iterations only, takes {each:.3g} seconds for a draw of one chain, where one of all four "
+        f"takes HNNNUTS {rows[0]['sampling, s'] / draws:.2g}.",
+        f"at least 10 times NUTS per second: {met(gain >= 10)} ({gain:.3g}).",
+    )
+
+
+def _rosenbrock(dimension: int, *, quick: bool) -> Table:
+    draws = 100 if quick else 500
+    kernels: dict[str, HamiltonianKernel] = {
+        "HNNNUTS": HNNNUTS(rosenbrock, fallback=False, num_transitions=5),
+        "NUTS": NUTS(rosenbrock),
+    }
+    rows = [
+        {"sampler": name} | ours(kernel, (dimension,), draws=draws)[0]
+        for name, kernel in kernels.items()
+    ]
+    gain = _versus(rows, "ESS per 1,000 gradients")
+    reach = "" if dimension != 3 else f"at least 10 times per gradient: {met(gain >= 10)}."
+    return Table(
+        f"The Rosenbrock density in {dimension} dimensions, 4 chains",
+        rows,
+        f"{draws} draws of each chain, five surrogate transitions for one density, the surrogate "
+        f"followed although gradients are cheap. {_says(rows)} No sampler with one step size "
+        "reaches the far ends of this valley: these figures compare samplers of what they reach.",
+        reach,
+    )
+
+
+def _glmm(*, quick: bool) -> Table:
+    draws = 50 if quick else 5000
+    arguments, reference = models.glmm_arguments(), models.glmm_reference()
+    rows = []
+    for kind in (HNNNUTS, PseudoMarginalNUTS):
+        kernel = kind(marginalize(glmm, ["x"]), compile=not quick)
+        row, kept = ours(kernel, arguments, draws=draws, start=models.glmm_starts(4))
+        score = largest_score(kept.position.numpy(), reference)
+        rows.append({"sampler": kind.__name__} | row | {"max |z|": score})
+    gain = _versus(rows, "ESS/s in all")
+    return Table(
+        "The GLMM, s = 3, two particles, 4 chains, compiled",
+        rows,
+        f"{draws} draws of each chain. {_says(rows).replace(' NUTS ', ' PseudoMarginalNUTS ')}",
+        f"at least 3 times per second, training included: {met(gain >= 3)} ({gain:.3g}).",
+    )
+
+
+def _cheap(*, quick: bool) -> Table:
+    cases: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "eight schools": (models.schools_noncentred, models.schools_data()),
+        "breast cancer": (models.logistic, models.logistic_data()),
+    }
+    rows, ratios = [], []
+    for name, (model, arguments) in cases.items():
+        pair = [
+            ours(kind(model), arguments, draws=50 if quick else 1000)[0] for kind in (HNNNUTS, NUTS)
+        ]
+        ratios.append(_versus(pair, "ESS/s in all"))
+        for kind, row in zip(("HNNNUTS", "NUTS"), pair, strict=True):
+            rows.append({"posterior": name, "sampler": kind} | row)
+    worst = min(ratios)
+    return Table(
+        "Where it would not pay, 4 chains, nothing compiled",
+        rows,
+        f"HNNNUTS measures, and follows true gradients: {', '.join(f'{r:.2g}' for r in ratios)} "
+        "times the effective draws of NUTS per second.",
+        f"never below 0.9: {met(worst >= 0.9)} ({worst:.2g}).",
+    )

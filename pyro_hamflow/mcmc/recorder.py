@@ -1,0 +1,166 @@
+"""What true gradients find on their way, kept to learn from."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.kinetic import velocity
+from pyro_hamflow.dynamics.training import Points, Trajectories
+from pyro_hamflow.mcmc.surrogate import StandIn
+from pyro_hamflow.mcmc.transition import Tuning
+from pyro_hamflow.model.capture import Program
+from pyro_hamflow.model.potential import Potential
+
+_TYPICAL = 3  # nats for each dimension, and six more, from the median energy
+_FEWEST = 32
+_EXACT = 1e-3  # of a kick, by which neighbours along a trajectory may miss
+
+
+def synchronize(example: Tensor) -> None:
+    """Waits for a device that computes behind Python's back, before time is read."""
+    if example.is_cuda:
+        torch.cuda.synchronize(example.device)
+
+
+class Call(NamedTuple):
+    """One evaluation of the true gradient.
+
+    Attributes:
+        position: Of shape ``(chains, dimension)``.
+        value: The potential, of shape ``(chains,)``.
+        gradient: Of shape ``(chains, dimension)``.
+        wanted: Whether the chain's trajectory had not ended before, of shape ``(chains,)``.
+        tuning: That of the trajectory.
+    """
+
+    position: Tensor
+    value: Tensor
+    gradient: Tensor
+    wanted: Tensor
+    tuning: Tuning | None
+
+    def step_sizes(self) -> Tensor:
+        """Of each chain."""
+        assert self.tuning is not None
+        return self.tuning.step_sizes(self.position)
+
+    def inverse_mass(self, count: int) -> Tensor:
+        """The inverse mass as a matrix, repeated."""
+        assert self.tuning is not None
+        mass = self.tuning.kinetic.inverse_mass
+        matrix = torch.diag(mass) if mass.dim() == 1 else mass
+        return matrix.expand(count, *matrix.shape)
+
+    def kick(self) -> Tensor:
+        """By how much the gradient bends the trajectory, of shape ``(chains, dimension)``."""
+        assert self.tuning is not None
+        speed = velocity(self.tuning.kinetic.inverse_mass, self.gradient)
+        return self.step_sizes()[:, None].square() * speed
+
+
+class Recorder(StandIn):
+    """A potential that keeps what its gradient finds.
+
+    The gradient runs as a program of its own, compiled if the potential's are, with Python around.
+
+    Arguments:
+        potential: The true one.
+
+    Attributes:
+        calls: What was found, in order.
+        recording: Whether more is kept.
+        tuning: What is noted with it.
+        seconds: How long the programs took.
+        runs: How often they ran.
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        super().__init__(potential)
+        self.calls: list[Call] = []
+        self.recording = True
+        self.tuning: Tuning | None = None
+        self.seconds = 0.0
+        self.runs = 0
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        """The gradient of every chain, kept."""
+        program = self.potential.program(kind, num_chains)
+
+        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            began = time.perf_counter()
+            value, slope = program(position, noise)
+            synchronize(value)
+            self.seconds += time.perf_counter() - began
+            self.runs += 1
+            if self.recording:
+                wanted = torch.ones_like(value, dtype=torch.bool)
+                self.calls.append(Call(position, value, slope, wanted, self.tuning))
+            return value, slope
+
+        return gradient
+
+    def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
+        """The function as it is, for it must call back."""
+        return function
+
+    def settle(self, first: int, num_steps: Tensor) -> None:
+        """Marks, from a call on, what was computed for chains whose trajectories had ended."""
+        for i, call in enumerate(self.calls[first:]):
+            self.calls[first + i] = call._replace(wanted=i < num_steps)
+
+    @property
+    def num_gradients(self) -> int:
+        """How many gradients were computed, over all chains."""
+        return sum(int(call.wanted.sum()) for call in self.calls)
+
+    def points(self, most: int) -> Points:
+        """What was found where draws may lie, the latest of it if there is more than asked for.
+
+        Where chains came from, energies are so far from the typical ones that these would be lost.
+
+        Raises:
+            ValueError: If there is hardly anything.
+        """
+        kept: list[Call] = []
+        for call in reversed(self.calls):
+            if sum(len(k.value) for k in kept) >= most:
+                break
+            kept.append(call)
+        # Chain by chain, so that neighbours along a trajectory stay neighbours.
+        rows = zip(*(call[:4] for call in kept[::-1]), strict=True)
+        position, value, gradient, wanted = (torch.stack(row, 1).flatten(0, 1) for row in rows)
+        good = wanted & value.isfinite() & gradient.isfinite().all(-1)
+        if int(good.sum()) < _FEWEST:
+            raise ValueError(f"{int(good.sum())} finite gradients were found, fewer than {_FEWEST}")
+        good &= (value - value[good].median()).abs() < _TYPICAL * (self.dimension + 6)
+        position, value, gradient = position[good], value[good], gradient[good]
+        return Points(position, value, gradient, position[:, :0])
+
+    def trajectories(self, num_steps: int, most: int) -> Trajectories:
+        """Stretches of true trajectories, the latest if there are more than asked for.
+
+        Three neighbours of a trajectory tell each other: the second difference of their positions
+        is the kick at the one between. Where that holds all along, a stretch was found.
+        """
+        calls = [call for call in self.calls if call.tuning is not None][-most:]
+        position = torch.stack([call.position for call in calls])  # calls, chains, dimension
+        kicks = torch.stack([call.kick() for call in calls])
+        second = position[2:] - 2.0 * position[1:-1] + position[:-2]
+        miss = (second + kicks[1:-1]).abs().amax(-1)
+        fine = miss <= _EXACT * kicks[1:-1].abs().amax(-1)
+        same = [a.tuning is b.tuning for a, b in zip(calls, calls[2:], strict=False)]
+        wanted = torch.stack([call.wanted for call in calls])
+        fine &= torch.tensor(same, device=fine.device)[:, None] & wanted[2:]
+        stretches = []
+        for start in range(len(calls) - num_steps):
+            whole = fine[start : start + num_steps - 1].all(0)
+            rows = position[start : start + num_steps + 1, whole].transpose(0, 1)
+            sizes = calls[start].step_sizes()[whole]
+            stretches.append((rows, sizes, calls[start].inverse_mass(int(whole.sum()))))
+        if not stretches:
+            raise ValueError(f"there is no true trajectory of {num_steps} steps to learn from")
+        return Trajectories(*(torch.cat(part) for part in zip(*stretches, strict=True)))

@@ -1,0 +1,121 @@
+"""Surrogates of all data sets of a model: what they know, and that it costs no exactness."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+
+from pyro_hamflow import HNNNUTS, MCMC, AmortizedSurrogate, learn_surrogate
+from pyro_hamflow.model.potential import Potential
+from tests.laws import scores
+
+SIZE = 6
+
+
+def decay(y):
+    """Counts that fall with time; two parameters."""
+    rate = pyro.sample("rate", dist.LogNormal(-1.0, 0.5))
+    level = pyro.sample("level", dist.Normal(2.0, 0.5))
+    time = torch.arange(SIZE).to(level)
+    pyro.sample("y", dist.Normal(level * torch.exp(-rate * time), 0.3).to_event(1), obs=y)
+
+
+@pytest.fixture(scope="module")
+def surrogate():
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    return learn_surrogate(decay, torch.zeros(SIZE), num_sets=500, training_steps=2000)
+
+
+def simulated(seed):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(SIZE + 2, generator=generator)
+    rate, level = (-1.0 + 0.5 * noise[0]).exp(), 2.0 + 0.5 * noise[1]
+    return torch.stack([rate.log(), level]), level * (-rate * torch.arange(SIZE)).exp() + (
+        0.3 * noise[2:]
+    )
+
+
+def draws_for(surrogate, y, *, draws=200, chains=8, warmup=60):
+    kernel = HNNNUTS(decay, surrogate=surrogate, fallback=False, true_share=0.0)
+    mcmc = MCMC(kernel, draws, warmup, num_chains=chains, seed=0, disable_progbar=True)
+    mcmc.run(y)
+    return mcmc
+
+
+def test_energy_given_data_is_the_models(surrogate):
+    found = []
+    for seed in range(5):
+        true, y = simulated(seed)
+        potential = Potential(decay, (y,))
+        z = true + 0.1 * torch.randn(100, 2)
+        error = surrogate.at(potential)(z) - potential.value(z, z[:, :0])
+        found.append(float(error.std()))
+    assert np.median(found) < 0.3, found
+    assert surrogate.training.best < 0.2 * surrogate.training.held_out[0]
+    assert surrogate.n_gradients > 500 * 9
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_draws_for_new_data_are_the_posteriors(surrogate, seed):
+    """Beside quadrature, and without a gradient of the model."""
+    _, y = simulated(seed)
+    mcmc = draws_for(surrogate, y)
+    stats = mcmc.draws.stats
+    assert stats["n_gradients"].sum() == 0
+    assert stats["acceptance_rate"].mean() > 0.6
+    assert not mcmc.kernel.report.trainings
+    potential = Potential(decay, (y,))
+    axes = [torch.linspace(-4.0, 2.0, 400), torch.linspace(-0.5, 5.0, 300)]
+    grid = torch.cartesian_prod(*axes)
+    weight = torch.softmax(-potential.value(grid, grid[:, :0]), 0)
+    truth = (weight[:, None] * torch.cat([grid, grid.square()], 1)).sum(0)
+    position = mcmc.draws.position
+    values = torch.cat([position, position.square()], -1).numpy()
+    assert abs(scores(values, truth)).max() < 4.0
+
+
+def test_other_data_are_refused(surrogate):
+    kernel = HNNNUTS(decay_of_any_length, surrogate=surrogate)
+    mcmc = MCMC(kernel, 5, 5, num_chains=2, disable_progbar=True)
+    with pytest.raises(ValueError, match=r"summary of the data has shape \(4,\): expected \(6,\)"):
+        mcmc.run(torch.zeros(4))
+
+
+def decay_of_any_length(y):
+    level = pyro.sample("level", dist.Normal(2.0, 0.5).expand([2]).to_event(1))
+    pyro.sample("y", dist.Normal(level[0], 0.3).expand([len(y)]).to_event(1), obs=y)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="`num_sets` is 0: expected a positive integer"):
+        learn_surrogate(decay, torch.zeros(SIZE), num_sets=0)
+    with pytest.raises(ValueError, match="the model observes nothing"):
+        learn_surrogate(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+
+
+def test_seed_repeats_training():
+    found = []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        learned = learn_surrogate(decay, torch.zeros(SIZE), num_sets=64, training_steps=50)
+        found.append(learned.network(torch.ones(1, 2), torch.ones(1, SIZE)))
+    assert torch.equal(*found)
+    assert isinstance(learned, AmortizedSurrogate)
+
+
+@pytest.mark.slow
+def test_prior_draws_rank_anywhere(surrogate):
+    """Simulation-based calibration, for which an amortised surrogate is made."""
+    ranks = []
+    for seed in range(200):
+        true, y = simulated(1000 + seed)
+        mcmc = draws_for(surrogate, y, draws=20, chains=31, warmup=30)
+        ranks.append((mcmc.draws.position[:, -1] < true).sum(0))
+    for values in torch.stack(ranks, 1):
+        found = torch.bincount(values // 4, minlength=8)
+        assert scipy.stats.chisquare(found.numpy()).pvalue > 1e-3, found

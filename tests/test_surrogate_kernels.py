@@ -1,0 +1,300 @@
+"""Kernels that learn: what they learn, tell, keep, refuse, and when they give up."""
+
+from __future__ import annotations
+
+import pickle
+
+import arviz
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+
+from pyro_hamflow import (
+    HMC,
+    HNNHMC,
+    HNNNUTS,
+    MCMC,
+    NUTS,
+    GradientMatching,
+    PotentialNetwork,
+    PseudoMarginalNUTS,
+    TrajectoryMatching,
+    marginalize,
+)
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.dynamics.training import Points, fit_energy
+from pyro_hamflow.mcmc import neural
+from pyro_hamflow.mcmc.transition import Tuning
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.results.inference_data import to_inference_data
+from tests.laws import assert_invariant, scores
+from tests.test_nuts import Y, latent
+from tests.test_surrogate_exactness import endpoint, per_leaf
+
+KERNELS = [HNNHMC, HNNNUTS]
+BEGIN = {"x": torch.tensor([[0.0, 3.0]] * 4)}
+
+
+def bowl():
+    pyro.sample("x", dist.Normal(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 0.5])).to_event(1))
+
+
+def rosenbrock(dimension):
+    """The chain of valleys of the literature on learned Hamiltonians."""
+    flat = dist.Normal(torch.zeros(dimension), 1.0).mask(False).to_event(1)
+    x = pyro.sample("x", flat)
+    bends = 100.0 * (x[1:] - x[:-1].square()).square() + (1.0 - x[:-1]).square()
+    pyro.factor("energy", -bends.sum() / 20.0)
+
+
+def run(kernel, *args, draws=60, warmup=80, chains=4, **settings):
+    mcmc = MCMC(kernel, draws, warmup, num_chains=chains, seed=0, disable_progbar=True, **settings)
+    mcmc.run(*args)
+    return mcmc
+
+
+def learner(kind, model=bowl, **settings):
+    return kind(model, **({"fallback": False, "training_steps": 200} | settings))
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_what_a_run_tells(kind):
+    kernel = learner(kind, rounds=2)
+    mcmc = run(kernel)
+    stats = mcmc.draws.stats
+    followed = ~stats["surrogate_error"].isnan()
+    assert stats["surrogate_error"].shape == (4, 60)
+    assert 0.9 < followed.double().mean() <= 1.0
+    assert (stats["n_densities"][followed] == 1).all()
+    assert (stats["n_gradients"][followed] == 0).all()
+    assert (stats["n_gradients"][~followed] > 0).all()
+    assert (stats["surrogate_accepted"] <= followed).all()
+    assert stats["surrogate_accepted"].double().mean() > 0.8
+    report = kernel.report
+    assert len(report.trainings) == 3
+    assert report.n_gradients >= report.trainings[-1].points > report.trainings[0].points
+    assert report.trainings[-1].budget == 200
+    assert report.acceptance > 0.8
+    assert "the surrogate is followed" in mcmc.messages[-1]
+    assert to_inference_data(mcmc).sample_stats["surrogate_accepted"].shape == (4, 60)
+
+
+@pytest.mark.parametrize("loss", [GradientMatching(0.0), TrajectoryMatching(3)], ids=repr)
+def test_losses_to_choose(loss):
+    kernel = learner(HNNNUTS, loss=loss, training_steps=400)
+    run(kernel)
+    assert kernel.report.acceptance > 0.7
+    assert kernel.report.trainings[-1].best < 0.05
+
+
+def test_per_leaf_run():
+    kernel = learner(HNNNUTS, correction="per leaf")
+    stats = run(kernel).draws.stats
+    assert (stats["n_densities"] == stats["n_steps"]).all()
+    assert stats["n_gradients"].double().mean() < 0.2 * stats["n_steps"].double().mean()
+
+
+@pytest.mark.parametrize("correction", ["endpoint", "per leaf"])
+@pytest.mark.parametrize("kind", [pytest.param(HNNHMC, marks=pytest.mark.slow), HNNNUTS])
+def test_pseudo_marginal_run(kind, correction):
+    kernel = learner(kind, marginalize(latent, ["x"], num_particles=4), correction=correction)
+    mcmc = run(kernel, Y)
+    assert mcmc.draws.local["x"].shape == (4, 60, 3)
+    assert mcmc.draws.stats["refresh_rate"].double().mean() > 0.3
+    assert mcmc.draws.stats["acceptance_rate"].mean() > 0.3
+
+
+def test_same_seed_same_draws():
+    first, second = (run(learner(HNNNUTS)).draws.position for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_single_precision():
+    torch.set_default_dtype(torch.float32)
+    mcmc = run(learner(HNNNUTS))
+    assert mcmc.draws.position.dtype == torch.float32
+    assert mcmc.draws.stats["energy_error"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_in_pyros_runner(kind):
+    kernel = learner(kind, rounds=1)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=50, warmup_steps=90, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["x"].shape == (50, 2)
+    record = mcmc.diagnostics()["acceptance rate"]
+    assert record["chain 0"] > 0.5
+    assert pickle.loads(pickle.dumps(kernel)).surrogate.dimension == 2
+
+
+def test_trained_surrogate_is_saved_and_passed_in(tmp_path):
+    first = learner(HNNNUTS)
+    run(first)
+    path = tmp_path / "surrogate.pt"
+    first.surrogate.save(path)
+    again = PotentialNetwork.load(path)
+    z = torch.randn(5, 2)
+    assert torch.equal(again(z), first.surrogate(z))
+    kernel = HNNNUTS(bowl, surrogate=again, fallback=False, true_share=0.0)
+    mcmc = run(kernel, warmup=30)
+    assert kernel.report.n_gradients == 0 and not kernel.report.trainings
+    assert mcmc.draws.stats["n_gradients"].sum() == 0
+    assert mcmc.draws.stats["acceptance_rate"].mean() > 0.8
+    assert torch.equal(again(z), first.surrogate(z)), "sampling has changed the network"
+    fixed = {"step_size": 0.5, "adapt_step_size": False}
+    mcmc = run(HNNHMC(bowl, surrogate=again, **fixed), warmup=0, initial_params=BEGIN)
+    assert "without a trial" in mcmc.messages[0]
+    assert mcmc.draws.stats["acceptance_rate"].mean() > 0.8
+
+
+# --- giving up ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "plain"), [(HNNHMC, HMC), (HNNNUTS, NUTS)])
+def test_cheap_gradients_are_followed(kind, plain):
+    kernel = kind(bowl)
+    mcmc = run(kernel)
+    assert "true gradients are followed: the draws' gradients will take" in mcmc.messages[0]
+    assert kernel.settings["following"] == "true gradients"
+    stats = mcmc.draws.stats
+    assert not stats["surrogate_accepted"].any()
+    assert (stats["n_gradients"] == stats["n_steps"]).all()
+    assert torch.equal(mcmc.draws.position, run(plain(bowl)).draws.position)
+
+
+def test_surrogate_that_errs_is_given_up(monkeypatch):
+    monkeypatch.setattr(neural.Neural, "_compare", lambda self, *_: None)
+    wrong = neural.fit_energy
+
+    def spoil(network, *inputs, **settings):
+        training = wrong(network, *inputs, **settings)
+        with torch.no_grad():
+            network.slope += 4.0
+        return training
+
+    monkeypatch.setattr(neural, "fit_energy", spoil)
+    mcmc = run(HNNNUTS(bowl, training_steps=100))
+    assert "of the surrogate's proposals were accepted" in mcmc.messages[-1]
+    assert "true gradients are followed" in mcmc.messages[-1]
+    assert mcmc.draws.stats["n_gradients"].min() > 0
+    assert mcmc.draws.stats["acceptance_rate"].mean() > 0.6
+
+
+def test_where_nothing_can_be_learned_true_gradients_are_followed():
+    def edge():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("edge", torch.where(x.abs() > 1e-6, torch.nan, 0.0) * x)
+
+    start = {"x": torch.zeros(2)}
+    kernel = learner(HNNHMC, edge, step_size=0.5, adapt_step_size=False, adapt_mass=False)
+    mcmc = run(kernel, chains=2, draws=10, initial_params=start)
+    assert "nothing could be learned: 0 finite gradients were found" in mcmc.messages[0]
+    assert (mcmc.draws.position.abs() <= 1e-6).all()
+
+
+def test_short_warmup_is_told():
+    mcmc = run(HNNNUTS(bowl), warmup=20)
+    assert "nothing can be learned in 20 iterations of warm-up, below 60" in mcmc.messages[0]
+    with pytest.raises(ValueError, match="`warmup_steps` is 20: expected 60 or more"):
+        run(HNNNUTS(bowl, fallback=False), warmup=20)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"surrogate": "net"}, TypeError, "`surrogate` is a str: expected a PotentialNetwork"),
+        ({"correction": "none"}, ValueError, "`correction` is 'none': expected one of"),
+        ({"num_transitions": 0}, ValueError, "`num_transitions` is 0: expected an integer, 1"),
+        ({"rounds": 1.5}, ValueError, "`rounds` is 1.5: expected an integer"),
+        ({"true_share": 2.0}, ValueError, "`true_share` is 2.0: expected 0 <="),
+        ({"correlation": 1.0}, ValueError, "`correlation` is 1.0: expected 0 <="),
+        ({"trust_radius": 0.0}, ValueError, "`trust_radius` is 0.0: expected a positive"),
+        ({"hidden": ()}, ValueError, "`hidden` is empty"),
+        ({"hidden": (8, 0)}, ValueError, r"`hidden\[1\]` is 0: expected a positive integer"),
+    ],
+)
+def test_bad_settings_are_refused(settings, error, match):
+    with pytest.raises(error, match=match):
+        HNNNUTS(bowl, **settings)
+
+
+def test_surrogate_of_another_model_is_refused():
+    kernel = HNNNUTS(bowl, surrogate=PotentialNetwork(3))
+    with pytest.raises(
+        ValueError, match=r"has dimension 3: expected 2, as the model's sites \['x'"
+    ):
+        run(kernel)
+
+
+# --- truths -------------------------------------------------------------------------------------
+
+# Means of some coordinates, by quadrature along the chain.
+ROSENBROCK = {
+    3: ([0, 1, 2], [0.1658, 1.6711, 5.9787]),
+    10: ([0, 1, 8, 9], [0.0363, 0.3178, 0.2343, 0.4125]),
+    100: ([0, 1, 98, 99], [0.0358, 0.3124, 0.2173, 0.3549]),
+}
+
+
+def rosenbrock_draws(dimension, count, particles=400_000):
+    """Draws by a particle filter: given one coordinate, the next is normal about its square."""
+    torch.manual_seed(0)
+    x = torch.empty(particles, 1).uniform_(-7.0, 7.0)
+    for i in range(dimension):
+        if i < dimension - 1:
+            weight = torch.exp(-(1.0 - x[:, -1]).square() / 20.0)
+            x = x[torch.multinomial(weight, particles, replacement=True)]
+            x = torch.cat([x, x[:, -1:].square() + 0.1**0.5 * torch.randn(particles, 1)], 1)
+    return x[torch.randperm(particles)[:count]]
+
+
+@pytest.mark.parametrize("correction", ["endpoint", "per leaf"])
+@pytest.mark.parametrize("dimension", [3, 10, pytest.param(100, marks=pytest.mark.slow)])
+def test_moments_of_rosenbrock(dimension, correction):
+    """Chains begun at draws of the density keep the moments that quadrature gives.
+
+    Its valley is far too long and thin to be seen whole by chains that begin in one place.
+    """
+    chains = 4000
+    position = rosenbrock_draws(dimension, chains)
+    places, truth = ROSENBROCK[dimension]
+    potential = Potential(rosenbrock, (dimension,))
+    value, slope, _ = potential.gradients(position, position[:, :0])
+    points = Points(position, value, slope, position[:, :0])
+    network = PotentialNetwork(dimension)
+    network.whiten_by(position)
+    fit_energy(network, points, steps=600, learning_rate=1e-2)
+    make = endpoint if correction == "endpoint" else per_leaf
+    transition = make(potential, network, "nuts", chains)
+    state = transition.begin(position, position[:, :0])
+    tuning = Tuning(0.15, GaussianKinetic(torch.ones(dimension)))
+    for _ in range(3):
+        state, info = transition.step(state, tuning, 31)
+    moved = (state.position != position).any(-1).double().mean()
+    assert moved > (0.5 if dimension < 100 or correction == "per leaf" else 0.01)
+    if dimension < 100:
+        assert_invariant({"x": position[:, places]}, {"x": state.position[:, places]})
+    spread = state.position[:, places].std(0) / chains**0.5
+    score = (state.position[:, places].mean(0) - torch.tensor(truth)) / spread
+    assert score.abs().max() < 4.0
+
+
+@pytest.mark.slow
+def test_draws_are_those_of_nuts():
+    """Means of a skewed posterior, beside those along true gradients."""
+    marginal = marginalize(latent, ["x"], num_particles=8)
+    found = {}
+    for name, kernel in {
+        "learned": HNNNUTS(marginal, fallback=False, training_steps=300),
+        "true": PseudoMarginalNUTS(marginal),
+    }.items():
+        mcmc = run(kernel, Y, draws=400, warmup=150, chains=16)
+        found[name] = mcmc.draws.position[..., :2].numpy()
+    a, b = found["learned"], found["true"]
+    error = arviz.mcse(arviz.convert_to_dataset({"v": b}))["v"].to_numpy()
+    assert abs(scores(a, b.mean((0, 1)), error)).max() < 4.0
