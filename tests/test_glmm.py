@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ import pyro_hamflow as phf
 from tests.laws import scores
 from tests.targets import glmm, glmm_data
 
+# The largest of 500 scores is beyond this in two runs of a thousand, as if one number were.
+LARGEST_OF_EFFECTS = NormalDist().inv_cdf(1.0 - 0.002 / 500 / 2)
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "glmm.json").read_text())["3"]
 
 
@@ -103,10 +106,10 @@ def test_posterior_of_nuts_agrees_with_quadrature(method):
     ],
 )
 def test_long_runs_agree_with_quadrature(kernel, num_particles, num_samples, method):
-    """Every parameter and every one of the 500 effects within four standard errors."""
+    """Every parameter within four standard errors, and the effects as far as 500 may be."""
     mcmc = run(num_particles, method, num_samples=num_samples, kernel=kernel, compile=True)
     assert np.abs(parameter_scores(mcmc)).max() < 4.0
-    assert np.abs(effect_scores(mcmc)).max() < 4.0
+    assert np.abs(effect_scores(mcmc)).max() < LARGEST_OF_EFFECTS
 
 
 def test_a_biased_sampler_is_noticed(monkeypatch):
