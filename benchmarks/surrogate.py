@@ -170,16 +170,24 @@ def _glmm(*, quick: bool) -> Table:
     draws = 50 if quick else 5000
     arguments, reference = models.glmm_arguments(), models.glmm_reference()
     rows = []
-    for kind in (HNNNUTS, PseudoMarginalNUTS):
-        kernel = kind(marginalize(glmm, ["x"]), compile=not quick)
+    kernels: dict[str, HamiltonianKernel] = {
+        "HNNNUTS": HNNNUTS(
+            marginalize(glmm, ["x"], num_particles=8), training_points=5000, compile=not quick
+        ),
+        "PseudoMarginalNUTS": PseudoMarginalNUTS(marginalize(glmm, ["x"]), compile=not quick),
+    }
+    for name, kernel in kernels.items():
         row, kept = ours(kernel, arguments, draws=draws, start=models.glmm_starts(4))
         score = largest_score(kept.position.numpy(), reference)
-        rows.append({"sampler": kind.__name__} | row | {"max |z|": score})
+        rows.append({"sampler": name} | row | {"max |z|": score})
     gain = _versus(rows, "ESS/s in all")
     return Table(
-        "The GLMM, s = 3, two particles, 4 chains, compiled",
+        "The GLMM, s = 3, 4 chains, compiled",
         rows,
-        f"{draws} draws of each chain. {_says(rows).replace(' NUTS ', ' PseudoMarginalNUTS ')}",
+        f"{draws} draws of each chain, PseudoMarginalNUTS with as many particles as its proposal "
+        "chooses. HNNNUTS has eight and learns from 5,000 gradients: the setting that did best of "
+        "five in trials of 500 draws, uncompiled. By default, it falls back here. "
+        f"{_says(rows).replace(' NUTS ', ' PseudoMarginalNUTS ')}",
         f"at least 3 times per second, training included: {met(gain >= 3)} ({gain:.3g}).",
     )
 

@@ -25,7 +25,7 @@ from pyro_hamflow import (
 )
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
-from pyro_hamflow.mcmc import neural
+from pyro_hamflow.mcmc import learner as learning
 from pyro_hamflow.mcmc.transition import Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.results.inference_data import to_inference_data
@@ -165,8 +165,8 @@ def test_cheap_gradients_are_followed(kind, plain):
 
 
 def test_surrogate_that_errs_is_given_up(monkeypatch):
-    monkeypatch.setattr(neural.Neural, "_compare", lambda self, *_: None)
-    wrong = neural.fit_energy
+    monkeypatch.setattr(learning.Learner, "too_dear", lambda *_: None)
+    wrong = learning.fit_energy
 
     def spoil(network, *inputs, **settings):
         training = wrong(network, *inputs, **settings)
@@ -174,7 +174,7 @@ def test_surrogate_that_errs_is_given_up(monkeypatch):
             network.slope += 4.0
         return training
 
-    monkeypatch.setattr(neural, "fit_energy", spoil)
+    monkeypatch.setattr(learning, "fit_energy", spoil)
     mcmc = run(HNNNUTS(bowl, training_steps=100))
     assert "of the surrogate's proposals were accepted" in mcmc.messages[-1]
     assert "true gradients are followed" in mcmc.messages[-1]

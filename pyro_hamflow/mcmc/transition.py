@@ -71,6 +71,20 @@ class Info(NamedTuple):
     surrogate_error: Tensor | None = None
 
 
+def padded(info: Info) -> Info:
+    """With all statistics of each chain, those of a surrogate included if none was followed."""
+    still = torch.zeros_like(info.accepted)
+    count, none = still.long(), torch.full_like(info.energy, torch.nan)
+    accepted, error = info.surrogate_accepted, info.surrogate_error
+    return info._replace(
+        n_steps=info.n_steps + count,
+        n_gradients=info.n_gradients + count,
+        n_densities=info.n_densities + count,
+        surrogate_accepted=still if accepted is None else accepted,
+        surrogate_error=none if error is None else error,
+    )
+
+
 class Tuning(NamedTuple):
     """What warm-up adapts.
 

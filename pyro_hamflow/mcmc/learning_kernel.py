@@ -1,0 +1,332 @@
+"""A run along a learned energy: true gradients, a network, a trial, a decision, and draws."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.energies import PotentialNetwork
+from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
+from pyro_hamflow.mcmc.learner import Learner, Lessons
+from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
+from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
+from pyro_hamflow.mcmc.recorder import synchronize
+from pyro_hamflow.mcmc.surrogate import (
+    EndpointTransition,
+    JudgedDensity,
+    PerLeafConditionalTransition,
+    PerLeafTransition,
+    SurrogateDensity,
+    TrustRegion,
+)
+from pyro_hamflow.mcmc.surrogate_costs import (
+    SurrogateReport,
+    Trial,
+    not_worth_it,
+    timed,
+)
+from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
+from pyro_hamflow.mcmc.warmup import WarmUp
+from pyro_hamflow.model.potential import Potential
+
+_FEWEST_WARMUP = 60
+_GUESSED_STEPS = 16
+_COMPILED = 0.15  # of an uncompiled program's time
+
+
+class LearningKernel(PseudoMarginal):
+    """What a kernel does with the choices of :class:`~pyro_hamflow.mcmc.neural.Neural`.
+
+    Each iteration is of one kind: it gathers true gradients, explores along the surrogate while
+    that is learned and tried, or draws.
+
+    Attributes:
+        lessons: What is learned.
+        surrogate: The network that is followed.
+        report: What it took to learn it, and what it is good for.
+    """
+
+    lessons: Lessons
+    correction: str
+    num_transitions: int
+    true_share: float
+    correlation: float
+    trust_radius: float
+    fallback: bool
+    given: PotentialNetwork | AmortizedSurrogate | None
+
+    def start_over(self, warmup_steps: int) -> None:
+        """Forgets all of a run, to begin another with this much warm-up."""
+        self.report = SurrogateReport()
+        self.surrogate: PotentialNetwork | None = None
+        self._learner: Learner | None = None
+        self._true: Transition | None = None
+        self._iteration, self._total = 0, warmup_steps
+        self._gathering = False
+        self._trial = Trial()
+        self._true_share = 0.0
+
+    # --- from the first iteration to the last ----------------------------------------------------
+
+    def begin(
+        self,
+        num_chains: int,
+        warmup_steps: int,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        initial_params: Mapping[str, Tensor] | None = None,
+    ) -> State:
+        self.start_over(warmup_steps)
+        state = super().begin(num_chains, warmup_steps, args, kwargs, initial_params)
+        if self._learner is not None:
+            self._learner.recorder.calls.clear()
+            tuning = self._running()[0].tuning
+            self._gathering = self.given is None
+            if not self._gathering:
+                self._warmup = self._new_warmup(tuning, warmup_steps)
+                state = self._send_ahead(state, passing=False)
+                if warmup_steps == 0:
+                    state = self._conclude(state)
+        return state
+
+    def make_transition(self, potential: Potential, position: Tensor) -> Transition:
+        given = self.given
+        if isinstance(given, AmortizedSurrogate):
+            given = given.at(potential)
+        self.surrogate = given
+        if given is not None and given.dimension != potential.dimension:
+            raise ValueError(
+                f"`surrogate` has dimension {given.dimension}: expected {potential.dimension}, as "
+                f"the model's sites {[site.name for site in potential.sites]} have"
+            )
+        learner = Learner(potential, self.lessons, self._total)
+        with torch.random.fork_rng():  # so that a run that learns nothing is the plain kernel's
+            reason = self._hopeless(learner, position)
+        if reason is not None:
+            self._say(f"true gradients are followed: {reason}.")
+            self.report.following = "true gradients"
+            return self._make_true(potential, position)
+        self._learner = learner
+        inner = self.make_parameter_transition(cast(Potential, learner.recorder), len(position))
+        self._true = ConditionalTransition(inner, self.refresh) if potential.noise_sites else inner
+        return self._true
+
+    def _make_true(self, potential: Potential, position: Tensor) -> Transition:
+        """What the kernel would be without a surrogate."""
+        if potential.noise_sites:
+            return super().make_transition(potential, position)
+        return self.make_parameter_transition(potential, len(position))
+
+    def advance(self, state: State) -> tuple[State, Info]:
+        """One iteration of all chains; gathers, learns and tries while warm-up lasts."""
+        if self._learner is None:
+            state, info = super().advance(state)
+            return state, padded(info)
+        self._iteration += 1
+        if self._gathering:
+            return self._gather(state)
+        warmup, transition = self._running()
+        if warmup.finished:
+            if self.true_share and float(torch.rand(())) < self._true_share:
+                return self._follow_truth(state)
+            steps = self.draw_num_steps(warmup.tuning.step_size)
+            state, info = transition.step(state, warmup.tuning, steps)
+            return state, padded(info)
+        return self._explore(state)
+
+    def _gather(self, state: State) -> tuple[State, Info]:
+        """An iteration along true gradients, kept; the first training after the last of them."""
+        learner, (warmup, _) = self._learning(), self._running()
+        recorder = learner.recorder
+        recorder.tuning, first = warmup.tuning, len(recorder.calls)
+        state, info = super().advance(state)
+        recorder.settle(first, torch.zeros_like(info.accepted).long() + info.n_steps)
+        self._trial.note(info, 0.0)
+        self.report.n_gradients += int(torch.as_tensor(padded(info).n_gradients).sum())
+        if learner.forget_start(self._iteration):
+            self._trial = Trial()
+        if learner.knows_enough(self._iteration):
+            self._gathering = False
+            self._warmup = self._new_warmup(warmup.tuning, self._total - self._iteration)
+            reason = self._too_dear()
+            if reason is not None:
+                return self._give_up(state, reason), padded(info)
+            state = self._learn(state)
+        return state, padded(info)
+
+    def _explore(self, state: State) -> tuple[State, Info]:
+        """An iteration along the surrogate; true gradients at its proposals while it learns."""
+        warmup, transition = self._running()
+        began = time.perf_counter()
+        steps = self.draw_num_steps(warmup.tuning.step_size)
+        state, info = transition.step(state, warmup.tuning, steps)
+        synchronize(state.position)
+        self._trial.note(info, time.perf_counter() - began)
+        rate = info.acceptance_rate
+        if isinstance(transition, EndpointTransition):
+            if transition.inner_rate is not None:
+                rate = transition.inner_rate
+            if transition.observer is not None:
+                info = info._replace(n_gradients=info.n_gradients + 1)
+                self.report.n_gradients += len(state.position)
+        warmup.update(state.position, rate)
+        if self._iteration in self._learning().refits:
+            state = self._learn(state)
+        elif warmup.finished:
+            state = self._conclude(state)
+        return state, padded(info)
+
+    def _follow_truth(self, state: State) -> tuple[State, Info]:
+        """A transition along true gradients among those of the surrogate."""
+        assert self._true is not None
+        tuning = self._running()[0].tuning
+        begun = self._true.begin(state.position, state.noise)
+        moved, info = self._true.step(begun, tuning, self.draw_num_steps(tuning.step_size))
+        densities = info.n_densities + (1 if state.noise.shape[1] else 0)
+        info = info._replace(n_gradients=info.n_gradients + 1, n_densities=densities)
+        return moved._replace(gradient=torch.zeros_like(state.position)), padded(info)
+
+    # --- learning ---------------------------------------------------------------------------------
+
+    def _learn(self, state: State) -> State:
+        """Fits the network to all that is known, and follows it."""
+        learner, first = self._learning(), self.surrogate is None
+        try:
+            training = learner.fit()
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            return self._give_up(state, f"nothing could be learned: {error}")
+        self.surrogate = learner.network
+        self.report.trainings.append(training)
+        last = learner.is_last(self._iteration)
+        if last and not first:
+            reason = self._not_worth_it()
+            if reason is not None:
+                return self._give_up(state, reason)
+        return self._send_ahead(state, passing=not last)
+
+    def _send_ahead(self, state: State, *, passing: bool) -> State:
+        """Follows the surrogate from here on; looks at true gradients too if it is passing."""
+        assert self.surrogate is not None
+        recorder, chains = self._learning().recorder, len(state.position)
+        potential = recorder.potential
+        self._trial = Trial()
+        recorder.recording = passing
+        if self.correction == "per leaf" and not passing:
+            radius = self.trust_radius * float(self.surrogate.reach)
+            trust = TrustRegion(radius, 1.5 * radius) if math.isfinite(radius) else None
+            judged = JudgedDensity(potential, self.surrogate, trust)
+            inner = self.make_parameter_transition(cast(Potential, judged), chains)
+            leaf = PerLeafTransition(potential, judged, inner)
+            self._transition = (
+                PerLeafConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
+            )
+        else:
+            density = SurrogateDensity(potential, self.surrogate, passing=passing)
+            self._transition = endpoint = EndpointTransition(
+                potential,
+                density,
+                self.make_parameter_transition(cast(Potential, density), chains),
+                num_transitions=1 if passing else self.num_transitions,
+                correlation=self.correlation,
+            )
+            self._true_share = 0.0 if passing else self.true_share
+            if passing:
+                endpoint.observer = recorder.graph("gradient", chains)
+        return self._transition.begin(state.position, state.noise)
+
+    def _conclude(self, state: State) -> State:
+        """The decision at the end of warm-up."""
+        self._learning().recorder.calls.clear()
+        if not self._trial.rates:
+            self._say("the surrogate that was given is followed, without a trial.")
+            return state
+        self.report.acceptance = self._trial.rate
+        reason = self._not_worth_it()
+        if reason is not None:
+            return self._give_up(state, reason)
+        self._say(
+            f"the surrogate is followed: {self.report.acceptance:.0%} of its proposals were "
+            "accepted in the trial."
+        )
+        return state
+
+    def _give_up(self, state: State, reason: str) -> State:
+        """Follows true gradients from here on."""
+        potential, tuning = self._learning().recorder.potential, self._running()[0].tuning
+        self._learner = None
+        self.report.following = "true gradients"
+        self._say(f"true gradients are followed: {reason}.")
+        self._transition = self._make_true(potential, state.position)
+        self._warmup = self._new_warmup(tuning, self._total - self._iteration)
+        return self._transition.begin(state.position, state.noise)
+
+    # --- what pays --------------------------------------------------------------------------------
+
+    def _hopeless(self, learner: Learner, position: Tensor) -> str | None:
+        """Why not even to begin, if so."""
+        total, fewest = self._total, _FEWEST_WARMUP
+        if self.given is None and total < fewest:
+            if not self.fallback:
+                raise ValueError(
+                    f"`warmup_steps` is {total}: expected {fewest} or more, to learn a surrogate in"
+                )
+            return f"nothing can be learned in {total} iterations of warm-up, below {fewest}"
+        if not self.fallback or self.given is not None:
+            return None
+        potential = learner.recorder.potential
+        noise = potential.draw_noise(len(position))
+        seconds = timed(potential.graph("gradient", len(position)), position, noise)
+        seconds *= _COMPILED if self.compile else 1.0
+        return learner.too_dear(_GUESSED_STEPS * seconds * self._draws_ahead())
+
+    def _too_dear(self) -> str | None:
+        """Why not to train after all, if so."""
+        if not self.fallback:
+            return None
+        learner = self._learning()
+        seconds = learner.recorder.seconds / learner.recorder.runs * self._trial.mean_steps
+        return learner.too_dear(seconds * self._draws_ahead())
+
+    def _not_worth_it(self) -> str | None:
+        """Why the surrogate is worth less than true gradients, by what was measured, if so."""
+        recorder, transition = self._learning().recorder, self._running()[1]
+        rate = self._trial.rate
+        report = self.report
+        report.true_seconds, report.surrogate_seconds = self._trial.costs(
+            recorder.potential, transition, self._true_share, observed=recorder.recording
+        )
+        if not self.fallback:
+            return None
+        endpoint = isinstance(transition, EndpointTransition)
+        efficiency = rate / (2.0 - rate) if endpoint else 1.0  # proposals refused are repeated
+        return not_worth_it(rate, efficiency, report.true_seconds, report.surrogate_seconds)
+
+    def _draws_ahead(self) -> int:
+        planned = self.planned_draws
+        return 2 * self._total if planned is None else planned
+
+    def _learning(self) -> Learner:
+        assert self._learner is not None
+        return self._learner
+
+    def _new_warmup(self, tuning: Tuning, steps: int) -> WarmUp:
+        return WarmUp(
+            tuning.step_size,
+            tuning.kinetic,
+            steps,
+            target=self.target_accept,
+            adapt_step_size=self.adapt_step_size,
+            adapt_mass=self.adapt_mass,
+        )
+
+    def _say(self, sentence: str) -> None:
+        self.report.reason = sentence
+        self.messages.append(f"{type(self).__name__}: {sentence}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_learner": None, "_true": None}
