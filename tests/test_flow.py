@@ -28,7 +28,7 @@ FLOWS = {
     "classical": {},
     "classical, stiff": {"stiffness": 1.0, "num_steps": 3},
     "relativistic": {"kinetic": RelativisticKinetic},
-    "neural": {"kinetic": partial(NeuralKinetic, hidden=(16,))},
+    "neural": {"kinetic": partial(NeuralKinetic, hidden=(16,), inverse_mass=None)},
     "symmetric": {
         "symmetric": True,
         "kinetic": partial(NeuralKinetic, hidden=(16,), symmetric=True),
@@ -158,7 +158,13 @@ def test_gradient_in_closed_form_and_its_derivative(hidden, symmetric):
 
 
 @pytest.mark.parametrize(
-    "kinetic", [LearnedGaussianKinetic, RelativisticKinetic, partial(NeuralKinetic, hidden=(6,))]
+    "kinetic",
+    [
+        LearnedGaussianKinetic,
+        RelativisticKinetic,
+        partial(NeuralKinetic, hidden=(6,)),
+        partial(NeuralKinetic, hidden=(6,), inverse_mass=None),
+    ],
 )
 def test_velocity_is_the_gradient_of_the_energy(kinetic):
     energy = rough(kinetic(DIMENSION))
