@@ -48,9 +48,8 @@ def measure(*, quick: bool) -> list[Table]:
             "FlowMH: 20 chains of 500. Gaps are the largest, over all parameters, between means "
             "and those of pseudo-marginal NUTS, in posterior standard deviations, and the same "
             "between standard deviations. Seconds include everything but imports and the pilot. "
-            "The bound counts the estimate's variance, which changes with the parameters, so that "
-            "the guide leans to where it is small, and its weights are as noisy as the estimate: "
-            "guides want more particles than pseudo-marginal NUTS, which these runs do not give.",
+            "The estimate's noise is part of a guide's weights, and more particles make both less "
+            "noisy.",
         )
     ]
 

@@ -33,7 +33,7 @@ def network_of(dimension=3, *, dtype=torch.float64, **sizes):
     context = torch.randn(50, network.context_dimension, dtype=dtype)
     network.whiten_by(torch.randn(50, dimension, dtype=dtype) * scale + 1.0, context)
     with torch.no_grad():
-        network.last.weight.mul_(10.0)
+        network.network.last.mul_(10.0)
         network.slope.add_(0.3)
     return network
 
@@ -61,7 +61,7 @@ def test_outputs_are_summed():
     z = torch.randn(4, 3)
     whole = network(z)
     with torch.no_grad():
-        network.last.weight.copy_(network.last.weight.sum(0).expand(3, -1) / 3)
+        network.network.last.copy_(network.network.last.sum(0).expand(3, -1) / 3)
     assert torch.allclose(network(z), whole)
 
 

@@ -28,7 +28,7 @@ FLOWS = {
     "classical": {},
     "classical, stiff": {"stiffness": 1.0, "num_steps": 3},
     "relativistic": {"kinetic": RelativisticKinetic},
-    "neural": {"kinetic": partial(NeuralKinetic, hidden=(16,))},
+    "neural": {"kinetic": partial(NeuralKinetic, hidden=(16,), inverse_mass=None)},
     "symmetric": {
         "symmetric": True,
         "kinetic": partial(NeuralKinetic, hidden=(16,), symmetric=True),
@@ -140,11 +140,12 @@ def test_each_step_takes_one_gradient(monkeypatch):
 @pytest.mark.parametrize("hidden", [(5,), (6, 4), (3, 4, 5)])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradient_in_closed_form_and_its_derivative(hidden, symmetric):
-    network = ScalarNetwork(DIMENSION, hidden, symmetric=symmetric)
+    network = ScalarNetwork(DIMENSION, hidden, outputs=2, symmetric=symmetric)
     x = torch.randn(4, DIMENSION, requires_grad=True)
     (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
     closed = network.gradient(x)
     torch.testing.assert_close(closed, slope)
+    torch.testing.assert_close(network.value_and_gradient(x), (network(x), slope))
     weights = torch.randn_like(x)
     inputs = [x, *network.parameters()]
     expected = torch.autograd.grad(
@@ -157,7 +158,13 @@ def test_gradient_in_closed_form_and_its_derivative(hidden, symmetric):
 
 
 @pytest.mark.parametrize(
-    "kinetic", [LearnedGaussianKinetic, RelativisticKinetic, partial(NeuralKinetic, hidden=(6,))]
+    "kinetic",
+    [
+        LearnedGaussianKinetic,
+        RelativisticKinetic,
+        partial(NeuralKinetic, hidden=(6,)),
+        partial(NeuralKinetic, hidden=(6,), inverse_mass=None),
+    ],
 )
 def test_velocity_is_the_gradient_of_the_energy(kinetic):
     energy = rough(kinetic(DIMENSION))

@@ -139,6 +139,8 @@ def test_runs(runner):
     idata = to_inference_data(mcmc)
     assert set(idata.sample_stats["n_gradients"].to_numpy().ravel()) == {0}
     assert set(idata.sample_stats["n_densities"].to_numpy().ravel()) == {1}
+    assert "step_size" not in idata.sample_stats
+    assert kernel.logging() is None or "step size" not in kernel.logging()
     assert "AutoNeuralHamiltonianFlow" in idata.posterior.attrs["kernel_settings"]
 
 

@@ -61,7 +61,7 @@ def random_network(position):
     network = PotentialNetwork(position.shape[1], hidden=(16, 16))
     network.whiten_by(position)
     with torch.no_grad():
-        network.last.weight.mul_(15.0)
+        network.network.last.mul_(15.0)
     return network
 
 

@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.dynamics.networks import ScalarNetwork
+
 
 class PotentialNetwork(nn.Module):
     r"""A potential energy, a quadratic part plus a smooth multilayer perceptron.
@@ -72,20 +74,13 @@ class PotentialNetwork(nn.Module):
         for name, size in [*sizes, *((f"hidden[{i}]", width) for i, width in enumerate(hidden))]:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` is {size!r}: expected a positive integer")
-        if not hidden:
-            raise ValueError("`hidden` is empty: expected the width of one layer or more")
         self.dimension = dimension
         self.hidden = tuple(hidden)
         self.outputs = outputs
         self.context_dimension = context_dimension
-        widths = [dimension + context_dimension, *hidden]
-        self.layers = nn.ModuleList(
-            nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False)
-        )
-        self.last = nn.Linear(widths[-1], outputs)
-        nn.init.zeros_(self.last.bias)
+        self.network = ScalarNetwork(dimension + context_dimension, hidden, outputs=outputs)
         with torch.no_grad():  # small, so that training begins near the quadratic part
-            self.last.weight.mul_(0.1)
+            self.network.last.mul_(0.1)
         self.shape = nn.Parameter(torch.eye(dimension))
         self.slope = nn.Parameter(torch.zeros(dimension))
         self.register_buffer("centre", torch.zeros(dimension))
@@ -94,10 +89,6 @@ class PotentialNetwork(nn.Module):
         self.register_buffer("reach", torch.ones(()))
         self.register_buffer("context_centre", torch.zeros(context_dimension))
         self.register_buffer("context_scale", torch.ones(context_dimension))
-
-    @property
-    def _layers(self) -> list[nn.Linear]:
-        return [cast(nn.Linear, layer) for layer in self.layers]
 
     @torch.no_grad()
     def whiten_by(self, position: Tensor, context: Tensor | None = None) -> None:
@@ -146,31 +137,24 @@ class PotentialNetwork(nn.Module):
     def of_whitened(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The energy and its gradient by, and at, whitened coordinates."""
         stretched = x @ self.shape.mT
-        active, inputs = [], x
+        inputs = x
         if self.context_dimension:
             assert context is not None
             inputs = torch.cat([x, (context - self.context_centre) / self.context_scale], -1)
-        layers = self._layers
-        for layer in layers:
-            inputs = torch.tanh(layer(inputs))
-            active.append(inputs)
-        weight = self.last.weight.sum(0)
-        value = inputs @ weight + self.last.bias.sum()
+        value, slope = self.network.value_and_gradient(inputs)
         value = value + 0.5 * stretched.square().sum(-1) + x @ self.slope
-        back = weight
-        for layer, output in zip(reversed(layers), reversed(active), strict=True):
-            back = (back * (1.0 - output.square())) @ layer.weight
-        return value, back[..., : self.dimension] + stretched @ self.shape + self.slope
+        return value, slope[..., : self.dimension] + stretched @ self.shape + self.slope
 
     def given(self, context: Tensor) -> PotentialNetwork:
         """The network at one context, of shape ``(context_dimension,)``, as one without any."""
         network = PotentialNetwork(self.dimension, hidden=self.hidden, outputs=self.outputs)
         network = network.to(self.centre)
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("context")}
-        first = self._layers[0].weight.detach()
+        first = cast(nn.Linear, self.network.layers[0])
+        weight, bias = first.weight.detach(), first.bias.detach()
         scaled = (context.to(self.centre) - self.context_centre) / self.context_scale
-        weights["layers.0.weight"] = first[:, : self.dimension]
-        weights["layers.0.bias"] = self._layers[0].bias + first[:, self.dimension :] @ scaled
+        weights["network.layers.0.weight"] = weight[:, : self.dimension]
+        weights["network.layers.0.bias"] = bias + weight[:, self.dimension :] @ scaled
         network.load_state_dict(weights, strict=False)
         return network
 

@@ -8,12 +8,16 @@ A multilayer perceptron :math:`E(x) = w \cdot h_n`, :math:`h_i = \tanh(W_i h_{i-
 
 so that following it takes no automatic differentiation; and training through it, which
 differentiates once more, takes two products with each matrix and two for each matrix's gradient.
+
+It is written twice: in plain operations, energy included, which a compiler fuses and tracing sees
+through (the samplers' learned potentials); and as one function whose derivative is written out too,
+which is what training without a compiler wants (the flows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,7 @@ class ScalarNetwork(nn.Module):
     Arguments:
         dimension: Of the vectors.
         hidden: The widths of the hidden layers.
+        outputs: How many outputs are summed.
         symmetric: Whether to make it even, the mean of its values at x and -x.
 
     Raises:
@@ -40,17 +45,22 @@ class ScalarNetwork(nn.Module):
     """
 
     def __init__(
-        self, dimension: int, hidden: Sequence[int] = (128, 128), *, symmetric: bool = False
+        self,
+        dimension: int,
+        hidden: Sequence[int] = (128, 128),
+        *,
+        outputs: int = 1,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         if not hidden:
-            raise ValueError(f"`hidden` is {hidden!r}: expected the width of one layer or more")
+            raise ValueError("`hidden` is empty: expected the width of one layer or more")
         widths = (dimension, *hidden)
         self.symmetric = symmetric
         self.layers = nn.ModuleList(
             nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False)
         )
-        self.last = nn.Parameter(torch.empty(widths[-1]))
+        self.last = nn.Parameter(torch.empty(outputs, widths[-1]))
         nn.init.uniform_(self.last, -(widths[-1] ** -0.5), widths[-1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,16 +72,36 @@ class ScalarNetwork(nn.Module):
     def gradient(self, x: Tensor) -> Tensor:
         """The energy's gradient, of the shape of ``x``; can be differentiated once."""
         flat = x.reshape(-1, x.shape[-1])
+        last = self.last.sum(0)
         weights = [part for layer in self.layers for part in (layer.weight, layer.bias)]
         if self.symmetric:
-            there, back = _Gradient.apply(torch.cat([flat, -flat]), self.last, *weights).chunk(2)
+            there, back = _Gradient.apply(torch.cat([flat, -flat]), last, *weights).chunk(2)
             return (0.5 * (there - back)).reshape(x.shape)
-        return _Gradient.apply(flat, self.last, *weights).reshape(x.shape)
+        return _Gradient.apply(flat, last, *weights).reshape(x.shape)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy and gradient in plain operations, to batch, to trace or to differentiate."""
+        if not self.symmetric:
+            return self._value_and_gradient(x)
+        (value, slope), (other, back) = self._value_and_gradient(x), self._value_and_gradient(-x)
+        return 0.5 * (value + other), 0.5 * (slope - back)
 
     def _value(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = torch.tanh(layer(x))
-        return x @ self.last
+        return x @ self.last.sum(0)
+
+    def _value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        layers = [cast(nn.Linear, layer) for layer in self.layers]
+        outputs = []
+        for layer in layers:
+            x = torch.tanh(layer(x))
+            outputs.append(x)
+        last = self.last.sum(0)
+        slope = last
+        for layer, output in zip(reversed(layers), reversed(outputs), strict=True):
+            slope = (slope * (1.0 - output.square())) @ layer.weight
+        return x @ last, slope
 
 
 class _Gradient(torch.autograd.Function):

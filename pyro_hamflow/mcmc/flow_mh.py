@@ -185,6 +185,10 @@ class FlowMH(HamiltonianKernel):
         return 1
 
     @property
+    def step_size(self) -> None:
+        return None
+
+    @property
     def settings(self) -> dict[str, Any]:
         unused = ("target_accept", "mass")
         kept = {name: value for name, value in super().settings.items() if name not in unused}

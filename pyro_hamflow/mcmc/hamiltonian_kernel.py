@@ -164,10 +164,11 @@ class HamiltonianKernel(MCMCKernel):
 
     def progress(self, info: Info, record: Record) -> dict[str, str]:
         """What a progress bar shows: the step size, recent acceptance, divergences so far."""
+        size = self.step_size
         rates = record.stats.get("acceptance_rate", [])[-100:] or [info.acceptance_rate]
         divergences = sum(int(d.sum()) for d in record.stats.get("diverging", []))
-        return {
-            "step size": f"{self.step_size:.2e}",
+        shown = {} if size is None else {"step size": f"{size:.2e}"}
+        return shown | {
             "acc. prob": f"{float(torch.cat(rates).mean()):.3f}",
             "divergences": str(divergences),
         }
@@ -184,8 +185,8 @@ class HamiltonianKernel(MCMCKernel):
         return self._potential
 
     @property
-    def step_size(self) -> float:
-        """The current step size."""
+    def step_size(self) -> float | None:
+        """The current step size; none of a kernel that takes no steps."""
         return self._running()[0].tuning.step_size
 
     @property

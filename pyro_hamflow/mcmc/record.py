@@ -27,8 +27,8 @@ class Record:
     local: dict[str, list[Tensor]] = field(default_factory=dict)
     log_likelihood: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def append(self, state: State, info: Info, step_size: float) -> None:
-        """Keeps one iteration of all chains."""
+    def append(self, state: State, info: Info, step_size: float | None) -> None:
+        """Keeps one iteration of all chains, and its step size if it has one."""
         value = state.evaluation.value
         stats: dict[str, Any] = {
             "lp": -value,
@@ -37,11 +37,12 @@ class Record:
             "acceptance_rate": info.acceptance_rate,
             "diverging": info.diverging,
             "accepted": info.accepted,
-            "step_size": step_size,
             "n_steps": info.n_steps,
             "n_gradients": info.n_gradients,
             "n_densities": info.n_densities,
         }
+        if step_size is not None:
+            stats["step_size"] = step_size
         estimates = state.evaluation.log_likelihoods
         if estimates:
             sums = [part.double().reshape(len(part), -1).sum(-1) for part in estimates.values()]

@@ -8,6 +8,7 @@
 # %%
 import math
 import os
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -121,7 +122,7 @@ for label, settings in {
         "start": "prior",
         "hidden": (64, 64),
         "num_steps": 10,
-        "kinetic": phf.NeuralKinetic,
+        "kinetic": partial(phf.NeuralKinetic, inverse_mass=None),
     },
     "fixed kinetic, from Laplace": {},
 }.items():
