@@ -13,6 +13,14 @@ from torch import Tensor
 GLMM_BETA, GLMM_MU = 8, 2
 
 
+def effects(y: Tensor) -> None:
+    """Normal data, an effect for each, about a mean: given that, the data have unit variance."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(y)):
+        x = pyro.sample("x", dist.Normal(mean, 0.8))
+        pyro.sample("y", dist.Normal(x, 0.6), obs=y)
+
+
 def glmm_data(
     num_subjects: int = 500, num_visits: int = 6, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 
 from pyro_hamflow import MCMC, AutoNeuralHamiltonianFlow, FlowMH, marginalize, to_inference_data
 from pyro_hamflow.mcmc.flow_mh import FlowMHTransition
+from tests.targets import effects
 from tests.test_exactness import (
     HMC_TARGETS,
     check,
@@ -155,13 +156,7 @@ def test_seed_repeats_a_run_and_start_values_are_taken():
 
 
 def test_local_sites_are_recovered():
-    def model(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-        with pyro.plate("data", len(y)):
-            x = pyro.sample("x", dist.Normal(mean, 0.8))
-            pyro.sample("y", dist.Normal(x, 0.6), obs=y)
-
-    marginal = marginalize(model, ["x"], num_particles=8)
+    marginal = marginalize(effects, ["x"], num_particles=8)
     mcmc = MCMC(FlowMH(marginal, untrained(marginal, (Y,))), 500, 0, num_chains=8, seed=0)
     mcmc.run(Y)
     check_conjugate(mcmc.get_samples()["mean"])

@@ -40,6 +40,7 @@ from pyro_hamflow.flows.fit import train
 from pyro_hamflow.flows.losses import Objective
 from pyro_hamflow.flows.start import PriorDistribution
 from pyro_hamflow.model.potential import Potential
+from tests.targets import effects
 
 Y = torch.tensor([1.2, -0.3, 2.0, 0.4, 0.9], dtype=torch.float64)
 SMALL = {"hidden": (8, 8), "num_steps": 3}
@@ -360,13 +361,6 @@ def test_guide_starts_from_a_given_distribution():
 # --- noise, and what is summed out --------------------------------------------------------------
 
 
-def latent(y):
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-    with pyro.plate("data", len(y)):
-        x = pyro.sample("x", dist.Normal(mean, 0.8))
-        pyro.sample("y", dist.Normal(x, 0.6), obs=y)
-
-
 def by_hand(y):
     mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
     x = mean + 0.8 * noise("u", (16, len(y)))
@@ -377,7 +371,7 @@ def by_hand(y):
 @pytest.mark.parametrize("kind", ["marginalised", "by hand"])
 def test_noise_stays_standard_and_the_evidence_right(kind):
     """0.8^2 + 0.6^2 = 1: the marginal model is the conjugate one."""
-    model = by_hand if kind == "by hand" else marginalize(latent, ["x"], num_particles=4)
+    model = by_hand if kind == "by hand" else marginalize(effects, ["x"], num_particles=4)
     guide = AutoNeuralHamiltonianFlow(model, **SMALL)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     assert math.isfinite(svi.step(Y))

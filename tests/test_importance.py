@@ -21,6 +21,7 @@ from pyro_hamflow import (
     to_inference_data,
 )
 from pyro_hamflow.results import importance
+from tests.targets import effects
 from tests.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 
 Y = torch.tensor([1.2, -0.3, 2.0, 0.4, 0.9], dtype=torch.float64)
@@ -219,13 +220,7 @@ def test_inference_data_of_weighted_draws(tmp_path, trained_on_schools):
 
 
 def test_inference_data_of_a_marginal_model():
-    def model(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-        with pyro.plate("data", len(y)):
-            x = pyro.sample("x", dist.Normal(mean, 0.8))
-            pyro.sample("y", dist.Normal(x, 0.6), obs=y)
-
-    marginal = marginalize(model, ["x"], num_particles=4)
+    marginal = marginalize(effects, ["x"], num_particles=4)
     guide = AutoNeuralHamiltonianFlow(marginal, hidden=(8, 8))
     found = importance_sample(marginal, guide, Y, num_samples=2000, seed=0)
     idata = to_inference_data(found)

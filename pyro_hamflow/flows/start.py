@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.sites import Site, constrain, split
+from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.structure import run_with
 
 _ROUNDS = 20
@@ -81,10 +81,7 @@ def seeded_potential(
             trace = run_with(model, lambda msg: values.get(msg["name"]), *args, **kwargs)
         with pyro.validation_enabled(False):
             log_joint = trace.log_prob_sum()
-        for site in sites:
-            jacobian = site.transform.log_abs_det_jacobian(free[site.name], values[site.name])
-            log_joint = log_joint + jacobian.sum()
-        return -log_joint
+        return -add_jacobians(log_joint, sites, free)
 
     return value_of
 

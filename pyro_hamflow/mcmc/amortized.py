@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
+from pyro_hamflow.dynamics.integrators import leapfrog_step
 from pyro_hamflow.dynamics.training import GradientMatching, Points, Training, fit_energy
 from pyro_hamflow.model.capture import batch, capture
-from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.potential import Potential, with_slopes
 
 Summary = Callable[[Mapping[str, Tensor]], Tensor]
 _TOGETHER = 64
@@ -117,13 +118,11 @@ def learn_surrogate(
     potential = Potential(conditioned, args, kwargs)
     names = list(data)
 
-    def gradient(position: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(position: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         data.update(zip(names, values, strict=True))
         with torch.enable_grad():
             position = position.detach().requires_grad_()
-            value = potential.value_of_one(position, position[:0])
-            (slope,) = torch.autograd.grad(value, position)
-        return value.detach(), slope
+            return with_slopes(potential.value_of_one(position, position[:0]), position)
 
     groups = -(-num_sets // _TOGETHER)
     sets = [_simulate(model, potential, names, args, kwargs) for _ in range(groups * _TOGETHER)]
@@ -137,16 +136,17 @@ def learn_surrogate(
     scale = position.std(0)
 
     def follow(z: Tensor, parts: list[Tensor], size: float) -> tuple[list[Any], Tensor]:
+        def gradient_of(z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            return program(z, *parts)
+
         found = []
         value, slope = program(z, *parts)
+        ones, step = torch.ones_like(scale), size * scale
         r = torch.randn_like(z)
         start = value + 0.5 * r.square().sum(-1)
         found.append((z, value, slope))
         for _ in range(num_steps):
-            r = r - 0.5 * size * scale * slope
-            z = z + size * scale * r
-            value, slope = program(z, *parts)
-            r = r - 0.5 * size * scale * slope
+            z, r, value, slope = leapfrog_step(gradient_of, z, r, slope, z[:, :0], ones, step)
             found.append((z, value, slope))
         rate = torch.exp(start - value - 0.5 * r.square().sum(-1)).clamp(max=1.0)
         return found, rate.nan_to_num()

@@ -30,14 +30,18 @@ from pyro_hamflow.model.start import fault
 _TRIES = 100
 
 
-class IndependenceProposal(Protocol):
-    """A frozen guide: draws of all parameters on the real line."""
+class Proposal(Protocol):
+    """Draws of all parameters on the real line, as a guide makes them."""
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Sees the model's arguments before the first draw."""
 
     def propose(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Positions, and log M - log r at each."""
+        """Positions ``(num_samples, dimension)``, and log M - log r, which weights divide by."""
+
+
+class IndependenceProposal(Proposal, Protocol):
+    """A frozen guide that also tells the density of given positions."""
 
     def log_ratio(self, position: Tensor) -> Tensor:
         """Log M - log r at given positions, with the rest drawn from r."""

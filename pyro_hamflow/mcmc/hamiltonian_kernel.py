@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.record import Record
-from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Transition
+from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Transition, Tuning
 from pyro_hamflow.mcmc.warmup import WarmUp
 from pyro_hamflow.model.arguments import same_arguments
 from pyro_hamflow.model.marginal import MarginalModel
@@ -137,14 +137,8 @@ class HamiltonianKernel(MCMCKernel):
         position, noise = self._start(potential, num_chains, initial_params)
         self._transition = self.make_transition(potential, position)
         state = self._transition.begin(position, noise)
-        self._warmup = WarmUp(
-            self._first_step_size or _FIRST_STEP,
-            self._first_kinetic(potential),
-            warmup_steps,
-            target=self.target_accept,
-            adapt_step_size=self.adapt_step_size,
-            adapt_mass=self.adapt_mass,
-        )
+        tuning = Tuning(self._first_step_size or _FIRST_STEP, self._first_kinetic(potential))
+        self._warmup = self._new_warmup(tuning, warmup_steps)
         if self.adapt_step_size and self._first_step_size is None:
             self._warmup.restart(self._reasonable_step_size(state))
         return state
@@ -209,6 +203,16 @@ class HamiltonianKernel(MCMCKernel):
         if self._warmup is None or self._transition is None:
             raise RuntimeError("the kernel has not been set up: run it first")
         return self._warmup, self._transition
+
+    def _new_warmup(self, tuning: Tuning, warmup_steps: int) -> WarmUp:
+        return WarmUp(
+            tuning.step_size,
+            tuning.kinetic,
+            warmup_steps,
+            target=self.target_accept,
+            adapt_step_size=self.adapt_step_size,
+            adapt_mass=self.adapt_mass,
+        )
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
         dimension, given = potential.dimension, self._first_inverse_mass

@@ -30,8 +30,7 @@ from pyro_hamflow.mcmc.surrogate_costs import (
     not_worth_it,
     timed,
 )
-from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
-from pyro_hamflow.mcmc.warmup import WarmUp
+from pyro_hamflow.mcmc.transition import Info, State, Transition, padded
 from pyro_hamflow.model.potential import Potential
 
 _FEWEST_WARMUP = 60
@@ -124,9 +123,12 @@ class LearningKernel(PseudoMarginal):
 
     def advance(self, state: State) -> tuple[State, Info]:
         """One iteration of all chains; gathers, learns and tries while warm-up lasts."""
+        state, info = self._move(state)
+        return state, padded(info)
+
+    def _move(self, state: State) -> tuple[State, Info]:
         if self._learner is None:
-            state, info = super().advance(state)
-            return state, padded(info)
+            return super().advance(state)
         self._iteration += 1
         if self._gathering:
             return self._gather(state)
@@ -135,8 +137,7 @@ class LearningKernel(PseudoMarginal):
             if self.true_share and float(torch.rand(())) < self._true_share:
                 return self._follow_truth(state)
             steps = self.draw_num_steps(warmup.tuning.step_size)
-            state, info = transition.step(state, warmup.tuning, steps)
-            return state, padded(info)
+            return transition.step(state, warmup.tuning, steps)
         return self._explore(state)
 
     def _gather(self, state: State) -> tuple[State, Info]:
@@ -145,9 +146,10 @@ class LearningKernel(PseudoMarginal):
         recorder = learner.recorder
         recorder.tuning, first = warmup.tuning, len(recorder.calls)
         state, info = super().advance(state)
-        recorder.settle(first, torch.zeros_like(info.accepted).long() + info.n_steps)
+        info = padded(info)
+        recorder.settle(first, torch.as_tensor(info.n_steps))
         self._trial.note(info, 0.0)
-        self.report.n_gradients += int(torch.as_tensor(padded(info).n_gradients).sum())
+        self.report.n_gradients += int(torch.as_tensor(info.n_gradients).sum())
         if learner.forget_start(self._iteration):
             self._trial = Trial()
         if learner.knows_enough(self._iteration):
@@ -155,9 +157,9 @@ class LearningKernel(PseudoMarginal):
             self._warmup = self._new_warmup(warmup.tuning, self._total - self._iteration)
             reason = self._too_dear()
             if reason is not None:
-                return self._give_up(state, reason), padded(info)
+                return self._give_up(state, reason), info
             state = self._learn(state)
-        return state, padded(info)
+        return state, info
 
     def _explore(self, state: State) -> tuple[State, Info]:
         """An iteration along the surrogate; true gradients at its proposals while it learns."""
@@ -179,7 +181,7 @@ class LearningKernel(PseudoMarginal):
             state = self._learn(state)
         elif warmup.finished:
             state = self._conclude(state)
-        return state, padded(info)
+        return state, info
 
     def _follow_truth(self, state: State) -> tuple[State, Info]:
         """A transition along true gradients among those of the surrogate."""
@@ -189,7 +191,7 @@ class LearningKernel(PseudoMarginal):
         moved, info = self._true.step(begun, tuning, self.draw_num_steps(tuning.step_size))
         densities = info.n_densities + (1 if state.noise.shape[1] else 0)
         info = info._replace(n_gradients=info.n_gradients + 1, n_densities=densities)
-        return moved._replace(gradient=torch.zeros_like(state.position)), padded(info)
+        return moved._replace(gradient=torch.zeros_like(state.position)), info
 
     # --- learning ---------------------------------------------------------------------------------
 
@@ -313,16 +315,6 @@ class LearningKernel(PseudoMarginal):
     def _learning(self) -> Learner:
         assert self._learner is not None
         return self._learner
-
-    def _new_warmup(self, tuning: Tuning, steps: int) -> WarmUp:
-        return WarmUp(
-            tuning.step_size,
-            tuning.kinetic,
-            steps,
-            target=self.target_accept,
-            adapt_step_size=self.adapt_step_size,
-            adapt_mass=self.adapt_mass,
-        )
 
     def _say(self, sentence: str) -> None:
         self.report.reason = sentence

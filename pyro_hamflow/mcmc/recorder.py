@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
@@ -125,13 +126,12 @@ class Recorder(StandIn):
         Raises:
             ValueError: If there is hardly anything.
         """
-        kept: list[Call] = []
-        for call in reversed(self.calls):
-            if sum(len(k.value) for k in kept) >= most:
-                break
-            kept.append(call)
+        if not self.calls:
+            raise ValueError("no gradients were found")
+        chains = len(self.calls[-1].value)
+        kept = self.calls[-math.ceil(most / chains) :]
         # Chain by chain, so that neighbours along a trajectory stay neighbours.
-        rows = zip(*(call[:4] for call in kept[::-1]), strict=True)
+        rows = zip(*(call[:4] for call in kept), strict=True)
         position, value, gradient, wanted = (torch.stack(row, 1).flatten(0, 1) for row in rows)
         good = wanted & value.isfinite() & gradient.isfinite().all(-1)
         if int(good.sum()) < _FEWEST:

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from pyro_hamflow.model.capture import Program, batch, capture, compile_graph, loop
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
 from pyro_hamflow.model.sites import (
+    add_jacobians,
     constrain,
     is_discrete,
     refuse_moving_supports,
@@ -144,10 +145,7 @@ class Potential:
     def _value_of_run(self, trace: poutine.Trace, free: Mapping[str, Tensor]) -> Tensor:
         with pyro.validation_enabled(False):
             log_joint = self._evaluator.log_prob(trace)
-            for site in self.sites:
-                value = free[site.name]
-                jacobian = site.transform.log_abs_det_jacobian(value, site.transform(value))
-                log_joint = log_joint + jacobian.sum()
+            log_joint = add_jacobians(log_joint, self.sites, free)
         return -log_joint
 
     def _one(self, kind: str) -> Program:
@@ -157,12 +155,12 @@ class Potential:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
                 noise = noise.detach().requires_grad_()
-                return _with_slopes(self.value_of_one(position, noise), position, noise)
+                return with_slopes(self.value_of_one(position, noise), position, noise)
 
         def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
-                return _with_slopes(self.value_of_one(position, noise), position)
+                return with_slopes(self.value_of_one(position, noise), position)
 
         def evaluate(position: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
@@ -421,7 +419,7 @@ class Potential:
         return sum(estimate.group.shape.numel() for estimate in self.estimates)
 
 
-def _with_slopes(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+def with_slopes(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """A value and its gradients; zeros in what it does not depend on."""
     if not value.requires_grad:
         return value, *(torch.zeros_like(tensor) for tensor in inputs)

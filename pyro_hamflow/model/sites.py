@@ -46,6 +46,15 @@ def constrain(sites: list[Site], free: Mapping[str, Tensor]) -> dict[str, Tensor
     return {site.name: site.transform(free[site.name]) for site in sites}
 
 
+def add_jacobians(log_joint: Tensor, sites: list[Site], free: Mapping[str, Tensor]) -> Tensor:
+    """The log density of values on the real line, from that of the values in the supports."""
+    for site in sites:
+        value = free[site.name]
+        jacobian = site.transform.log_abs_det_jacobian(value, site.transform(value))
+        log_joint = log_joint + jacobian.sum()
+    return log_joint
+
+
 def stack_sites(latent: Mapping[str, Any], names: list[str]) -> list[Site]:
     """Gives each named site its share of a flat vector."""
     sites, start = [], 0

@@ -6,27 +6,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import arviz
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_hamflow.mcmc.flow_mh import Proposal
 from pyro_hamflow.model.potential import Potential
 
 _CHUNK = 1000
 _LARGEST_K = 0.7
-
-
-class Proposal(Protocol):
-    """Draws of all parameters on the real line, as a guide makes them."""
-
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Sees the model's arguments before the first draw."""
-
-    def propose(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Positions ``(num_samples, dimension)``, and the log density that weights divide by."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +143,7 @@ def importance_sample(
     Arguments:
         model: The Pyro model.
         guide: An :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills the
-            protocol :class:`Proposal`.
+            protocol :class:`~pyro_hamflow.mcmc.flow_mh.Proposal`.
         args: The model's arguments.
         num_samples: How many draws.
         seed: Makes the draws repeat themselves; torch's current random state if not given.
