@@ -26,7 +26,9 @@ from pyro_hamflow import (
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import learner as learning
-from pyro_hamflow.mcmc.transition import Tuning
+from pyro_hamflow.mcmc import learning_kernel
+from pyro_hamflow.mcmc.surrogate_costs import Trial
+from pyro_hamflow.mcmc.transition import Info, Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.results.inference_data import to_inference_data
 from tests.laws import assert_invariant, scores
@@ -164,22 +166,67 @@ def test_cheap_gradients_are_followed(kind, plain):
     assert torch.equal(mcmc.draws.position, run(plain(bowl)).draws.position)
 
 
-def test_surrogate_that_errs_is_given_up(monkeypatch):
+def spoil(monkeypatch, slope):
+    """Networks that err, and are tried all the same."""
     monkeypatch.setattr(learning.Learner, "too_dear", lambda *_: None)
-    wrong = learning.fit_energy
+    honest = learning.fit_energy
 
-    def spoil(network, *inputs, **settings):
-        training = wrong(network, *inputs, **settings)
+    def fit(network, *inputs, **settings):
+        training = honest(network, *inputs, **settings)
         with torch.no_grad():
-            network.slope += 4.0
+            network.slope += slope
         return training
 
-    monkeypatch.setattr(learning, "fit_energy", spoil)
+    monkeypatch.setattr(learning, "fit_energy", fit)
+
+
+def test_surrogate_that_errs_is_given_up(monkeypatch):
+    spoil(monkeypatch, 4.0)
     mcmc = run(HNNNUTS(bowl, training_steps=100))
     assert "of the surrogate's proposals were accepted" in mcmc.messages[-1]
     assert "true gradients are followed" in mcmc.messages[-1]
     assert mcmc.draws.stats["n_gradients"].min() > 0
     assert mcmc.draws.stats["acceptance_rate"].mean() > 0.6
+
+
+@pytest.mark.parametrize(("slope", "chosen"), [(0.0, "endpoint"), (1.5, "per leaf")])
+def test_correction_is_chosen_by_what_it_costs(slope, chosen, monkeypatch):
+    """Trajectories of ten densities, or of ten gradients that take three times as long."""
+    spoil(monkeypatch, slope)
+    costs = learning_kernel.Costs(mine=5.0, per_leaf=10.0, true=30.0)
+    monkeypatch.setattr(learning_kernel, "costs_of", lambda *_, **__: costs)
+    kernel = HNNNUTS(bowl, training_steps=100, true_share=0.0)
+    stats = run(kernel, warmup=160).draws.stats
+    assert kernel.settings["correction"] == kernel.report.correction == chosen
+    per_draw = stats["n_steps"] if chosen == "per leaf" else 1
+    assert (stats["n_densities"] == per_draw).all()
+
+
+def test_efficiency_is_that_of_the_chain():
+    """Stays of known lengths; then chains that forget all when they move, beside their variance."""
+    trial = Trial()
+    for moved in [1, 1, 0, 0, 1, 1]:  # stays of 1, 3, 1, 1
+        trial.note(record_of(torch.tensor([moved == 1])), 0.0)
+    assert trial.efficiency == pytest.approx(6 / 12)
+    length, chains = 400, 500
+    rate = torch.where(torch.rand(chains) < 0.8, 0.9, 0.2)  # drawn anew with every move
+    x, path, trial = torch.randn(chains), [], Trial()
+    for _ in range(length):
+        moved = torch.rand(chains) < rate
+        x = torch.where(moved, torch.randn(chains), x)
+        # Where a chain stays longer, it is found more often: moves lead there in proportion.
+        rate = torch.where(moved, torch.where(torch.rand(chains) < 0.8, 0.9, 0.2), rate)
+        trial.note(record_of(moved), 0.0)
+        path.append(x)
+    variance = torch.stack(path).mean(0).var() * length
+    assert trial.efficiency == pytest.approx(1 / float(variance), rel=0.2)
+    assert trial.efficiency < 0.8 * trial.rate / (2 - trial.rate)
+
+
+def record_of(moved):
+    values = torch.zeros(len(moved))
+    rate = moved.double()
+    return Info(moved, rate, values, ~moved, values, 1, 0, 1)
 
 
 def test_where_nothing_can_be_learned_true_gradients_are_followed():
@@ -212,7 +259,6 @@ def test_short_warmup_is_told():
         ({"num_transitions": 0}, ValueError, "`num_transitions` is 0: expected an integer, 1"),
         ({"rounds": 1.5}, ValueError, "`rounds` is 1.5: expected an integer"),
         ({"true_share": 2.0}, ValueError, "`true_share` is 2.0: expected 0 <="),
-        ({"correlation": 1.0}, ValueError, "`correlation` is 1.0: expected 0 <="),
         ({"trust_radius": 0.0}, ValueError, "`trust_radius` is 0.0: expected a positive"),
         ({"hidden": ()}, ValueError, "`hidden` is empty"),
         ({"hidden": (8, 0)}, ValueError, r"`hidden\[1\]` is 0: expected a positive integer"),

@@ -122,6 +122,11 @@ class Learner:
         """Whether no fit comes after this iteration."""
         return iteration >= max([0, *self.refits])
 
+    @property
+    def verdict(self) -> int:
+        """After which iteration it is seen whether the trial should be of another kind."""
+        return (max([0, *self.refits]) + self.warmup_steps) // 2
+
     def fit(self) -> Training:
         """Fits the network to all that is known.
 

@@ -13,20 +13,21 @@ from torch import Tensor
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.learner import Learner, Lessons
-from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
-from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
-from pyro_hamflow.mcmc.recorder import synchronize
-from pyro_hamflow.mcmc.surrogate import (
-    EndpointTransition,
+from pyro_hamflow.mcmc.per_leaf import (
     JudgedDensity,
     PerLeafConditionalTransition,
     PerLeafTransition,
-    SurrogateDensity,
     TrustRegion,
 )
+from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
+from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
+from pyro_hamflow.mcmc.recorder import synchronize
+from pyro_hamflow.mcmc.surrogate import EndpointTransition, SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import (
+    Costs,
     SurrogateReport,
     Trial,
+    costs_of,
     not_worth_it,
     timed,
 )
@@ -54,7 +55,6 @@ class LearningKernel(PseudoMarginal):
     correction: str
     num_transitions: int
     true_share: float
-    correlation: float
     trust_radius: float
     fallback: bool
     given: PotentialNetwork | AmortizedSurrogate | None
@@ -62,12 +62,14 @@ class LearningKernel(PseudoMarginal):
     def start_over(self, warmup_steps: int) -> None:
         """Forgets all of a run, to begin another with this much warm-up."""
         self.report = SurrogateReport()
+        self.report.correction = "endpoint" if self.correction == "auto" else self.correction
         self.surrogate: PotentialNetwork | None = None
         self._learner: Learner | None = None
         self._true: Transition | None = None
         self._iteration, self._total = 0, warmup_steps
         self._gathering = False
         self._trial = Trial()
+        self._steps = math.nan
         self._true_share = 0.0
 
     # --- from the first iteration to the last ----------------------------------------------------
@@ -168,7 +170,6 @@ class LearningKernel(PseudoMarginal):
         steps = self.draw_num_steps(warmup.tuning.step_size)
         state, info = transition.step(state, warmup.tuning, steps)
         synchronize(state.position)
-        self._trial.note(info, time.perf_counter() - began)
         rate = info.acceptance_rate
         if isinstance(transition, EndpointTransition):
             if transition.inner_rate is not None:
@@ -176,11 +177,16 @@ class LearningKernel(PseudoMarginal):
             if transition.observer is not None:
                 info = info._replace(n_gradients=info.n_gradients + 1)
                 self.report.n_gradients += len(state.position)
+        self._trial.note(info, time.perf_counter() - began)
         warmup.update(state.position, rate)
         if self._iteration in self._learning().refits:
             state = self._learn(state)
         elif warmup.finished:
             state = self._conclude(state)
+        elif self._iteration == self._learning().verdict and self._leaves_promise_more():
+            self.report.correction = "per leaf"
+            state = self._send_ahead(state, passing=False)
+            warmup.restart(warmup.tuning.step_size)
         return state, info
 
     def _follow_truth(self, state: State) -> tuple[State, Info]:
@@ -216,9 +222,10 @@ class LearningKernel(PseudoMarginal):
         assert self.surrogate is not None
         recorder, chains = self._learning().recorder, len(state.position)
         potential = recorder.potential
+        self._steps = self._steps_of_trajectory()
         self._trial = Trial()
         recorder.recording = passing
-        if self.correction == "per leaf" and not passing:
+        if self.report.correction == "per leaf" and not passing:
             radius = self.trust_radius * float(self.surrogate.reach)
             trust = TrustRegion(radius, 1.5 * radius) if math.isfinite(radius) else None
             judged = JudgedDensity(potential, self.surrogate, trust)
@@ -233,8 +240,8 @@ class LearningKernel(PseudoMarginal):
                 potential,
                 density,
                 self.make_parameter_transition(cast(Potential, density), chains),
+                self.refresh,
                 num_transitions=1 if passing else self.num_transitions,
-                correlation=self.correlation,
             )
             self._true_share = 0.0 if passing else self.true_share
             if passing:
@@ -244,7 +251,7 @@ class LearningKernel(PseudoMarginal):
     def _conclude(self, state: State) -> State:
         """The decision at the end of warm-up."""
         self._learning().recorder.calls.clear()
-        if not self._trial.rates:
+        if not self._trial.infos:
             self._say("the surrogate that was given is followed, without a trial.")
             return state
         self.report.acceptance = self._trial.rate
@@ -291,22 +298,44 @@ class LearningKernel(PseudoMarginal):
         if not self.fallback:
             return None
         learner = self._learning()
-        seconds = learner.recorder.seconds / learner.recorder.runs * self._trial.mean_steps
+        seconds = (
+            learner.recorder.seconds / learner.recorder.runs * max(1.0, self._trial.mean("n_steps"))
+        )
         return learner.too_dear(seconds * self._draws_ahead())
 
     def _not_worth_it(self) -> str | None:
         """Why the surrogate is worth less than true gradients, by what was measured, if so."""
-        recorder, transition = self._learning().recorder, self._running()[1]
-        rate = self._trial.rate
-        report = self.report
-        report.true_seconds, report.surrogate_seconds = self._trial.costs(
-            recorder.potential, transition, self._true_share, observed=recorder.recording
-        )
+        report, costs = self.report, self._costs()
+        report.true_seconds, report.surrogate_seconds = costs.true, costs.mine
         if not self.fallback:
             return None
-        endpoint = isinstance(transition, EndpointTransition)
-        efficiency = rate / (2.0 - rate) if endpoint else 1.0  # proposals refused are repeated
-        return not_worth_it(rate, efficiency, report.true_seconds, report.surrogate_seconds)
+        endpoint = isinstance(self._running()[1], EndpointTransition)
+        efficiency = self._trial.efficiency if endpoint else 1.0
+        return not_worth_it(self._trial.rate, efficiency, costs.true, costs.mine)
+
+    def _leaves_promise_more(self) -> bool:
+        """Whether a correction at every point would be worth more, were nothing refused then."""
+        if self.correction != "auto" or not self.fallback:
+            return False
+        costs = self._costs()
+        return costs.per_leaf * self._trial.efficiency < costs.mine
+
+    def _costs(self) -> Costs:
+        recorder = self._learning().recorder
+        return costs_of(
+            self._trial,
+            recorder.potential,
+            steps=self._steps_of_trajectory(),
+            true_share=self._true_share,
+            observed=recorder.recording,
+        )
+
+    def _steps_of_trajectory(self) -> float:
+        """Of the latest whose number of steps was not changed by a correction at each of them."""
+        transition = self._running()[1]
+        if isinstance(transition, EndpointTransition):
+            return self._trial.mean("n_steps") / transition.num_transitions
+        return self._trial.mean("n_steps") if math.isnan(self._steps) else self._steps
 
     def _draws_ahead(self) -> int:
         planned = self.planned_draws

@@ -11,7 +11,7 @@ from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.learner import Lessons, at_least
 from pyro_hamflow.mcmc.learning_kernel import LearningKernel
 
-_CORRECTIONS = ("endpoint", "per leaf")
+_CORRECTIONS = ("auto", "endpoint", "per leaf")
 
 
 class Neural(LearningKernel):
@@ -27,11 +27,12 @@ class Neural(LearningKernel):
         surrogate: An energy that was trained before, to be used as it is, or one of
             :func:`~pyro_hamflow.learn_surrogate`, to be used at the run's data.
         correction: ``"endpoint"`` judges by one true energy where a surrogate transition ends;
-            ``"per leaf"`` weighs every point of its trajectory by the true energy.
+            ``"per leaf"`` weighs every point of its trajectory by the true energy; ``"auto"`` tries
+            the first, and the second where the first is refused too often to be worth its cost (and
+            ``fallback`` is on).
         num_transitions: How many surrogate transitions are made for one true energy.
         true_share: The share of transitions that follow true gradients even so, where the
             correction is made at the endpoint: where the surrogate is poor, they lead out.
-        correlation: Of the noise before and after an endpoint move.
         trust_radius: How far from the centre, in multiples of the distance within which 99 of 100
             training points lie, the learned gradient is followed alone, where the correction is
             per leaf; beyond one and a half times that, the true one is. If infinite, nowhere.
@@ -58,10 +59,9 @@ class Neural(LearningKernel):
         model: Callable[..., Any],
         *,
         surrogate: PotentialNetwork | AmortizedSurrogate | None = None,
-        correction: str = "endpoint",
+        correction: str = "auto",
         num_transitions: int = 1,
         true_share: float = 0.02,
-        correlation: float = 0.0,
         trust_radius: float = 1.5,
         hidden: Sequence[int] = (64, 64),
         outputs: int = 1,
@@ -83,8 +83,6 @@ class Neural(LearningKernel):
         at_least("num_transitions", num_transitions, 1)
         if not 0 <= true_share <= 1:
             raise ValueError(f"`true_share` is {true_share}: expected 0 <= true_share <= 1")
-        if not 0 <= correlation < 1:
-            raise ValueError(f"`correlation` is {correlation}: expected 0 <= correlation < 1")
         if not trust_radius > 0:
             raise ValueError(f"`trust_radius` is {trust_radius}: expected a positive number")
         self.lessons = Lessons(
@@ -93,7 +91,6 @@ class Neural(LearningKernel):
         self.correction = correction
         self.num_transitions = num_transitions
         self.true_share = true_share
-        self.correlation = correlation
         self.trust_radius = trust_radius
         self.fallback = fallback
         self.given = surrogate
@@ -104,10 +101,9 @@ class Neural(LearningKernel):
         report = self.report
         return super().settings | {
             "following": report.following,
-            "correction": self.correction,
+            "correction": report.correction,
             "num_transitions": self.num_transitions,
             "true_share": self.true_share,
-            "correlation": self.correlation,
             "training_gradients": report.n_gradients,
             "training_seconds": sum(training.seconds for training in report.trainings),
             "training_loss": report.trainings[-1].best if report.trainings else None,

@@ -8,7 +8,8 @@ two ways to give it that. *Per leaf*, every point of a trajectory is weighted by
 
 .. math:: \min(1, e^{-U(z') + S(z') + U(z) - S(z)}),
 
-which takes one true energy for the draw and no gradient at all.
+which takes one true energy for the draw and no gradient at all. Where the energy is an estimate,
+its noise is held meanwhile, and refreshed afterwards.
 
 Whether to trust the learned gradient somewhere may depend on where that is, and on nothing else.
 A test of how large the energy error of the trajectory has been so far, the online monitoring of the
@@ -20,16 +21,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
-from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
-from pyro_hamflow.mcmc.refresh import Refresh
+from pyro_hamflow.mcmc.refresh import Blocks, Refresh
 from pyro_hamflow.mcmc.transition import (
     Info,
     ParameterTransition,
@@ -43,7 +42,7 @@ from pyro_hamflow.mcmc.transition import (
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 
-_serial = itertools.count()
+serial = itertools.count()
 
 
 class StandIn:
@@ -77,7 +76,7 @@ class SurrogateDensity(StandIn):
         super().__init__(potential)
         self.network = frozen(network, potential.example)
         self.passing = passing
-        self._name = f"surrogate {next(_serial)}"
+        self._name = f"surrogate {next(serial)}"
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """Energy and gradient of every chain."""
@@ -104,91 +103,19 @@ def frozen(network: PotentialNetwork, example: Tensor) -> PotentialNetwork:
     return copy.deepcopy(network).to(example).eval().requires_grad_(False)
 
 
-class TrustRegion(NamedTuple):
-    """Where a learned gradient is trusted: a ball in whitened coordinates, with a soft edge.
-
-    Attributes:
-        radius: Within which the learned gradient alone is followed.
-        edge: Beyond which the true one alone is.
-    """
-
-    radius: float
-    edge: float
-
-    def share(self, network: PotentialNetwork, position: Tensor) -> Tensor:
-        """The true gradient's share in the force at positions, of shape ``(chains, 1)``."""
-        distance = network.whitened(position).square().sum(-1, keepdim=True).sqrt()
-        t = ((distance - self.radius) / (self.edge - self.radius)).clamp(0.0, 1.0)
-        return t * t * (3.0 - 2.0 * t)
-
-
-class JudgedDensity(StandIn):
-    """The true energy with a learned gradient: what a transition per leaf asks of a potential.
-
-    Arguments:
-        potential: The true one.
-        network: The learned energy, to be frozen.
-        trust: Where the learned gradient is trusted; everywhere if not given.
-
-    Attributes:
-        asked: Which chains asked for the true gradient, call by call.
-    """
-
-    def __init__(
-        self, potential: Potential, network: PotentialNetwork, trust: TrustRegion | None
-    ) -> None:
-        super().__init__(potential)
-        self.network = frozen(network, potential.example)
-        self.trust = trust
-        self.asked: list[Tensor] = []
-        self._name = f"judged {next(_serial)}"
-
-    def graph(self, kind: str, num_chains: int) -> Program:
-        """The true energy, and the gradient that is followed, of every chain."""
-        potential = self.potential
-        uniform = self.example.new_full((num_chains, potential.num_choices), 0.5)
-        if self.trust is None:
-            evaluate = potential.graph("evaluate", num_chains)
-
-            def plain(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-                value = evaluate(position, noise, uniform)[0]
-                return value, self.network.value_and_gradient(position)[1]
-
-            return plain
-        evaluate = potential.program("evaluate", num_chains)
-        true = potential.program("gradient", num_chains)
-        trust = self.trust
-
-        def gated(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            slope = self.network.value_and_gradient(position)[1]
-            share = trust.share(self.network, position)
-            self.asked.append(share[:, 0] > 0.0)
-            if not bool((share > 0.0).any()):
-                return evaluate(position, noise, uniform)[0], slope
-            value, true_slope = true(position, noise)
-            return value, torch.where(share > 0.0, torch.lerp(slope, true_slope, share), slope)
-
-        return gated
-
-    def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
-        """Compiles the function, unless what it does depends on where chains are."""
-        if self.trust is not None:
-            return function
-        return self.potential.accelerate(f"{name}, {self._name}", function, *examples)
-
-
 class EndpointTransition:
-    r"""Moves by transitions on a learned density, and accepts where they end.
+    """Moves by transitions on a learned density, and accepts where they end; then the noise moves.
 
-    Noise moves by :math:`u' = \rho u + \sqrt{1 - \rho^2}\, \epsilon`, which is reversible for its
-    law N(0, I), and one estimate at the end corrects both moves at once.
+    Parameters move with the noise held, which one estimate corrects, and the noise is refreshed by
+    another. Were fresh noise proposed with the parameters, and accepted with them, chains would
+    stay for long where an estimate came out high; element by element it is renewed in every draw.
 
     Arguments:
         potential: The true one.
         surrogate: The learned density.
         inner: A transition that is reversible for it.
-        num_transitions: How many of these are made for one true energy.
-        correlation: :math:`\rho`, of the noise before and after.
+        refresh: The move of the noise.
+        num_transitions: How many transitions of the learned density make one proposal.
 
     Attributes:
         observer: Called with each proposal and its noise, while a surrogate is being learned.
@@ -199,8 +126,8 @@ class EndpointTransition:
 
     References:
         | Surrogate transitions: Monte Carlo Strategies in Scientific Computing (Liu, 2001), 9.4.3
-        | The correlated pseudo-marginal method (Deligiannidis, Doucet, Pitt, 2018)
-        | https://arxiv.org/abs/1511.04992
+        | Pseudo-marginal slice sampling (Murray, Graham, 2016), for the noise
+        | https://arxiv.org/abs/1510.02958
     """
 
     def __init__(
@@ -208,15 +135,16 @@ class EndpointTransition:
         potential: Potential,
         surrogate: SurrogateDensity,
         inner: ParameterTransition,
+        refresh: Refresh,
         *,
         num_transitions: int,
-        correlation: float,
     ) -> None:
         self.potential = potential
         self.surrogate = surrogate
         self.inner = inner
+        self.refresh = refresh
+        self.blocks = Blocks(potential)
         self.num_transitions = num_transitions
-        self.correlation = correlation
         self.observer: Callable[[Tensor, Tensor], object] | None = None
         self.inner_rate: Tensor | None = None
 
@@ -237,105 +165,32 @@ class EndpointTransition:
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         end, gain, info = self.propose(state, tuning, num_steps)
         self.inner_rate = info.acceptance_rate
-        noise = state.noise
-        if noise.shape[1]:
-            fresh = math.sqrt(1.0 - self.correlation**2) * torch.randn_like(noise)
-            noise = self.correlation * noise + fresh
+        noise, share = state.noise, None
         if self.observer is not None:
             self.observer(end.position, noise)
         there = self.potential.evaluate(end.position, noise)
         error = (there.value.double() - state.evaluation.value.double()) - gain
         decision = metropolis(error, draw_level(len(noise), noise.device))
         accepted = decision.accepted
+        position = select(accepted, end.position, state.position)
         evaluation = select_evaluation(accepted, there, state.evaluation)
-        moved = State(
-            select(accepted, end.position, state.position),
-            select(accepted, noise, state.noise),
-            state.gradient,
-            evaluation,
-        )
+        count = torch.ones_like(accepted, dtype=torch.long)
+        if noise.shape[1]:
+            noise, evaluation, share, evaluations = self.refresh(
+                self.blocks,
+                noise,
+                evaluation,
+                lambda proposed: self.potential.evaluate(position, proposed),
+            )
+            count = count + evaluations
         kinetic = info.energy - end.evaluation.value.double()
-        count = torch.zeros_like(accepted, dtype=torch.long)
         info = info._replace(
             **decision._asdict(),
             energy=evaluation.value.double() + kinetic,
-            n_gradients=count,
-            n_densities=count + 1,
-            refresh_rate=accepted.double() if noise.shape[1] else None,
+            n_gradients=torch.zeros_like(count),
+            n_densities=count,
+            refresh_rate=share,
             surrogate_accepted=accepted,
             surrogate_error=error,
         )
-        return moved, info
-
-
-class PerLeafTransition:
-    """Moves along a learned gradient, every point weighted by its true energy.
-
-    Arguments:
-        potential: The true one.
-        density: Its energy with the learned gradient.
-        inner: The transition on that.
-
-    Invariant:
-        What the inner transition keeps, exactly, whatever the network: the force is a function of
-        the position alone, and the energy is the true one.
-
-    References:
-        | Neural network gradient Hamiltonian Monte Carlo (Li, Holbrook, Shahbaba, Baldi, 2017)
-        | https://arxiv.org/abs/1711.05307
-    """
-
-    def __init__(
-        self, potential: Potential, density: JudgedDensity, inner: ParameterTransition
-    ) -> None:
-        self.potential = potential
-        self.density = density
-        self.inner = inner
-
-    def begin(self, position: Tensor, noise: Tensor) -> State:
-        return self.inner.begin(position, noise)
-
-    def refreshed(self, state: State, tuning: Tuning) -> State:
-        return self.inner.refreshed(state, tuning)
-
-    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
-        network = self.density.network
-        self.density.asked.clear()
-        moved, info = self.inner.step(state, tuning, num_steps)
-        count = torch.zeros_like(info.accepted, dtype=torch.long)
-        steps = info.n_steps + count
-        for i, asked in enumerate(self.density.asked):
-            count = count + (asked & (i < steps))  # a trajectory that has ended asks for nothing
-        before, after = network(state.position), network(moved.position)
-        gain = moved.evaluation.value.double() - state.evaluation.value.double()
-        info = info._replace(
-            n_steps=steps,
-            n_gradients=count,
-            n_densities=steps,
-            surrogate_accepted=info.accepted,
-            surrogate_error=gain - (after.double() - before.double()),
-        )
-        return moved, info
-
-
-class PerLeafConditionalTransition(ConditionalTransition):
-    """Moves parameters per leaf with the noise held, then refreshes the noise.
-
-    Arguments:
-        inner: The move of the parameters.
-        refresh: The move of the noise.
-
-    Invariant:
-        As of :class:`~pyro_hamflow.mcmc.pseudo_marginal.ConditionalTransition`.
-    """
-
-    def __init__(self, inner: PerLeafTransition, refresh: Refresh) -> None:
-        super().__init__(inner, refresh)
-        self.density = inner.density
-
-    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
-        moved, info = super().step(state, tuning, num_steps)
-        # At the renewed noise, the energy is a density, and the gradient mostly learned.
-        asked = self.density.asked[-1].long() if self.density.trust is not None else 0
-        count = info.n_gradients - 1 + asked
-        return moved, info._replace(n_gradients=count, n_densities=info.n_densities + 1)
+        return State(position, noise, state.gradient, evaluation), info

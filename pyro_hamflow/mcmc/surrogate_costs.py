@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import GradientMatching, Points, Training, fit_energy
 from pyro_hamflow.mcmc.recorder import synchronize
-from pyro_hamflow.mcmc.surrogate import EndpointTransition
-from pyro_hamflow.mcmc.transition import Info, Transition
+from pyro_hamflow.mcmc.transition import Info
 from pyro_hamflow.model.potential import Potential
 
 _BATCH, _STEPS = 256, 20
@@ -34,6 +33,7 @@ class SurrogateReport:
         acceptance: The share of its proposals that were accepted in the trial.
         true_seconds: Of an iteration along true gradients, measured.
         surrogate_seconds: Of an iteration of the surrogate, measured.
+        correction: ``"endpoint"`` or ``"per leaf"``: where the surrogate is judged.
         following: ``"surrogate"`` or ``"true gradients"``: what the draws follow.
         reason: Why, in a sentence.
     """
@@ -43,6 +43,7 @@ class SurrogateReport:
     acceptance: float = math.nan
     true_seconds: float = math.nan
     surrogate_seconds: float = math.nan
+    correction: str = "endpoint"
     following: str = "surrogate"
     reason: str = ""
 
@@ -51,58 +52,79 @@ class Trial:
     """Iterations of a transition, as they were measured.
 
     Attributes:
-        steps: Of the integrator, those of the chain that made the most.
-        rates: Acceptance probabilities of all chains.
-        times: Seconds.
+        infos: What happened in each.
+        times: Seconds of each.
     """
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.rates: list[Tensor] = []
+        self.infos: list[Info] = []
         self.times: list[float] = []
 
     def note(self, info: Info, seconds: float) -> None:
         """Takes in an iteration."""
-        self.steps.append(float(torch.as_tensor(info.n_steps).max()))
-        self.rates.append(info.acceptance_rate)
+        self.infos.append(info)
         self.times.append(seconds)
+
+    def mean(self, count: str) -> float:
+        """Of a count of each iteration, that of the chain with the most."""
+        found = [float(torch.as_tensor(getattr(info, count)).max()) for info in self.infos]
+        return statistics.fmean(found) if found else 1.0
 
     @property
     def rate(self) -> float:
         """The mean acceptance probability in the second half."""
-        rates = self.rates[len(self.rates) // 2 :]
+        rates = [info.acceptance_rate for info in self.infos[len(self.infos) // 2 :]]
         return float(torch.stack(rates).mean()) if rates else math.nan
 
     @property
-    def mean_steps(self) -> float:
-        """Of an iteration."""
-        return max(1.0, sum(self.steps) / max(1, len(self.steps)))
+    def efficiency(self) -> float:
+        """What a draw is worth beside one of a chain that never stays where it is.
 
-    def costs(
-        self, potential: Potential, transition: Transition, true_share: float, *, observed: bool
-    ) -> tuple[float, float]:
-        """Seconds of an iteration along true gradients, and of one along the surrogate.
-
-        Arguments:
-            potential: The true one.
-            transition: What was tried.
-            true_share: How often true gradients are followed all the same.
-            observed: Whether the times hold a true gradient that was computed to learn from.
+        A chain that forgets all when it moves has an autocorrelation time of the mean length of
+        its stays, as a draw sees it: long stays hold more draws. This tells chains that stay
+        everywhere a little from those that stay for long somewhere, which acceptance does not.
         """
-        chains = len(self.rates[-1])
-        position, noise = potential.vectors(chains)
-        gradient = timed(potential.program("gradient", chains), position, noise)
-        density = timed(potential.evaluate, position, noise)
-        mine, steps = statistics.median(self.times), self.mean_steps
-        if observed:
-            mine -= gradient
-        if isinstance(transition, EndpointTransition):
-            each = max(mine - density, 0.0) / steps
-            steps /= transition.num_transitions
-        else:
-            each = max(mine / steps - density, 0.0)
-        true = steps * (gradient + each)
-        return true, mine + true_share * true
+        stays = torch.stack([info.accepted for info in self.infos]).long().cumsum(0)
+        lengths = torch.stack([(stays == stay).sum(0) for stay in range(len(stays) + 1)])
+        return float(lengths.sum() / lengths.square().sum())
+
+
+class Costs(NamedTuple):
+    """Seconds of an iteration of each kind, all chains together, measured or foreseen.
+
+    Attributes:
+        mine: Of the one that was tried.
+        per_leaf: Of one that is judged at every point.
+        true: Of one along true gradients.
+    """
+
+    mine: float
+    per_leaf: float
+    true: float
+
+
+def costs_of(
+    trial: Trial, potential: Potential, *, steps: float, true_share: float, observed: bool
+) -> Costs:
+    """What a trial cost, and what the alternatives would.
+
+    Arguments:
+        trial: What was tried.
+        potential: The true one.
+        steps: Of a trajectory, in the alternatives.
+        true_share: How often true gradients are followed all the same.
+        observed: Whether a true gradient of each iteration was computed to learn from alone.
+    """
+    position, noise = potential.vectors(len(trial.infos[-1].accepted))
+    gradient = timed(potential.program("gradient", len(position)), position, noise)
+    density = timed(potential.evaluate, position, noise)
+    mine = statistics.median(trial.times) - observed * gradient
+    taken = (trial.mean("n_gradients") - observed) * gradient + trial.mean("n_densities") * density
+    each = max(mine - taken, 0.0) / max(1.0, trial.mean("n_steps"))
+    noisy = bool(noise.shape[1])  # which is then refreshed, and the gradient computed again
+    per_leaf = steps * (density + each) + 3.0 * noisy * density
+    true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
+    return Costs(mine + true_share * true, per_leaf, true)
 
 
 def affordable_steps(ahead: float, each: float) -> int:
