@@ -304,7 +304,8 @@ def rosenbrock_draws(dimension, count, particles=400_000):
 def test_moments_of_rosenbrock(dimension, correction):
     """Chains begun at draws of the density keep the moments that quadrature gives.
 
-    Its valley is far too long and thin to be seen whole by chains that begin in one place.
+    Its valley is far too long and thin to be seen whole by chains that begin in one place. Of a
+    hundred dimensions, a network this small knows so little that its trajectories must be short.
     """
     chains = 4000
     position = rosenbrock_draws(dimension, chains)
@@ -318,13 +319,12 @@ def test_moments_of_rosenbrock(dimension, correction):
     make = endpoint if correction == "endpoint" else per_leaf
     transition = make(potential, network, "nuts", chains)
     state = transition.begin(position, position[:, :0])
-    tuning = Tuning(0.15, GaussianKinetic(torch.ones(dimension)))
+    step_size, most = (0.15, 31) if dimension < 100 else (0.02, 3)
+    tuning = Tuning(step_size, GaussianKinetic(torch.ones(dimension)))
     for _ in range(3):
-        state, info = transition.step(state, tuning, 31)
-    moved = (state.position != position).any(-1).double().mean()
-    assert moved > (0.5 if dimension < 100 or correction == "per leaf" else 0.01)
-    if dimension < 100:
-        assert_invariant({"x": position[:, places]}, {"x": state.position[:, places]})
+        state, info = transition.step(state, tuning, most)
+    assert (state.position != position).any(-1).double().mean() > 0.5
+    assert_invariant({"x": position[:, places]}, {"x": state.position[:, places]})
     spread = state.position[:, places].std(0) / chains**0.5
     score = (state.position[:, places].mean(0) - torch.tensor(truth)) / spread
     assert score.abs().max() < 4.0

@@ -99,6 +99,12 @@ class Learner:
         self.training_steps = lessons.training_steps
         self.refits: list[int] = []
 
+    @property
+    def wanted(self) -> int:
+        """How many true gradients are gathered before the first fit."""
+        enough = _POINTS_PER_DIMENSION * (self.recorder.dimension + 2)
+        return self.lessons.training_points or enough
+
     def forget_start(self, iteration: int) -> bool:
         """Forgets what was found where chains came from; whether it was all there is."""
         early = iteration <= _FEWEST_GATHER // 3
@@ -108,9 +114,7 @@ class Learner:
 
     def knows_enough(self, iteration: int) -> bool:
         """Whether the first fit is due; if so, the iterations of the others are set."""
-        dimension, wanted = self.recorder.dimension, self.lessons.training_points
-        enough = wanted or _POINTS_PER_DIMENSION * (dimension + 2)
-        full = iteration >= _FEWEST_GATHER and self.recorder.num_gradients >= enough
+        full = iteration >= _FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
         if not full and iteration < _MOST_GATHER * self.warmup_steps:
             return False
         rounds = self.lessons.rounds

@@ -29,14 +29,13 @@ from pyro_hamflow.mcmc.surrogate_costs import (
     Trial,
     costs_of,
     not_worth_it,
-    timed,
 )
 from pyro_hamflow.mcmc.transition import Info, State, Transition, padded
 from pyro_hamflow.model.potential import Potential
 
 _FEWEST_WARMUP = 60
 _GUESSED_STEPS = 16
-_COMPILED = 0.15  # of an uncompiled program's time
+_HOPE = 3.0  # by which a network may gain from what it has not seen yet
 
 
 class LearningKernel(PseudoMarginal):
@@ -157,7 +156,7 @@ class LearningKernel(PseudoMarginal):
         if learner.knows_enough(self._iteration):
             self._gathering = False
             self._warmup = self._new_warmup(warmup.tuning, self._total - self._iteration)
-            reason = self._too_dear()
+            reason = self._too_dear(len(state.position))
             if reason is not None:
                 return self._give_up(state, reason), info
             state = self._learn(state)
@@ -211,8 +210,8 @@ class LearningKernel(PseudoMarginal):
         self.surrogate = learner.network
         self.report.trainings.append(training)
         last = learner.is_last(self._iteration)
-        if last and not first:
-            reason = self._not_worth_it()
+        if not first:
+            reason = self._not_worth_it(1.0 if last else _HOPE)
             if reason is not None:
                 return self._give_up(state, reason)
         return self._send_ahead(state, passing=not last)
@@ -258,6 +257,8 @@ class LearningKernel(PseudoMarginal):
         reason = self._not_worth_it()
         if reason is not None:
             return self._give_up(state, reason)
+        true_steps = self._true_share * self._draws_ahead() * self._steps_of_trajectory()
+        self._learning().recorder.compile_for(true_steps, len(state.position))
         self._say(
             f"the surrogate is followed: {self.report.acceptance:.0%} of its proposals were "
             "accepted in the trial."
@@ -287,31 +288,33 @@ class LearningKernel(PseudoMarginal):
             return f"nothing can be learned in {total} iterations of warm-up, below {fewest}"
         if not self.fallback or self.given is not None:
             return None
-        potential = learner.recorder.potential
-        noise = potential.draw_noise(len(position))
-        seconds = timed(potential.graph("gradient", len(position)), position, noise)
-        seconds *= _COMPILED if self.compile else 1.0
-        return learner.too_dear(_GUESSED_STEPS * seconds * self._draws_ahead())
+        recorder, chains = learner.recorder, len(position)
+        recorder.compiled = False
+        ahead = _GUESSED_STEPS * recorder.gradient_seconds(chains) * self._draws_ahead()
+        recorder.compile_for(learner.wanted / chains + total, chains)
+        return learner.too_dear(ahead)
 
-    def _too_dear(self) -> str | None:
+    def _too_dear(self, chains: int) -> str | None:
         """Why not to train after all, if so."""
         if not self.fallback:
             return None
         learner = self._learning()
-        seconds = (
-            learner.recorder.seconds / learner.recorder.runs * max(1.0, self._trial.mean("n_steps"))
-        )
+        seconds = learner.recorder.gradient_seconds(chains) * self._trial.mean("n_steps")
         return learner.too_dear(seconds * self._draws_ahead())
 
-    def _not_worth_it(self) -> str | None:
-        """Why the surrogate is worth less than true gradients, by what was measured, if so."""
+    def _not_worth_it(self, hope: float = 1.0) -> str | None:
+        """Why the surrogate is worth less than true gradients, by what was measured, if so.
+
+        Arguments:
+            hope: How many times as good it may become.
+        """
         report, costs = self.report, self._costs()
         report.true_seconds, report.surrogate_seconds = costs.true, costs.mine
         if not self.fallback:
             return None
         endpoint = isinstance(self._running()[1], EndpointTransition)
         efficiency = self._trial.efficiency if endpoint else 1.0
-        return not_worth_it(self._trial.rate, efficiency, costs.true, costs.mine)
+        return not_worth_it(self._trial.rate, hope * efficiency, costs.true, costs.mine)
 
     def _leaves_promise_more(self) -> bool:
         """Whether a correction at every point would be worth more, were nothing refused then."""
@@ -321,14 +324,8 @@ class LearningKernel(PseudoMarginal):
         return costs.per_leaf * self._trial.efficiency < costs.mine
 
     def _costs(self) -> Costs:
-        recorder = self._learning().recorder
-        return costs_of(
-            self._trial,
-            recorder.potential,
-            steps=self._steps_of_trajectory(),
-            true_share=self._true_share,
-            observed=recorder.recording,
-        )
+        recorder, steps = self._learning().recorder, self._steps_of_trajectory()
+        return costs_of(self._trial, recorder, steps=steps, true_share=self._true_share)
 
     def _steps_of_trajectory(self) -> float:
         """Of the latest whose number of steps was not changed by a correction at each of them."""

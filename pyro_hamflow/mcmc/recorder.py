@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from pyro_hamflow.model.potential import Potential
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
 _FEWEST = 32
+_COMPILED = 0.15  # of an uncompiled program's time
+_COMPILATION = 15.0  # seconds, for a program of some size
 _EXACT = 1e-3  # of a kick, by which neighbours along a trajectory may miss
 
 
@@ -25,6 +28,19 @@ def synchronize(example: Tensor) -> None:
     """Waits for a device that computes behind Python's back, before time is read."""
     if example.is_cuda:
         torch.cuda.synchronize(example.device)
+
+
+def timed(function: Callable[..., Any], *inputs: Tensor) -> float:
+    """The seconds that a call takes, the fastest of three after a first."""
+    function(*inputs)
+    best = math.inf
+    for _ in range(3):
+        synchronize(inputs[0])
+        began = time.perf_counter()
+        function(*inputs)
+        synchronize(inputs[0])
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 class Call(NamedTuple):
@@ -66,7 +82,7 @@ class Call(NamedTuple):
 class Recorder(StandIn):
     """A potential that keeps what its gradient finds.
 
-    The gradient runs as a program of its own, compiled if the potential's are, with Python around.
+    The gradient runs as a program of its own, with Python around.
 
     Arguments:
         potential: The true one.
@@ -75,8 +91,7 @@ class Recorder(StandIn):
         calls: What was found, in order.
         recording: Whether more is kept.
         tuning: What is noted with it.
-        seconds: How long the programs took.
-        runs: How often they ran.
+        compiled: Whether the program is compiled, if the potential's are.
     """
 
     def __init__(self, potential: Potential) -> None:
@@ -84,25 +99,37 @@ class Recorder(StandIn):
         self.calls: list[Call] = []
         self.recording = True
         self.tuning: Tuning | None = None
-        self.seconds = 0.0
-        self.runs = 0
+        self.compiled = True
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The gradient of every chain, kept."""
-        program = self.potential.program(kind, num_chains)
 
         def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            began = time.perf_counter()
-            value, slope = program(position, noise)
-            synchronize(value)
-            self.seconds += time.perf_counter() - began
-            self.runs += 1
+            value, slope = self._program(kind, num_chains)(position, noise)
             if self.recording:
                 wanted = torch.ones_like(value, dtype=torch.bool)
                 self.calls.append(Call(position, value, slope, wanted, self.tuning))
             return value, slope
 
         return gradient
+
+    def gradient_seconds(self, num_chains: int) -> float:
+        """What the gradient of all chains takes, or would if it were compiled."""
+        inputs = self.potential.vectors(num_chains)
+        seconds = timed(self._program("gradient", num_chains), *inputs)
+        waits = self.potential.compile_graphs and not self.compiled
+        return seconds * _COMPILED if waits else seconds
+
+    def compile_for(self, calls: float, num_chains: int) -> None:
+        """Has the program compiled, if so many calls without would take longer than that."""
+        if self.potential.compile_graphs and not self.compiled:
+            inputs = self.potential.vectors(num_chains)
+            seconds = timed(self._program("gradient", num_chains), *inputs)
+            self.compiled = calls * seconds > _COMPILATION
+
+    def _program(self, kind: str, num_chains: int) -> Program:
+        potential = self.potential
+        return (potential.program if self.compiled else potential.graph)(kind, num_chains)
 
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
         """The function as it is, for it must call back."""

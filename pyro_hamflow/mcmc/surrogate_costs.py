@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import GradientMatching, Points, Training, fit_energy
-from pyro_hamflow.mcmc.recorder import synchronize
+from pyro_hamflow.mcmc.recorder import Recorder, synchronize, timed
 from pyro_hamflow.mcmc.transition import Info
 from pyro_hamflow.model.potential import Potential
 
@@ -103,21 +103,20 @@ class Costs(NamedTuple):
     true: float
 
 
-def costs_of(
-    trial: Trial, potential: Potential, *, steps: float, true_share: float, observed: bool
-) -> Costs:
+def costs_of(trial: Trial, recorder: Recorder, *, steps: float, true_share: float) -> Costs:
     """What a trial cost, and what the alternatives would.
 
     Arguments:
         trial: What was tried.
-        potential: The true one.
+        recorder: The true potential; if it was recording, a gradient of each iteration served to
+            learn from alone.
         steps: Of a trajectory, in the alternatives.
         true_share: How often true gradients are followed all the same.
-        observed: Whether a true gradient of each iteration was computed to learn from alone.
     """
-    position, noise = potential.vectors(len(trial.infos[-1].accepted))
-    gradient = timed(potential.program("gradient", len(position)), position, noise)
-    density = timed(potential.evaluate, position, noise)
+    position, noise = recorder.potential.vectors(len(trial.infos[-1].accepted))
+    gradient = recorder.gradient_seconds(len(position))
+    density = timed(recorder.potential.evaluate, position, noise)
+    observed = recorder.recording
     mine = statistics.median(trial.times) - observed * gradient
     taken = (trial.mean("n_gradients") - observed) * gradient + trial.mean("n_densities") * density
     each = max(mine - taken, 0.0) / max(1.0, trial.mean("n_steps"))
@@ -147,19 +146,6 @@ def not_worth_it(acceptance: float, efficiency: float, true: float, mine: float)
         f"{acceptance:.0%} of the surrogate's proposals were accepted, at {1e3 * mine:.2g} "
         f"milliseconds each, where an iteration along true gradients takes {1e3 * true:.2g}"
     )
-
-
-def timed(function: Callable[..., Any], *inputs: Tensor) -> float:
-    """The seconds that a call takes, the fastest of three after a first."""
-    function(*inputs)
-    best = math.inf
-    for _ in range(3):
-        synchronize(inputs[0])
-        began = time.perf_counter()
-        function(*inputs)
-        synchronize(inputs[0])
-        best = min(best, time.perf_counter() - began)
-    return best
 
 
 def training_seconds(potential: Potential, hidden: Sequence[int]) -> float:
