@@ -21,7 +21,7 @@ from pyro_hamflow.mcmc.per_leaf import (
 )
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
-from pyro_hamflow.mcmc.recorder import synchronize
+from pyro_hamflow.mcmc.recorder import COMPILED, synchronize
 from pyro_hamflow.mcmc.surrogate import EndpointTransition, SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import (
     Costs,
@@ -267,12 +267,12 @@ class LearningKernel(PseudoMarginal):
 
     def _give_up(self, state: State, reason: str) -> State:
         """Follows true gradients from here on."""
-        potential, tuning = self._learning().recorder.potential, self._running()[0].tuning
+        potential, warmup = self._learning().recorder.potential, self._running()[0]
         self._learner = None
         self.report.following = "true gradients"
         self._say(f"true gradients are followed: {reason}.")
         self._transition = self._make_true(potential, state.position)
-        self._warmup = self._new_warmup(tuning, self._total - self._iteration)
+        warmup.restart(warmup.tuning.step_size)
         return self._transition.begin(state.position, state.noise)
 
     # --- what pays --------------------------------------------------------------------------------
@@ -290,7 +290,8 @@ class LearningKernel(PseudoMarginal):
             return None
         recorder, chains = learner.recorder, len(position)
         recorder.compiled = False
-        ahead = _GUESSED_STEPS * recorder.gradient_seconds(chains) * self._draws_ahead()
+        ahead = _GUESSED_STEPS * recorder.seconds(chains) * self._draws_ahead()
+        ahead *= COMPILED if self.compile else 1.0
         recorder.compile_for(learner.wanted / chains + total, chains)
         return learner.too_dear(ahead)
 
@@ -298,9 +299,10 @@ class LearningKernel(PseudoMarginal):
         """Why not to train after all, if so."""
         if not self.fallback:
             return None
-        learner = self._learning()
-        seconds = learner.recorder.gradient_seconds(chains) * self._trial.mean("n_steps")
-        return learner.too_dear(seconds * self._draws_ahead())
+        recorder = self._learning().recorder
+        seconds = recorder.seconds(chains) * self._trial.mean("n_steps")
+        seconds *= COMPILED if self.compile and not recorder.compiled else 1.0
+        return self._learning().too_dear(seconds * self._draws_ahead())
 
     def _not_worth_it(self, hope: float = 1.0) -> str | None:
         """Why the surrogate is worth less than true gradients, by what was measured, if so.

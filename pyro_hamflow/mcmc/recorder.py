@@ -19,7 +19,7 @@ from pyro_hamflow.model.potential import Potential
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
 _FEWEST = 32
-_COMPILED = 0.15  # of an uncompiled program's time
+COMPILED = 0.15  # of an uncompiled program's time
 _COMPILATION = 15.0  # seconds, for a program of some size
 _EXACT = 1e-3  # of a kick, by which neighbours along a trajectory may miss
 
@@ -113,19 +113,14 @@ class Recorder(StandIn):
 
         return gradient
 
-    def gradient_seconds(self, num_chains: int) -> float:
-        """What the gradient of all chains takes, or would if it were compiled."""
-        inputs = self.potential.vectors(num_chains)
-        seconds = timed(self._program("gradient", num_chains), *inputs)
-        waits = self.potential.compile_graphs and not self.compiled
-        return seconds * _COMPILED if waits else seconds
+    def seconds(self, num_chains: int) -> float:
+        """What the gradient of all chains takes."""
+        return timed(self._program("gradient", num_chains), *self.potential.vectors(num_chains))
 
     def compile_for(self, calls: float, num_chains: int) -> None:
         """Has the program compiled, if so many calls without would take longer than that."""
         if self.potential.compile_graphs and not self.compiled:
-            inputs = self.potential.vectors(num_chains)
-            seconds = timed(self._program("gradient", num_chains), *inputs)
-            self.compiled = calls * seconds > _COMPILATION
+            self.compiled = calls * self.seconds(num_chains) > _COMPILATION
 
     def _program(self, kind: str, num_chains: int) -> Program:
         potential = self.potential

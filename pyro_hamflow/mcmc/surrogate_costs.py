@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import GradientMatching, Points, Training, fit_energy
-from pyro_hamflow.mcmc.recorder import Recorder, synchronize, timed
+from pyro_hamflow.mcmc.recorder import COMPILED, Recorder, synchronize, timed
 from pyro_hamflow.mcmc.transition import Info
 from pyro_hamflow.model.potential import Potential
 
@@ -113,13 +113,16 @@ def costs_of(trial: Trial, recorder: Recorder, *, steps: float, true_share: floa
         steps: Of a trajectory, in the alternatives.
         true_share: How often true gradients are followed all the same.
     """
-    position, noise = recorder.potential.vectors(len(trial.infos[-1].accepted))
-    gradient = recorder.gradient_seconds(len(position))
-    density = timed(recorder.potential.evaluate, position, noise)
-    observed = recorder.recording
-    mine = statistics.median(trial.times) - observed * gradient
-    taken = (trial.mean("n_gradients") - observed) * gradient + trial.mean("n_densities") * density
-    each = max(mine - taken, 0.0) / max(1.0, trial.mean("n_steps"))
+    potential, observed = recorder.potential, recorder.recording
+    position, noise = potential.vectors(len(trial.infos[-1].accepted))
+    gradient, density = recorder.seconds(len(position)), timed(potential.evaluate, position, noise)
+    asked, judged = trial.mean("n_gradients"), trial.mean("n_densities") * density
+    spent = statistics.median(trial.times) - asked * gradient - judged
+    each = max(spent, 0.0) / max(1.0, trial.mean("n_steps"))
+    if potential.compile_graphs:
+        gradient *= 1.0 if recorder.compiled else COMPILED
+        each *= COMPILED if observed else 1.0  # a network that will change is not compiled
+    mine = (asked - observed) * gradient + judged + trial.mean("n_steps") * each
     noisy = bool(noise.shape[1])  # which is then refreshed, and the gradient computed again
     per_leaf = steps * (density + each) + 3.0 * noisy * density
     true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
