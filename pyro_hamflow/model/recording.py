@@ -66,19 +66,27 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        inputs = map_aggregate((args, kwargs or {}), self._node_of)
+        arguments = (args, kwargs or {})
+        inputs = map_aggregate(arguments, self._node_of)
         varies = self._all_may_vary or _is_random(target) or self._any_varies(inputs)
         if torch.Tag.data_dependent_output not in target.tags:
-            return self._perform(target, (args, kwargs or {}), inputs, varies=varies)
+            return self._perform(target, arguments, inputs, varies=varies)
         if varies:
             raise RuntimeError(
-                f"{target} asks for the value of a tensor that depends on the latent variables, "
-                "as control flow does"
+                f"{target} asks for the value of a tensor that depends on the program's arguments, "
+                "as control flow that follows latent variables does"
             )
-        return target(*args, **(kwargs or {}))
+        return target(*args, **arguments[1])
 
     def _perform(self, target: Any, arguments: Any, inputs: Any, *, varies: bool) -> Any:
-        """Runs an operation and writes it down."""
+        """Runs an operation and writes it down.
+
+        Arguments:
+            target: The operation.
+            arguments: Its positional and its keyword arguments.
+            inputs: The same with nodes in place of tensors.
+            varies: Whether its result depends on the program's arguments, or is random.
+        """
         if target is _aten.lift_fresh.default:
             # A literal, which may be written to: in each run to a copy of its own.
             target = _aten.lift_fresh_copy.default
