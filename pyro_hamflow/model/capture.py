@@ -10,16 +10,16 @@ as long as the function's control flow does not depend on the values of its inpu
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+
+from pyro_hamflow.model.recording import PureRecorder, Recorder, Rule
 
 Program = Callable[..., Any]
 
@@ -55,11 +55,12 @@ def capture(function: Program, *examples: Tensor) -> GraphModule:
     """
     # Tracing tells arguments apart by identity: one tensor given twice would be one argument.
     examples = tuple(example.clone() for example in examples)
+    recorder, simple = Recorder(), PureRecorder(_MASKS)
     # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
     with torch.autograd.grad_mode._force_original_view_tracking(True):
-        recorded = make_fx(function)(*examples)
-    pure = make_fx(torch.func.functionalize(recorded))(*examples)
-    return _simplify(pure)
+        recorder.record(function, *examples)
+    simple.record(torch.func.functionalize(recorder.replay), *examples)
+    return simple.module()
 
 
 def batch(graph: Program, *examples: Tensor) -> GraphModule:
@@ -76,13 +77,11 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
         # An operation without a batching rule is looped over: slower, and as right.
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
         # Shapes alone are traced: nothing of the batch's size is computed, or held, until it runs.
-        tracer = make_fx(
-            torch.func.functionalize(torch.func.vmap(graph)),
-            decomposition_table={_SOLVE: _solve_together},
-            tracing_mode="fake",
-            _allow_non_fake_inputs=True,
-        )
-        return _simplify(tracer(*examples), fills=True)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        shapes = [fake.from_tensor(example) for example in examples]
+        recorder = PureRecorder(_RULES)
+        recorder.record(torch.func.functionalize(torch.func.vmap(graph)), *shapes)
+    return recorder.module()
 
 
 def loop(function: Program) -> Program:
@@ -144,110 +143,45 @@ def _solve_together(triangle: Tensor, right: Tensor, *, left: bool = True, **set
     return solved.reshape(folded.shape).movedim(0, -2) if left else solved.reshape(folded.shape)
 
 
-def _simplify(module: GraphModule, *, fills: bool = False) -> GraphModule:
-    """Computes what depends on no input, once; drops what is repeated, unused or does nothing.
+def _fill(like: Rule) -> Rule:
+    """Makes a tensor of one repeated number a constant, which holds that number alone.
 
-    Tensors of zeros or ones are such constants too, in graphs that will not be batched any more:
-    some rules of batching rely on the gradient of a result to have its shape.
+    Only in graphs that will not be batched any more: some rules of batching rely on the gradient of
+    a result to have its shape.
     """
-    constants: dict[Node, Any] = {}
-    simple = Graph()
-    copies: dict[Node, Node] = {}
-    seen: dict[Any, Node] = {}
-    buffers: dict[str, Tensor] = {}
 
-    def copy_of(node: Node) -> Node:
-        if node not in copies:
-            name = f"constant_{len(buffers)}"
-            buffers[name] = constants[node]
-            copies[node] = simple.get_attr(name)
-        return copies[node]
+    def constant(example: Tensor, *value: Any, **settings: Any) -> Tensor:
+        one = torch.empty((), dtype=example.dtype, device=example.device)
+        return like(one, *value, **settings).expand(example.shape)
 
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            constants[node] = operator.attrgetter(node.target)(module).detach()
-        elif node.op != "call_function" or _is_random(node):
-            copies[node] = simple.node_copy(node, copy_of)
-        elif fills and node.target in _FILLS and isinstance(node.meta.get("val"), Tensor):
-            value = node.meta["val"]
-            one = torch.empty((), dtype=value.dtype, device=value.device)
-            constants[node] = node.target(one).expand(value.shape)
-        elif all(source in constants for source in node.all_input_nodes):
-            arguments = map_arg((node.args, node.kwargs), constants.__getitem__)
-            with torch.no_grad():
-                constants[node] = node.target(*arguments[0], **arguments[1])
-        elif (source := _same_as(node)) is not None:
-            copies[node] = copy_of(source)
-        elif (factors := _product_of_transposes(node)) is not None:
-            left, right = (copy_of(factor) for factor in factors)
-            turned = simple.call_function(torch.ops.aten.permute.default, (left, [1, 0]))
-            copies[node] = simple.node_copy(node, copy_of)
-            copies[node].target, copies[node].args = _PRODUCT, (right, turned)
-        else:
-            key = repr((node.target, map_arg((node.args, node.kwargs), copy_of)))
-            if key not in seen:
-                seen[key] = simple.node_copy(node, copy_of)
-                if node.target in _VIEWS:  # their source may have lost the clone they rely on
-                    seen[key].target = torch.ops.aten.reshape.default
-            copies[node] = seen[key]
-    simple.eliminate_dead_code()
-    simple.lint()
-    root = torch.nn.Module()
-    for name, tensor in buffers.items():
-        root.register_buffer(name, tensor)
-    return GraphModule(root, simple)
+    return constant
 
 
-_FILLS = {torch.ops.aten.zeros_like.default, torch.ops.aten.ones_like.default}
-_COPIES = {
-    torch.ops.aten.detach.default,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.lift_fresh_copy.default,
+_RULES = {_SOLVE: _solve_together} | {
+    like: _fill(like)
+    for like in (
+        torch.ops.aten.zeros_like.default,
+        torch.ops.aten.ones_like.default,
+        torch.ops.aten.full_like.default,
+    )
 }
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
-_SHAPES = {*_VIEWS, torch.ops.aten.reshape.default, torch.ops.aten.expand.default}
 
 
-def _same_as(node: Node) -> Node | None:
-    """The argument that a node returns as it is, if it does no more than that."""
-    arguments: Any = node.args
-    if node.target in _COPIES:
-        return arguments[0]
-    if node.target == torch.ops.aten.permute.default:
-        return arguments[0] if list(arguments[1]) == sorted(arguments[1]) else None
-    if node.target == torch.ops.aten.copy.default:
-        source = arguments[1]
-    elif node.target in _SHAPES:
-        source = arguments[0]
-    else:
-        return None
-    before, after = source.meta.get("val"), node.meta.get("val")
-    if before is None or after is None:
-        return None
-    return source if (before.shape, before.dtype) == (after.shape, after.dtype) else None
+def _by_number(target: Rule) -> Rule:
+    """Indexes by numbers in place of masks: only then are shapes known before a program runs."""
+
+    def index(tensor: Tensor, indices: list[Tensor | None], *rest: Any) -> Any:
+        if not any(i is not None and i.dtype == torch.bool for i in indices):
+            return NotImplemented
+        numbers: list[Tensor | None] = []
+        for i in indices:
+            numbers += [i] if i is None or i.dtype != torch.bool else i.nonzero().unbind(-1)
+        return target(tensor, numbers, *rest)
+
+    return index
 
 
-_PRODUCT = torch.ops.aten.mm.default
-
-
-def _product_of_transposes(node: Node) -> tuple[Node, Node] | None:
-    """A and B, if a node is the transpose of A times the transpose of B.
-
-    Batches of a matrix times a vector come so. As B times the transpose of A, each of a batch has a
-    row of its own, over which later operations run faster.
-    """
-    if not _is_transpose(node):
-        return None
-    product: Any = node.args[0]
-    if product.target != _PRODUCT or not _is_transpose(product.args[1]):
-        return None
-    return product.args[0], product.args[1].args[0]
-
-
-def _is_transpose(node: Any) -> bool:
-    return node.target == torch.ops.aten.permute.default and list(node.args[1]) == [1, 0]
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+_MASKS = {
+    target: _by_number(target)
+    for target in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default)
+}
