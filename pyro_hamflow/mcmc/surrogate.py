@@ -92,10 +92,9 @@ class SurrogateDensity(StandIn):
         return position, position[:, :0]
 
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
-        """Compiles a function around the network's, if the potential compiles its own."""
-        if self.passing:
-            return function
-        return self.potential.accelerate(f"{name}, {self._name}", function, *examples)
+        """What the potential does with a function, for one around the network."""
+        name = f"{name}, {self._name}"
+        return self.potential.accelerate(name, function, *examples, passing=self.passing)
 
 
 def frozen(network: PotentialNetwork, example: Tensor) -> PotentialNetwork:

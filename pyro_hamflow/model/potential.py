@@ -251,19 +251,24 @@ class Potential:
             )
             return loop(base)
 
-    def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
-        """Compiles a function around :meth:`graph` programs, once, if compilation is asked for.
+    def accelerate(
+        self, name: str, function: Program, *examples: Tensor, passing: bool = False
+    ) -> Program:
+        """Captures a function around :meth:`graph` programs, once, and compiles it if asked for.
 
         Arguments:
             name: What the function does; with the examples' shapes it tells functions apart.
             function: The function.
             examples: Arguments of the shapes that it will be called with.
+            passing: Whether it will not be called for long, so that it is not compiled.
         """
-        if not self.compile_graphs or self.fallback_reason is not None:
+        if self.fallback_reason is not None:
             return function
         key = (name, *(tuple(example.shape) for example in examples))
         if key not in self._graphs:
-            self._graphs[key] = compile_graph(capture(function, *examples), *examples)
+            graph = capture(function, *examples)
+            compiling = self.compile_graphs and not passing
+            self._graphs[key] = compile_graph(graph, *examples) if compiling else graph
         return self._graphs[key]
 
     def _base(self, kind: str) -> GraphModule | None:
