@@ -8,6 +8,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_hamflow.model.potential import Potential
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long checks too")
@@ -19,6 +21,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(long)
+
+
+@pytest.fixture
+def uncaptured(monkeypatch):
+    """Transitions run as they are written, so that parts of them can be spoilt."""
+    monkeypatch.setattr(Potential, "accelerate", lambda self, name, function, *_, **__: function)
 
 
 @pytest.fixture(autouse=True)

@@ -564,7 +564,7 @@ def _transition(method):
     ("method", "spoil"),
     [(method, spoil) for method, patches in SPOILT_PATCHES.items() for spoil in patches],
 )
-def test_spoilt_sampler_is_found_out(method, spoil, monkeypatch):
+def test_spoilt_sampler_is_found_out(method, spoil, uncaptured, monkeypatch):
     transition = _transition(method)
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
@@ -587,7 +587,7 @@ def test_one_block_for_all_is_found_out_if_all_are_accepted(monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [accept_always, forget_kinetic_energy])
-def test_spoilt_hmc_is_found_out(spoil, monkeypatch):
+def test_spoilt_hmc_is_found_out(spoil, uncaptured, monkeypatch):
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors|is not finite"):
         check_hmc("skewed", "diagonal")
@@ -737,7 +737,7 @@ SPOILT_NUTS = {
 
 
 @pytest.mark.parametrize("spoil", SPOILT_TREES)
-def test_spoilt_nuts_is_found_out(spoil, monkeypatch):
+def test_spoilt_nuts_is_found_out(spoil, uncaptured, monkeypatch):
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
         check_nuts("skewed", "diagonal", 0.7)
@@ -760,7 +760,7 @@ def test_nuts_of_two_minds_is_found_out(wrap):
 @pytest.mark.parametrize(
     ("make", "spoil"), [(make, spoil) for make, all_ in SPOILT_NUTS.items() for spoil in all_]
 )
-def test_spoilt_pseudo_marginal_nuts_is_found_out(make, spoil, monkeypatch):
+def test_spoilt_pseudo_marginal_nuts_is_found_out(make, spoil, uncaptured, monkeypatch):
     target = make_target("prior-8")
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
