@@ -32,7 +32,7 @@ from pyro_hamflow.mcmc.simulated import Gradient, SimulatedSets, observed
 from pyro_hamflow.model.potential import Potential, with_slopes
 
 Summary = Callable[[Mapping[str, Tensor]], Tensor]
-_LEAST_RATE = 0.8
+_LEAST_RATE = 0.9
 _MOST_PROBED = 8
 _LARGEST = 10.0  # of a probed gradient, in logarithms
 _GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2
@@ -160,7 +160,7 @@ def learn_surrogate(
     model: Callable[..., Any],
     *args: Any,
     num_sets: int = 4000,
-    num_steps: int = 4,
+    num_steps: int = 2,
     hidden: Sequence[int] = (128, 128),
     training_steps: int = 3000,
     summary: Summary = flatten_data,

@@ -118,7 +118,8 @@ class LearningKernel(PseudoMarginal):
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
         """By the spread of a surrogate that was given, unless told otherwise."""
         kinetic = super()._first_kinetic(potential)
-        if self.surrogate is None or self._first_inverse_mass is not None or not self.adapt_mass:
+        given = self._first_inverse_mass is not None or self.mass == "identity"
+        if self.surrogate is None or given:
             return kinetic
         inverse_mass = self.surrogate.root @ self.surrogate.root.mT
         if kinetic.inverse_mass.dim() == 1:
