@@ -171,8 +171,8 @@ def _patient_after_patient(
             "Concentrations of a drug that an enzyme eliminates, 5 parameters, 4 chains, nothing "
             "compiled",
             rows,
-            f"Medians over {compared} patients; {draws} draws of each chain; gradients in all count "
-            "each density as a third of one, and those of warm-up; warm-up of 250 "
+            f"Medians over {compared} patients; {draws} draws of each chain. Gradients in all "
+            "hold those of warm-up, and a density as a third of one. Warm-up takes 250 "
             f"iterations, {_WARMUP} with the amortised surrogate, trained once on simulated "
             "patients before. Beside NUTS and beside learning anew, it makes "
             f"{_both(gains)} times the effective draws per second with everything but that "
@@ -189,7 +189,7 @@ def _patient_after_patient(
             f"It took {seconds:.3g} seconds, {surrogate.training.seconds:.3g} of them to fit the "
             f"energy, and {surrogate.n_gradients:,} true gradients, computed 64 at a time. A "
             f"patient takes {mine['in all, s']:.3g} seconds and "
-            f"{mine['equivalents']:,.0f} gradients or as much in densities.",
+            f"{mine['gradients in all']:,.0f} gradients or as much in densities.",
         ),
     ]
 
