@@ -205,8 +205,7 @@ def learn_surrogate(
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"`{name}` is {number!r}: expected a positive integer")
     hidden_bar = disable_progbar or "CI" in os.environ
-    total = num_sets + 2 * training_steps
-    with tqdm(total=total, disable=hidden_bar, desc="Simulate") as bar:
+    with tqdm(disable=hidden_bar, desc="Simulate") as bar:
         sets = SimulatedSets(model, args, kwargs, num_sets, bar)
         context = torch.stack([summary(data) for data in sets.data()]).to(sets.example)
         if context.dim() != 2:
@@ -214,9 +213,11 @@ def learn_surrogate(
                 f"the summary of the data has shape {tuple(context.shape[1:])}: expected a vector"
             )
         bar.set_description("Fit guess")
+        bar.reset(total=training_steps)
         guess = _fit_guess(sets.position, context, training_steps, bar)
-        bar.set_description("Fit energy")
         points = _gather(sets, guess, context, num_steps)
+        bar.set_description("Fit energy")
+        bar.reset(total=training_steps)
         network = PotentialNetwork(
             guess.dimension, hidden=hidden, context_dimension=points.context.shape[1]
         ).to(sets.example)
@@ -302,12 +303,8 @@ def _gather(
         parts = [torch.stack(part, 1).flatten(0, 1) for part in zip(*found, strict=True)]
         rows.append((*parts, seen.repeat_interleave(num_steps + 1, 0)))
     points = Points(*(torch.cat(part) for part in zip(*rows, strict=True)))
-    good = torch.stack([part.flatten(1).isfinite().all(-1) for part in map(_column, points)])
-    return points.pick(good.all(0))
-
-
-def _column(part: Tensor) -> Tensor:
-    return part[:, None] if part.dim() == 1 else part
+    good = points.position.isfinite().all(-1) & points.gradient.isfinite().all(-1)
+    return points.pick(good & points.value.isfinite())
 
 
 def _turned(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ from pyro_hamflow.model.start import find_start
 
 _FEWEST_WARMUP = 60
 _GUESSED_STEPS = 16
-_START_RADIUS = 0.1
 _COMPILED = 0.15  # of an uncompiled program's time
 
 
@@ -109,11 +108,14 @@ class LearningKernel(PseudoMarginal):
             return super()._start(potential, num_chains, initial_params)
         self.surrogate = given.at(potential)
         self.report.n_gradients += given.n_probes
-        if initial_params is not None:
-            return super()._start(potential, num_chains, initial_params)
-        centre, _ = potential.vectors(num_chains)
-        centre = self.surrogate.centre + torch.randn_like(centre) @ self.surrogate.root.mT
-        return find_start(potential, num_chains, centre, _START_RADIUS)
+        if initial_params is None:
+            centre, _ = potential.vectors(num_chains)
+            centre = self.surrogate.centre + torch.randn_like(centre) @ self.surrogate.root.mT
+            try:
+                return find_start(potential, num_chains, centre, 0.0)
+            except ValueError:
+                pass  # led astray by data unlike those of its training
+        return super()._start(potential, num_chains, initial_params)
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
         """By the spread of a surrogate that was given, unless told otherwise."""

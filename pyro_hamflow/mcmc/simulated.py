@@ -61,7 +61,9 @@ class SimulatedSets:
                 return with_slopes(potential.value_of_one(position, position[:0]), position)
 
         sets = []
-        for _ in range(-(-num_sets // _TOGETHER) * _TOGETHER):
+        count = -(-num_sets // _TOGETHER) * _TOGETHER
+        bar.reset(total=count)
+        for _ in range(count):
             with torch.no_grad(), poutine.block():
                 trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
             nodes = trace.nodes
