@@ -182,7 +182,9 @@ def learn_surrogate(
         kwargs: The model's keyword arguments.
 
     Returns:
-        The surrogate, to be passed to a kernel.
+        The surrogate, to be passed to a kernel, whose chains begin where it expects the posterior,
+        with its spread as their first inverse mass. A warm-up of 60 iterations, with
+        ``adapt_mass=False``, then does.
 
     Raises:
         ValueError: If a number is not positive, the model observes nothing, or the summary is no
