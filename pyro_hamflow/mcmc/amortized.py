@@ -28,13 +28,12 @@ from pyro_hamflow.dynamics.conditional_gaussian import ConditionalGaussian
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.integrators import leapfrog_step
 from pyro_hamflow.dynamics.training import GradientMatching, Loss, Points, Training, fit_energy
+from pyro_hamflow.mcmc.probes import probe, probed_points, turned
 from pyro_hamflow.mcmc.simulated import Gradient, SimulatedSets, observed
 from pyro_hamflow.model.potential import Potential, with_slopes
 
 Summary = Callable[[Mapping[str, Tensor]], Tensor]
 _LEAST_RATE = 0.9
-_MOST_PROBED = 8
-_LARGEST = 10.0  # of a probed gradient, in logarithms
 _GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2
 
 
@@ -72,7 +71,7 @@ class AmortizedSurrogate:
     @property
     def n_probes(self) -> int:
         """True gradients that each new data set takes before its first draw."""
-        return len(_probed_points(self.guess.centre))
+        return len(probed_points(self.guess.centre))
 
     def at(self, potential: Potential) -> PotentialNetwork:
         """The energy given a potential's data.
@@ -103,7 +102,7 @@ class AmortizedSurrogate:
                 value, slope = with_slopes(potential.value_of_one(position, noise), position)
             return value, slope
 
-        probed = _probe(gradient, location, root)
+        probed = probe(gradient, location, root)
         network = copy.deepcopy(self.network).to(example)
         network = network.given(torch.cat([guess.standardised(context), probed]))
         with torch.no_grad():
@@ -270,7 +269,7 @@ def _gather(
 ) -> Points:
     """True energies and gradients in the guess's units, along trajectories from exact draws."""
     location, root = guess.place(context)
-    start = _turned(torch.linalg.inv(root), sets.position - location)
+    start = turned(torch.linalg.inv(root), sets.position - location)
     groups = sets.groups()
 
     def follow(
@@ -279,8 +278,8 @@ def _gather(
         middle, turn = location[group], root[group]
 
         def gradient_of(w: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            value, slope = gradient(middle + _turned(turn, w))
-            return value, _turned(turn.mT, slope)
+            value, slope = gradient(middle + turned(turn, w))
+            return value, turned(turn.mT, slope)
 
         w = start[group]
         r, ones = torch.randn_like(w), torch.ones_like(w[0])
@@ -299,7 +298,7 @@ def _gather(
     rows = []
     for group, gradient in groups:
         found, _ = follow(group, gradient, size * (0.5 + float(torch.rand(()))))
-        probed = _probe(gradient, location[group], root[group])
+        probed = probe(gradient, location[group], root[group])
         seen = torch.cat([guess.standardised(context[group]), probed], -1)
         # Data set by data set, so that what is held out are data sets.
         parts = [torch.stack(part, 1).flatten(0, 1) for part in zip(*found, strict=True)]
@@ -307,24 +306,3 @@ def _gather(
     points = Points(*(torch.cat(part) for part in zip(*rows, strict=True)))
     good = points.position.isfinite().all(-1) & points.gradient.isfinite().all(-1)
     return points.pick(good & points.value.isfinite())
-
-
-def _turned(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _probed_points(example: Tensor) -> Tensor:
-    """The guess's mean, and a standard deviation from it along its first axes."""
-    dimension = example.shape[-1]
-    eye = torch.eye(dimension, dtype=example.dtype, device=example.device)
-    return torch.cat([torch.zeros_like(eye[:1]), eye[:_MOST_PROBED]])
-
-
-def _probe(gradient: Gradient, location: Tensor, root: Tensor) -> Tensor:
-    """The true gradients about a guess, in its units and in logarithms, those of one set a row."""
-    slopes = [
-        _turned(root.mT, gradient(location + root @ point)[1]) for point in _probed_points(location)
-    ]
-    joined = torch.cat(slopes, -1)
-    tamed = joined.sign() * joined.abs().log1p()
-    return tamed.nan_to_num(nan=0.0).clamp(-_LARGEST, _LARGEST)
