@@ -12,6 +12,7 @@ import pyro
 import torch
 
 from benchmarks import (
+    amortized,
     flows,
     glmm,
     gradients,
@@ -37,6 +38,7 @@ TOPICS = {
     "flows": flows,
     "marginal_guides": marginal_guides,
     "surrogate": surrogate,
+    "amortized": amortized,
 }
 
 

@@ -14,6 +14,7 @@ from pyro_hamflow.model.potential import Potential
 from tests.laws import scores
 
 SIZE = 6
+SMALL = {"num_sets": 64, "training_steps": 50, "disable_progbar": True}
 
 
 def decay(y):
@@ -28,7 +29,9 @@ def decay(y):
 def surrogate():
     torch.set_default_dtype(torch.float64)
     pyro.set_rng_seed(0)
-    return learn_surrogate(decay, torch.zeros(SIZE), num_sets=500, training_steps=2000)
+    return learn_surrogate(
+        decay, torch.zeros(SIZE), num_sets=500, training_steps=2000, disable_progbar=True
+    )
 
 
 def simulated(seed):
@@ -57,7 +60,7 @@ def test_energy_given_data_is_the_models(surrogate):
         found.append(float(error.detach().std()))
     assert np.median(found) < 0.3, found
     assert surrogate.training.best < 0.2 * surrogate.training.held_out[0]
-    assert surrogate.n_gradients > 500 * 9
+    assert surrogate.n_gradients >= 512 * (3 + 3), "three along a trajectory, three about the guess"
 
 
 @pytest.mark.parametrize("seed", [11, 12])
@@ -91,19 +94,84 @@ def decay_of_any_length(y):
     pyro.sample("y", dist.Normal(level[0], 0.3).expand([len(y)]).to_event(1), obs=y)
 
 
+def test_start_and_scale_are_the_surrogates(surrogate):
+    """Chains that began elsewhere would stay where nothing was learned."""
+    _, y = simulated(11)
+    kernel = HNNNUTS(decay, surrogate=surrogate, fallback=False)
+    state = kernel.begin(400, 0, (y,))
+    network = kernel.surrogate
+    whitened = network.whitened(state.position)
+    assert (whitened.mean(0).abs() < 0.3).all()
+    assert ((whitened.std(0) - 1.0).abs() < 0.3).all()
+    assert torch.allclose(kernel.inverse_mass, network.root @ network.root.mT)
+    assert kernel.report.n_gradients == surrogate.n_probes == 3
+
+
+def test_saved_surrogate_is_the_same(surrogate, tmp_path):
+    path = tmp_path / "surrogate.pt"
+    surrogate.save(path)
+    again = AmortizedSurrogate.load(path)
+    potential, z = Potential(decay, (simulated(11)[1],)), torch.randn(5, 2)
+    assert torch.equal(again.at(potential)(z), surrogate.at(potential)(z))
+    assert again.n_gradients == surrogate.n_gradients
+    assert again.training == surrogate.training
+
+
+def test_summary_is_given_again(tmp_path):
+    def summary(data):
+        return data["y"][:2]
+
+    learned = learn_surrogate(decay, torch.zeros(SIZE), summary=summary, **SMALL)
+    path = tmp_path / "surrogate.pt"
+    learned.save(path)
+    with pytest.raises(ValueError, match="trained with a summary of its own: expected it as"):
+        AmortizedSurrogate.load(path)
+    again = AmortizedSurrogate.load(path, summary=summary)
+    potential, z = Potential(decay, (torch.ones(SIZE),)), torch.randn(5, 2)
+    assert torch.equal(again.at(potential)(z), learned.at(potential)(z))
+    learned.network.save(path)
+    with pytest.raises(ValueError, match="holds no amortised surrogate: expected"):
+        AmortizedSurrogate.load(path)
+
+
+def test_strange_data_cost_no_crash(surrogate):
+    """Data that no parameter of the prior would bring forth: refused proposals at worst."""
+    y = torch.tensor([1e6, -1e6, 0.0, torch.inf, 3.0, 3.0])
+    assert surrogate.at(Potential(decay, (y,)))(torch.zeros(1, 2)).isfinite().all()
+    mcmc = MCMC(HNNNUTS(decay, surrogate=surrogate), 20, 60, num_chains=4, disable_progbar=True)
+    mcmc.run(torch.full((SIZE,), 30.0))
+    assert mcmc.draws.position.isfinite().all()
+
+
+def test_single_precision_follows_a_double(surrogate):
+    torch.set_default_dtype(torch.float32)
+    network = surrogate.at(Potential(decay, (torch.ones(SIZE),)))
+    assert network(torch.zeros(1, 2)).dtype == torch.float32
+    assert surrogate.network.centre.dtype == torch.float64
+
+
+def test_progress_is_shown(capfd, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    learn_surrogate(decay, torch.zeros(SIZE), **(SMALL | {"disable_progbar": False}))
+    shown = capfd.readouterr().err
+    assert "Simulate" in shown and "Fit energy" in shown
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="`num_sets` is 0: expected a positive integer"):
         learn_surrogate(decay, torch.zeros(SIZE), num_sets=0)
     with pytest.raises(ValueError, match="the model observes nothing"):
         learn_surrogate(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+    with pytest.raises(ValueError, match=r"summary of the data has shape \(\): expected a vector"):
+        learn_surrogate(decay, torch.zeros(SIZE), summary=lambda data: data["y"].sum(), **SMALL)
 
 
 def test_seed_repeats_training():
     found = []
     for _ in range(2):
         pyro.set_rng_seed(3)
-        learned = learn_surrogate(decay, torch.zeros(SIZE), num_sets=64, training_steps=50)
-        found.append(learned.network(torch.ones(1, 2), torch.ones(1, SIZE)))
+        learned = learn_surrogate(decay, torch.zeros(SIZE), **SMALL)
+        found.append(learned.at(Potential(decay, (torch.ones(SIZE),)))(torch.ones(1, 2)))
     assert torch.equal(*found)
     assert isinstance(learned, AmortizedSurrogate)
 

@@ -1,29 +1,40 @@
 r"""A learned energy for all data sets of a model: trained once, followed on each without training.
 
 A parameter drawn from the prior, and data drawn given it, are a draw of the posterior given these
-data: simulation supplies exact draws of as many posteriors as are wanted. A network of parameters
-and data is fitted to the true gradients there and along short trajectories from there. Given new
-data, it is a surrogate like any other: what it has not learned costs acceptance, not exactness.
+data: simulation supplies exact draws of as many posteriors as are wanted. From these, a Gaussian
+learns where each posterior lies. In the units of that guess all posteriors look alike, and a
+network of parameters and data is fitted to the true gradients, there and along short trajectories.
+What the data say is best told by the posterior itself: beside a summary of them, the network sees
+the true gradients at a few points of the guess, which cost next to nothing for a new data set.
+
+Given new data, it is a surrogate like any other: what it has not learned costs acceptance, not
+exactness.
 """
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
 
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from pyro_hamflow.dynamics.conditional_gaussian import ConditionalGaussian
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.integrators import leapfrog_step
-from pyro_hamflow.dynamics.training import GradientMatching, Points, Training, fit_energy
-from pyro_hamflow.model.capture import batch, capture
+from pyro_hamflow.dynamics.training import GradientMatching, Loss, Points, Training, fit_energy
+from pyro_hamflow.mcmc.probes import probe, probed_points, turned
+from pyro_hamflow.mcmc.simulated import Gradient, SimulatedSets, observed
 from pyro_hamflow.model.potential import Potential, with_slopes
 
 Summary = Callable[[Mapping[str, Tensor]], Tensor]
-_TOGETHER = 64
-_LEAST_RATE = 0.8
+_LEAST_RATE = 0.9
+_GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2
 
 
 def flatten_data(data: Mapping[str, Tensor]) -> Tensor:
@@ -35,44 +46,124 @@ class AmortizedSurrogate:
     """A learned energy of parameters and data.
 
     Arguments:
-        network: The energy, whose context is a summary of the data.
-        summary: From observed values by site to the context.
-        training: What its training took and reached.
+        guess: Where the posterior lies, given a summary of the data.
+        network: The energy in the guess's units, whose context is that summary and true gradients
+            about the guess.
+        summary: From observed values by site to the summary.
+        training: What the energy's training took and reached.
         n_gradients: True gradients spent on it.
     """
 
     def __init__(
-        self, network: PotentialNetwork, summary: Summary, training: Training, n_gradients: int
+        self,
+        guess: ConditionalGaussian,
+        network: PotentialNetwork,
+        summary: Summary,
+        training: Training,
+        n_gradients: int,
     ) -> None:
+        self.guess = guess
         self.network = network
         self.summary = summary
         self.training = training
         self.n_gradients = n_gradients
 
+    @property
+    def n_probes(self) -> int:
+        """True gradients that each new data set takes before its first draw."""
+        return len(probed_points(self.guess.centre))
+
     def at(self, potential: Potential) -> PotentialNetwork:
         """The energy given a potential's data.
 
         Raises:
-            ValueError: If the data have another size than those it was trained on.
+            ValueError: If the model or the data have another size than those it was trained on.
         """
-        context = self.summary(_observed(potential)).to(potential.example)
-        expected = self.network.context_dimension
+        example = potential.example
+        guess = copy.deepcopy(self.guess).to(example)
+        if potential.dimension != guess.dimension:
+            raise ValueError(
+                f"`surrogate` has dimension {guess.dimension}: expected {potential.dimension}, as "
+                f"the model's sites {[site.name for site in potential.sites]} have"
+            )
+        context = self.summary(observed(potential)).to(example)
+        expected = guess.context_dimension
         if tuple(context.shape) != (expected,):
             raise ValueError(
                 f"the summary of the data has shape {tuple(context.shape)}: expected "
                 f"({expected},), as in training"
             )
-        return self.network.to(potential.example).given(context)
+        location, root = guess.place(context)
+        noise = potential.draw_noise(1)[0]
+
+        def gradient(position: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                value, slope = with_slopes(potential.value_of_one(position, noise), position)
+            return value, slope
+
+        probed = probe(gradient, location, root)
+        network = copy.deepcopy(self.network).to(example)
+        network = network.given(torch.cat([guess.standardised(context), probed]))
+        with torch.no_grad():
+            network.centre.copy_(location + root @ network.centre)
+            network.root.copy_(root @ network.root)
+            network.inverse_root.copy_(torch.linalg.inv(network.root))
+        return network
+
+    def save(self, path: str | Path) -> None:
+        """Writes it to a file: sizes, weights, what the training took; not the summary."""
+        content = {
+            part: {"sizes": module.sizes, "weights": module.state_dict()}
+            for part, module in (("guess", self.guess), ("network", self.network))
+        }
+        flat = self.summary is flatten_data
+        record = {"training": asdict(self.training), "n_gradients": self.n_gradients}
+        torch.save(content | record | {"flat": flat}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, summary: Summary | None = None) -> AmortizedSurrogate:
+        """Reads what :meth:`save` wrote, in the precision that it was written in.
+
+        Arguments:
+            path: The file.
+            summary: The function that it was trained with, if that was given.
+
+        Raises:
+            ValueError: If the file holds something else, or a summary is missing.
+        """
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        keys = {"guess", "network", "training", "n_gradients", "flat"}
+        if not isinstance(content, dict) or content.keys() != keys:
+            raise ValueError(f"'{path}' holds no amortised surrogate: expected {sorted(keys)}")
+        if summary is None and not content["flat"]:
+            raise ValueError(
+                f"'{path}' was trained with a summary of its own: expected it as `summary`"
+            )
+        guess = _restored(ConditionalGaussian, content["guess"])
+        network = _restored(PotentialNetwork, content["network"])
+        training = Training(**content["training"])
+        return cls(guess, network, summary or flatten_data, training, content["n_gradients"])
+
+
+Module = TypeVar("Module", ConditionalGaussian, PotentialNetwork)
+
+
+def _restored(kind: type[Module], content: dict[str, Any]) -> Module:
+    module = kind(**content["sizes"]).to(content["weights"]["centre"].dtype)
+    module.load_state_dict(content["weights"])
+    return module
 
 
 def learn_surrogate(
     model: Callable[..., Any],
     *args: Any,
-    num_sets: int = 1000,
-    num_steps: int = 8,
+    num_sets: int = 4000,
+    num_steps: int = 2,
     hidden: Sequence[int] = (128, 128),
-    training_steps: int = 5000,
+    training_steps: int = 3000,
     summary: Summary = flatten_data,
+    disable_progbar: bool = False,
     **kwargs: Any,
 ) -> AmortizedSurrogate:
     """Trains a surrogate on data sets simulated from a model.
@@ -80,25 +171,31 @@ def learn_surrogate(
     Arguments:
         model: A Pyro model without noise sites, whose observed sites are simulated.
         args: Its arguments; the data among them give the shapes alone.
-        num_sets: How many data sets are simulated.
+        num_sets: How many data sets are simulated; rounded up to a multiple of 64.
         num_steps: How many leapfrog steps are made along each one's true gradient.
         hidden: The widths of the network's hidden layers.
-        training_steps: The most steps of the optimiser.
-        summary: From observed values by site to what the network sees of them.
+        training_steps: The most steps of the optimiser, for the guess and for the energy each.
+        summary: From observed values by site to what the network sees of them, a vector; where
+            they differ by orders of magnitude, their logarithms.
+        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
         kwargs: The model's keyword arguments.
 
     Returns:
-        The surrogate, to be passed to a kernel.
+        The surrogate, to be passed to a kernel, whose chains begin where it expects the posterior,
+        with its spread as their first inverse mass. A warm-up of 60 iterations, with
+        ``adapt_mass=False``, then does.
 
     Raises:
-        ValueError: If a number is not positive, or the model observes nothing.
+        ValueError: If a number is not positive, the model observes nothing, or the summary is no
+            vector.
 
     Example:
         >>> def model(y):
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(mean, 1.0).expand([3]).to_event(1), obs=y)
-        >>> surrogate = learn_surrogate(model, torch.zeros(3), num_sets=64, training_steps=50)
-        >>> surrogate.network.sizes["context_dimension"]
+        >>> sizes = {"num_sets": 64, "training_steps": 50, "disable_progbar": True}
+        >>> surrogate = learn_surrogate(model, torch.zeros(3), **sizes)
+        >>> surrogate.guess.sizes["context_dimension"]
         3
     """
     for name, number in (
@@ -108,103 +205,104 @@ def learn_surrogate(
     ):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"`{name}` is {number!r}: expected a positive integer")
-    data = dict(_observed(Potential(model, args, kwargs)))
-    if not data:
-        raise ValueError("the model observes nothing: expected data to simulate")
+    hidden_bar = disable_progbar or "CI" in os.environ
+    with tqdm(disable=hidden_bar, desc="Simulate") as bar:
+        sets = SimulatedSets(model, args, kwargs, num_sets, bar)
+        context = torch.stack([summary(data) for data in sets.data()]).to(sets.example)
+        if context.dim() != 2:
+            raise ValueError(
+                f"the summary of the data has shape {tuple(context.shape[1:])}: expected a vector"
+            )
+        bar.set_description("Fit guess")
+        bar.reset(total=training_steps)
+        guess = _fit_guess(sets.position, context, training_steps, bar)
+        points = _gather(sets, guess, context, num_steps)
+        bar.set_description("Fit energy")
+        bar.reset(total=training_steps)
+        network = PotentialNetwork(
+            guess.dimension, hidden=hidden, context_dimension=points.context.shape[1]
+        ).to(sets.example)
+        network.whiten_by(points.position, points.context)
+        training = fit_energy(
+            network,
+            points,
+            # Each data set's energy has its own constant.
+            loss=_noted(GradientMatching(energy_weight=0.0), bar),
+            steps=training_steps,
+            learning_rate=_ENERGY_RATE,
+        )
+    return AmortizedSurrogate(guess, network, summary, training, sets.n_gradients)
 
-    def conditioned(*args: Any, **kwargs: Any) -> Any:
-        return poutine.condition(poutine.uncondition(model), data)(*args, **kwargs)
 
-    potential = Potential(conditioned, args, kwargs)
-    names = list(data)
+def _noted(loss: Loss, bar: tqdm[Any]) -> Loss:
+    """The loss; a bar is told of each step of a training."""
 
-    def gradient(position: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        data.update(zip(names, values, strict=True))
-        with torch.enable_grad():
-            position = position.detach().requires_grad_()
-            return with_slopes(potential.value_of_one(position, position[:0]), position)
+    def noted(network: Any, points: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            bar.update()
+        return loss(network, points)
 
-    groups = -(-num_sets // _TOGETHER)
-    sets = [_simulate(model, potential, names, args, kwargs) for _ in range(groups * _TOGETHER)]
-    position = torch.stack([z for z, _ in sets])
-    values = [torch.stack(part) for part in zip(*(v for _, v in sets), strict=True)]
-    first = [part[:_TOGETHER] for part in values]
-    kept = dict(data)
-    graph = capture(gradient, position[0], *(part[0] for part in values))
-    data.update(kept)
-    program = batch(graph, position[:_TOGETHER], *first)
-    scale = position.std(0)
+    return noted
 
-    def follow(z: Tensor, parts: list[Tensor], size: float) -> tuple[list[Any], Tensor]:
-        def gradient_of(z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            return program(z, *parts)
 
-        found = []
-        value, slope = program(z, *parts)
-        ones, step = torch.ones_like(scale), size * scale
-        r = torch.randn_like(z)
-        start = value + 0.5 * r.square().sum(-1)
-        found.append((z, value, slope))
+def _fit_guess(
+    position: Tensor, context: Tensor, steps: int, bar: tqdm[Any]
+) -> ConditionalGaussian:
+    """A Gaussian of the parameters given a summary of the data, by maximum likelihood."""
+    good = position.isfinite().all(-1) & context.isfinite().all(-1)
+    position, context = position[good], context[good]
+    guess: Any = ConditionalGaussian(position.shape[1], context.shape[1]).to(position)
+    guess.whiten_by(position, context)
+
+    def loss(guess: Any, points: Points) -> Tensor:
+        energy: Tensor = guess(points.position, points.context).mean()
+        return energy
+
+    points = Points(position, torch.zeros_like(position[:, 0]), position, context)
+    fit_energy(guess, points, loss=_noted(loss, bar), steps=steps, learning_rate=_GUESS_RATE)
+    fitted: ConditionalGaussian = guess
+    return fitted
+
+
+def _gather(
+    sets: SimulatedSets, guess: ConditionalGaussian, context: Tensor, num_steps: int
+) -> Points:
+    """True energies and gradients in the guess's units, along trajectories from exact draws."""
+    location, root = guess.place(context)
+    start = turned(torch.linalg.inv(root), sets.position - location)
+    groups = sets.groups()
+
+    def follow(
+        group: slice, gradient: Gradient, size: float
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        middle, turn = location[group], root[group]
+
+        def gradient_of(w: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = gradient(middle + turned(turn, w))
+            return value, turned(turn.mT, slope)
+
+        w = start[group]
+        r, ones = torch.randn_like(w), torch.ones_like(w[0])
+        value, slope = gradient_of(w, w[:, :0])
+        before = value + 0.5 * r.square().sum(-1)
+        found, step = [(w, value, slope)], w.new_tensor(size)
         for _ in range(num_steps):
-            z, r, value, slope = leapfrog_step(gradient_of, z, r, slope, z[:, :0], ones, step)
-            found.append((z, value, slope))
-        rate = torch.exp(start - value - 0.5 * r.square().sum(-1)).clamp(max=1.0)
+            w, r, value, slope = leapfrog_step(gradient_of, w, r, slope, w[:, :0], ones, step)
+            found.append((w, value, slope))
+        rate = torch.exp(before - value - 0.5 * r.square().sum(-1)).clamp(max=1.0)
         return found, rate.nan_to_num()
 
-    size, runs = 0.5, 1
-    while float(follow(position[:_TOGETHER], first, size)[1].mean()) < _LEAST_RATE and size > 1e-4:
-        size, runs = size / 2, runs + 1
-    rows: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(position), _TOGETHER):
-        parts = [part[start : start + _TOGETHER] for part in values]
-        rate = size * (0.5 + float(torch.rand(())))
-        found, _ = follow(position[start : start + _TOGETHER], parts, rate)
-        context = torch.stack(
-            [
-                summary({name: part[i] for name, part in zip(names, parts, strict=True)})
-                for i in range(_TOGETHER)
-            ]
-        ).to(position)
-        rows += [(*point, context) for point in found]
-    # Data set by data set, so that what is held out are data sets.
-    points = Points(*(torch.stack(part, 1).flatten(0, 1) for part in zip(*rows, strict=True)))
-    good = points.value.isfinite() & points.gradient.isfinite().all(-1)
-    points = points.pick(good)
-    network = PotentialNetwork(
-        potential.dimension, hidden=hidden, context_dimension=points.context.shape[1]
-    ).to(potential.example)
-    network.whiten_by(points.position, points.context)
-    training = fit_energy(
-        network,
-        points,
-        loss=GradientMatching(energy_weight=0.0),  # each data set's energy has its own constant
-        steps=training_steps,
-    )
-    count = len(rows) * _TOGETHER + runs * (num_steps + 1) * _TOGETHER
-    return AmortizedSurrogate(network, summary, training, count)
-
-
-def _observed(potential: Potential) -> dict[str, Tensor]:
-    """The observed values of a model's run, by site."""
-    return {
-        name: site["value"]
-        for name, site in potential.plain_trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and isinstance(site["value"], Tensor)
-        and site["value"].numel() > 0
-    }
-
-
-def _simulate(
-    model: Callable[..., Any],
-    potential: Potential,
-    names: list[str],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A position from the prior, and data given it."""
-    with torch.no_grad(), poutine.block():
-        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-    position = potential.flatten({s.name: trace.nodes[s.name]["value"] for s in potential.sites})
-    return position, tuple(trace.nodes[name]["value"] for name in names)
+    size = 0.5
+    while float(follow(*groups[0], size)[1].mean()) < _LEAST_RATE and size > 1e-4:
+        size /= 2
+    rows = []
+    for group, gradient in groups:
+        found, _ = follow(group, gradient, size * (0.5 + float(torch.rand(()))))
+        probed = probe(gradient, location[group], root[group])
+        seen = torch.cat([guess.standardised(context[group]), probed], -1)
+        # Data set by data set, so that what is held out are data sets.
+        parts = [torch.stack(part, 1).flatten(0, 1) for part in zip(*found, strict=True)]
+        rows.append((*parts, seen.repeat_interleave(num_steps + 1, 0)))
+    points = Points(*(torch.cat(part) for part in zip(*rows, strict=True)))
+    good = points.position.isfinite().all(-1) & points.gradient.isfinite().all(-1)
+    return points.pick(good & points.value.isfinite())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.learner import Learner, Lessons
 from pyro_hamflow.mcmc.per_leaf import (
@@ -32,6 +33,7 @@ from pyro_hamflow.mcmc.surrogate_costs import (
 )
 from pyro_hamflow.mcmc.transition import Info, State, Transition, padded
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import find_start
 
 _FEWEST_WARMUP = 60
 _GUESSED_STEPS = 16
@@ -94,11 +96,41 @@ class LearningKernel(PseudoMarginal):
                     state = self._conclude(state)
         return state
 
-    def make_transition(self, potential: Potential, position: Tensor) -> Transition:
+    def _start(
+        self, potential: Potential, num_chains: int, initial_params: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Where the surrogate that was given knows its way, if it was trained on data like these.
+
+        Elsewhere it may have valleys that are none of the posterior's, and hold a chain.
+        """
         given = self.given
-        if isinstance(given, AmortizedSurrogate):
-            given = given.at(potential)
-        self.surrogate = given
+        if not isinstance(given, AmortizedSurrogate):
+            self.surrogate = given
+            return super()._start(potential, num_chains, initial_params)
+        self.surrogate = given.at(potential)
+        self.report.n_gradients += given.n_probes
+        if initial_params is None:
+            centre, _ = potential.vectors(num_chains)
+            centre = self.surrogate.centre + torch.randn_like(centre) @ self.surrogate.root.mT
+            try:
+                return find_start(potential, num_chains, centre, 0.0)
+            except ValueError:
+                pass  # led astray by data unlike those of its training
+        return super()._start(potential, num_chains, initial_params)
+
+    def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
+        """By the spread of a surrogate that was given, unless told otherwise."""
+        kinetic = super()._first_kinetic(potential)
+        given = self._first_inverse_mass is not None or self.mass == "identity"
+        if self.surrogate is None or given:
+            return kinetic
+        inverse_mass = self.surrogate.root @ self.surrogate.root.mT
+        if kinetic.inverse_mass.dim() == 1:
+            inverse_mass = inverse_mass.diag()
+        return GaussianKinetic(inverse_mass.to(potential.example))
+
+    def make_transition(self, potential: Potential, position: Tensor) -> Transition:
+        given = self.surrogate
         if given is not None and given.dimension != potential.dimension:
             raise ValueError(
                 f"`surrogate` has dimension {given.dimension}: expected {potential.dimension}, as "
