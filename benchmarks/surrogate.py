@@ -95,8 +95,9 @@ def _versus(rows: list[Row], name: str) -> float:
 
 def _says(rows: list[Row]) -> str:
     return (
-        f"HNNNUTS makes {_versus(rows, 'ESS/s in all'):.3g} times the effective draws of NUTS per "
-        f"second with everything counted, {_versus(rows, 'ESS/s'):.3g} times in sampling alone, "
+        f"{rows[0]['sampler']} makes {_versus(rows, 'ESS/s in all'):.3g} times the effective draws "
+        f"of {rows[1]['sampler']} per second with everything counted, "
+        f"{_versus(rows, 'ESS/s'):.3g} times in sampling alone, "
         f"and {_versus(rows, 'ESS per 1,000 gradients'):.3g} times per gradient, those of warm-up "
         "and training included, a density counted as a third."
     )
@@ -171,24 +172,27 @@ def _glmm(*, quick: bool) -> Table:
     arguments, reference = models.glmm_arguments(), models.glmm_reference()
     rows = []
     kernels: dict[str, HamiltonianKernel] = {
-        "HNNNUTS": HNNNUTS(
-            marginalize(glmm, ["x"], num_particles=8), training_points=5000, compile=not quick
+        "HNNNUTS, 8 particles": HNNNUTS(
+            marginalize(glmm, ["x"], num_particles=8), compile=not quick, fallback=False
         ),
+        "HNNNUTS": HNNNUTS(marginalize(glmm, ["x"]), compile=not quick),
         "PseudoMarginalNUTS": PseudoMarginalNUTS(marginalize(glmm, ["x"]), compile=not quick),
     }
     for name, kernel in kernels.items():
         row, kept = ours(kernel, arguments, draws=draws, start=models.glmm_starts(4))
         score = largest_score(kept.position.numpy(), reference)
         rows.append({"sampler": name} | row | {"max |z|": score})
-    gain = _versus(rows, "ESS/s in all")
+    learned, default, true = (row["ESS/s in all"] for row in rows)
     return Table(
         "The GLMM, s = 3, 4 chains, compiled",
         rows,
-        f"{draws} draws of each chain, PseudoMarginalNUTS with as many particles as its proposal "
-        "chooses. HNNNUTS has eight and learns from 5,000 gradients: the setting that did best of "
-        "five in trials of 500 draws, uncompiled. By default, it falls back here. "
-        f"{_says(rows).replace(' NUTS ', ' PseudoMarginalNUTS ')}",
-        f"at least 3 times per second, training included: {met(gain >= 3)} ({gain:.3g}).",
+        f"{draws} draws of each chain. As many particles as the proposal chooses, except in the "
+        "first row, where the surrogate is followed whatever it costs: eight particles make a "
+        f"noise that lets it be judged. {_says([rows[0], rows[2]])} By default, HNNNUTS makes "
+        f"{default / true:.3g} times the effective draws of PseudoMarginalNUTS per second.",
+        f"at least 3 times per second, training included: {met(learned >= 3 * true)} "
+        f"({learned / true:.3g}); by default never below 0.9: {met(default >= 0.9 * true)} "
+        f"({default / true:.3g}).",
     )
 
 

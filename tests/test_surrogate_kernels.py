@@ -26,7 +26,7 @@ from pyro_hamflow import (
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import learner as learning
-from pyro_hamflow.mcmc import learning_kernel
+from pyro_hamflow.mcmc import weighing
 from pyro_hamflow.mcmc.surrogate_costs import Trial
 from pyro_hamflow.mcmc.transition import Info, Tuning
 from pyro_hamflow.model.potential import Potential
@@ -193,8 +193,8 @@ def test_surrogate_that_errs_is_given_up(monkeypatch):
 def test_correction_is_chosen_by_what_it_costs(slope, chosen, monkeypatch):
     """Trajectories of ten densities, or of ten gradients that take three times as long."""
     spoil(monkeypatch, slope)
-    costs = learning_kernel.Costs(mine=5.0, per_leaf=10.0, true=30.0)
-    monkeypatch.setattr(learning_kernel, "costs_of", lambda *_, **__: costs)
+    costs = weighing.Costs(mine=5.0, per_leaf=10.0, true=30.0)
+    monkeypatch.setattr(weighing, "costs_of", lambda *_, **__: costs)
     kernel = HNNNUTS(bowl, training_steps=100, true_share=0.0)
     stats = run(kernel, warmup=160).draws.stats
     assert kernel.settings["correction"] == kernel.report.correction == chosen

@@ -116,6 +116,7 @@ class Potential:
         trace = self.trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
         refuse_moving_supports(self.sites, trace)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
+        self._looped = False
         self._graphs: dict[tuple[Any, ...], Program] = {}
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
         self._base_graphs: dict[str, GraphModule] = {}
@@ -243,6 +244,7 @@ class Potential:
         try:
             return batch(base, *self._examples(kind, num_chains))
         except RuntimeError as error:  # torch's for an operation that it cannot batch
+            self._looped = True
             warnings.warn(
                 "The model's graph could not be batched, so it runs once for each chain, more "
                 f"slowly. The reason: {_first_line(error)}",
@@ -262,7 +264,8 @@ class Potential:
             examples: Arguments of the shapes that it will be called with.
             passing: Whether it will not be called for long, so that it is not compiled.
         """
-        if self.fallback_reason is not None:
+        looped = self._looped and not self.compile_graphs  # each chain would be written out
+        if self.fallback_reason is not None or looped:
             return function
         key = (name, *(tuple(example.shape) for example in examples))
         if key not in self._graphs:

@@ -1,0 +1,106 @@
+"""Whether a learned energy pays: what a kernel measures of it, and what follows from that."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from pyro_hamflow.dynamics.energies import PotentialNetwork
+from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
+from pyro_hamflow.mcmc.learner import Learner
+from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
+from pyro_hamflow.mcmc.recorder import COMPILED
+from pyro_hamflow.mcmc.surrogate import EndpointTransition
+from pyro_hamflow.mcmc.surrogate_costs import Costs, SurrogateReport, Trial, costs_of, not_worth_it
+
+_FEWEST_WARMUP = 60
+_GUESSED_STEPS = 16
+
+
+class WeighingKernel(PseudoMarginal):
+    """A kernel that can tell whether its surrogate is worth more than true gradients.
+
+    It asks four times: before anything is gathered, before the first training, at each training
+    after that, and at the end of warm-up.
+
+    Attributes:
+        report: What was measured.
+    """
+
+    correction: str
+    fallback: bool
+    given: PotentialNetwork | AmortizedSurrogate | None
+    report: SurrogateReport
+    _learner: Learner | None
+    _total: int
+    _trial: Trial
+    _steps: float
+    _true_share: float
+
+    def _hopeless(self, learner: Learner, position: Tensor) -> str | None:
+        """Why not even to begin, if so."""
+        total, fewest = self._total, _FEWEST_WARMUP
+        if self.given is None and total < fewest:
+            if not self.fallback:
+                raise ValueError(
+                    f"`warmup_steps` is {total}: expected {fewest} or more, to learn a surrogate in"
+                )
+            return f"nothing can be learned in {total} iterations of warm-up, below {fewest}"
+        if not self.fallback or self.given is not None:
+            return None
+        recorder, chains = learner.recorder, len(position)
+        recorder.compiled = False
+        ahead = _GUESSED_STEPS * recorder.seconds(chains) * self._draws_ahead()
+        ahead *= COMPILED if self.compile else 1.0
+        recorder.compile_for(learner.wanted / chains + total, chains)
+        return learner.too_dear(ahead)
+
+    def _too_dear(self, chains: int) -> str | None:
+        """Why not to train after all, if so."""
+        if not self.fallback:
+            return None
+        recorder = self._learning().recorder
+        seconds = recorder.seconds(chains) * self._trial.mean("n_steps")
+        seconds *= COMPILED if self.compile and not recorder.compiled else 1.0
+        return self._learning().too_dear(seconds * self._draws_ahead())
+
+    def _not_worth_it(self, hope: float = 1.0) -> str | None:
+        """Why the surrogate is worth less than true gradients, by what was measured, if so.
+
+        Arguments:
+            hope: How many times as good it may become.
+        """
+        report, costs = self.report, self._costs()
+        report.true_seconds, report.surrogate_seconds = costs.true, costs.mine
+        if not self.fallback:
+            return None
+        endpoint = isinstance(self._running()[1], EndpointTransition)
+        efficiency = self._trial.efficiency if endpoint else 1.0
+        return not_worth_it(self._trial.rate, hope * efficiency, costs.true, costs.mine)
+
+    def _leaves_promise_more(self) -> bool:
+        """Whether a correction at every point would be worth more, were nothing refused then."""
+        if self.correction != "auto" or not self.fallback:
+            return False
+        costs = self._costs()
+        return costs.per_leaf * self._trial.efficiency < costs.mine
+
+    def _costs(self) -> Costs:
+        recorder, steps = self._learning().recorder, self._steps_of_trajectory()
+        return costs_of(self._trial, recorder, steps=steps, true_share=self._true_share)
+
+    def _steps_of_trajectory(self) -> float:
+        """Of the latest whose number of steps was not changed by a correction at each of them."""
+        transition = self._running()[1]
+        if isinstance(transition, EndpointTransition):
+            return self._trial.mean("n_steps") / transition.num_transitions
+        return self._trial.mean("n_steps") if math.isnan(self._steps) else self._steps
+
+    def _draws_ahead(self) -> int:
+        planned = self.planned_draws
+        return 2 * self._total if planned is None else planned
+
+    def _learning(self) -> Learner:
+        assert self._learner is not None
+        return self._learner
