@@ -235,6 +235,23 @@ def test_a_seed_repeats_the_draws():
     assert torch.equal(first.log_weights, second.log_weights)
 
 
+def test_draws_do_not_depend_on_how_many_are_evaluated_at_once(monkeypatch):
+    whole = importance_sample(conjugate, Gaussian(), Y, num_samples=1100, seed=3)
+    monkeypatch.setattr(importance, "_ELEMENTS", 7 * len(Y))
+    pieces = importance_sample(conjugate, Gaussian(), Y, num_samples=1100, seed=3)
+    assert {size for _, size in pieces.potential._graphs} == {1, 7}
+    torch.testing.assert_close(pieces.position, whole.position)
+    torch.testing.assert_close(pieces.log_weights, whole.log_weights)
+
+
+def test_compiled_densities_are_the_same():
+    plain, compiled = (
+        importance_sample(conjugate, Gaussian(), Y, num_samples=50, seed=3, compile=compile)
+        for compile in (False, True)
+    )
+    torch.testing.assert_close(compiled.log_weights, plain.log_weights)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(TypeError, match="`guide` is a AutoNormal: expected"):
         importance_sample(conjugate, pyro.infer.autoguide.AutoNormal(conjugate), Y)

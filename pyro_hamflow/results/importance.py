@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 from pyro_hamflow.mcmc.flow_mh import Proposal
 from pyro_hamflow.model.potential import Potential
 
-_CHUNK = 1000
+_BATCH = 1000  # draws proposed at once
+_ELEMENTS = 2**18  # of a tensor, beyond which memory is what takes the time
 _LARGEST_K = 0.7
 
 
@@ -128,6 +129,7 @@ def importance_sample(
     *args: Any,
     num_samples: int = 10_000,
     seed: int | None = None,
+    compile: bool = False,
     **kwargs: Any,
 ) -> ImportanceSamples:
     r"""Corrects a guide: draws with weights, and the evidence.
@@ -147,6 +149,8 @@ def importance_sample(
         args: The model's arguments.
         num_samples: How many draws.
         seed: Makes the draws repeat themselves; torch's current random state if not given.
+        compile: Whether to compile the model's density to machine code: it pays on a model with
+            many particles, where a draw costs milliseconds.
         kwargs: The model's keyword arguments.
 
     Returns:
@@ -183,24 +187,21 @@ def importance_sample(
         raise ValueError(f"`num_samples` is {num_samples}: expected 2 or more")
     if seed is not None:
         torch.manual_seed(seed)
-    potential = Potential(model, args, kwargs, separate_noise=True)
+    potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=compile)
     guide.prepare(*args, **kwargs)
-    pieces: list[tuple[Any, ...]] = []
     with torch.no_grad():
-        for start in range(0, num_samples, _CHUNK):
-            pieces.append(_weigh(potential, guide, min(_CHUNK, num_samples - start)))
-    positions, log_weights, local, log_likelihoods = zip(*pieces, strict=True)
-    log_weight = torch.cat(log_weights)
+        at_once = min(_together(potential), num_samples)
+        batches = [
+            _weigh(potential, guide, min(_BATCH, num_samples - start), at_once)
+            for start in range(0, num_samples, _BATCH)
+        ]
+    position, log_weight, local, log_likelihoods = _join(batches)
     invalid = log_weight.isnan()
-
-    def join(parts: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
     return ImportanceSamples(
-        torch.cat(positions),
+        position,
         torch.where(invalid, -torch.inf, log_weight),
-        join(local),
-        join(log_likelihoods),
+        local,
+        log_likelihoods,
         int(invalid.sum()),
         potential,
         model,
@@ -208,7 +209,17 @@ def importance_sample(
     )
 
 
-def _weigh(potential: Potential, guide: Proposal, count: int) -> tuple[Any, ...]:
+def _together(potential: Potential) -> int:
+    """How many densities to evaluate at once."""
+    graph = potential.graph("evaluate", 1)
+    if not isinstance(graph, torch.fx.GraphModule):
+        return _BATCH
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    largest = max((v.numel() for v in values if isinstance(v, Tensor)), default=1)
+    return max(1, min(_BATCH, _ELEMENTS // max(largest, 1)))
+
+
+def _weigh(potential: Potential, guide: Proposal, count: int, at_once: int) -> Any:
     """Draws, their log weights, and what belongs to them."""
     position, log_density = guide.propose(count)
     if tuple(position.shape) != (count, potential.dimension):
@@ -216,9 +227,25 @@ def _weigh(potential: Potential, guide: Proposal, count: int) -> tuple[Any, ...]
             f"`guide` proposes positions of shape {tuple(position.shape)}: expected "
             f"{(count, potential.dimension)}, for the sites {[s.name for s in potential.sites]}"
         )
-    evaluation = potential.evaluate(position, potential.draw_noise(count))
-    log_weight = -evaluation.value.double() - log_density.double()
-    return position, log_weight, evaluation.local, evaluation.log_likelihoods
+    pieces = []
+    for part in position.split(at_once):
+        # All pieces are of one size, for which there is a program.
+        padded = torch.cat([part, part[:1].expand(at_once - len(part), -1)])
+        evaluation = potential.evaluate(padded, potential.draw_noise(at_once))
+        pieces.append((evaluation.value, evaluation.local, evaluation.log_likelihoods))
+    value, *groups = _join(pieces)
+    log_weight = -value[:count].double() - log_density.double()
+    return position, log_weight, *({n: v[:count] for n, v in group.items()} for group in groups)
+
+
+def _join(pieces: Sequence[Any]) -> Any:
+    """One after the other: tensors, dictionaries of them, and tuples of both."""
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(pieces))
+    if isinstance(first, dict):
+        return {name: _join([piece[name] for piece in pieces]) for name in first}
+    return [_join(parts) for parts in zip(*pieces, strict=True)]
 
 
 def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
