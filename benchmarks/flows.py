@@ -247,17 +247,26 @@ def _compare(
 ) -> list[Row]:
     potential = Potential(model, args, {}, separate_noise=True, compile_graphs=True)
 
-    def ours(*, reverse_encoder: bool = False) -> AutoNeuralHamiltonianFlow:
+    def ours(*, reverse_encoder: bool = False, width: int = 32) -> AutoNeuralHamiltonianFlow:
         torch.manual_seed(0)
-        guide = AutoNeuralHamiltonianFlow(model, reverse_encoder=reverse_encoder, **settings)
+        guide = AutoNeuralHamiltonianFlow(
+            model, reverse_encoder=reverse_encoder, hidden=(width, width), **settings
+        )
         guide.prepare(*args)
         return guide
 
+    def size(guide: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in guide.parameters())
+
     start = ours()
-    count = sum(parameter.numel() for parameter in start.parameters())
+    count = size(start)
+    narrow = min(
+        range(16, 33), key=lambda width: abs(size(ours(reverse_encoder=True, width=width)) - count)
+    )
     makers: dict[str, Callable[[], Any]] = {
         "Hamiltonian": ours,
         "Hamiltonian, reverse encoder": lambda: ours(reverse_encoder=True),
+        "the same, as many parameters": lambda: ours(reverse_encoder=True, width=narrow),
         **{label: lambda flow=flow: ZukoGuide(flow, start, count) for label, flow in FLOWS.items()},
     }
     rows = []

@@ -19,6 +19,8 @@ from pyro_hamflow.model.potential import Potential
 _BATCH = 1000  # draws proposed at once
 _ELEMENTS = 2**18  # of a tensor, beyond which memory is what takes the time
 _LARGEST_K = 0.7
+_REPEATS = 500
+_COVERAGE = 0.954  # of two standard errors
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,19 @@ class ImportanceSamples:
         """The logarithm of the mean weight, the estimated evidence."""
         return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
 
-    @property
+    @cached_property
     def log_evidence_error(self) -> float:
-        """Its standard error, as far as the weights drawn can tell; see ``pareto_k``."""
-        relative = (self.log_weights - self.log_evidence).exp()
-        return float(relative.std()) / math.sqrt(len(relative))
+        """Its error: half of what 95 repetitions in 100 would stay within; infinite for k above 1.
+
+        Where the weights have a heavy tail, the largest of its weights are mostly not among those
+        drawn: the evidence is then mostly too low, by more than the standard error of a mean, which
+        lacks them too. So the error is that of repetitions whose tail comes from the Pareto
+        distribution fitted to it. Of 400 estimates with 10,000 weights of one and of four
+        dimensions, so many in a hundred were too low by more than two standard errors, and by more
+        than two of these errors: 3 to 4 and 2 at k of 0.3, 8 to 19 and 3 to 6 at 0.6, 19 to 31 and
+        6 to 7 at 0.7, 35 to 57 and 8 to 17 at 0.8.
+        """
+        return mean_error(self.log_weights, *self._smoothed)
 
     @property
     def ess(self) -> float:
@@ -262,6 +272,41 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     weights = torch.zeros_like(log_weights, dtype=torch.float64)
     weights[log_weights.isfinite()] = torch.as_tensor(smoothed).to(weights).softmax(0)
     return weights, float(k)
+
+
+def mean_error(log_weights: Tensor, smoothed: Tensor, k: float) -> float:
+    """Half of what the error of the log mean of weights stays within 95 times in 100.
+
+    Arguments:
+        log_weights: Their logarithms.
+        smoothed: What :func:`smooth_weights` makes of them.
+        k: The shape of their tail; where it is no finite number, no tail was found.
+    """
+    count = len(log_weights)
+    if not math.isfinite(k):
+        relative = (log_weights - log_weights.logsumexp(0)).exp() * count
+        return float(relative.std()) / math.sqrt(count)
+    if k >= 1.0:
+        return math.inf
+    ordered = np.sort(smoothed.cpu().numpy())
+    tail = _tail_length(int(log_weights.isfinite().sum()))
+    body, cutoff = ordered[:-tail], ordered[-tail - 1]
+    # The scale of the Pareto distribution, from its smoothed quantile in the middle.
+    level = (tail // 2 + 0.5) / tail
+    scale = k * (ordered[tail // 2 - tail] - cutoff) / ((1.0 - level) ** -k - 1.0)
+    generator = np.random.default_rng(0)
+    inside = generator.binomial(count, tail / count, _REPEATS)
+    excess = scale / k * (generator.random((_REPEATS, inside.max())) ** -k - 1.0)
+    excess *= np.arange(inside.max()) < inside[:, None]
+    noise = body.std() * np.sqrt(count - inside) * generator.standard_normal(_REPEATS)
+    sums = (count - inside) * body.mean() + noise + inside * cutoff + excess.sum(1)
+    mean = body.sum() + tail * (cutoff + scale / (1.0 - k))
+    return 0.5 * float(np.quantile(np.abs(np.log(sums / mean)), _COVERAGE))
+
+
+def _tail_length(count: int) -> int:
+    """How many of the weights count as their tail."""
+    return math.ceil(min(0.2 * count, 3.0 * math.sqrt(count)))
 
 
 def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
