@@ -186,7 +186,7 @@ class ZukoGuide(nn.Module):
         widths = {}
         for width in range(4, 129, 2):
             made = flow(len(self.loc), width)
-            widths[width] = abs(sum(p.numel() for p in made.parameters()) - count)
+            widths[width] = abs(_size(made) - count)
         torch.manual_seed(0)
         self.flow = flow(len(self.loc), min(widths, key=lambda w: widths[w])).to(self.loc)
 
@@ -255,14 +255,16 @@ def _compare(
         guide.prepare(*args)
         return guide
 
-    def size(guide: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in guide.parameters())
-
     start = ours()
-    count = size(start)
-    narrow = min(
-        range(16, 33), key=lambda width: abs(size(ours(reverse_encoder=True, width=width)) - count)
-    )
+    count = _size(start)
+
+    def excess(width: int) -> int:
+        flow = NeuralHamiltonianFlow(
+            start.dimension, hidden=(width, width), encode_start=True, stiffness=1.0
+        )
+        return abs(_size(flow) - count)
+
+    narrow = min(range(8, 33), key=excess)
     makers: dict[str, Callable[[], Any]] = {
         "Hamiltonian": ours,
         "Hamiltonian, reverse encoder": lambda: ours(reverse_encoder=True),
@@ -277,6 +279,10 @@ def _compare(
         best = max(tries, key=lambda row: float(row["bound"]))
         rows.append({"target": name, "guide": label} | best)
     return rows
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _train(
