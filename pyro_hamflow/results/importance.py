@@ -109,9 +109,15 @@ class ImportanceSamples:
         said = f"Pareto k is {self.pareto_k:.2f}: "
         if self.pareto_k < _LARGEST_K:
             return said + f"the corrected draws can be relied on; they are worth {self.ess:.0f}."
-        return said + (
+        said += (
             "the guide misses part of the posterior, and neither weighted draws nor evidence can "
             "be relied on: train it for longer, give it more steps, or sample with `NUTS`."
+        )
+        if not self.potential.noise_dimension:
+            return said
+        return said + (
+            " Or the likelihood's estimate is too noisy: see `estimator_quality`, and take more "
+            "particles or `points='rqmc'`."
         )
 
     def resample(self, num_samples: int) -> dict[str, Tensor]:
