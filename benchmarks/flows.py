@@ -232,7 +232,8 @@ def _guide_table(*, quick: bool) -> Table:
         "nearest in number: RealNVP four couplings, NSF three spline couplings. RealNVP's bound is "
         "the better one on all three, for it pays for no momenta, in about the same time; the "
         "Hamiltonian guide comes below 0.7 as soon, and many times sooner than spline couplings, "
-        "which are by far the best on nine modes.",
+        "which are by far the best on nine modes. A reverse encoder, at as many parameters, raises "
+        "the bound by 0.18 on nine modes and by 0.02 on eight schools, and not on the regression.",
     )
 
 
