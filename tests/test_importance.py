@@ -248,6 +248,7 @@ def test_inference_data_of_a_marginal_model():
     idata = to_inference_data(found)
     assert set(idata.posterior) == {"mean", "x"}
     assert idata.log_likelihood["y"].sizes["data"] == 5
+    assert "estimator_quality" in replace(found, log_weights=10.0 * torch.randn(2000)).message
 
 
 def test_a_seed_repeats_the_draws():

@@ -59,7 +59,7 @@ class _Evaluation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, field: Field, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.field = field
-        ctx.save_for_backward(*parameters)
+        ctx.save_for_backward(x, *parameters)
         value, ctx.kept = field.evaluate(x, parameters)
         return value
 
@@ -67,7 +67,8 @@ class _Evaluation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         sums = ctx.field.new_sums()
-        by_x = ctx.field.derive(ctx.kept, cotangent, ctx.saved_tensors, sums)
+        _, *parameters = ctx.saved_tensors  # asked for, so that changes in place are told of
+        by_x = ctx.field.derive(ctx.kept, cotangent, parameters, sums)
         return None, by_x, *sums
 
 

@@ -61,7 +61,7 @@ class _Trajectory(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.fields, ctx.kept = (gradient, velocity), ([], [])
         ctx.step_size, ctx.num_steps = step_size, num_steps
-        ctx.save_for_backward(*parameters)
+        ctx.save_for_backward(q, *parameters)
 
         def recording(field: Field, kept: list[Any], own: Sequence[Tensor]) -> VectorField:
             def evaluate(x: Tensor) -> Tensor:
@@ -78,7 +78,8 @@ class _Trajectory(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_q: Tensor, by_p: Tensor) -> tuple[Tensor | None, ...]:
         (gradient, velocity), (kicks, drifts) = ctx.fields, ctx.kept
-        own, other = _shares(gradient, ctx.saved_tensors)
+        _, *parameters = ctx.saved_tensors  # asked for, so that changes in place are told of
+        own, other = _shares(gradient, parameters)
         by_own, by_other = gradient.new_sums(), velocity.new_sums()
         size, half = ctx.step_size, 0.5 * ctx.step_size
         for step in range(ctx.num_steps, 0, -1):
