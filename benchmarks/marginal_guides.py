@@ -54,7 +54,7 @@ def measure(*, quick: bool) -> list[Table]:
             "First the estimate that `marginalize` chooses, then one of less noise: a shifted "
             "lattice, and from the prior where the Gaussian approximation of the likelihood fails, "
             "as it does for men who never change membership. The noise is the standard deviation "
-            "of the log estimate at the posterior mean. Pseudo-marginal NUTS: 4 chains of 500 "
+            "of 100 log estimates at the posterior mean. Pseudo-marginal NUTS: 4 chains of 500 "
             "draws. Guides: a reverse encoder, 400 steps of 16 draws, 5,000 weights; FlowMH: 20 "
             "chains of 250. All compiled. Gaps are the largest, over all parameters, between means "
             "and those of pseudo-marginal NUTS, in posterior standard deviations, and the same "
