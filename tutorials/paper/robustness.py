@@ -60,8 +60,8 @@ minutes = (time.perf_counter() - began) / 60
 lines += [
     "",
     f"Mean bound of the last 50 of {steps} steps of Adam, 256 samples each; the entropy of the "
-    f"target is 3.60. Losses in the thousands are of fits that came apart: at that width and time "
-    f"the rate of learning is too high. {minutes:.1f} minutes on {torch.get_num_threads()} core(s).",
+    "target is 3.60. Losses in the thousands are of fits that came apart. "
+    f"{minutes:.1f} minutes on {torch.get_num_threads()} core(s).",
 ]
 print("\n".join(lines))
 with open("robustness.md", "w") as file:
