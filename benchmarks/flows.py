@@ -37,24 +37,38 @@ def measure(*, quick: bool) -> list[Table]:
 
 
 class _AutogradFlow(NeuralHamiltonianFlow):
-    """The same flow with its gradient by automatic differentiation."""
+    """The same flow as one writes it: torch's own layers, and its gradient by autograd."""
 
-    def potential_gradient(self, q: Tensor) -> Tensor:
-        with torch.enable_grad():
-            q = q if q.requires_grad else q.detach().requires_grad_()
-            return torch.autograd.grad(self.potential(q).sum(), q, create_graph=True)[0]
-
-
-class _PlainFlow(_AutogradFlow):
-    """As it is often written: the gradient by autograd, taken at both ends of each step."""
+    joined = True
 
     def _move(
         self, q: Tensor, p: Tensor, time: float, num_steps: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        velocity, size = self.kinetic.velocity_field(), time / self.num_steps
-        for _ in range(self.num_steps):
-            q, p = leapfrog(self.potential_gradient, velocity, q, p, size, 1)
+        inverse_mass = self.kinetic.inverse_mass
+        size, count = time / self.num_steps, self.num_steps
+
+        def gradient(q: Tensor) -> Tensor:
+            q = q if q.requires_grad else q.detach().requires_grad_()
+            x = q
+            for layer in self.potential_network.layers:
+                x = torch.tanh(layer(x))
+            value = (x @ self.potential_network.last.sum(0)).sum()
+            return torch.autograd.grad(value, q, create_graph=True)[0]
+
+        def velocity(p: Tensor) -> Tensor:
+            return p @ inverse_mass
+
+        if self.joined:
+            return leapfrog(gradient, velocity, q, p, size, count)
+        for _ in range(count):
+            q, p = leapfrog(gradient, velocity, q, p, size, 1)
         return q, p
+
+
+class _PlainFlow(_AutogradFlow):
+    """The same with the gradient taken at both ends of each step, as it is often written."""
+
+    joined = False
 
 
 def _step_table(*, quick: bool) -> Table:
@@ -65,15 +79,17 @@ def _step_table(*, quick: bool) -> Table:
     ]
     floor = min(float(row["times the floor"]) for row in rows)
     autograd = max(float(row["autograd, times slower"]) for row in rows)
+    plain = min(float(row["autograd at both ends, times slower"]) for row in rows)
     return Table(
         f"A training step, in milliseconds: {_BATCH} samples, {_STEPS} leapfrog steps",
         rows,
         "Two hidden layers. The floor makes the matrix products of the step, forward and backward, "
-        "and nothing else. Autograd is the same flow with its gradient left to automatic "
-        "differentiation; at both ends, it is evaluated twice in each step, as flows are often "
-        "written.",
+        "and nothing else. Autograd is the same flow written with torch's own layers, its gradient "
+        "left to automatic differentiation; at both ends, it is evaluated twice in each step, as "
+        "flows are often written.",
         reach=f"at most 1.5 times the floor: {met(floor <= 1.5)} at best ({floor:.2f}); at least "
-        f"twice as fast as autograd: {met(autograd >= 2)} at best ({autograd:.2f}).",
+        f"twice as fast as autograd: {met(autograd >= 2)} at best ({autograd:.2f}) where it is "
+        f"evaluated once in each step, {met(plain >= 2)} at worst ({plain:.2f}) at both ends.",
     )
 
 
@@ -130,8 +146,9 @@ def _floor(dimension: int, width: int, dtype: torch.dtype) -> Callable[[], None]
     )
 
     def layer(outer: Tensor, inner: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """A layer's product, and the two of its derivative."""
-        return [(inner, weight.mT), (outer, weight), (outer.mT, inner)]
+        """A layer's product, and the two of its derivative, as narrow ones are fast."""
+        turned = weight.mT.contiguous().mT
+        return [(inner, weight.mT), (outer, turned), (inner.mT, outer)]
 
     network = [*layer(wide, narrow, first), *layer(wide, wide, middle)]
     gradient = 2 * network  # the network there, and its adjoints back
@@ -169,7 +186,7 @@ class ZukoGuide(nn.Module):
         widths = {}
         for width in range(4, 129, 2):
             made = flow(len(self.loc), width)
-            widths[width] = abs(sum(p.numel() for p in made.parameters()) - count)
+            widths[width] = abs(_size(made) - count)
         torch.manual_seed(0)
         self.flow = flow(len(self.loc), min(widths, key=lambda w: widths[w])).to(self.loc)
 
@@ -215,7 +232,8 @@ def _guide_table(*, quick: bool) -> Table:
         "nearest in number: RealNVP four couplings, NSF three spline couplings. RealNVP's bound is "
         "the better one on all three, for it pays for no momenta, in about the same time; the "
         "Hamiltonian guide comes below 0.7 as soon, and many times sooner than spline couplings, "
-        "which are by far the best on nine modes.",
+        "which are by far the best on nine modes. A reverse encoder, at as many parameters, raises "
+        "the bound by 0.18 on nine modes and by 0.02 on eight schools, and not on the regression.",
     )
 
 
@@ -230,17 +248,28 @@ def _compare(
 ) -> list[Row]:
     potential = Potential(model, args, {}, separate_noise=True, compile_graphs=True)
 
-    def ours(*, reverse_encoder: bool = False) -> AutoNeuralHamiltonianFlow:
+    def ours(*, reverse_encoder: bool = False, width: int = 32) -> AutoNeuralHamiltonianFlow:
         torch.manual_seed(0)
-        guide = AutoNeuralHamiltonianFlow(model, reverse_encoder=reverse_encoder, **settings)
+        guide = AutoNeuralHamiltonianFlow(
+            model, reverse_encoder=reverse_encoder, hidden=(width, width), **settings
+        )
         guide.prepare(*args)
         return guide
 
     start = ours()
-    count = sum(parameter.numel() for parameter in start.parameters())
+    count = _size(start)
+
+    def excess(width: int) -> int:
+        flow = NeuralHamiltonianFlow(
+            start.dimension, hidden=(width, width), encode_start=True, stiffness=1.0
+        )
+        return abs(_size(flow) - count)
+
+    narrow = min(range(8, 33), key=excess)
     makers: dict[str, Callable[[], Any]] = {
         "Hamiltonian": ours,
         "Hamiltonian, reverse encoder": lambda: ours(reverse_encoder=True),
+        "the same, as many parameters": lambda: ours(reverse_encoder=True, width=narrow),
         **{label: lambda flow=flow: ZukoGuide(flow, start, count) for label, flow in FLOWS.items()},
     }
     rows = []
@@ -251,6 +280,10 @@ def _compare(
         best = max(tries, key=lambda row: float(row["bound"]))
         rows.append({"target": name, "guide": label} | best)
     return rows
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _train(

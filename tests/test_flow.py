@@ -18,6 +18,7 @@ from pyro_hamflow import (
     SoftUniform,
     fit_flow,
 )
+from pyro_hamflow.dynamics.fields import PerceptronField
 from pyro_hamflow.dynamics.integrators import leapfrog, leapfrog_step
 from pyro_hamflow.dynamics.networks import ScalarNetwork
 from pyro_hamflow.flows.bases import standard_normal
@@ -79,10 +80,10 @@ def test_volume_law_fails_where_the_gradient_sees_the_momentum(monkeypatch):
         seen[:] = [r]
         return field(r)
 
-    plain = flow.potential_gradient
+    plain = flow.gradient_field()
     monkeypatch.setattr(flow.kinetic, "velocity_field", lambda: watching)
     monkeypatch.setattr(
-        flow, "potential_gradient", lambda q: plain(q) + (0.1 * seen[0] if seen else 0.0)
+        flow, "gradient_field", lambda: lambda q: plain(q) + (0.1 * seen[0] if seen else 0.0)
     )
     start = torch.randn(1, DIMENSION), torch.randn(1, DIMENSION)
     with pytest.raises(AssertionError, match="log determinant"):
@@ -115,23 +116,60 @@ def test_leapfrog_joins_the_samplers_steps():
     z, r = torch.randn(4, DIMENSION), torch.randn(4, DIMENSION)
     mass = torch.tensor([0.5, 1.0, 2.0])
     with torch.no_grad():
-        end = leapfrog(network.gradient, lambda r: mass * r, z, r, 0.3, 4)
+        end = leapfrog(network.field(), lambda r: mass * r, z, r, 0.3, 4)
 
         def gradient(z, noise):
-            return network(z), network.gradient(z)
+            return network(z), network.field()(z)
 
-        slope = network.gradient(z)
+        slope = network.field()(z)
         for _ in range(4):
             z, r, _, slope = leapfrog_step(gradient, z, r, slope, z, mass, torch.tensor(0.3))
     torch.testing.assert_close(end, (z, r))
 
 
-def test_each_step_takes_one_gradient(monkeypatch):
+@pytest.mark.parametrize("training", [False, True])
+def test_each_step_takes_one_gradient(monkeypatch, training):
     flow = NeuralHamiltonianFlow(DIMENSION, num_steps=7, hidden=(8,))
-    calls, plain = [], flow.potential_gradient
-    monkeypatch.setattr(flow, "potential_gradient", lambda q: calls.append(q) or plain(q))
-    flow.push(torch.zeros(1, DIMENSION), torch.zeros(1, DIMENSION))
+    calls, plain = [], PerceptronField.evaluate
+    monkeypatch.setattr(PerceptronField, "evaluate", lambda *a: calls.append(a) or plain(*a))
+    with torch.set_grad_enabled(training):
+        flow.push(torch.zeros(1, DIMENSION), torch.zeros(1, DIMENSION))
     assert len(calls) == 8
+
+
+def test_derivatives_of_the_motion_are_those_of_its_steps(flow):
+    start = [torch.randn(5, DIMENSION, requires_grad=True) for _ in range(2)]
+    inputs = [*start, *flow.potential_network.parameters(), *flow.kinetic.parameters()]
+    inputs += [] if flow.stiffness is None else [flow.stiffness]
+    weights = torch.randn(2, 5, DIMENSION)
+
+    def potential_gradient(q):
+        return torch.autograd.grad(flow.potential(q).sum(), q, create_graph=True)[0]
+
+    def velocity(p):
+        return torch.autograd.grad(flow.kinetic.energy(p).sum(), p, create_graph=True)[0]
+
+    def derivatives(end):
+        loss = sum((part * weight).sum() for part, weight in zip(end, weights, strict=True))
+        return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+    size = flow.time / flow.num_steps
+    plain = leapfrog(potential_gradient, velocity, *start, size, flow.num_steps)
+    moved = flow.push(*start)
+    torch.testing.assert_close(moved, plain)
+    torch.testing.assert_close(derivatives(moved), derivatives(plain))
+
+
+def test_motion_can_be_differentiated_twice_over_and_tells_of_changed_weights(flow):
+    q, p = torch.randn(5, DIMENSION), torch.randn(5, DIMENSION)
+    loss = flow.push(q, p)[0].square().sum()
+    inputs = list(flow.potential_network.parameters())
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs, retain_graph=True), first)
+    with torch.no_grad():
+        inputs[-1].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, inputs)
 
 
 # --- energies -----------------------------------------------------------------------------------
@@ -143,7 +181,7 @@ def test_gradient_in_closed_form_and_its_derivative(hidden, symmetric):
     network = ScalarNetwork(DIMENSION, hidden, outputs=2, symmetric=symmetric)
     x = torch.randn(4, DIMENSION, requires_grad=True)
     (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
-    closed = network.gradient(x)
+    closed = network.field()(x)
     torch.testing.assert_close(closed, slope)
     torch.testing.assert_close(network.value_and_gradient(x), (network(x), slope))
     weights = torch.randn_like(x)

@@ -73,7 +73,7 @@ def leapfrog(
     velocity_of: Callable[[Tensor], Tensor],
     z: Tensor,
     r: Tensor,
-    step_size: float | Tensor,
+    step_size: float,
     num_steps: int,
 ) -> tuple[Tensor, Tensor]:
     r"""A whole leapfrog trajectory: half a kick, then drifts and kicks in turn, the last one half.
@@ -94,11 +94,11 @@ def leapfrog(
     Invariant:
         Volume; the trajectory with a step size of the other sign leads back to the start.
     """
-    r = r - 0.5 * step_size * gradient_of(z)
+    r = torch.add(r, gradient_of(z), alpha=-0.5 * step_size)
     for step in range(num_steps):
-        z = z + step_size * velocity_of(r)
+        z = torch.add(z, velocity_of(r), alpha=step_size)
         share = 1.0 if step < num_steps - 1 else 0.5
-        r = r - share * step_size * gradient_of(z)
+        r = torch.add(r, gradient_of(z), alpha=-share * step_size)
     return z, r
 
 

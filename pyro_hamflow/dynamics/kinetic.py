@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.dynamics.fields import LinearField
 from pyro_hamflow.dynamics.networks import ScalarNetwork
 
 VectorField = Callable[[Tensor], Tensor]
@@ -127,8 +128,7 @@ class LearnedGaussianKinetic(LearnedKinetic):
         return GaussianKinetic(self.inverse_mass).energy(r)
 
     def velocity_field(self) -> VectorField:
-        inverse_mass = self.inverse_mass
-        return lambda r: velocity(inverse_mass, r)
+        return LinearField(self.inverse_mass)
 
 
 class RelativisticKinetic(LearnedGaussianKinetic):
@@ -210,7 +210,4 @@ class NeuralKinetic(LearnedKinetic):
         return value + 0.5 * self.inverse_mass * r.square().sum(-1)
 
     def velocity_field(self) -> VectorField:
-        inverse_mass = self.inverse_mass
-        if inverse_mass is None:
-            return self.network.gradient
-        return lambda r: self.network.gradient(r) + inverse_mass * r
+        return self.network.field(self.inverse_mass)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.dynamics.fields import tanh
+
 _HALF_LOG = 0.5 * math.log(2.0 * math.pi)
 
 
@@ -60,11 +62,16 @@ class Encoder(nn.Module):
         return (-0.5 * noise.square() - log_scale - _HALF_LOG).sum(-1)
 
 
+class _Tanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return tanh(x)
+
+
 def _perceptron(dimension: int, hidden: Sequence[int]) -> nn.Sequential:
     widths = (dimension, *hidden)
     layers: list[nn.Module] = []
     for before, after in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(before, after), nn.Tanh()]
+        layers += [nn.Linear(before, after), _Tanh()]
     last = nn.Linear(widths[-1], dimension)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

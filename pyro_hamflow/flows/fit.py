@@ -212,7 +212,7 @@ def train(
     _check_positive(num_steps=num_steps, learning_rate=learning_rate, patience=patience)
     began = time.perf_counter()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, learning_rate)
+    optimizer = torch.optim.Adam(parameters, learning_rate, fused=True)
     window = max(1, num_steps // _WINDOWS)
     best, best_step, best_loss = copy.deepcopy(module.state_dict()), 0, math.inf
     losses: list[float] = []
@@ -228,7 +228,8 @@ def train(
             value = loss(progress)
             if bool(value.isfinite()):
                 value.backward()
-                good = all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
+                slopes = [p.grad.flatten() for p in parameters if p.grad is not None]
+                good = bool(torch.cat(slopes).isfinite().all())
             else:
                 good = False
             if good:

@@ -22,8 +22,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_hamflow.dynamics.integrators import leapfrog
-from pyro_hamflow.dynamics.kinetic import LearnedGaussianKinetic, LearnedKinetic
+from pyro_hamflow.dynamics.kinetic import LearnedGaussianKinetic, LearnedKinetic, VectorField
+from pyro_hamflow.dynamics.motion import follow
 from pyro_hamflow.dynamics.networks import ScalarNetwork
 from pyro_hamflow.flows.bases import map_tensors, standard_normal
 from pyro_hamflow.flows.encoder import Encoder, StandardMomenta
@@ -151,8 +151,11 @@ class NeuralHamiltonianFlow(nn.Module):
 
     def potential_gradient(self, q: Tensor) -> Tensor:
         """The gradient of V, in closed form."""
-        slope = self.potential_network.gradient(q)
-        return slope if self.stiffness is None else slope + self.stiffness * q
+        return self.gradient_field()(q)
+
+    def gradient_field(self) -> VectorField:
+        """The gradient of V as a function of positions, at the present parameters."""
+        return self.potential_network.field(self.stiffness)
 
     def push(self, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Follows the motion from the base to the flow's density; T.
@@ -183,8 +186,8 @@ class NeuralHamiltonianFlow(nn.Module):
         self, q: Tensor, p: Tensor, time: float, num_steps: int | None = None
     ) -> tuple[Tensor, Tensor]:
         count = self.num_steps if num_steps is None else num_steps
-        velocity = self.kinetic.velocity_field()
-        return leapfrog(self.potential_gradient, velocity, q, p, time / count, count)
+        gradient, velocity = self.gradient_field(), self.kinetic.velocity_field()
+        return follow(gradient, velocity, q, p, time / count, count)
 
     # --- densities ------------------------------------------------------------------------------
 
