@@ -12,9 +12,9 @@ class HNNHMC(Neural, HMC):
     A network learns the posterior's energy in warm-up; trajectories then follow its gradient, which
     costs microseconds, and each draw is judged by the model's own energy. It pays where the model's
     gradient is dear; where it would not, true gradients are followed, and the run says so. On a
-    model with noise sites the network learns the energy of the parameters alone; one estimate judges
-    where they move with the noise held, and another the noise that is then drawn. Runs in :class:`pyro_hamflow.MCMC`, all chains at
-    once, and in :class:`pyro.infer.MCMC`.
+    model with noise sites the network learns the energy of the parameters alone; one estimate
+    judges where they move with the noise held, and another the noise that is then drawn. Runs in
+    :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
 
     Its arguments, and the errors that it raises, are those of
     :class:`~pyro_hamflow.mcmc.neural.Neural` and of :class:`~pyro_hamflow.HMC`.
