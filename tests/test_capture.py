@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
-from pyro_hamflow.model.capture import batch, capture, loop
+from pyro_hamflow.model.capture import batch, capture, largest_tensor, loop
 from pyro_hamflow.model.marginal import marginalize
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recording import _BINDINGS
@@ -282,3 +282,10 @@ def test_functions_called_in_place_of_operations_do_the_same():
             result = function(*inputs)
         assert str(called.target) == dispatched.get(str(target), str(target))
         torch.testing.assert_close(result, target(*inputs), rtol=0.0, atol=0.0)
+
+
+def test_largest_tensor_on_the_way():
+    graph = capture(lambda x: (x[:, None] * x).exp().sum(), torch.zeros(7))
+    assert largest_tensor(graph) == 49
+    batched = batch(lambda x: (x[:, None] * x).exp().sum(), torch.zeros(3, 7))
+    assert largest_tensor(batched) == 147

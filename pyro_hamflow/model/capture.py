@@ -84,6 +84,12 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
     return recorder.module()
 
 
+def largest_tensor(graph: GraphModule) -> int:
+    """How many numbers the largest tensor has that a captured program makes on its way."""
+    kinds = [node.meta["kind"] for node in graph.graph.nodes if "kind" in node.meta]
+    return max((shape.numel() for shape, *_ in kinds), default=1) or 1
+
+
 def loop(function: Program) -> Program:
     """Runs a program of one chain for each of many; what :func:`batch` does, without a graph."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.flow_mh import Proposal
+from pyro_hamflow.model.capture import largest_tensor
 from pyro_hamflow.model.potential import Potential
 
 _BATCH = 1000  # draws proposed at once
@@ -230,9 +231,7 @@ def _together(potential: Potential) -> int:
     graph = potential.graph("evaluate", 1)
     if not isinstance(graph, torch.fx.GraphModule):
         return _BATCH
-    values = [node.meta.get("val") for node in graph.graph.nodes]
-    largest = max((v.numel() for v in values if isinstance(v, Tensor)), default=1)
-    return max(1, min(_BATCH, _ELEMENTS // max(largest, 1)))
+    return max(1, min(_BATCH, _ELEMENTS // largest_tensor(graph)))
 
 
 def _weigh(potential: Potential, guide: Proposal, count: int, at_once: int) -> Any:
