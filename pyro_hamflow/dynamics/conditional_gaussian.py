@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.dynamics.networks import perceptron
+
 _FURTHEST = 10.0  # standard deviations, beyond which a context is as if it were there
 
 
@@ -41,17 +43,9 @@ class ConditionalGaussian(nn.Module):
         self.dimension = dimension
         self.context_dimension = context_dimension
         self.hidden = tuple(hidden)
-        widths = (context_dimension, *hidden)
-        layers = [
-            part
-            for before, after in zip(widths, widths[1:], strict=False)
-            for part in (nn.Linear(before, after), nn.Tanh())
-        ]
-        last = nn.Linear(widths[-1], dimension + dimension * (dimension + 1) // 2)
-        with torch.no_grad():  # near the standard normal, whatever the context
-            last.weight.mul_(0.1)
-            last.bias.zero_()
-        self.network = nn.Sequential(*layers, last)
+        # Near the standard normal at first, whatever the context.
+        outputs = dimension + dimension * (dimension + 1) // 2
+        self.network = perceptron(context_dimension, hidden, outputs, last=0.1)
         self.register_buffer("centre", torch.zeros(dimension))
         self.register_buffer("scale", torch.ones(dimension))
         self.register_buffer("context_centre", torch.zeros(context_dimension))

@@ -104,3 +104,28 @@ class ScalarNetwork(nn.Module):
         for layer, output in zip(reversed(layers), reversed(outputs), strict=True):
             slope = (slope * (1.0 - output.square())) @ layer.weight
         return x @ last, slope
+
+
+class _Tanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return tanh(x)
+
+
+def perceptron(inputs: int, hidden: Sequence[int], outputs: int, *, last: float) -> nn.Sequential:
+    """A multilayer perceptron with hyperbolic tangents, whose outputs begin small.
+
+    Arguments:
+        inputs: How many there are.
+        hidden: The widths of the hidden layers.
+        outputs: How many there are.
+        last: By what the last layer's first weights are multiplied; its biases are zero.
+    """
+    widths = (inputs, *hidden)
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(before, after), _Tanh()]
+    final = nn.Linear(widths[-1], outputs)
+    with torch.no_grad():
+        final.weight.mul_(last)
+        final.bias.zero_()
+    return nn.Sequential(*layers, final)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_hamflow.dynamics.fields import tanh
+from pyro_hamflow.dynamics.networks import perceptron
 
 _HALF_LOG = 0.5 * math.log(2.0 * math.pi)
 
@@ -40,8 +40,8 @@ class Encoder(nn.Module):
     def __init__(self, dimension: int, hidden: Sequence[int], *, symmetric: bool = False) -> None:
         super().__init__()
         self.symmetric = symmetric
-        self.mean = _perceptron(dimension, hidden)
-        self.log_scale = _perceptron(dimension, hidden)
+        self.mean = perceptron(dimension, hidden, dimension, last=0.0)
+        self.log_scale = perceptron(dimension, hidden, dimension, last=0.0)
 
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the scale, at positions ``(*, D)``."""
@@ -60,19 +60,3 @@ class Encoder(nn.Module):
         mean, log_scale = self(q)
         noise = (p - mean) * (-log_scale).exp()
         return (-0.5 * noise.square() - log_scale - _HALF_LOG).sum(-1)
-
-
-class _Tanh(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return tanh(x)
-
-
-def _perceptron(dimension: int, hidden: Sequence[int]) -> nn.Sequential:
-    widths = (dimension, *hidden)
-    layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(before, after), _Tanh()]
-    last = nn.Linear(widths[-1], dimension)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)

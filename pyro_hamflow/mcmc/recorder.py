@@ -117,6 +117,11 @@ class Recorder(StandIn):
         """What the gradient of all chains takes."""
         return timed(self._program("gradient", num_chains), *self.potential.vectors(num_chains))
 
+    def seconds_later(self, num_chains: int) -> float:
+        """What it would take if it were compiled, where that is asked for and not done yet."""
+        waits = self.potential.compile_graphs and not self.compiled
+        return self.seconds(num_chains) * (COMPILED if waits else 1.0)
+
     def compile_for(self, calls: float, num_chains: int) -> None:
         """Has the program compiled, if so many calls without would take longer than that."""
         if self.potential.compile_graphs and not self.compiled:

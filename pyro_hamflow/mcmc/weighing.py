@@ -10,7 +10,6 @@ from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.learner import Learner
 from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
-from pyro_hamflow.mcmc.recorder import COMPILED
 from pyro_hamflow.mcmc.surrogate import EndpointTransition
 from pyro_hamflow.mcmc.surrogate_costs import Costs, SurrogateReport, Trial, costs_of, not_worth_it
 
@@ -51,8 +50,7 @@ class WeighingKernel(PseudoMarginal):
             return None
         recorder, chains = learner.recorder, len(position)
         recorder.compiled = False
-        ahead = _GUESSED_STEPS * recorder.seconds(chains) * self._draws_ahead()
-        ahead *= COMPILED if self.compile else 1.0
+        ahead = _GUESSED_STEPS * recorder.seconds_later(chains) * self._draws_ahead()
         recorder.compile_for(learner.wanted / chains + total, chains)
         return learner.too_dear(ahead)
 
@@ -60,10 +58,9 @@ class WeighingKernel(PseudoMarginal):
         """Why not to train after all, if so."""
         if not self.fallback:
             return None
-        recorder = self._learning().recorder
-        seconds = recorder.seconds(chains) * self._trial.mean("n_steps")
-        seconds *= COMPILED if self.compile and not recorder.compiled else 1.0
-        return self._learning().too_dear(seconds * self._draws_ahead())
+        learner = self._learning()
+        seconds = learner.recorder.seconds_later(chains) * self._trial.mean("n_steps")
+        return learner.too_dear(seconds * self._draws_ahead())
 
     def _not_worth_it(self, hope: float = 1.0) -> str | None:
         """Why the surrogate is worth less than true gradients, by what was measured, if so.
