@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
-from pyro_hamflow.model.capture import batch, capture, largest_tensor, loop
+from pyro_hamflow.model.capture import batch, capture, first_result, largest_tensor, loop
 from pyro_hamflow.model.marginal import marginalize
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recording import _BINDINGS
@@ -289,3 +289,15 @@ def test_largest_tensor_on_the_way():
     assert largest_tensor(graph) == 49
     batched = batch(lambda x: (x[:, None] * x).exp().sum(), torch.zeros(3, 7))
     assert largest_tensor(batched) == 147
+
+
+def test_first_result_alone():
+    def function(x, y):
+        return (x * y).sum(), x.cos(), y.sin()
+
+    x, y = torch.randn(2, 5)
+    graph = capture(function, x, y)
+    alone = first_result(graph)
+    assert torch.equal(alone(x, y, torch.zeros(0))[0], graph(x, y)[0])
+    assert len(alone(x, y, torch.zeros(0))) == 1
+    assert len(alone.graph.nodes) < len(graph.graph.nodes)

@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from pyro_hamflow.model.recording import PureRecorder, Recorder, Rule
 
 Program = Callable[..., Any]
 
+
+_LARGE = 30_000  # numbers in a tensor, from which on it is slower to compute than to pretend
+
+_EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
+_COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each operation of it
 
 _OPTIONS = {
     # Checks of the inputs' strides cost more than a small gradient does.
@@ -76,12 +81,38 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
     with warnings.catch_warnings():
         # An operation without a batching rule is looped over: slower, and as right.
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
-        # Shapes alone are traced: nothing of the batch's size is computed, or held, until it runs.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        shapes = [fake.from_tensor(example) for example in examples]
+        if not isinstance(graph, GraphModule) or largest_tensor(graph) * len(examples[0]) > _LARGE:
+            # Shapes alone are traced: nothing of the batch's size is computed, or held.
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            examples = tuple(fake.from_tensor(example) for example in examples)
         recorder = PureRecorder(_RULES)
-        recorder.record(torch.func.functionalize(torch.func.vmap(graph)), *shapes)
+        recorder.record(torch.func.functionalize(torch.func.vmap(graph)), *examples)
     return recorder.module()
+
+
+def first_result(graph: GraphModule) -> GraphModule:
+    """A program's first result alone, without what only the others need.
+
+    It takes one argument more than the program, and does nothing with it.
+    """
+    shorter = Graph()
+    results = cast(tuple[Node, ...], shorter.graph_copy(graph.graph, {}))
+    with shorter.inserting_before(next(n for n in shorter.nodes if n.op != "placeholder")):
+        shorter.placeholder("ignored")
+    shorter.output((results[0],))
+    shorter.eliminate_dead_code()
+    return GraphModule(graph, shorter)
+
+
+def calls_to_pay(graph: GraphModule) -> float:
+    """How many calls take as long as to compile the graph, roughly.
+
+    By the number of its operations and of the numbers that they make, not by a clock, so that what
+    is compiled in a run is compiled when it is repeated.
+    """
+    kinds = [node.meta["kind"] for node in graph.graph.nodes if "kind" in node.meta]
+    seconds = _EACH * len(kinds) + _NUMBER * sum(shape.numel() for shape, *_ in kinds)
+    return (_COMPILER + _COMPILED_EACH * len(kinds)) / max(seconds, _EACH)
 
 
 def largest_tensor(graph: GraphModule) -> int:

@@ -8,6 +8,7 @@ of these two, batched over chains: captured as graphs where possible, run as Pyt
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,15 @@ from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.model.capture import Program, batch, capture, compile_graph, loop
+from pyro_hamflow.model.capture import (
+    Program,
+    batch,
+    calls_to_pay,
+    capture,
+    compile_graph,
+    first_result,
+    loop,
+)
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
 from pyro_hamflow.model.sites import (
     add_jacobians,
@@ -118,6 +127,8 @@ class Potential:
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
         self._looped = False
         self._graphs: dict[tuple[Any, ...], Program] = {}
+        self._compiled: dict[tuple[Any, ...], Program] = {}
+        self._calls_to_pay: dict[tuple[Any, ...], float] = {}
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
         self._base_graphs: dict[str, GraphModule] = {}
         self._probe = self._refuse_randomness()
@@ -195,7 +206,7 @@ class Potential:
         """The potential of every chain, of shape ``(chains,)``; arguments as :meth:`gradients`."""
         return self.evaluate(position, noise).value
 
-    def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
+    def evaluate(self, position: Tensor, noise: Tensor, *, calls: float = math.inf) -> Evaluation:
         """The potential of every chain, and the local sites that belong to it.
 
         A particle picked by its weight, given parameters and noise from their joint posterior, is a
@@ -204,10 +215,11 @@ class Potential:
         Arguments:
             position: Of shape ``(chains, dimension)``.
             noise: Of shape ``(chains, noise_dimension)``.
+            calls: How many are foreseen, as in :meth:`program`.
         """
         shape = (len(position), self.num_choices)
         uniform = torch.rand(shape, dtype=position.dtype, device=position.device)
-        value, *rest = self.program("evaluate", len(position))(position, noise, uniform)
+        value, *rest = self.program("evaluate", len(position), calls)(position, noise, uniform)
         local, log_likelihoods = {}, {}
         for estimate in self.estimates:
             log_likelihoods[estimate.group.name] = rest.pop(0)
@@ -215,20 +227,20 @@ class Potential:
                 local[name] = rest.pop(0)
         return Evaluation(value, log_likelihoods, local)
 
-    def program(self, kind: str, num_chains: int) -> Program:
+    def program(self, kind: str, num_chains: int, calls: float = math.inf) -> Program:
         """A batched program, compiled if asked for.
 
         Arguments:
             kind: ``"gradients"``, ``"gradient"`` (in the position alone) or ``"evaluate"``.
             num_chains: How many chains it serves.
+            calls: How many are foreseen: it is not compiled for a few.
         """
-        key = (f"{kind}, final", num_chains)
-        if key not in self._graphs:
-            graph = self.graph(kind, num_chains)
-            if self.compile_graphs and isinstance(graph, GraphModule):
-                graph = compile_graph(graph, *self._examples(kind, num_chains))
-            self._graphs[key] = graph
-        return self._graphs[key]
+        return self._final(
+            (kind, num_chains),
+            self.graph(kind, num_chains),
+            calls,
+            lambda: self._examples(kind, num_chains),
+        )
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The same program before compilation, to build larger programs from."""
@@ -242,7 +254,9 @@ class Potential:
         if base is None:
             return loop(self._one(kind))
         try:
-            return batch(base, *self._examples(kind, num_chains))
+            # Where the program of one chain was captured, which not every point may allow.
+            examples = self._examples(kind, 1)
+            return batch(base, *(e.expand(num_chains, *e.shape[1:]).clone() for e in examples))
         except RuntimeError as error:  # torch's for an operation that it cannot batch
             self._looped = True
             warnings.warn(
@@ -254,7 +268,7 @@ class Potential:
             return loop(base)
 
     def accelerate(
-        self, name: str, function: Program, *examples: Tensor, passing: bool = False
+        self, name: str, function: Program, *examples: Tensor, calls: float = math.inf
     ) -> Program:
         """Captures a function around :meth:`graph` programs, once, and compiles it if asked for.
 
@@ -262,22 +276,41 @@ class Potential:
             name: What the function does; with the examples' shapes it tells functions apart.
             function: The function.
             examples: Arguments of the shapes that it will be called with.
-            passing: Whether it will not be called for long, so that it is not compiled.
+            calls: How many are foreseen, as in :meth:`program`.
         """
         looped = self._looped and not self.compile_graphs  # each chain would be written out
         if self.fallback_reason is not None or looped:
             return function
         key = (name, *(tuple(example.shape) for example in examples))
         if key not in self._graphs:
-            graph = capture(function, *examples)
-            compiling = self.compile_graphs and not passing
-            self._graphs[key] = compile_graph(graph, *examples) if compiling else graph
-        return self._graphs[key]
+            self._graphs[key] = capture(function, *examples)
+        return self._final(key, self._graphs[key], calls, lambda: examples)
+
+    def _final(
+        self,
+        key: tuple[Any, ...],
+        graph: Program,
+        calls: float,
+        examples: Callable[[], tuple[Tensor, ...]],
+    ) -> Program:
+        """A graph, or what was compiled of it if that is asked for and pays."""
+        if not self.compile_graphs or not isinstance(graph, GraphModule):
+            return graph
+        if key not in self._calls_to_pay:
+            self._calls_to_pay[key] = calls_to_pay(graph)
+        if calls <= self._calls_to_pay[key]:
+            return graph
+        if key not in self._compiled:
+            self._compiled[key] = compile_graph(graph, *examples())
+        return self._compiled[key]
 
     def _base(self, kind: str) -> GraphModule | None:
         """The captured program of one chain, or ``None`` where the model cannot be captured."""
         if self.fallback_reason is not None:
             return None
+        known = self._base_graphs
+        if kind == "evaluate" and {*known} == {"gradient"} and not self.estimates:
+            self._base_graphs[kind] = first_result(self._base_graphs["gradient"])
         if kind not in self._base_graphs:
             examples = [example[0] for example in self._examples(kind, 1)]
             try:
