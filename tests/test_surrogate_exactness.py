@@ -13,7 +13,8 @@ import torch
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
-from pyro_hamflow.mcmc import surrogate as surrogate_module
+from pyro_hamflow.mcmc import endpoint as endpoint_module
+from pyro_hamflow.mcmc.endpoint import EndpointTransition, spread
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.nuts import NUTSTransition
 from pyro_hamflow.mcmc.per_leaf import (
@@ -23,7 +24,7 @@ from pyro_hamflow.mcmc.per_leaf import (
     TrustRegion,
 )
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, EllipticalSliceRefresh
-from pyro_hamflow.mcmc.surrogate import EndpointTransition, SurrogateDensity
+from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.mcmc.transition import Tuning
 from pyro_hamflow.model.potential import Potential
 from tests.laws import assert_invariant
@@ -32,6 +33,7 @@ from tests.test_exactness import CHAINS, DEPTH, MOST_POINTS, make_target, skewed
 EVERYWHERE = None
 FRESH = CorrelatedRefresh()
 NEARBY = TrustRegion(1.0, 2.0)
+STAR = 3
 
 
 # --- surrogates ---------------------------------------------------------------------------------
@@ -90,14 +92,18 @@ KINDS = {
 }
 
 
-def endpoint(potential, network, kind, chains=CHAINS, *, num_transitions=2, refresh=FRESH):
-    density = SurrogateDensity(potential, network)
+def endpoint(
+    potential, network, kind, chains=CHAINS, *, refresh=FRESH, num_transitions=1, level=math.inf
+):
+    density = SurrogateDensity(potential, network, level=level)
     return EndpointTransition(
         potential,
         density,
-        KINDS[kind](density, chains),
+        lambda rows: KINDS[kind](density, rows),
+        chains,
         refresh,
         num_transitions=num_transitions,
+        num_proposals=STAR,
     )
 
 
@@ -244,15 +250,15 @@ MASS = torch.tensor([0.7, 0.6, 0.9], dtype=torch.float64)
 
 
 def check(transition, step_size, *, num_steps=4, moves=2, least=0.2):
-    """Moves exact draws of the skewed density, and compares."""
+    """Moves exact draws of the skewed density, and compares after each move."""
     torch.manual_seed(3)
     position = skewed_draws(CHAINS)
     state = transition.begin(position, position[:, :0])
     tuning = Tuning(step_size, GaussianKinetic(MASS))
     for _ in range(moves):
         state, info = transition.step(state, tuning, num_steps)
-    assert_invariant({"theta": position}, {"theta": state.position})
-    assert least < info.acceptance_rate.mean().item() < 0.99
+        assert_invariant({"theta": position}, {"theta": state.position})
+    assert least < info.acceptance_rate.mean().item() < 0.995
     assert (state.position != position).any(-1).double().mean() > 0.3
     value = transition.potential.value(state.position, state.noise)
     assert torch.allclose(value, state.evaluation.value, rtol=1e-10, atol=1e-10)
@@ -262,9 +268,11 @@ def check(transition, step_size, *, num_steps=4, moves=2, least=0.2):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("quality", ["good", "bad", "random"])
 def test_invariance_endpoint(quality, kind):
-    transition = endpoint(skewed_potential(), network_of(quality), kind)
+    network = network_of(quality)
+    level = float(network(skewed_draws(1000)).detach().quantile(0.9))
+    transition = endpoint(skewed_potential(), network, kind, num_transitions=2, level=level)
     num_steps = 4 if kind == "hmc" else MOST_POINTS
-    info = check(transition, 0.5, num_steps=num_steps)
+    info = check(transition, 0.5, num_steps=num_steps, moves=STAR)
     assert (info.n_gradients == 0).all() and (info.n_densities == 1).all()
     rate = info.acceptance_rate.mean().item()
     assert (rate > 0.8) == (quality == "good"), rate
@@ -305,7 +313,7 @@ def check_latent(name, transition):
     torch.manual_seed(6)
     state = transition.begin(position, noise)
     tuning = Tuning(0.8, GaussianKinetic(torch.tensor([0.7, 0.4])))
-    for _ in range(2):
+    for _ in range(STAR + 1):  # into the next star, where the noise is refreshed once more
         state, info = transition.step(state, tuning, 4)
     local = state.evaluation.local.get("x")
     before = target.quantities(position, noise, None if local is None else x)
@@ -329,24 +337,85 @@ def test_invariance_per_leaf_with_noise(name):
     check_latent(name, PerLeafConditionalTransition(leaf, FRESH))
 
 
+def test_draws_and_their_noise_are_learned_from():
+    target = make_target("prior-8")
+    position, noise, _ = target.draws()
+    transition = endpoint(target.potential, latent_network("prior-8"), "hmc")
+    seen = []
+    transition.observer = lambda *pair: seen.append(pair)
+    state = transition.begin(position, noise)
+    tuning = Tuning(0.8, GaussianKinetic(torch.tensor([0.7, 0.4])))
+    draws = []
+    for _ in range(STAR):
+        state, _ = transition.step(state, tuning, 4)
+        draws.append((state.position, state.noise))
+    assert len(seen) == 1
+    for found, drawn in zip(seen[0], zip(*draws, strict=True), strict=True):
+        assert torch.equal(found.reshape(len(position), STAR, -1), torch.stack(drawn, 1))
+
+
+def test_impossible_proposals_are_never_drawn():
+    def half_line():
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("half", torch.where(x < 0.0, 0.0, -math.inf))
+
+    transition = endpoint(Potential(half_line), PotentialNetwork(1), "hmc", 50)
+    state = transition.begin(torch.full((50, 1), -0.5), torch.zeros(50, 0))
+    for _ in range(2 * STAR):
+        state, info = transition.step(state, Tuning(0.5, GaussianKinetic(torch.eye(1))), 4)
+        assert (state.position < 0.0).all()
+        assert info.diverging.any()
+        assert (info.energy_error[info.diverging] == math.inf).all()
+
+
 # --- the checks fail on spoilt samplers ---------------------------------------------------------
 
 
+def weigh(monkeypatch, spoilt):
+    """Other weights, made by a function of the honest ones and their arguments."""
+    honest = EndpointTransition.log_weights
+
+    def log_weights(self, value, learned):
+        return spoilt(lambda *energies: honest(self, *energies), value, learned)
+
+    monkeypatch.setattr(EndpointTransition, "log_weights", log_weights)
+
+
 def forget_surrogate(monkeypatch):
-    """An ordinary Metropolis test, as if the proposal were symmetric."""
-    honest = EndpointTransition.propose
-
-    def propose(self, *inputs):
-        end, gain, info = honest(self, *inputs)
-        return end, torch.zeros_like(gain), info
-
-    monkeypatch.setattr(EndpointTransition, "propose", propose)
+    """Weights by the true energy alone, as if proposals came from anywhere."""
+    weigh(monkeypatch, lambda honest, value, learned: honest(value, 0.0 * learned))
 
 
 def forget_truth(monkeypatch):
-    """The surrogate's word for the energy, so that every proposal is accepted."""
-    honest = surrogate_module.metropolis
-    monkeypatch.setattr(surrogate_module, "metropolis", lambda e, level: honest(0.0 * e, level))
+    """The surrogate's word for the energy, so that all weigh the same."""
+    weigh(monkeypatch, lambda honest, value, learned: honest(0.0 * value, 0.0 * learned))
+
+
+def forget_present(monkeypatch):
+    """A chain that never stays where it is."""
+
+    def spoilt(honest, value, learned):
+        return honest(value, learned).index_fill(1, torch.tensor(0), -50.0)
+
+    weigh(monkeypatch, spoilt)
+
+
+def stay_in_the_centre(monkeypatch):
+    """Proposals about where the chain is, which then is unlike the others."""
+    honest = EndpointTransition.lead
+
+    def lead(self, inner, position, tuning, num_steps):
+        journey = honest(self, inner, position, tuning, num_steps)
+        return journey._replace(position=position) if inner is self.to_centre else journey
+
+    monkeypatch.setattr(EndpointTransition, "lead", lead)
+
+
+def read_in_order(monkeypatch):
+    """Draws in the order of the candidates, so that the last of them comes last too often."""
+    monkeypatch.setattr(
+        endpoint_module, "spread", lambda weights, count: spread(weights, count).sort(-1).values
+    )
 
 
 def shrink_noise(monkeypatch):
@@ -354,12 +423,24 @@ def shrink_noise(monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda x, honest=torch.randn_like: 0.8 * honest(x))
 
 
-@pytest.mark.parametrize("spoil", [forget_surrogate, forget_truth])
+@pytest.mark.parametrize(
+    "spoil",
+    [forget_surrogate, forget_truth, forget_present, stay_in_the_centre, read_in_order],
+)
 def test_spoilt_endpoint_is_found_out(spoil, monkeypatch):
     transition = endpoint(skewed_potential(), network_of("bad"), "hmc")
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
-        check(transition, 0.5)
+        check(transition, 0.5, moves=STAR)
+
+
+def test_picks_come_as_often_as_their_weights_say():
+    torch.manual_seed(0)
+    weights = torch.tensor([[0.5, 0.3, 0.0, 0.2]], dtype=torch.float64)
+    picks = spread(weights.expand(20_000, 4), 4)
+    share = torch.nn.functional.one_hot(picks, 4).double()
+    assert torch.allclose(share.mean(0), weights.expand(4, 4), atol=0.015)  # of each by itself
+    assert ((share.sum(1) - 4 * weights).abs() < 1.0).all()  # and of all together
 
 
 @pytest.mark.parametrize("spoil", [forget_surrogate, forget_truth, shrink_noise])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import (
+    GradientMatching,
     Loss,
     Points,
     Training,
@@ -20,10 +23,12 @@ from pyro_hamflow.mcmc.surrogate_costs import affordable_steps, training_seconds
 from pyro_hamflow.model.potential import Potential
 
 _FEWEST_GATHER, _MOST_GATHER = 12, 0.3
-_POINTS_PER_DIMENSION = 150
+_POINTS_PER_DIMENSION = 60
 _TRIAL_SHARE = 0.15
 _MOST_POINTS = 20_000
 _FEWEST_STEPS = 200  # of the optimiser, that teach something
+_PASSING = 0.4  # of the steps, in all trainings but the last
+_SHRINKAGE, _FLOOR = 10.0, 1e-6
 _FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
 
 
@@ -36,7 +41,7 @@ class Lessons:
         outputs: How many outputs of it are summed.
         loss: What is made small in training; gradients and energies are matched if not given.
         training_points: How many true gradients are gathered, over all chains, before the first
-            training; 150 for each dimension, and 300, if not given.
+            training; 60 for each dimension, and 120, if not given.
         training_steps: The most steps of the optimiser in each training.
         rounds: How often the network is sent ahead and fitted again.
 
@@ -87,6 +92,7 @@ class Learner:
     Attributes:
         recorder: The true potential, which keeps what is found.
         network: The latest; none before the first fit.
+        covariance: Of the points that it was fitted to.
         training_steps: The most of the next fit.
         refits: After which iterations the network is fitted again.
     """
@@ -96,6 +102,7 @@ class Learner:
         self.lessons = lessons
         self.warmup_steps = warmup_steps
         self.network: PotentialNetwork | None = None
+        self.covariance: Tensor | None = None
         self.training_steps = lessons.training_steps
         self.refits: list[int] = []
 
@@ -112,14 +119,21 @@ class Learner:
             self.recorder.calls.clear()
         return early
 
-    def knows_enough(self, iteration: int) -> bool:
-        """Whether the first fit is due; if so, the iterations of the others are set."""
+    def knows_enough(self, iteration: int, star: int) -> bool:
+        """Whether the first fit is due; if so, the iterations of the others are set.
+
+        Arguments:
+            iteration: That has just ended.
+            star: How many iterations' proposals will be made together; no fit comes in between.
+        """
         full = iteration >= _FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
         if not full and iteration < _MOST_GATHER * self.warmup_steps:
             return False
         rounds = self.lessons.rounds
         explore = self.warmup_steps - iteration - round(_TRIAL_SHARE * self.warmup_steps)
-        self.refits = [iteration + explore * (i + 1) // rounds for i in range(rounds)]
+        stars = max(explore, 0) // star
+        ends = {stars * (i + 1) // rounds for i in range(rounds)} - {0}
+        self.refits = [iteration + star * end for end in sorted(ends)]
         return True
 
     def is_last(self, iteration: int) -> bool:
@@ -131,15 +145,22 @@ class Learner:
         """After which iteration it is seen whether the trial should be of another kind."""
         return (max([0, *self.refits]) + self.warmup_steps) // 2
 
-    def fit(self) -> Training:
+    def fit(self, *, passing: bool) -> Training:
         """Fits the network to all that is known.
+
+        Arguments:
+            passing: Whether it will be fitted again, so that fewer steps will do.
 
         Raises:
             ValueError: If there is too little.
             torch.linalg.LinAlgError: If it cannot be whitened.
         """
         loss, network, rate = self.lessons.loss, self.network, _LATER_RATE
+        if loss is None and self.recorder.noise_dimension:
+            # The noise of an energy is shared by a whole trajectory: it would be learned by heart.
+            loss = GradientMatching(energy_weight=0.0)
         points = self.recorder.points(_MOST_POINTS)
+        self.covariance = _spread(points.position)
         examples: Points | Trajectories = points
         if isinstance(loss, TrajectoryMatching):
             examples = self.recorder.trajectories(loss.num_steps, _MOST_POINTS)
@@ -147,9 +168,8 @@ class Learner:
             rate = _FIRST_RATE
             network = self.lessons.network(self.recorder.dimension).to(self.recorder.example)
             network.whiten_by(points.position)
-        training = fit_energy(
-            network, examples, loss=loss, steps=self.training_steps, learning_rate=rate
-        )
+        steps = math.ceil(_PASSING * self.training_steps) if passing else self.training_steps
+        training = fit_energy(network, examples, loss=loss, steps=steps, learning_rate=rate)
         self.network = network
         return training
 
@@ -170,3 +190,16 @@ class Learner:
             f"the draws' gradients will take {ahead:.2g} seconds, and training would take "
             f"{each * lessons.training_steps:.2g}"
         )
+
+
+def _spread(position: Tensor) -> Tensor:
+    """The covariance of positions, shrunk towards its diagonal.
+
+    Points of a few trajectories hardly leave a plane, and nothing could move out of it.
+    """
+    count, dimension = position.shape
+    covariance = position.double().mT.cov().reshape(dimension, dimension)
+    diagonal = covariance.diag().diag()
+    floor = _FLOOR * covariance.diag().mean() * torch.eye(dimension).to(covariance)
+    share = count / (count + _SHRINKAGE * dimension)
+    return (share * covariance + (1.0 - share) * diagonal + floor).to(position)

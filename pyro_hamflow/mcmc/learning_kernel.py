@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
+from pyro_hamflow.mcmc.endpoint import EndpointTransition
 from pyro_hamflow.mcmc.learner import Learner, Lessons
 from pyro_hamflow.mcmc.per_leaf import (
     JudgedDensity,
@@ -22,13 +23,21 @@ from pyro_hamflow.mcmc.per_leaf import (
 )
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.recorder import synchronize
-from pyro_hamflow.mcmc.surrogate import EndpointTransition, SurrogateDensity
+from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import SurrogateReport, Trial
-from pyro_hamflow.mcmc.transition import Info, State, Transition, padded
+from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
+from pyro_hamflow.mcmc.warmup import Covariance, WarmUp
 from pyro_hamflow.mcmc.weighing import WeighingKernel
+from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
+_ATTUNEMENT, _SHORT = 40, 15  # iterations, and points of their trajectories at most
+_USUAL = 0.99  # of a surrogate's draws lie where it is not softened
+_UNIT_STEP = 0.5  # where the scale is about one
+_REACH, _ABOUT = 1.3, 0.3  # of the distance from the centre, of the scale
+_SETTLING = 25  # iterations
+_FEWEST_VISITED = 10  # positions for each dimension, to know the mass by
 _HOPE = 3.0  # by which a network may gain from what it has not seen yet
 
 
@@ -46,6 +55,7 @@ class LearningKernel(WeighingKernel):
 
     lessons: Lessons
     num_transitions: int
+    num_proposals: int
     true_share: float
     trust_radius: float
 
@@ -56,11 +66,12 @@ class LearningKernel(WeighingKernel):
         self.surrogate: PotentialNetwork | None = None
         self._learner = None
         self._true: Transition | None = None
+        self._visited = Covariance(0, dense=True)
+        self._judged: JudgedDensity | None = None
         self._iteration, self._total = 0, warmup_steps
         self._gathering = False
         self._trial = Trial()
         self._steps = math.nan
-        self._true_share = 0.0
 
     # --- from the first iteration to the last ----------------------------------------------------
 
@@ -76,10 +87,8 @@ class LearningKernel(WeighingKernel):
         state = super().begin(num_chains, warmup_steps, args, kwargs, initial_params)
         if self._learner is not None:
             self._learner.recorder.calls.clear()
-            tuning = self._running()[0].tuning
             self._gathering = self.given is None
             if not self._gathering:
-                self._warmup = self._new_warmup(tuning, warmup_steps)
                 state = self._send_ahead(state, passing=False)
                 if warmup_steps == 0:
                     state = self._conclude(state)
@@ -133,6 +142,9 @@ class LearningKernel(WeighingKernel):
             self.report.following = "true gradients"
             return self._make_true(potential, position)
         self._learner = learner
+        dense = self._first_kinetic(potential).inverse_mass.dim() == 2
+        self._visited = Covariance(potential.dimension, dense=dense)
+        learner.recorder.calls_ahead = learner.wanted / len(position) + self._total
         inner = self.make_parameter_transition(cast(Potential, learner.recorder), len(position))
         self._true = ConditionalTransition(inner, self.refresh) if potential.noise_sites else inner
         return self._true
@@ -156,7 +168,8 @@ class LearningKernel(WeighingKernel):
             return self._gather(state)
         warmup, transition = self._running()
         if warmup.finished:
-            if self.true_share and float(torch.rand(())) < self._true_share:
+            ended = isinstance(transition, EndpointTransition) and transition.ended(state)
+            if ended and float(torch.rand(())) < self.true_share:
                 return self._follow_truth(state)
             steps = self.draw_num_steps(warmup.tuning.step_size)
             return transition.step(state, warmup.tuning, steps)
@@ -174,9 +187,8 @@ class LearningKernel(WeighingKernel):
         self.report.n_gradients += int(torch.as_tensor(info.n_gradients).sum())
         if learner.forget_start(self._iteration):
             self._trial = Trial()
-        if learner.knows_enough(self._iteration):
+        if learner.knows_enough(self._iteration, self.num_proposals):
             self._gathering = False
-            self._warmup = self._new_warmup(warmup.tuning, self._total - self._iteration)
             reason = self._too_dear(len(state.position))
             if reason is not None:
                 return self._give_up(state, reason), info
@@ -190,15 +202,12 @@ class LearningKernel(WeighingKernel):
         steps = self.draw_num_steps(warmup.tuning.step_size)
         state, info = transition.step(state, warmup.tuning, steps)
         synchronize(state.position)
-        rate = info.acceptance_rate
-        if isinstance(transition, EndpointTransition):
-            if transition.inner_rate is not None:
-                rate = transition.inner_rate
-            if transition.observer is not None:
-                info = info._replace(n_gradients=info.n_gradients + 1)
-                self.report.n_gradients += len(state.position)
         self._trial.note(info, time.perf_counter() - began)
-        warmup.update(state.position, rate)
+        if isinstance(transition, EndpointTransition) and transition.observer is not None:
+            info = info._replace(n_gradients=info.n_gradients + 1)
+            self.report.n_gradients += len(state.position)
+        warmup.update(state.position, info.acceptance_rate)
+        self._visited.update(state.position)
         if self._iteration in self._learning().refits:
             state = self._learn(state)
         elif warmup.finished:
@@ -206,7 +215,6 @@ class LearningKernel(WeighingKernel):
         elif self._iteration == self._learning().verdict and self._leaves_promise_more():
             self.report.correction = "per leaf"
             state = self._send_ahead(state, passing=False)
-            warmup.restart(warmup.tuning.step_size)
         return state, info
 
     def _follow_truth(self, state: State) -> tuple[State, Info]:
@@ -224,13 +232,13 @@ class LearningKernel(WeighingKernel):
     def _learn(self, state: State) -> State:
         """Fits the network to all that is known, and follows it."""
         learner, first = self._learning(), self.surrogate is None
+        last = learner.is_last(self._iteration)
         try:
-            training = learner.fit()
+            training = learner.fit(passing=not last)
         except (ValueError, torch.linalg.LinAlgError) as error:
             return self._give_up(state, f"nothing could be learned: {error}")
         self.surrogate = learner.network
         self.report.trainings.append(training)
-        last = learner.is_last(self._iteration)
         if not first and (last or self.fallback):  # earlier, nothing else would follow from it
             reason = self._not_worth_it(1.0 if last else _HOPE)
             if reason is not None:
@@ -241,50 +249,138 @@ class LearningKernel(WeighingKernel):
         """Follows the surrogate from here on; looks at true gradients too if it is passing."""
         assert self.surrogate is not None
         recorder, chains = self._learning().recorder, len(state.position)
-        potential = recorder.potential
+        potential, tuning = recorder.potential, self._running()[0].tuning
+        remaining = self._total - self._iteration
         self._steps = self._steps_of_trajectory()
+        stars = remaining / self.num_proposals  # and more if it turns out to be worth while
         self._trial = Trial()
-        recorder.recording = passing
+        recorder.recording, recorder.tuning = passing, None
+        recorder.calls_ahead = stars
+        level = math.inf
+        if remaining and (len(self.report.trainings) == 1 or not passing):
+            plain = cast(Potential, SurrogateDensity(potential, self.surrogate, calls=0))
+            inner = self.make_parameter_transition(plain, chains * self.num_proposals)
+            tuning, level = self._attuned(inner, state.position, tuning)
+        density = SurrogateDensity(potential, self.surrogate, calls=0.0, level=level)
+        self._warmup = self._without_mass(tuning, remaining, adapt_step_size=False)
         if self.report.correction == "per leaf" and not passing:
-            radius = self.trust_radius * float(self.surrogate.reach)
-            trust = TrustRegion(radius, 1.5 * radius) if math.isfinite(radius) else None
-            judged = JudgedDensity(potential, self.surrogate, trust)
-            inner = self.make_parameter_transition(cast(Potential, judged), chains)
-            leaf = PerLeafTransition(potential, judged, inner)
-            self._transition = (
-                PerLeafConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
-            )
+            self._transition = self._per_leaf(self.surrogate, chains, remaining * self._steps)
         else:
-            density = SurrogateDensity(potential, self.surrogate, passing=passing)
             self._transition = endpoint = EndpointTransition(
                 potential,
                 density,
-                self.make_parameter_transition(cast(Potential, density), chains),
+                lambda rows: self.make_parameter_transition(cast(Potential, density), rows),
+                chains,
                 self.refresh,
                 num_transitions=1 if passing else self.num_transitions,
+                num_proposals=self.num_proposals,
+                num_stars=stars,
             )
-            self._true_share = 0.0 if passing else self.true_share
+            self._rehearse(state)
             if passing:
-                endpoint.observer = recorder.graph("gradient", chains)
+                endpoint.observer = self._observer(self.surrogate, chains * self.num_proposals)
         return self._transition.begin(state.position, state.noise)
+
+    def _rehearse(self, state: State) -> None:
+        """Makes a step in vain, so that what it compiles is not part of what is timed."""
+        warmup, transition = self._running()
+        with torch.random.fork_rng():
+            begun = transition.begin(state.position, state.noise)
+            steps = self.draw_num_steps(warmup.tuning.step_size)
+            transition.step(begun, warmup.tuning, steps)
+
+    def _without_mass(self, tuning: Tuning, steps: int, *, adapt_step_size: bool) -> WarmUp:
+        """A warm-up that leaves the mass as it is."""
+        return WarmUp(
+            *tuning[:2],
+            steps,
+            target=self.target_accept,
+            adapt_step_size=adapt_step_size,
+            adapt_mass=False,
+        )
+
+    def _per_leaf(self, surrogate: PotentialNetwork, chains: int, calls: float) -> Transition:
+        """The transition that is judged at every point, so many of which are foreseen."""
+        potential = self._learning().recorder.potential
+        radius = self.trust_radius * float(surrogate.reach)
+        trust = TrustRegion(radius, 1.5 * radius) if math.isfinite(radius) else None
+        self._judged = judged = JudgedDensity(potential, surrogate, trust, calls=calls)
+        likewise = cast(Potential, judged)
+        inner = self.make_parameter_transition(likewise, chains)
+        leaf = PerLeafTransition(likewise, judged, inner)
+        return PerLeafConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
+
+    def _observer(self, surrogate: PotentialNetwork, rows: int) -> Program:
+        """Looks at true gradients about the draws, and further out.
+
+        Where a network errs in the tails, it holds draws there for long: what it learns from has
+        to lie where draws are held, and to reach further than they do.
+        """
+        gradient, root = self._learning().recorder.graph("gradient", rows), surrogate.root
+
+        def observe(position: Tensor, noise: Tensor) -> None:
+            centre, seen = position.mean(0), position.clone()
+            seen[::2] += (_REACH - 1.0) * (position[::2] - centre)
+            gradient(seen + _ABOUT * torch.randn_like(seen) @ root.mT, noise)
+
+        return observe
+
+    def _attuned(self, inner: Transition, position: Tensor, tuning: Tuning) -> tuple[Tuning, float]:
+        """The step size that suits the surrogate, found on it alone, and the mass by its spread.
+
+        Also the energy that few of its draws exceed.
+
+        Arguments:
+            inner: A transition of the surrogate, of ``num_proposals`` rows for each chain.
+            position: Where chains are.
+            tuning: Of which is kept what is not to be adapted.
+        """
+        covariance, kinetic = self._learning().covariance, tuning.kinetic
+        if self.adapt_mass and covariance is not None:
+            dense = kinetic.inverse_mass.dim() == 2
+            kinetic = GaussianKinetic(covariance if dense else covariance.diag())
+        tuning = Tuning(_UNIT_STEP if self.adapt_step_size else tuning.step_size, kinetic)
+        warmup = self._without_mass(tuning, _ATTUNEMENT, adapt_step_size=self.adapt_step_size)
+        position = position.repeat_interleave(self.num_proposals, 0)
+        state, energies = inner.begin(position, position[:, :0]), []
+        while not warmup.finished:
+            steps = min(self.draw_num_steps(warmup.tuning.step_size), _SHORT)
+            state, info = inner.step(state, warmup.tuning, steps)
+            warmup.update(state.position, info.acceptance_rate)
+            energies.append(state.evaluation.value)
+        late = torch.cat(energies[_ATTUNEMENT // 2 :])
+        return warmup.tuning, float(late.nanquantile(_USUAL))
 
     def _conclude(self, state: State) -> State:
         """The decision at the end of warm-up."""
         self._learning().recorder.calls.clear()
         if not self._trial.infos:
             self._say("the surrogate that was given is followed, without a trial.")
-            return state
+            return self._settle(state)
         self.report.acceptance = self._trial.rate
         reason = self._not_worth_it()
         if reason is not None:
             return self._give_up(state, reason)
-        true_steps = self._true_share * self._draws_ahead() * self._steps_of_trajectory()
-        self._learning().recorder.compile_for(true_steps, len(state.position))
         self._say(
             f"the surrogate is followed: {self.report.acceptance:.0%} of its proposals were "
             "accepted in the trial."
         )
-        return state
+        return self._settle(state)
+
+    def _settle(self, state: State) -> State:
+        """Has programs compiled that will be called often enough from here on."""
+        transition = self._running()[1]
+        if self._judged is not None:
+            self._judged.calls = self._draws_ahead() * self._steps_of_trajectory()
+        if isinstance(transition, EndpointTransition):
+            transition.num_stars = self._draws_ahead() / self.num_proposals
+            steps = self._steps_of_trajectory()
+            transition.surrogate.calls = transition.num_stars * self.num_transitions * steps
+            recorder = self._learning().recorder
+            recorder.calls_ahead = self.true_share * transition.num_stars * steps
+            recorder.seconds(len(state.position))
+        self._rehearse(state)
+        return transition.begin(state.position, state.noise)
 
     def _give_up(self, state: State, reason: str) -> State:
         """Follows true gradients from here on."""
@@ -293,12 +389,23 @@ class LearningKernel(WeighingKernel):
         self.report.following = "true gradients"
         self._say(f"true gradients are followed: {reason}.")
         self._transition = self._make_true(potential, state.position)
-        warmup.restart(warmup.tuning.step_size)
+        tuning = warmup.tuning
+        if self.adapt_mass and self._visited.count > _FEWEST_VISITED * potential.dimension:
+            inverse_mass = self._visited.inverse_mass().to(tuning.kinetic.inverse_mass)
+            tuning = tuning._replace(kinetic=GaussianKinetic(inverse_mass))
+        self._warmup = warmup = self._new_warmup(tuning, self._total - self._iteration)
         state = self._transition.begin(state.position, state.noise)
-        if warmup.finished:  # what the first step compiles is not part of the draws' time
-            with torch.random.fork_rng():
-                steps = self.draw_num_steps(warmup.tuning.step_size)
-                self._transition.step(state, warmup.tuning, steps)
+        if not warmup.finished:
+            return state
+        # The step suited the surrogate, and another mass: these iterations find the one to keep.
+        self._warmup = warmup = self._without_mass(
+            tuning, _SETTLING, adapt_step_size=self.adapt_step_size
+        )
+        while not warmup.finished:
+            steps = self.draw_num_steps(warmup.tuning.step_size)
+            state, info = self._transition.step(state, warmup.tuning, steps)
+            warmup.update(state.position, info.acceptance_rate)
+            self.report.n_gradients += int(torch.as_tensor(padded(info).n_gradients).sum())
         return state
 
     def _say(self, sentence: str) -> None:
@@ -306,4 +413,4 @@ class LearningKernel(WeighingKernel):
         self.messages.append(f"{type(self).__name__}: {sentence}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_learner": None, "_true": None}
+        return super().__getstate__() | {"_learner": None, "_true": None, "_judged": None}

@@ -26,12 +26,15 @@ class Neural(LearningKernel):
         model: A Pyro model; noise sites are moved as by the pseudo-marginal kernels.
         surrogate: An energy that was trained before, to be used as it is, or one of
             :func:`~pyro_hamflow.learn_surrogate`, to be used at the run's data.
-        correction: ``"endpoint"`` judges by one true energy where a surrogate transition ends;
+        correction: ``"endpoint"`` judges by true energies where surrogate transitions end;
             ``"per leaf"`` weighs every point of its trajectory by the true energy; ``"auto"`` tries
             the first, and the second where the first is refused too often to be worth its cost (and
             ``fallback`` is on).
-        num_transitions: How many surrogate transitions are made for one true energy.
-        true_share: The share of transitions that follow true gradients even so, where the
+        num_transitions: How many surrogate transitions lead to the centre of a star of proposals,
+            and from there to each of them, where the correction is made at the endpoint.
+        num_proposals: How many proposals make a star: they are judged together, by one true energy
+            each, and as many draws come of them.
+        true_share: How many transitions follow true gradients for each star, on average, where the
             correction is made at the endpoint: where the surrogate is poor, they lead out.
         trust_radius: How far from the centre, in multiples of the distance within which 99 of 100
             training points lie, the learned gradient is followed alone, where the correction is
@@ -40,7 +43,7 @@ class Neural(LearningKernel):
         outputs: How many outputs of it are summed.
         loss: What is made small in training; gradients and energies are matched if not given.
         training_points: How many true gradients are gathered, over all chains, before the first
-            training, in three tenths of warm-up at most; 150 for each dimension, and 300, if not
+            training, in three tenths of warm-up at most; 60 for each dimension, and 120, if not
             given.
         training_steps: The most steps of the optimiser in each training.
         rounds: How often the network is sent ahead and fitted again.
@@ -60,15 +63,16 @@ class Neural(LearningKernel):
         *,
         surrogate: PotentialNetwork | AmortizedSurrogate | None = None,
         correction: str = "auto",
-        num_transitions: int = 1,
-        true_share: float = 0.02,
+        num_transitions: int = 2,
+        num_proposals: int = 16,
+        true_share: float = 0.05,
         trust_radius: float = 1.5,
         hidden: Sequence[int] = (64, 64),
         outputs: int = 1,
         loss: Loss | None = None,
         training_points: int | None = None,
         training_steps: int = 1000,
-        rounds: int = 3,
+        rounds: int = 2,
         fallback: bool = True,
         **settings: Any,
     ) -> None:
@@ -81,6 +85,7 @@ class Neural(LearningKernel):
         if correction not in _CORRECTIONS:
             raise ValueError(f"`correction` is {correction!r}: expected one of {_CORRECTIONS}")
         at_least("num_transitions", num_transitions, 1)
+        at_least("num_proposals", num_proposals, 1)
         if not 0 <= true_share <= 1:
             raise ValueError(f"`true_share` is {true_share}: expected 0 <= true_share <= 1")
         if not trust_radius > 0:
@@ -90,6 +95,7 @@ class Neural(LearningKernel):
         )
         self.correction = correction
         self.num_transitions = num_transitions
+        self.num_proposals = num_proposals
         self.true_share = true_share
         self.trust_radius = trust_radius
         self.fallback = fallback
@@ -103,6 +109,7 @@ class Neural(LearningKernel):
             "following": report.following,
             "correction": report.correction,
             "num_transitions": self.num_transitions,
+            "num_proposals": self.num_proposals,
             "true_share": self.true_share,
             "training_gradients": report.n_gradients,
             "training_seconds": sum(training.seconds for training in report.trainings),

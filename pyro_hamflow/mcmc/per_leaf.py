@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from pyro_hamflow.mcmc.surrogate import StandIn, frozen, serial
 from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Tuning
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 
 
 class TrustRegion(NamedTuple):
@@ -41,17 +43,24 @@ class JudgedDensity(StandIn):
         potential: The true one.
         network: The learned energy, to be frozen.
         trust: Where the learned gradient is trusted; everywhere if not given.
+        calls: How many steps are foreseen: programs are not compiled for a few.
 
     Attributes:
         asked: Which chains asked for the true gradient, call by call.
     """
 
     def __init__(
-        self, potential: Potential, network: PotentialNetwork, trust: TrustRegion | None
+        self,
+        potential: Potential,
+        network: PotentialNetwork,
+        trust: TrustRegion | None,
+        *,
+        calls: float = math.inf,
     ) -> None:
         super().__init__(potential)
         self.network = frozen(network, potential.example)
         self.trust = trust
+        self.calls = calls
         self.asked: list[Tensor] = []
         self._name = f"judged {next(serial)}"
 
@@ -67,14 +76,14 @@ class JudgedDensity(StandIn):
                 return value, self.network.value_and_gradient(position)[1]
 
             return plain
-        evaluate = potential.program("evaluate", num_chains)
-        true = potential.program("gradient", num_chains)
         trust = self.trust
 
         def gated(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             slope = self.network.value_and_gradient(position)[1]
             share = trust.share(self.network, position)
             self.asked.append(share[:, 0] > 0.0)
+            evaluate = potential.program("evaluate", num_chains, self.calls)
+            true = potential.program("gradient", num_chains, self.calls)
             if not bool((share > 0.0).any()):
                 return evaluate(position, noise, uniform)[0], slope
             value, true_slope = true(position, noise)
@@ -82,11 +91,16 @@ class JudgedDensity(StandIn):
 
         return gated
 
+    def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
+        """What the potential says."""
+        return self.potential.evaluate(position, noise, calls=self.calls)
+
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
         """Compiles the function, unless what it does depends on where chains are."""
         if self.trust is not None:
             return function
-        return self.potential.accelerate(f"{name}, {self._name}", function, *examples)
+        name = f"{name}, {self._name}"
+        return self.potential.accelerate(name, function, *examples, calls=self.calls)
 
 
 class PerLeafTransition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pyro_hamflow.dynamics.kinetic import velocity
 from pyro_hamflow.dynamics.training import Points, Trajectories
@@ -16,11 +18,11 @@ from pyro_hamflow.mcmc.surrogate import StandIn
 from pyro_hamflow.mcmc.transition import Tuning
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
 _FEWEST = 32
 COMPILED = 0.15  # of an uncompiled program's time
-_COMPILATION = 15.0  # seconds, for a program of some size
 _EXACT = 1e-3  # of a kick, by which neighbours along a trajectory may miss
 
 
@@ -91,7 +93,7 @@ class Recorder(StandIn):
         calls: What was found, in order.
         recording: Whether more is kept.
         tuning: What is noted with it.
-        compiled: Whether the program is compiled, if the potential's are.
+        calls_ahead: How many are foreseen: the program is not compiled for a few.
     """
 
     def __init__(self, potential: Potential) -> None:
@@ -99,7 +101,7 @@ class Recorder(StandIn):
         self.calls: list[Call] = []
         self.recording = True
         self.tuning: Tuning | None = None
-        self.compiled = True
+        self.calls_ahead = 0.0
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The gradient of every chain, kept."""
@@ -119,17 +121,16 @@ class Recorder(StandIn):
 
     def seconds_later(self, num_chains: int) -> float:
         """What it would take if it were compiled, where that is asked for and not done yet."""
-        waits = self.potential.compile_graphs and not self.compiled
+        graph = isinstance(self._program("gradient", num_chains), GraphModule)
+        waits = self.potential.compile_graphs and graph
         return self.seconds(num_chains) * (COMPILED if waits else 1.0)
 
-    def compile_for(self, calls: float, num_chains: int) -> None:
-        """Has the program compiled, if so many calls without would take longer than that."""
-        if self.potential.compile_graphs and not self.compiled:
-            self.compiled = calls * self.seconds(num_chains) > _COMPILATION
+    def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
+        """What the potential says, by a program that is not compiled for a few calls either."""
+        return self.potential.evaluate(position, noise, calls=self.calls_ahead)
 
     def _program(self, kind: str, num_chains: int) -> Program:
-        potential = self.potential
-        return (potential.program if self.compiled else potential.graph)(kind, num_chains)
+        return self.potential.program(kind, num_chains, self.calls_ahead)
 
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
         """The function as it is, for it must call back."""
@@ -155,11 +156,17 @@ class Recorder(StandIn):
         """
         if not self.calls:
             raise ValueError("no gradients were found")
-        chains = len(self.calls[-1].value)
-        kept = self.calls[-math.ceil(most / chains) :]
+        kept, found = list[Call](), 0
+        while found < most and len(kept) < len(self.calls):
+            kept.insert(0, self.calls[-1 - len(kept)])
+            found += len(kept[0].value)
         # Chain by chain, so that neighbours along a trajectory stay neighbours.
-        rows = zip(*(call[:4] for call in kept), strict=True)
-        position, value, gradient, wanted = (torch.stack(row, 1).flatten(0, 1) for row in rows)
+        runs = [list(run) for _, run in itertools.groupby(kept, key=lambda call: len(call.value))]
+        parts = [
+            [torch.stack(row, 1).flatten(0, 1) for row in zip(*(c[:4] for c in run), strict=True)]
+            for run in runs
+        ]
+        position, value, gradient, wanted = map(torch.cat, zip(*parts, strict=True))
         good = wanted & value.isfinite() & gradient.isfinite().all(-1)
         if int(good.sum()) < _FEWEST:
             raise ValueError(f"{int(good.sum())} finite gradients were found, fewer than {_FEWEST}")

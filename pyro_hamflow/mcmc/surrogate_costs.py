@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -70,6 +71,14 @@ class Trial:
         found = [float(torch.as_tensor(getattr(info, count)).max()) for info in self.infos]
         return statistics.fmean(found) if found else 1.0
 
+    def seconds(self, star: int) -> float:
+        """Of an iteration, where each so many share what the first of them does.
+
+        The fastest such group counts, and one that was cut short is taken for whole.
+        """
+        groups = range(0, max(1, len(self.times) - star + 1), star)
+        return min(sum(self.times[i : i + star]) for i in groups) / star
+
     @property
     def rate(self) -> float:
         """The mean acceptance probability in the second half."""
@@ -103,30 +112,50 @@ class Costs(NamedTuple):
     true: float
 
 
-def costs_of(trial: Trial, recorder: Recorder, *, steps: float, true_share: float) -> Costs:
+def costs_of(
+    trial: Trial,
+    recorder: Recorder,
+    *,
+    star: int,
+    calls: float,
+    length: float,
+    steps: float,
+    true_share: float,
+) -> Costs:
     """What a trial cost, and what the alternatives would.
 
     Arguments:
         trial: What was tried.
         recorder: The true potential; if it was recording, a gradient of each iteration served to
             learn from alone.
+        star: How many iterations' proposals were made and judged together.
+        calls: For how many stars the densities' program was made.
+        length: How many steps that took, one after the other.
         steps: Of a trajectory, in the alternatives.
         true_share: How often true gradients are followed all the same.
     """
     potential, observed = recorder.potential, recorder.recording
-    position, noise = potential.vectors(len(trial.infos[-1].accepted))
-    gradient, density = recorder.seconds(len(position)), timed(potential.evaluate, position, noise)
-    asked, judged = trial.mean("n_gradients"), trial.mean("n_densities") * density
-    spent = statistics.median(trial.times) - asked * gradient - judged
-    each = max(spent, 0.0) / max(1.0, trial.mean("n_steps"))
+    chains = len(trial.infos[-1].accepted)
+    gradient, density = recorder.seconds_later(chains), _density(potential, chains, 0.0)
+    wide_gradient, wide_density, spent = gradient, density, trial.seconds(star)
+    if star > 1:
+        wide_density = _density(potential, chains * star, calls)
+        wide_gradient = recorder.seconds(chains * star) if observed else 0.0
+    asked, judged = trial.mean("n_gradients") * wide_gradient, trial.mean("n_densities")
+    walked = spent - (asked + judged * wide_density) / star
+    each = max(walked, 0.0) * star / length
     if potential.compile_graphs:
-        gradient *= 1.0 if recorder.compiled else COMPILED
-        each *= COMPILED if observed else 1.0  # a network that will change is not compiled
-    mine = (asked - observed) * gradient + judged + trial.mean("n_steps") * each
-    noisy = bool(noise.shape[1])  # which is then refreshed, and the gradient computed again
+        density, each = COMPILED * density, COMPILED * each
+    noisy = bool(potential.noise_dimension)  # which is then refreshed, the gradient computed again
     per_leaf = steps * (density + each) + 3.0 * noisy * density
     true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
+    mine = spent - observed * wide_gradient / star
     return Costs(mine + true_share * true, per_leaf, true)
+
+
+def _density(potential: Potential, rows: int, calls: float) -> float:
+    """The seconds that so many densities take, all at once, by a program for so many calls."""
+    return timed(partial(potential.evaluate, calls=calls), *potential.vectors(rows))
 
 
 def affordable_steps(ahead: float, each: float) -> int:

@@ -39,7 +39,7 @@ class HNNHMC(Neural, HMC):
         >>> mcmc = MCMC(kernel, num_samples=50, warmup_steps=60, num_chains=4, disable_progbar=True)
         >>> mcmc.run(torch.ones(3))
         >>> mcmc.get_samples()["mean"].shape, len(kernel.report.trainings)
-        (torch.Size([200]), 4)
+        (torch.Size([200]), 3)
     """
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
+from pyro_hamflow.mcmc.endpoint import EndpointTransition
 from pyro_hamflow.mcmc.learner import Learner
 from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
-from pyro_hamflow.mcmc.surrogate import EndpointTransition
 from pyro_hamflow.mcmc.surrogate_costs import Costs, SurrogateReport, Trial, costs_of, not_worth_it
 
 _FEWEST_WARMUP = 60
@@ -35,7 +35,7 @@ class WeighingKernel(PseudoMarginal):
     _total: int
     _trial: Trial
     _steps: float
-    _true_share: float
+    true_share: float
 
     def _hopeless(self, learner: Learner, position: Tensor) -> str | None:
         """Why not even to begin, if so."""
@@ -48,11 +48,8 @@ class WeighingKernel(PseudoMarginal):
             return f"nothing can be learned in {total} iterations of warm-up, below {fewest}"
         if not self.fallback or self.given is not None:
             return None
-        recorder, chains = learner.recorder, len(position)
-        recorder.compiled = False
-        ahead = _GUESSED_STEPS * recorder.seconds_later(chains) * self._draws_ahead()
-        recorder.compile_for(learner.wanted / chains + total, chains)
-        return learner.too_dear(ahead)
+        seconds = learner.recorder.seconds_later(len(position))
+        return learner.too_dear(_GUESSED_STEPS * seconds * self._draws_ahead())
 
     def _too_dear(self, chains: int) -> str | None:
         """Why not to train after all, if so."""
@@ -84,14 +81,30 @@ class WeighingKernel(PseudoMarginal):
         return costs.per_leaf * self._trial.efficiency < costs.mine
 
     def _costs(self) -> Costs:
-        recorder, steps = self._learning().recorder, self._steps_of_trajectory()
-        return costs_of(self._trial, recorder, steps=steps, true_share=self._true_share)
+        steps, transition = self._steps_of_trajectory(), self._running()[1]
+        star, calls, length, true_share = 1, 0.0, steps, 0.0
+        if isinstance(transition, EndpointTransition):
+            star, calls = transition.num_proposals, transition.num_stars
+            length = 2 * transition.num_transitions * steps
+            true_share = 0.0 if self._learning().recorder.recording else self.true_share / star
+        return costs_of(
+            self._trial,
+            self._learning().recorder,
+            star=star,
+            calls=calls,
+            length=length,
+            steps=steps,
+            true_share=true_share,
+        )
 
     def _steps_of_trajectory(self) -> float:
         """Of the latest whose number of steps was not changed by a correction at each of them."""
         transition = self._running()[1]
+        if not self._trial.infos:
+            return _GUESSED_STEPS
         if isinstance(transition, EndpointTransition):
-            return self._trial.mean("n_steps") / transition.num_transitions
+            legs = transition.num_transitions * (1.0 + 1.0 / transition.num_proposals)
+            return self._trial.mean("n_steps") / legs
         return self._trial.mean("n_steps") if math.isnan(self._steps) else self._steps
 
     def _draws_ahead(self) -> int:
