@@ -296,6 +296,7 @@ def test_short_warmup_is_told():
         ({"surrogate": "net"}, TypeError, "`surrogate` is a str: expected a PotentialNetwork"),
         ({"correction": "none"}, ValueError, "`correction` is 'none': expected one of"),
         ({"num_transitions": 0}, ValueError, "`num_transitions` is 0: expected an integer, 1"),
+        ({"num_proposals": 2.5}, ValueError, "`num_proposals` is 2.5: expected an integer, 1"),
         ({"rounds": 1.5}, ValueError, "`rounds` is 1.5: expected an integer"),
         ({"true_share": 2.0}, ValueError, "`true_share` is 2.0: expected 0 <="),
         ({"trust_radius": 0.0}, ValueError, "`trust_radius` is 0.0: expected a positive"),

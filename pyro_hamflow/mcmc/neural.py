@@ -41,7 +41,8 @@ class Neural(LearningKernel):
             per leaf; beyond one and a half times that, the true one is. If infinite, nowhere.
         hidden: The widths of the network's hidden layers.
         outputs: How many outputs of it are summed.
-        loss: What is made small in training; gradients and energies are matched if not given.
+        loss: What is made small in training; if not given, gradients and energies are matched, and
+            gradients alone on models with noise, which energies along a trajectory share.
         training_points: How many true gradients are gathered, over all chains, before the first
             training, in three tenths of warm-up at most; 60 for each dimension, and 120, if not
             given.

@@ -31,7 +31,7 @@ class SurrogateReport:
     Attributes:
         trainings: What each training took and reached, the first, and each after a refill of data.
         n_gradients: True gradients spent on its data, over all chains.
-        acceptance: The share of its proposals that were accepted in the trial.
+        acceptance: The mean acceptance rate in the trial's second half.
         true_seconds: Of an iteration along true gradients, measured.
         surrogate_seconds: Of an iteration of the surrogate, measured.
         correction: ``"endpoint"`` or ``"per leaf"``: where the surrogate is judged.
