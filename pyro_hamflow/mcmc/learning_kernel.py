@@ -261,11 +261,11 @@ class LearningKernel(WeighingKernel):
             plain = cast(Potential, SurrogateDensity(potential, self.surrogate, calls=0))
             inner = self.make_parameter_transition(plain, chains * self.num_proposals)
             tuning, level = self._attuned(inner, state.position, tuning)
-        density = SurrogateDensity(potential, self.surrogate, calls=0.0, level=level)
         self._warmup = self._without_mass(tuning, remaining, adapt_step_size=False)
         if self.report.correction == "per leaf" and not passing:
             self._transition = self._per_leaf(self.surrogate, chains, remaining * self._steps)
         else:
+            density = SurrogateDensity(potential, self.surrogate, calls=0.0, level=level)
             self._transition = endpoint = EndpointTransition(
                 potential,
                 density,
@@ -369,12 +369,11 @@ class LearningKernel(WeighingKernel):
 
     def _settle(self, state: State) -> State:
         """Has programs compiled that will be called often enough from here on."""
-        transition = self._running()[1]
+        transition, steps = self._running()[1], self._steps_of_trajectory()
         if self._judged is not None:
-            self._judged.calls = self._draws_ahead() * self._steps_of_trajectory()
+            self._judged.calls = self._draws_ahead() * steps
         if isinstance(transition, EndpointTransition):
             transition.num_stars = self._draws_ahead() / self.num_proposals
-            steps = self._steps_of_trajectory()
             transition.surrogate.calls = transition.num_stars * self.num_transitions * steps
             recorder = self._learning().recorder
             recorder.calls_ahead = self.true_share * transition.num_stars * steps
