@@ -10,7 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
-from pyro_hamflow.model.capture import batch, capture, first_result, largest_tensor, loop
+from pyro_hamflow.model.capture import (
+    batch,
+    capture,
+    first_result,
+    in_blocks,
+    largest_tensor,
+    loop,
+)
 from pyro_hamflow.model.marginal import marginalize
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recording import _BINDINGS
@@ -289,6 +296,23 @@ def test_largest_tensor_on_the_way():
     assert largest_tensor(graph) == 49
     batched = batch(lambda x: (x[:, None] * x).exp().sum(), torch.zeros(3, 7))
     assert largest_tensor(batched) == 147
+
+
+def test_data_are_not_made_on_the_way():
+    data = torch.ones(1000)
+    assert largest_tensor(capture(lambda x: data @ (data * 2.0) * x, torch.zeros(7))) == 7
+
+
+def test_blocks_one_after_the_other():
+    sizes = []
+
+    def function(x, y):
+        sizes.append(len(x))
+        return x + y, (x * y).sum(-1)
+
+    x, y = torch.randn(2, 6, 3)
+    torch.testing.assert_close(in_blocks(function, 2)(x, y), function(x, y))
+    assert sizes == [2, 2, 2, 6]
 
 
 def test_first_result_alone():

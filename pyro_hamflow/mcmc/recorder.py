@@ -102,6 +102,7 @@ class Recorder(StandIn):
         self.recording = True
         self.tuning: Tuning | None = None
         self.calls_ahead = 0.0
+        self._seconds: dict[Program, float] = {}
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The gradient of every chain, kept."""
@@ -117,11 +118,15 @@ class Recorder(StandIn):
 
     def seconds(self, num_chains: int) -> float:
         """What the gradient of all chains takes."""
-        return timed(self._program("gradient", num_chains), *self.potential.vectors(num_chains))
+        program = self._program("gradient", num_chains)
+        if program not in self._seconds:
+            self._seconds[program] = timed(program, *self.potential.vectors(num_chains))
+        return self._seconds[program]
 
     def seconds_later(self, num_chains: int) -> float:
         """What it would take if it were compiled, where that is asked for and not done yet."""
-        graph = isinstance(self._program("gradient", num_chains), GraphModule)
+        rows = self.potential.rows_at_once("gradient", num_chains)
+        graph = isinstance(self._program("gradient", rows), GraphModule)
         waits = self.potential.compile_graphs and graph
         return self.seconds(num_chains) * (COMPILED if waits else 1.0)
 

@@ -28,6 +28,8 @@ from pyro_hamflow.model.capture import (
     capture,
     compile_graph,
     first_result,
+    in_blocks,
+    largest_tensor,
     loop,
 )
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
@@ -48,6 +50,7 @@ from pyro_hamflow.model.structure import (
 )
 
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
+_CACHED = 2**16  # numbers in a tensor
 
 
 class Potential:
@@ -129,6 +132,7 @@ class Potential:
         self._graphs: dict[tuple[Any, ...], Program] = {}
         self._compiled: dict[tuple[Any, ...], Program] = {}
         self._calls_to_pay: dict[tuple[Any, ...], float] = {}
+        self._most_rows: dict[str, float] = {}
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
         self._base_graphs: dict[str, GraphModule] = {}
         self._probe = self._refuse_randomness()
@@ -235,12 +239,26 @@ class Potential:
             num_chains: How many chains it serves.
             calls: How many are foreseen: it is not compiled for a few.
         """
+        rows = self.rows_at_once(kind, num_chains)
+        if rows < num_chains:
+            return in_blocks(self.program(kind, rows, calls * num_chains / rows), rows)
         return self._final(
             (kind, num_chains),
             self.graph(kind, num_chains),
             calls,
             lambda: self._examples(kind, num_chains),
         )
+
+    def rows_at_once(self, kind: str, num_chains: int) -> int:
+        """For how many chains a program runs at once: what it makes should stay in a cache."""
+        if kind not in self._most_rows:
+            base = self._base("gradient" if self._is_part_of_gradient(kind) else kind)
+            if base is None or self.example.is_cuda:
+                self._most_rows[kind] = math.inf
+            else:
+                self._most_rows[kind] = max(1, _CACHED // largest_tensor(base))
+        most = self._most_rows[kind]
+        return max(n for n in range(1, num_chains + 1) if num_chains % n == 0 and n <= most)
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The same program before compilation, to build larger programs from."""
@@ -249,7 +267,15 @@ class Potential:
             self._graphs[key] = self._batch(kind, num_chains)
         return self._graphs[key]
 
+    def _is_part_of_gradient(self, kind: str) -> bool:
+        """Whether a kind's program is the beginning of another that is known."""
+        return kind == "evaluate" and "gradient" in self._base_graphs and not self.estimates
+
     def _batch(self, kind: str, num_chains: int) -> Program:
+        if self._is_part_of_gradient(kind):
+            gradient = self.graph("gradient", num_chains)
+            if isinstance(gradient, GraphModule):
+                return first_result(gradient)
         base = self._base(kind)
         if base is None:
             return loop(self._one(kind))
@@ -309,9 +335,7 @@ class Potential:
         if self.fallback_reason is not None:
             return None
         known = self._base_graphs
-        if kind == "evaluate" and {*known} == {"gradient"} and not self.estimates:
-            self._base_graphs[kind] = first_result(self._base_graphs["gradient"])
-        if kind not in self._base_graphs:
+        if kind not in known:
             examples = [example[0] for example in self._examples(kind, 1)]
             try:
                 with pyro.validation_enabled(False):
@@ -326,8 +350,8 @@ class Potential:
                     stacklevel=2,
                 )
                 return None
-            self._base_graphs[kind] = graph
-        return self._base_graphs[kind]
+            known[kind] = graph
+        return known[kind]
 
     def _check(self, kind: str, graph: GraphModule) -> None:
         """Compares a graph with the model at a few points, on all sides of zero."""
