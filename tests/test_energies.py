@@ -157,6 +157,20 @@ def test_energy_is_learned(outputs):
     assert training.points == 1500 and training.seconds > 0
 
 
+def test_far_from_zero_no_digits_are_lost():
+    """Positions and energies are taken from their centres before precision is spared."""
+    points = bent_points()
+    where, scale, level = torch.tensor([1e6, 0.0, -1e6]), 1e-2, 1e9
+    moved = points._replace(
+        position=where + scale * points.position,
+        value=level + points.value,
+        gradient=points.gradient / scale,
+    )
+    (_, plain), (network, training) = trained(), trained(points=moved)
+    assert training.best < 1.5 * plain.best
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
+
+
 def test_trajectories_teach_the_gradient():
     network, training = trained(TrajectoryMatching(5), points=leapfrogs())
     z = torch.randn(300, 3)

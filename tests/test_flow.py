@@ -183,9 +183,24 @@ def test_gradient_in_closed_form_and_its_derivative(hidden, symmetric):
     (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
     closed = network.field()(x)
     torch.testing.assert_close(closed, slope)
-    torch.testing.assert_close(network.value_and_gradient(x), (network(x), slope))
-    weights = torch.randn_like(x)
+    value = network(x)
+    both = network.value_and_gradient(x)
+    torch.testing.assert_close(both, (value, slope))
+    torch.testing.assert_close(network.eval().value_and_gradient(x), both)
+    weights, more = torch.randn_like(x), torch.randn_like(value)
     inputs = [x, *network.parameters()]
+    for parts in ((more, weights), (more, 0.0 * weights)):
+        found, expected = (
+            torch.autograd.grad(
+                sum((a * b).sum() for a, b in zip(pair, parts, strict=True)),
+                inputs,
+                retain_graph=True,
+            )
+            for pair in (both, (value, slope))
+        )
+        torch.testing.assert_close(found, expected)
+    (alone,) = torch.autograd.grad((both[0] * more).sum(), inputs[:1], retain_graph=True)
+    torch.testing.assert_close(alone, more[:, None] * slope)
     expected = torch.autograd.grad(
         (slope * weights).sum(), inputs, allow_unused=True, materialize_grads=True
     )

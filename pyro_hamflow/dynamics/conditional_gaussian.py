@@ -62,6 +62,20 @@ class ConditionalGaussian(nn.Module):
             spread = values.std(0)
             scale.copy_(torch.where(spread > 0, spread, 1.0))
 
+    def forget_whitening(self) -> None:
+        """Takes positions to be in units of their spread from here on."""
+        self.centre.zero_()
+        self.scale.fill_(1.0)
+
+    @property
+    def root(self) -> Tensor:
+        """The units of positions, as a matrix."""
+        return self.scale.diag()
+
+    def whitened(self, position: Tensor) -> Tensor:
+        """Positions in units of their spread."""
+        return (position - self.centre) / self.scale
+
     def standardised(self, context: Tensor) -> Tensor:
         """A context in units of its spread, no number of it missing or very large."""
         units = (context - self.context_centre) / self.context_scale
@@ -86,8 +100,7 @@ class ConditionalGaussian(nn.Module):
             context: Of shape ``(*, context_dimension)``.
         """
         mean, matrix, log_diagonal = self._parts(context)
-        x = (position - self.centre) / self.scale
-        normal = (matrix @ (x - mean)[..., None])[..., 0]
+        normal = (matrix @ (self.whitened(position) - mean)[..., None])[..., 0]
         return 0.5 * normal.square().sum(-1) - log_diagonal.sum(-1)
 
     @torch.no_grad()

@@ -114,6 +114,12 @@ class PotentialNetwork(nn.Module):
             scale = context.std(0)
             self.context_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
+    def forget_whitening(self) -> None:
+        """Takes positions to be in whitened coordinates from here on."""
+        self.centre.zero_()
+        self.root.copy_(torch.eye(self.dimension))
+        self.inverse_root.copy_(self.root)
+
     def whitened(self, position: Tensor) -> Tensor:
         """The whitened coordinates x of positions."""
         return (position - self.centre) @ self.inverse_root.mT

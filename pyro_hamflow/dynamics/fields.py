@@ -137,8 +137,24 @@ class PerceptronField(Field):
             value.addcmul_(x, stiffness)
         return value, (outputs, adjoints)
 
+    def energy_and_field(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The perceptron's energy, without a quadratic part, and the field; both differentiable."""
+        flat = x.reshape(-1, x.shape[-1])
+        energy, value = _EnergyAndField.apply(self, flat, *self.parameters)
+        return energy.reshape(x.shape[:-1]), value.reshape(x.shape)
+
+    def energy(self, kept: Any, parameters: Sequence[Tensor]) -> Tensor:
+        """The perceptron's energy, from what :meth:`evaluate` kept."""
+        energy = kept[0][-1] @ parameters[0]
+        return energy.reshape(2, -1).mean(0) if self.symmetric else energy
+
     def derive(
-        self, kept: Any, cotangent: Tensor, parameters: Sequence[Tensor], sums: Sequence[Tensor]
+        self,
+        kept: Any,
+        cotangent: Tensor,
+        parameters: Sequence[Tensor],
+        sums: Sequence[Tensor],
+        by_energy: Tensor | None = None,
     ) -> Tensor:
         outputs, adjoints = kept
         weights, _, stiffness = self._split(parameters)
@@ -156,6 +172,10 @@ class PerceptronField(Field):
         sums[0].add_(incoming.sum(0))
         # And back along the layers, whose slopes have changed with their inputs.
         outgoing = bent[-1].mul_(outputs[-1]).mul_(-2.0)
+        if by_energy is not None:  # whose own way back the adjoints are
+            by_energy = torch.cat([0.5 * by_energy] * 2) if self.symmetric else by_energy
+            sums[0].add_(by_energy @ outputs[-1])
+            outgoing.addcmul_(adjoints[-1], by_energy[:, None])
         for i in range(self.count - 1, -1, -1):
             by_weights[i].mT.addmm_(outputs[i].mT, outgoing)
             by_biases[i].add_(outgoing.sum(0))
@@ -170,6 +190,29 @@ class PerceptronField(Field):
             by_stiffness.add_((cotangent * outputs[0][: len(cotangent)]).sum())
             outgoing.addcmul_(cotangent, stiffness)
         return outgoing
+
+
+class _EnergyAndField(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, field: PerceptronField, x: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.field = field
+        ctx.save_for_backward(x, *parameters)
+        value, ctx.kept = field.evaluate(x, parameters)
+        return field.energy(ctx.kept, parameters), value
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, by_energy: Tensor | None, cotangent: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        sums = ctx.field.new_sums()
+        x, *parameters = ctx.saved_tensors
+        cotangent = torch.zeros_like(x) if cotangent is None else cotangent
+        by_x = ctx.field.derive(ctx.kept, cotangent, parameters, sums, by_energy)
+        return None, by_x, *sums
 
 
 def tanh(x: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ A multilayer perceptron :math:`E(x) = w \cdot h_n`, :math:`h_i = \tanh(W_i h_{i-
 so that following it takes no automatic differentiation; and training through it, which
 differentiates once more, takes two products with each matrix and two for each matrix's gradient.
 
-It is written twice: in plain operations, energy included, which a compiler fuses and tracing sees
-through (the samplers' learned potentials); and as a field whose derivative is written out too,
-which is what training without a compiler wants (the flows).
+It is written twice: in plain operations, which a compiler fuses and tracing sees through (what
+samplers follow); and as a field whose derivative is written out too, which is what training without
+a compiler wants.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class ScalarNetwork(nn.Module):
         return PerceptronField(weights, biases, last, stiffness, symmetric=self.symmetric)
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy and gradient in plain operations, to batch, to trace or to differentiate."""
+        """Energy and gradient: to be trained through, or in plain operations once :meth:`eval` ."""
+        if self.training:
+            return self.field().energy_and_field(x)
         if not self.symmetric:
             return self._value_and_gradient(x)
         (value, slope), (other, back) = self._value_and_gradient(x), self._value_and_gradient(-x)

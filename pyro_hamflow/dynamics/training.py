@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 
@@ -39,6 +39,11 @@ class Points(NamedTuple):
         """Some of the points."""
         return Points(*(part[index] for part in self))
 
+    def whitened(self, network: PotentialNetwork) -> Points:
+        """The same in a network's whitened coordinates, energies about zero."""
+        position, slope = network.whitened(self.position), self.gradient @ network.root
+        return Points(position, self.value - self.value.mean(), slope, self.context)
+
 
 class Trajectories(NamedTuple):
     """Stretches of true leapfrog trajectories.
@@ -56,6 +61,13 @@ class Trajectories(NamedTuple):
     def pick(self, index: Tensor) -> Trajectories:
         """Some of the stretches."""
         return Trajectories(*(part[index] for part in self))
+
+    def whitened(self, network: PotentialNetwork) -> Trajectories:
+        """The same in a network's whitened coordinates."""
+        back = network.inverse_root
+        return Trajectories(
+            network.whitened(self.position), self.step_size, back @ self.inverse_mass @ back.mT
+        )
 
 
 Loss = Callable[[PotentialNetwork, Any], Tensor]
@@ -170,6 +182,8 @@ def fit_energy(
     """Trains a network in place, and leaves it with the weights that were best on points held out.
 
     One block of points in ten is held out; neighbours, which are alike, lie in the same block.
+    A copy of the network in whitened coordinates is trained, in single precision, which is several
+    times as fast, and precise enough: a network is off by more than that.
 
     Arguments:
         network: The energy.
@@ -195,27 +209,31 @@ def fit_energy(
     measure: Loss = loss or GradientMatching()
     block = torch.arange(count, device=points.position.device) // _BLOCK
     out = block % _HELD_OUT == min(int(block.max()), _HELD_OUT - 1)
-    test, known = points.pick(out), points.pick(~out)
+    student = copy.deepcopy(network).float().train()
+    student.forget_whitening()
+    lessons = type(points)(*(part.float() for part in points.whitened(network)))
+    test, known = lessons.pick(out), lessons.pick(~out)
     training = Training(steps, count)
-    best = copy.deepcopy(network.state_dict())
-    optimiser = torch.optim.Adam(network.parameters(), learning_rate)
+    weights = dict(student.named_parameters())
+    best = _copied(weights)
+    optimiser = torch.optim.Adam(student.parameters(), learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
     size = min(_BATCH, len(known.position))
     order, at, since = torch.randperm(len(known.position)), 0, 0
     for step in range(steps + 1):
         if step % _CHECK == 0 or step == steps:
             with torch.no_grad():
-                current = float(measure(network, test))
+                current = float(measure(student, test))
             training.held_out.append(current)
             since += 1
             if current < training.best:
                 training.best, since = current, 0
-                best = copy.deepcopy(network.state_dict())
+                best = _copied(weights)
             if since > patience or step == steps:
                 break
         if at + size > len(order):
             order, at = torch.randperm(len(order)), 0
-        error = measure(network, known.pick(order[at : at + size].to(out.device)))
+        error = measure(student, known.pick(order[at : at + size].to(out.device)))
         at += size
         if not bool(error.isfinite()):
             break  # the best weights so far are kept
@@ -226,11 +244,15 @@ def fit_energy(
         training.steps += 1
         if training.steps % _CHECK == 0:
             training.losses.append(float(error.detach()))
-    network.load_state_dict(best)
-    if isinstance(test, Points):
-        training.energy_error = _energy_error(network, test)
+    network.load_state_dict(best, strict=False)
+    if isinstance(points, Points):
+        training.energy_error = _energy_error(network, points.pick(out))
     training.seconds = time.perf_counter() - began
     return training
+
+
+def _copied(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 @torch.no_grad()
