@@ -337,21 +337,19 @@ def test_invariance_per_leaf_with_noise(name):
     check_latent(name, PerLeafConditionalTransition(leaf, FRESH))
 
 
-def test_draws_and_their_noise_are_learned_from():
+def test_a_star_is_known_when_its_first_draw_comes():
     target = make_target("prior-8")
     position, noise, _ = target.draws()
     transition = endpoint(target.potential, latent_network("prior-8"), "hmc")
-    seen = []
-    transition.observer = lambda *pair: seen.append(pair)
     state = transition.begin(position, noise)
     tuning = Tuning(0.8, GaussianKinetic(torch.tensor([0.7, 0.4])))
-    draws = []
-    for _ in range(STAR):
+    state, _ = transition.step(state, tuning, 4)
+    ahead = [later for later, _ in transition.ahead]
+    assert len(ahead) == STAR - 1 and not transition.ended(state)
+    for later in ahead:
         state, _ = transition.step(state, tuning, 4)
-        draws.append((state.position, state.noise))
-    assert len(seen) == 1
-    for found, drawn in zip(seen[0], zip(*draws, strict=True), strict=True):
-        assert torch.equal(found.reshape(len(position), STAR, -1), torch.stack(drawn, 1))
+        assert state is later and state.noise is ahead[0].noise
+    assert transition.ended(state)
 
 
 def test_impossible_proposals_are_never_drawn():

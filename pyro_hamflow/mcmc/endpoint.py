@@ -73,8 +73,7 @@ class EndpointTransition:
         num_stars: How many stars are foreseen: programs are not compiled for a few.
 
     Attributes:
-        observer: Called with the draws of each star and their noise while a surrogate is learned:
-            draws and noise suit each other, so that the mean gradient is the marginal density's.
+        ahead: The draws of a star that are yet to be returned, and what happened.
 
     Invariant:
         The density exp(-U(z, u)) N(u; 0, I) of positions and noise, exactly, whatever the network.
@@ -109,8 +108,7 @@ class EndpointTransition:
         self.num_transitions = num_transitions
         self.num_proposals = num_proposals
         self.num_stars = num_stars
-        self.observer: Callable[[Tensor, Tensor], object] | None = None
-        self._ahead: list[tuple[State, Info]] = []
+        self.ahead: list[tuple[State, Info]] = []
         self._latest: State | None = None
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
@@ -119,15 +117,15 @@ class EndpointTransition:
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         if state is not self._latest:  # the chains were moved elsewhere meanwhile
-            self._ahead = []
-        if not self._ahead:
-            self._ahead = self._star(state, tuning, num_steps)
-        self._latest, info = self._ahead.pop(0)
+            self.ahead = []
+        if not self.ahead:
+            self.ahead = self._star(state, tuning, num_steps)
+        self._latest, info = self.ahead.pop(0)
         return self._latest, info
 
     def ended(self, state: State) -> bool:
         """Whether a star has given its last draw, which the chains are at."""
-        return not self._ahead and state is self._latest
+        return not self.ahead and state is self._latest
 
     def lead(
         self, inner: ParameterTransition, position: Tensor, tuning: Tuning, num_steps: int
@@ -173,8 +171,6 @@ class EndpointTransition:
         )
         likelihoods = _pick_all(here.log_likelihoods, there.log_likelihoods, picks)
         local = _pick_all(here.local, there.local, picks)
-        if self.observer is not None:
-            self.observer(position.flatten(0, 1), fanned)
         error = log_weights[:, :1] - log_weights[:, 1:]
         before = torch.cat([state.position[:, None], position[:, :-1]], 1)
         moved = (position != before).any(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,12 +24,12 @@ from pyro_hamflow.mcmc.per_leaf import (
 )
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.recorder import synchronize
+from pyro_hamflow.mcmc.refresh import Blocks
 from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import SurrogateReport, Trial
 from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
 from pyro_hamflow.mcmc.warmup import Covariance, WarmUp
 from pyro_hamflow.mcmc.weighing import WeighingKernel
-from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
@@ -203,9 +204,12 @@ class LearningKernel(WeighingKernel):
         state, info = transition.step(state, warmup.tuning, steps)
         synchronize(state.position)
         self._trial.note(info, time.perf_counter() - began)
-        if isinstance(transition, EndpointTransition) and transition.observer is not None:
-            info = info._replace(n_gradients=info.n_gradients + 1)
-            self.report.n_gradients += len(state.position)
+        if self._learning().recorder.recording and isinstance(transition, EndpointTransition):
+            gradients, densities = self._look_about(state, transition)
+            self.report.n_gradients += gradients * len(state.position)
+            info = info._replace(
+                n_gradients=info.n_gradients + gradients, n_densities=info.n_densities + densities
+            )
         warmup.update(state.position, info.acceptance_rate)
         self._visited.update(state.position)
         if self._iteration in self._learning().refits:
@@ -266,7 +270,7 @@ class LearningKernel(WeighingKernel):
             self._transition = self._per_leaf(self.surrogate, chains, remaining * self._steps)
         else:
             density = SurrogateDensity(potential, self.surrogate, calls=0.0, level=level)
-            self._transition = endpoint = EndpointTransition(
+            self._transition = EndpointTransition(
                 potential,
                 density,
                 lambda rows: self.make_parameter_transition(cast(Potential, density), rows),
@@ -277,8 +281,6 @@ class LearningKernel(WeighingKernel):
                 num_stars=stars,
             )
             self._rehearse(state)
-            if passing:
-                endpoint.observer = self._observer(self.surrogate, chains * self.num_proposals)
         return self._transition.begin(state.position, state.noise)
 
     def _rehearse(self, state: State) -> None:
@@ -310,20 +312,32 @@ class LearningKernel(WeighingKernel):
         leaf = PerLeafTransition(likewise, judged, inner)
         return PerLeafConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
 
-    def _observer(self, surrogate: PotentialNetwork, rows: int) -> Program:
-        """Looks at true gradients about the draws, and further out.
+    def _look_about(self, state: State, transition: EndpointTransition) -> tuple[int, int]:
+        """Looks at true gradients about the draws of a new star, and further out, to learn from.
 
         Where a network errs in the tails, it holds draws there for long: what it learns from has
         to lie where draws are held, and to reach further than they do.
+
+        Returns:
+            How many gradients and densities it took for each chain.
         """
-        gradient, root = self._learning().recorder.graph("gradient", rows), surrogate.root
-
-        def observe(position: Tensor, noise: Tensor) -> None:
-            centre, seen = position.mean(0), position.clone()
-            seen[::2] += (_REACH - 1.0) * (position[::2] - centre)
-            gradient(seen + _ABOUT * torch.randn_like(seen) @ root.mT, noise)
-
-        return observe
+        star = [state, *(later for later, _ in transition.ahead)]
+        if len(star) < self.num_proposals:
+            return 0, 0  # seen before
+        assert self.surrogate is not None
+        recorder, count = self._learning().recorder, 0
+        position = torch.cat([state.position for state in star])
+        noise = torch.cat([state.noise for state in star])
+        centre, seen = position.mean(0), position.clone()
+        seen[::2] += (_REACH - 1.0) * (position[::2] - centre)
+        seen += _ABOUT * torch.randn_like(seen) @ self.surrogate.root.mT
+        if noise.shape[1]:  # to suit these positions, or its mean gradient is another density's
+            evaluate = partial(recorder.evaluate, seen)
+            blocks = Blocks(recorder.potential)
+            noise, *_, count = self.refresh(blocks, noise, evaluate(noise), evaluate)
+            count += 1
+        recorder.graph("gradient", len(seen))(seen, noise)
+        return len(star), len(star) * count
 
     def _attuned(self, inner: Transition, position: Tensor, tuning: Tuning) -> tuple[Tuning, float]:
         """The step size that suits the surrogate, found on it alone, and the mass by its spread.

@@ -126,22 +126,20 @@ def costs_of(
 
     Arguments:
         trial: What was tried.
-        recorder: The true potential; if it was recording, a gradient of each iteration served to
-            learn from alone.
+        recorder: The true potential.
         star: How many iterations' proposals were made and judged together.
         calls: For how many stars the densities' program was made.
         length: How many steps that took, one after the other.
         steps: Of a trajectory, in the alternatives.
         true_share: How often true gradients are followed all the same.
     """
-    potential, observed = recorder.potential, recorder.recording
+    potential = recorder.potential
     chains = len(trial.infos[-1].accepted)
     gradient, density = recorder.seconds_later(chains), _density(potential, chains, 0.0)
-    wide_gradient, wide_density, spent = gradient, density, trial.seconds(star)
+    wide_density, spent = density, trial.seconds(star)
     if star > 1:
         wide_density = _density(potential, chains * star, calls)
-        wide_gradient = recorder.seconds(chains * star) if observed else 0.0
-    asked, judged = trial.mean("n_gradients") * wide_gradient, trial.mean("n_densities")
+    asked, judged = trial.mean("n_gradients") * gradient, trial.mean("n_densities")
     walked = spent - (asked + judged * wide_density) / star
     each = max(walked, 0.0) * star / length
     if potential.compile_graphs:
@@ -149,8 +147,7 @@ def costs_of(
     noisy = bool(potential.noise_dimension)  # which is then refreshed, the gradient computed again
     per_leaf = steps * (density + each) + 3.0 * noisy * density
     true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
-    mine = spent - observed * wide_gradient / star
-    return Costs(mine + true_share * true, per_leaf, true)
+    return Costs(spent + true_share * true, per_leaf, true)
 
 
 def _density(potential: Potential, rows: int, calls: float) -> float:
