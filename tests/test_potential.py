@@ -284,3 +284,31 @@ def test_failure_to_batch_is_survived(monkeypatch):
         plain_value, plain_slope = _eager(potential, row)
         assert _close(value, plain_value, 1e-12)
         assert _close(slope, plain_slope, 1e-12)
+
+
+def many_data(y):
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x.sum(), x[0].exp()), obs=y)
+
+
+def test_large_programs_run_in_blocks():
+    potential = Potential(many_data, (torch.randn(20_000),))
+    position, noise = potential.vectors(6)
+    assert potential.rows_at_once("gradient", 6) == 3
+    assert potential.rows_at_once("gradient", 4) == 2
+    value, slope = potential.program("gradient", 6)(position, noise)
+    torch.testing.assert_close((value, slope), potential.graph("gradient", 6)(position, noise))
+    torch.testing.assert_close(potential.value(position, noise), value)
+    small = Potential(many_data, (torch.randn(20),))
+    assert small.rows_at_once("gradient", 64) == 64
+
+
+def test_density_is_the_beginning_of_the_gradient(monkeypatch):
+    """Where the gradient's program is there, the density's is taken out of it."""
+    potential = Potential(many_data, (torch.randn(20),))
+    position, noise = potential.vectors(3)
+    value, _ = potential.program("gradient", 3)(position, noise)
+    monkeypatch.setattr("pyro_hamflow.model.potential.capture", None)
+    monkeypatch.setattr("pyro_hamflow.model.potential.batch", None)
+    assert torch.equal(potential.value(position, noise), value)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import arviz
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.infer
@@ -26,13 +28,15 @@ from pyro_hamflow import (
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import learner as learning
-from pyro_hamflow.mcmc import weighing
+from pyro_hamflow.mcmc import learning_kernel, weighing
 from pyro_hamflow.mcmc.surrogate_costs import Trial
-from pyro_hamflow.mcmc.transition import Info, Tuning
+from pyro_hamflow.mcmc.transition import Info, State, Tuning
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.results.inference_data import to_inference_data
 from tests.laws import assert_invariant, scores
-from tests.test_nuts import Y, latent
+from tests.test_exactness import SLOPE, Y, make_target
+from tests.test_nuts import latent
 from tests.test_surrogate_exactness import endpoint, per_leaf
 
 KERNELS = [HNNHMC, HNNNUTS]
@@ -400,3 +404,40 @@ def test_true_share_is_of_stars():
     stats = run(kernel, draws=60).draws.stats
     followed = (~stats["surrogate_error"].isnan())[0].long()
     assert 0.7 < followed.double().mean() < 0.9  # after each star of four, one true transition
+
+
+def test_noise_suits_the_positions_that_are_learned_from(monkeypatch):
+    """Gradients looked at away from draws are about the marginal density's, on average."""
+    target = make_target("prior-8")
+    position, noise, _ = (part[:20_000] for part in target.draws())
+    monkeypatch.setattr(learning_kernel, "_ABOUT", 1.0)
+    kernel = HNNHMC(target.model, fallback=False, num_proposals=1)
+    kernel.begin(4, 100, (Y,))
+    kernel.surrogate = PotentialNetwork(2)
+    state = State(position, noise, torch.zeros_like(position), Evaluation(position[:, 0], {}, {}))
+    transition = SimpleNamespace(ahead=[])
+    recorder = kernel._learner.recorder
+
+    def bias():
+        recorder.calls.clear()
+        counts = kernel._look_about(state, transition)
+        seen = recorder.calls[-1].position.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(exact_energy(seen).sum(), seen)
+        return counts, (recorder.calls[-1].gradient - slope).mean(0).abs().max()
+
+    (gradients, densities), with_refresh = bias()
+    assert (gradients, densities) == (1, 2)
+    kernel.refresh = lambda blocks, noise, current, evaluate: (noise, current, None, 0)
+    _, without = bias()
+    assert with_refresh < 0.3 * without, (with_refresh, without)
+
+
+def exact_energy(position):
+    """The marginal model's potential, by quadrature over each local effect."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    mean, log_scale = position.unbind(-1)
+    x = mean[:, None] + log_scale.exp()[:, None] * torch.tensor(nodes)
+    answers = torch.sigmoid(SLOPE * x[..., None] * (2 * Y - 1))
+    shares = torch.tensor(weights / weights.sum())
+    likelihood = (answers * shares[:, None]).sum(1).log().sum(-1)
+    return 0.5 * mean.square() + 0.5 * (log_scale / 0.7).square() - likelihood

@@ -33,7 +33,7 @@ from pyro_hamflow.mcmc.weighing import WeighingKernel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
-_ATTUNEMENT, _SHORT = 40, 15  # iterations, and points of their trajectories at most
+_ATTUNEMENT, _SHORT = 25, 15  # iterations, and points of their trajectories at most
 _USUAL = 0.99  # of a surrogate's draws lie where it is not softened
 _UNIT_STEP = 0.5  # where the scale is about one
 _REACH, _ABOUT = 1.3, 0.3  # of the distance from the centre, of the scale

@@ -44,7 +44,7 @@ _OPTIONS = {
 
 @contextmanager
 def _collecting_later() -> Iterator[None]:
-    """Makes graphs without looking for garbage: of a hundred thousand new objects nearly all stay."""
+    """Makes graphs without looking for garbage: nearly all of the many new objects stay."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
