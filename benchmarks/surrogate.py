@@ -145,8 +145,8 @@ def _lynx(*, quick: bool) -> Table:
     return Table(
         "Lotka-Volterra, lynx and hare, 8 parameters, 4 chains, nothing compiled",
         rows,
-        f"{draws} draws of each chain, 250 iterations of warm-up; stars of 48 proposals, which take "
-        f"hardly longer than a few, and one refit. {_says(rows)} The means differ "
+        f"{draws} draws of each chain, 250 iterations of warm-up; stars of 48 proposals, for these "
+        f"take hardly longer than a few, and one refit. {_says(rows)} The means differ "
         f"by {apart:.2g} posterior standard deviations at most. Pyro's NUTS, tuned for {few} "
         f"iterations only, takes {each:.3g} seconds for a draw of one chain, where one of all four "
         f"takes HNNNUTS {rows[0]['sampling, s'] / draws:.2g}.",

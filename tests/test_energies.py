@@ -171,6 +171,14 @@ def test_far_from_zero_no_digits_are_lost():
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
 
 
+def test_points_too_large_for_single_precision_are_left_out():
+    points = bent_points()
+    points.gradient[::10] *= 1e30
+    network, training = trained(points=points)
+    assert training.points == 1350
+    assert training.best < 0.1 * training.held_out[0]
+
+
 def test_trajectories_teach_the_gradient():
     network, training = trained(TrajectoryMatching(5), points=leapfrogs())
     z = torch.randn(300, 3)

@@ -297,6 +297,7 @@ def test_large_programs_run_in_blocks():
     position, noise = potential.vectors(6)
     assert potential.rows_at_once("gradient", 6) == 3
     assert potential.rows_at_once("gradient", 4) == 2
+    assert potential.rows_at_once("gradient", 7) == 7
     value, slope = potential.program("gradient", 6)(position, noise)
     torch.testing.assert_close((value, slope), potential.graph("gradient", 6)(position, noise))
     torch.testing.assert_close(potential.value(position, noise), value)

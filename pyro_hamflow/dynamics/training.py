@@ -183,12 +183,13 @@ def fit_energy(
 
     One block of points in ten is held out; neighbours, which are alike, lie in the same block.
     A copy of the network in whitened coordinates is trained, in single precision, which is several
-    times as fast, and precise enough: a network is off by more than that.
+    times as fast, and precise enough: a network is off by more than that. Points whose numbers are
+    too large for it are left out.
 
     Arguments:
         network: The energy.
         points: What is known of the true energy: points, or whole trajectories.
-        loss: From network and points to what is to be made small; gradients and energies are
+        loss: From that copy and points to what is to be made small; gradients and energies are
             matched if not given.
         steps: The most steps of the optimiser.
         learning_rate: Of its first steps; it decays to nothing.
@@ -200,18 +201,21 @@ def fit_energy(
     Raises:
         ValueError: If there are fewer points than two blocks, or any that are not finite.
     """
-    count = len(points.position)
-    if count < 2 * _BLOCK:
-        raise ValueError(f"there are {count} points: expected {2 * _BLOCK} or more to train on")
     if not all(bool(part.isfinite().all()) for part in points):
         raise ValueError("some of the points are not finite: expected finite energies, gradients")
     began = time.perf_counter()
-    measure: Loss = loss or GradientMatching()
-    block = torch.arange(count, device=points.position.device) // _BLOCK
-    out = block % _HELD_OUT == min(int(block.max()), _HELD_OUT - 1)
     student = copy.deepcopy(network).float().train()
     student.forget_whitening()
     lessons = type(points)(*(part.float() for part in points.whitened(network)))
+    moderate = [part.square().flatten(1).sum(-1).isfinite() for part in lessons if part.dim() > 1]
+    kept = torch.stack(moderate).all(0)
+    points, lessons = points.pick(kept), lessons.pick(kept)
+    count = len(points.position)
+    if count < 2 * _BLOCK:
+        raise ValueError(f"there are {count} points: expected {2 * _BLOCK} or more to train on")
+    measure: Loss = loss or GradientMatching()
+    block = torch.arange(count, device=points.position.device) // _BLOCK
+    out = block % _HELD_OUT == min(int(block.max()), _HELD_OUT - 1)
     test, known = lessons.pick(out), lessons.pick(~out)
     training = Training(steps, count)
     weights = dict(student.named_parameters())

@@ -164,7 +164,7 @@ class Learner:
         examples: Points | Trajectories = points
         if isinstance(loss, TrajectoryMatching):
             examples = self.recorder.trajectories(loss.num_steps, _MOST_POINTS)
-        if network is None or not passing:  # the last, by points that tell the scales at last
+        if network is None:
             rate = _FIRST_RATE
             network = self.lessons.network(self.recorder.dimension).to(self.recorder.example)
             network.whiten_by(points.position)

@@ -250,7 +250,10 @@ class Potential:
         )
 
     def rows_at_once(self, kind: str, num_chains: int) -> int:
-        """For how many chains a program runs at once: what it makes should stay in a cache."""
+        """For how many chains a program runs at once: what it makes should stay in a cache.
+
+        For all of them where no divisor of their number comes near to what a cache holds.
+        """
         if kind not in self._most_rows:
             base = self._base("gradient" if self._is_part_of_gradient(kind) else kind)
             if base is None or self.example.is_cuda:
@@ -258,7 +261,8 @@ class Potential:
             else:
                 self._most_rows[kind] = max(1, _CACHED // largest_tensor(base))
         most = self._most_rows[kind]
-        return max(n for n in range(1, num_chains + 1) if num_chains % n == 0 and n <= most)
+        rows = max(n for n in range(1, num_chains + 1) if num_chains % n == 0 and n <= most)
+        return rows if 2 * rows >= most else num_chains
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The same program before compilation, to build larger programs from."""
