@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from types import SimpleNamespace
 
 import arviz
 import numpy as np
@@ -28,7 +27,8 @@ from pyro_hamflow import (
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import learner as learning
-from pyro_hamflow.mcmc import learning_kernel, weighing
+from pyro_hamflow.mcmc import weighing
+from pyro_hamflow.mcmc.refresh import CorrelatedRefresh
 from pyro_hamflow.mcmc.surrogate_costs import Trial
 from pyro_hamflow.mcmc.transition import Info, State, Tuning
 from pyro_hamflow.model.potential import Potential
@@ -408,28 +408,26 @@ def test_true_share_is_of_stars():
 
 def test_noise_suits_the_positions_that_are_learned_from(monkeypatch):
     """Gradients looked at away from draws are about the marginal density's, on average."""
-    target = make_target("prior-8")
-    position, noise, _ = (part[:20_000] for part in target.draws())
-    monkeypatch.setattr(learning_kernel, "_ABOUT", 1.0)
-    kernel = HNNHMC(target.model, fallback=False, num_proposals=1)
-    kernel.begin(4, 100, (Y,))
-    kernel.surrogate = PotentialNetwork(2)
+    torch.manual_seed(0)
+    target = make_target("prior-2")
+    position, noise, _ = target.draws()
+    monkeypatch.setattr(learning, "_ABOUT", 1.0)
+    lessons = HNNHMC(target.model).lessons
+    pupil = learning.Learner(target.potential, lessons, warmup_steps=100)
+    pupil.network = PotentialNetwork(2)
     state = State(position, noise, torch.zeros_like(position), Evaluation(position[:, 0], {}, {}))
-    transition = SimpleNamespace(ahead=[])
-    recorder = kernel._learner.recorder
 
-    def bias():
-        recorder.calls.clear()
-        counts = kernel._look_about(state, transition)
-        seen = recorder.calls[-1].position.clone().requires_grad_()
+    def bias(refresh):
+        counts = pupil.look_about([state], refresh)
+        call = pupil.recorder.calls[-1]
+        seen = call.position.clone().requires_grad_()
         (slope,) = torch.autograd.grad(exact_energy(seen).sum(), seen)
-        return counts, (recorder.calls[-1].gradient - slope).mean(0).abs().max()
+        return counts, (call.gradient - slope).mean(0).abs().max()
 
-    (gradients, densities), with_refresh = bias()
-    assert (gradients, densities) == (1, 2)
-    kernel.refresh = lambda blocks, noise, current, evaluate: (noise, current, None, 0)
-    _, without = bias()
-    assert with_refresh < 0.3 * without, (with_refresh, without)
+    counts, refreshed = bias(CorrelatedRefresh())
+    _, held = bias(lambda blocks, noise, current, evaluate: (noise, current, None, 0))
+    assert counts == (1, 2)
+    assert refreshed < 0.3 * held, (refreshed, held)
 
 
 def exact_energy(position):

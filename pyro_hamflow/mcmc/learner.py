@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from pyro_hamflow.dynamics.training import (
     fit_energy,
 )
 from pyro_hamflow.mcmc.recorder import Recorder
+from pyro_hamflow.mcmc.refresh import Blocks, Refresh
 from pyro_hamflow.mcmc.surrogate_costs import affordable_steps, training_seconds
+from pyro_hamflow.mcmc.transition import State
 from pyro_hamflow.model.potential import Potential
 
 _FEWEST_GATHER, _MOST_GATHER = 12, 0.3
@@ -28,6 +31,7 @@ _TRIAL_SHARE = 0.15
 _MOST_POINTS = 20_000
 _FEWEST_STEPS = 200  # of the optimiser, that teach something
 _PASSING = 0.4  # of the steps, in all trainings but the last
+_REACH, _ABOUT = 1.3, 0.3  # of the distance from the centre, of the scale
 _SHRINKAGE, _FLOOR = 10.0, 1e-6
 _FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
 
@@ -144,6 +148,34 @@ class Learner:
     def verdict(self) -> int:
         """After which iteration it is seen whether the trial should be of another kind."""
         return (max([0, *self.refits]) + self.warmup_steps) // 2
+
+    def look_about(self, star: list[State], refresh: Refresh) -> tuple[int, int]:
+        """Looks at true gradients about draws along the network, and further out.
+
+        Where a network errs in the tails, it holds draws there for long: what it learns from has
+        to lie where draws are held, and to reach further than they do.
+
+        Arguments:
+            star: The draws, as states of all chains.
+            refresh: The move of the noise: it has to suit the positions, or the gradients' mean
+                would be that of another density.
+
+        Returns:
+            How many gradients and densities it took for each chain.
+        """
+        assert self.network is not None
+        position = torch.cat([state.position for state in star])
+        noise = torch.cat([state.noise for state in star])
+        centre, seen, count = position.mean(0), position.clone(), 0
+        seen[::2] += (_REACH - 1.0) * (position[::2] - centre)
+        seen += _ABOUT * torch.randn_like(seen) @ self.network.root.mT
+        if noise.shape[1]:
+            evaluate = partial(self.recorder.evaluate, seen)
+            blocks = Blocks(self.recorder.potential)
+            noise, *_, count = refresh(blocks, noise, evaluate(noise), evaluate)
+            count += 1
+        self.recorder.graph("gradient", len(seen))(seen, noise)
+        return len(star), len(star) * count
 
     def fit(self, *, passing: bool) -> Training:
         """Fits the network to all that is known.

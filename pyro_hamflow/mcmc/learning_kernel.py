@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,6 @@ from pyro_hamflow.mcmc.per_leaf import (
 )
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.recorder import synchronize
-from pyro_hamflow.mcmc.refresh import Blocks
 from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import SurrogateReport, Trial
 from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
@@ -36,7 +34,6 @@ from pyro_hamflow.model.start import find_start
 _ATTUNEMENT, _SHORT = 25, 15  # iterations, and points of their trajectories at most
 _USUAL = 0.99  # of a surrogate's draws lie where it is not softened
 _UNIT_STEP = 0.5  # where the scale is about one
-_REACH, _ABOUT = 1.3, 0.3  # of the distance from the centre, of the scale
 _SETTLING = 25  # iterations
 _FEWEST_VISITED = 10  # positions for each dimension, to know the mass by
 _HOPE = 3.0  # by which a network may gain from what it has not seen yet
@@ -204,19 +201,23 @@ class LearningKernel(WeighingKernel):
         state, info = transition.step(state, warmup.tuning, steps)
         synchronize(state.position)
         self._trial.note(info, time.perf_counter() - began)
-        if self._learning().recorder.recording and isinstance(transition, EndpointTransition):
-            gradients, densities = self._look_about(state, transition)
-            self.report.n_gradients += gradients * len(state.position)
-            info = info._replace(
-                n_gradients=info.n_gradients + gradients, n_densities=info.n_densities + densities
-            )
+        learner = self._learning()
+        if learner.recorder.recording and isinstance(transition, EndpointTransition):
+            star = [state, *(later for later, _ in transition.ahead)]
+            if len(star) == self.num_proposals:  # else it was looked at before
+                gradients, densities = learner.look_about(star, self.refresh)
+                self.report.n_gradients += gradients * len(state.position)
+                info = info._replace(
+                    n_gradients=info.n_gradients + gradients,
+                    n_densities=info.n_densities + densities,
+                )
         warmup.update(state.position, info.acceptance_rate)
         self._visited.update(state.position)
-        if self._iteration in self._learning().refits:
+        if self._iteration in learner.refits:
             state = self._learn(state)
         elif warmup.finished:
             state = self._conclude(state)
-        elif self._iteration == self._learning().verdict and self._leaves_promise_more():
+        elif self._iteration == learner.verdict and self._leaves_promise_more():
             self.report.correction = "per leaf"
             state = self._send_ahead(state, passing=False)
         return state, info
@@ -311,33 +312,6 @@ class LearningKernel(WeighingKernel):
         inner = self.make_parameter_transition(likewise, chains)
         leaf = PerLeafTransition(likewise, judged, inner)
         return PerLeafConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
-
-    def _look_about(self, state: State, transition: EndpointTransition) -> tuple[int, int]:
-        """Looks at true gradients about the draws of a new star, and further out, to learn from.
-
-        Where a network errs in the tails, it holds draws there for long: what it learns from has
-        to lie where draws are held, and to reach further than they do.
-
-        Returns:
-            How many gradients and densities it took for each chain.
-        """
-        star = [state, *(later for later, _ in transition.ahead)]
-        if len(star) < self.num_proposals:
-            return 0, 0  # seen before
-        assert self.surrogate is not None
-        recorder, count = self._learning().recorder, 0
-        position = torch.cat([state.position for state in star])
-        noise = torch.cat([state.noise for state in star])
-        centre, seen = position.mean(0), position.clone()
-        seen[::2] += (_REACH - 1.0) * (position[::2] - centre)
-        seen += _ABOUT * torch.randn_like(seen) @ self.surrogate.root.mT
-        if noise.shape[1]:  # to suit these positions, or its mean gradient is another density's
-            evaluate = partial(recorder.evaluate, seen)
-            blocks = Blocks(recorder.potential)
-            noise, *_, count = self.refresh(blocks, noise, evaluate(noise), evaluate)
-            count += 1
-        recorder.graph("gradient", len(seen))(seen, noise)
-        return len(star), len(star) * count
 
     def _attuned(self, inner: Transition, position: Tensor, tuning: Tuning) -> tuple[Tuning, float]:
         """The step size that suits the surrogate, found on it alone, and the mass by its spread.
