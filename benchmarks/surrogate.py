@@ -145,7 +145,7 @@ def _lynx(*, quick: bool) -> Table:
     return Table(
         "Lotka-Volterra, lynx and hare, 8 parameters, 4 chains, nothing compiled",
         rows,
-        f"{draws} draws of each chain, 250 iterations of warm-up; stars of 48 proposals, for these "
+        f"{draws} draws of each chain, 250 iterations of warm-up; stars of 48 proposals, for they "
         f"take hardly longer than a few, and one refit. {_says(rows)} The means differ "
         f"by {apart:.2g} posterior standard deviations at most. Pyro's NUTS, tuned for {few} "
         f"iterations only, takes {each:.3g} seconds for a draw of one chain, where one of all four "

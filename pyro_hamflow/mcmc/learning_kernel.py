@@ -31,10 +31,10 @@ from pyro_hamflow.mcmc.weighing import WeighingKernel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
-_ATTUNEMENT, _SHORT = 25, 15  # iterations, and points of their trajectories at most
+_ATTUNEMENT, _SHORT = 40, 15  # iterations, and points of their trajectories at most
 _USUAL = 0.99  # of a surrogate's draws lie where it is not softened
 _UNIT_STEP = 0.5  # where the scale is about one
-_SETTLING = 25  # iterations
+_SETTLING = 60  # iterations
 _FEWEST_VISITED = 10  # positions for each dimension, to know the mass by
 _HOPE = 3.0  # by which a network may gain from what it has not seen yet
 
