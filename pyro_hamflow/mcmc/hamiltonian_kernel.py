@@ -204,14 +204,22 @@ class HamiltonianKernel(MCMCKernel):
             raise RuntimeError("the kernel has not been set up: run it first")
         return self._warmup, self._transition
 
-    def _new_warmup(self, tuning: Tuning, warmup_steps: int) -> WarmUp:
+    def _new_warmup(
+        self,
+        tuning: Tuning,
+        warmup_steps: int,
+        *,
+        adapt_step_size: bool = True,
+        adapt_mass: bool = True,
+    ) -> WarmUp:
+        """One that adapts what the kernel may, unless told to leave it."""
         return WarmUp(
             tuning.step_size,
             tuning.kinetic,
             warmup_steps,
             target=self.target_accept,
-            adapt_step_size=self.adapt_step_size,
-            adapt_mass=self.adapt_mass,
+            adapt_step_size=adapt_step_size and self.adapt_step_size,
+            adapt_mass=adapt_mass and self.adapt_mass,
         )
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:

@@ -26,7 +26,7 @@ from pyro_hamflow.mcmc.recorder import synchronize
 from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import SurrogateReport, Trial
 from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
-from pyro_hamflow.mcmc.warmup import Covariance, WarmUp
+from pyro_hamflow.mcmc.warmup import Covariance
 from pyro_hamflow.mcmc.weighing import WeighingKernel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
@@ -266,7 +266,7 @@ class LearningKernel(WeighingKernel):
             plain = cast(Potential, SurrogateDensity(potential, self.surrogate, calls=0))
             inner = self.make_parameter_transition(plain, chains * self.num_proposals)
             tuning, level = self._attuned(inner, state.position, tuning)
-        self._warmup = self._without_mass(tuning, remaining, adapt_step_size=False)
+        self._warmup = self._new_warmup(tuning, remaining, adapt_step_size=False, adapt_mass=False)
         if self.report.correction == "per leaf" and not passing:
             self._transition = self._per_leaf(self.surrogate, chains, remaining * self._steps)
         else:
@@ -291,16 +291,6 @@ class LearningKernel(WeighingKernel):
             begun = transition.begin(state.position, state.noise)
             steps = self.draw_num_steps(warmup.tuning.step_size)
             transition.step(begun, warmup.tuning, steps)
-
-    def _without_mass(self, tuning: Tuning, steps: int, *, adapt_step_size: bool) -> WarmUp:
-        """A warm-up that leaves the mass as it is."""
-        return WarmUp(
-            *tuning[:2],
-            steps,
-            target=self.target_accept,
-            adapt_step_size=adapt_step_size,
-            adapt_mass=False,
-        )
 
     def _per_leaf(self, surrogate: PotentialNetwork, chains: int, calls: float) -> Transition:
         """The transition that is judged at every point, so many of which are foreseen."""
@@ -328,7 +318,7 @@ class LearningKernel(WeighingKernel):
             dense = kinetic.inverse_mass.dim() == 2
             kinetic = GaussianKinetic(covariance if dense else covariance.diag())
         tuning = Tuning(_UNIT_STEP if self.adapt_step_size else tuning.step_size, kinetic)
-        warmup = self._without_mass(tuning, _ATTUNEMENT, adapt_step_size=self.adapt_step_size)
+        warmup = self._new_warmup(tuning, _ATTUNEMENT, adapt_mass=False)
         position = position.repeat_interleave(self.num_proposals, 0)
         state, energies = inner.begin(position, position[:, :0]), []
         while not warmup.finished:
@@ -385,9 +375,7 @@ class LearningKernel(WeighingKernel):
         if not warmup.finished:
             return state
         # The step suited the surrogate, and another mass: these iterations find the one to keep.
-        self._warmup = warmup = self._without_mass(
-            tuning, _SETTLING, adapt_step_size=self.adapt_step_size
-        )
+        self._warmup = warmup = self._new_warmup(tuning, _SETTLING, adapt_mass=False)
         while not warmup.finished:
             steps = self.draw_num_steps(warmup.tuning.step_size)
             state, info = self._transition.step(state, warmup.tuning, steps)
