@@ -118,21 +118,26 @@ class Recorder(StandIn):
 
     def seconds(self, num_chains: int) -> float:
         """What the gradient of all chains takes."""
-        program = self._program("gradient", num_chains)
+        program, rows = self._block(num_chains)
         if program not in self._seconds:
-            self._seconds[program] = timed(program, *self.potential.vectors(num_chains))
-        return self._seconds[program]
+            self._seconds[program] = timed(program, *self.potential.vectors(rows))
+        return self._seconds[program] * num_chains / rows
 
     def seconds_later(self, num_chains: int) -> float:
         """What it would take if it were compiled, where that is asked for and not done yet."""
-        rows = self.potential.rows_at_once("gradient", num_chains)
-        graph = isinstance(self._program("gradient", rows), GraphModule)
+        graph = isinstance(self._block(num_chains)[0], GraphModule)
         waits = self.potential.compile_graphs and graph
         return self.seconds(num_chains) * (COMPILED if waits else 1.0)
 
     def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
         """What the potential says, by a program that is not compiled for a few calls either."""
         return self.potential.evaluate(position, noise, calls=self.calls_ahead)
+
+    def _block(self, num_chains: int) -> tuple[Program, int]:
+        """What the gradient of all chains is made of, and how many it serves at once."""
+        rows = self.potential.rows_at_once("gradient", num_chains)
+        calls = self.calls_ahead * num_chains / rows
+        return self.potential.program("gradient", rows, calls), rows
 
     def _program(self, kind: str, num_chains: int) -> Program:
         return self.potential.program(kind, num_chains, self.calls_ahead)
