@@ -179,6 +179,21 @@ def test_points_too_large_for_single_precision_are_left_out():
     assert training.best < 0.1 * training.held_out[0]
 
 
+def test_points_held_out_teach_nothing():
+    points = bent_points()
+    out = torch.arange(len(points.position)) % 5 == 2
+    wrong = torch.where(out[:, None], 30.0 * points.gradient + 5.0, points.gradient)
+    torch.manual_seed(2)
+    network = PotentialNetwork(3, hidden=(32, 32))
+    training = fit_energy(
+        network, points._replace(gradient=wrong), held_out=out, steps=800, patience=800
+    )
+    z = torch.randn(500, 3)
+    value, slope = bent(z)
+    assert training.best > 10.0
+    assert (network.value_and_gradient(z)[1] - slope).square().mean() < 0.2
+
+
 def test_trajectories_teach_the_gradient():
     network, training = trained(TrajectoryMatching(5), points=leapfrogs())
     z = torch.randn(300, 3)

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_hamflow import marginalize, noise
 from pyro_hamflow.model import marginal as marginal_module
 from pyro_hamflow.model import particles as particles_module
+from pyro_hamflow.model.laplace import LikelihoodSite
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.proposals import ProgramProposal
 from tests.targets import glmm, glmm_data, wide_proposal
@@ -133,6 +134,40 @@ def test_unbiased_estimate(model, y, exact, proposal, num_particles, points):
     if proposal == "laplace":  # fitted elsewhere than it is used
         marginal.fit(y, pilot={"mu": torch.tensor(0.0), "s": torch.tensor(1.2)})
     assert_unbiased(estimates(marginal, AT, y)["x"], exact(y))
+
+
+def _spread_where_the_prior_is_wide(monkeypatch=None):
+    """Fitted under a narrow prior, for subjects whose likelihood is no Gaussian."""
+    marginal = marginalize(normal_logit, ["x"], num_particles=16, proposal="laplace")
+    answers = torch.tensor([[0.0] * 6, [1.0] * 6], dtype=torch.float64)
+    pilot, wide = (
+        {"mu": torch.tensor(3.0).double(), "s": torch.tensor(s).double()} for s in (0.5, 2.0)
+    )
+    marginal.fit(answers, pilot=pilot)
+    if monkeypatch:
+        monkeypatch.setattr(LikelihoodSite, "towards", lambda site, *_: site)
+    return estimates(marginal, wide, answers)["x"].std(0)
+
+
+def test_proposal_suits_a_prior_wider_than_the_pilots(monkeypatch):
+    mended, plain = _spread_where_the_prior_is_wide(), _spread_where_the_prior_is_wide(monkeypatch)
+    assert mended.max() < 0.25, mended
+    assert plain.max() > 2.0 * mended.max(), plain
+
+
+@pytest.mark.parametrize("width", [1e-3, 0.3, 1.0, 3.0, 1e3])
+def test_site_passes_from_one_prior_to_the_other(width):
+    """Between two sites, at each end close to the one that was fitted there."""
+
+    def fitted(width, value):
+        matrix, vector = torch.full((1, 2, 2), value), torch.full((1, 2), value)
+        return LikelihoodSite(torch.tensor([-2.0 * math.log(width)]), matrix, vector, None)
+
+    narrow, wide = fitted(0.3, 0.0), fitted(3.0, 1.0)
+    site = narrow.towards(wide, torch.eye(2).expand(1, 2, 2) / width**2)
+    share = torch.sigmoid(torch.tensor(5.0 * (math.log(width / 0.3) / math.log(10.0) - 0.5)))
+    assert torch.allclose(site.precision, share.expand(1, 2, 2), atol=1e-5)
+    assert torch.allclose(site.linear, share.expand(1, 2), atol=1e-5)
 
 
 def _forgets_to_divide(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import arviz
@@ -139,6 +140,27 @@ def test_same_seed_same_draws():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("chains", [1, 4])
+def test_what_is_held_out_is_so_in_every_training(chains, monkeypatch):
+    """A network does not forget at once what it has learned: tested on that, it would look good."""
+    seen, honest = [], learning.fit_energy
+
+    def fit(network, points, *, held_out, **settings):
+        seen.append((points.position.clone(), held_out.clone()))
+        return honest(network, points, held_out=held_out, **settings)
+
+    monkeypatch.setattr(learning, "fit_energy", fit)
+    run(learner(HNNHMC, rounds=3), warmup=300, chains=chains)
+    assert len(seen) == 4
+    for (before, out_before), (after, out_after) in itertools.pairwise(seen):
+        assert 0.03 < out_after.double().mean() < 0.3
+        known = dict(zip(map(tuple, before.tolist()), out_before.tolist(), strict=True))
+        again = zip(map(tuple, after.tolist()), out_after.tolist(), strict=True)
+        shared = [known[row] == out for row, out in again if row in known]
+        assert len(shared) > 0.5 * len(known)
+        assert all(shared)
+
+
 def test_single_precision():
     torch.set_default_dtype(torch.float32)
     mcmc = run(learner(HNNNUTS))
@@ -234,11 +256,15 @@ def test_steps_refused_at_the_leaves_are_not_those_of_true_gradients(monkeypatch
 
 @pytest.mark.parametrize(("slope", "chosen"), [(0.0, "endpoint"), (1.0, "per leaf")])
 def test_correction_is_chosen_by_what_it_costs(slope, chosen, monkeypatch):
-    """Endpoints that are refused cost more than points that are judged one by one."""
+    """Points are judged one by one where endpoints are refused too often to be worth their cost."""
     spoil(monkeypatch, slope)
-    costs = weighing.Costs(mine=5.0, per_leaf=1.0 if slope else 10.0, true=30.0)
-    monkeypatch.setattr(weighing, "costs_of", lambda *_, **__: costs)
     kernel = HNNNUTS(bowl, training_steps=100, true_share=0.0)
+
+    def costs(*_, **__):
+        refused = slope > 0.0 and kernel.report.correction == "endpoint"
+        return weighing.Costs(mine=30.0 if refused else 8.0, per_leaf=1.0, true=90.0)
+
+    monkeypatch.setattr(weighing, "costs_of", costs)
     stats = run(kernel, draws=20, warmup=160).draws.stats
     assert kernel.settings["correction"] == kernel.report.correction == chosen
     per_draw = stats["n_steps"] if chosen == "per leaf" else 1

@@ -174,6 +174,7 @@ def fit_energy(
     network: PotentialNetwork,
     points: Points | Trajectories,
     *,
+    held_out: Tensor | None = None,
     loss: Loss | None = None,
     steps: int = 2000,
     learning_rate: float = 5e-3,
@@ -181,7 +182,6 @@ def fit_energy(
 ) -> Training:
     """Trains a network in place, and leaves it with the weights that were best on points held out.
 
-    One block of points in ten is held out; neighbours, which are alike, lie in the same block.
     A copy of the network in whitened coordinates is trained, in single precision, which is several
     times as fast, and precise enough: a network is off by more than that. Points whose numbers are
     too large for it are left out.
@@ -189,6 +189,9 @@ def fit_energy(
     Arguments:
         network: The energy.
         points: What is known of the true energy: points, or whole trajectories.
+        held_out: Which of them are held out; if not given, one block of neighbours, which are
+            alike, in ten. A network that is trained again forgets slowly what it knows: what was
+            held out once has to be so again, or it would look better than anything new.
         loss: From that copy and points to what is to be made small; gradients and energies are
             matched if not given.
         steps: The most steps of the optimiser.
@@ -214,8 +217,11 @@ def fit_energy(
     if count < 2 * _BLOCK:
         raise ValueError(f"there are {count} points: expected {2 * _BLOCK} or more to train on")
     measure: Loss = loss or GradientMatching()
-    block = torch.arange(count, device=points.position.device) // _BLOCK
-    out = block % _HELD_OUT == min(int(block.max()), _HELD_OUT - 1)
+    if held_out is None:
+        block = torch.arange(count, device=points.position.device) // _BLOCK
+        out = block % _HELD_OUT == min(int(block.max()), _HELD_OUT - 1)
+    else:
+        out = held_out[kept]
     test, known = lessons.pick(out), lessons.pick(~out)
     training = Training(steps, count)
     weights = dict(student.named_parameters())

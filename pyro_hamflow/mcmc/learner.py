@@ -31,7 +31,7 @@ _TRIAL_SHARE = 0.15
 _MOST_POINTS = 20_000
 _FEWEST_STEPS = 200  # of the optimiser, that teach something
 _PASSING = 0.4  # of the steps, in all trainings but the last
-_REACH, _ABOUT = 1.3, 0.3  # of the distance from the centre, of the scale
+_REACH, _ABOUT = 1.8, 0.3  # of the distance from the centre, of the scale
 _SHRINKAGE, _FLOOR = 10.0, 1e-6
 _FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
 
@@ -191,17 +191,19 @@ class Learner:
         if loss is None and self.recorder.noise_dimension:
             # The noise of an energy is shared by a whole trajectory: it would be learned by heart.
             loss = GradientMatching(energy_weight=0.0)
-        points = self.recorder.points(_MOST_POINTS)
+        points, held_out = self.recorder.points(_MOST_POINTS)
         self.covariance = _spread(points.position)
         examples: Points | Trajectories = points
         if isinstance(loss, TrajectoryMatching):
-            examples = self.recorder.trajectories(loss.num_steps, _MOST_POINTS)
+            examples, held_out = self.recorder.trajectories(loss.num_steps, _MOST_POINTS), None
         if network is None:
             rate = _FIRST_RATE
             network = self.lessons.network(self.recorder.dimension).to(self.recorder.example)
             network.whiten_by(points.position)
         steps = math.ceil(_PASSING * self.training_steps) if passing else self.training_steps
-        training = fit_energy(network, examples, loss=loss, steps=steps, learning_rate=rate)
+        training = fit_energy(
+            network, examples, held_out=held_out, loss=loss, steps=steps, learning_rate=rate
+        )
         self.network = network
         return training
 

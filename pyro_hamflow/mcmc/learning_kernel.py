@@ -245,7 +245,7 @@ class LearningKernel(WeighingKernel):
         self.surrogate = learner.network
         self.report.trainings.append(training)
         if not first and (last or self.fallback):  # earlier, nothing else would follow from it
-            reason = self._not_worth_it(1.0 if last else _HOPE)
+            reason = self._not_worth_it(_HOPE)
             if reason is not None:
                 return self._give_up(state, reason)
         return self._send_ahead(state, passing=not last)

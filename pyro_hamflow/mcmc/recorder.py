@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pyro_hamflow.model.recovery import Evaluation
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
 _FEWEST = 32
+_BLOCK, _HELD_OUT = 16, 10  # neighbours along trajectories; the second block of so many is held out
 COMPILED = 0.15  # of an uncompiled program's time
 _EXACT = 1e-3  # of a kick, by which neighbours along a trajectory may miss
 
@@ -156,33 +156,44 @@ class Recorder(StandIn):
         """How many gradients were computed, over all chains."""
         return sum(int(call.wanted.sum()) for call in self.calls)
 
-    def points(self, most: int) -> Points:
+    def points(self, most: int) -> tuple[Points, Tensor | None]:
         """What was found where draws may lie, the latest of it if there is more than asked for.
 
         Where chains came from, energies are so far from the typical ones that these would be lost.
+
+        Returns:
+            The points; and which of them are held out, every time, if there are enough.
 
         Raises:
             ValueError: If there is hardly anything.
         """
         if not self.calls:
             raise ValueError("no gradients were found")
-        kept, found = list[Call](), 0
-        while found < most and len(kept) < len(self.calls):
-            kept.insert(0, self.calls[-1 - len(kept)])
-            found += len(kept[0].value)
-        # Chain by chain, so that neighbours along a trajectory stay neighbours.
-        runs = [list(run) for _, run in itertools.groupby(kept, key=lambda call: len(call.value))]
-        parts = [
-            [torch.stack(row, 1).flatten(0, 1) for row in zip(*(c[:4] for c in run), strict=True)]
-            for run in runs
-        ]
-        position, value, gradient, wanted = map(torch.cat, zip(*parts, strict=True))
+        kept, found = list[tuple[Tensor, ...]](), 0
+        for call, out in reversed(list(zip(self.calls, self._held_out(), strict=True))):
+            if found >= most:
+                break
+            kept.insert(0, (*call[:4], torch.full_like(call.wanted, out)))
+            found += len(call.value)
+        position, value, gradient, wanted, held_out = map(torch.cat, zip(*kept, strict=True))
         good = wanted & value.isfinite() & gradient.isfinite().all(-1)
         if int(good.sum()) < _FEWEST:
             raise ValueError(f"{int(good.sum())} finite gradients were found, fewer than {_FEWEST}")
         good &= (value - value[good].median()).abs() < _TYPICAL * (self.dimension + 6)
         position, value, gradient = position[good], value[good], gradient[good]
-        return Points(position, value, gradient, position[:, :0])
+        held_out = held_out[good]
+        points = Points(position, value, gradient, position[:, :0])
+        return points, held_out if bool(held_out.any()) else None
+
+    def _held_out(self) -> list[bool]:
+        """Whether each call is: some blocks of neighbours along trajectories, and some stars."""
+        steps, stars, held_out = 0, 0, []
+        for call in self.calls:
+            star = call.tuning is None
+            block = stars if star else steps // _BLOCK
+            steps, stars = steps + (not star), stars + star
+            held_out.append(block % _HELD_OUT == 1)
+        return held_out
 
     def trajectories(self, num_steps: int, most: int) -> Trajectories:
         """Stretches of true trajectories, the latest if there are more than asked for.

@@ -22,6 +22,7 @@ from pyro_hamflow.model.potential import Potential
 
 _BATCH, _STEPS = 256, 20
 _MOST_LOST = 0.1  # of the time that true gradients would take, spent in vain
+_DOUBT = 2.0  # by which a surrogate has to promise more: a short trial sees few of the long stays
 
 
 @dataclass
@@ -74,10 +75,12 @@ class Trial:
     def seconds(self, star: int) -> float:
         """Of an iteration, where each so many share what the first of them does.
 
-        The fastest such group counts, and one that was cut short is taken for whole.
+        Such groups do the same work: the fastest counts, and one that was cut short is taken for
+        whole. Single iterations differ, and their median counts.
         """
         groups = range(0, max(1, len(self.times) - star + 1), star)
-        return min(sum(self.times[i : i + star]) for i in groups) / star
+        sums = [sum(self.times[i : i + star]) for i in groups]
+        return min(sums) / star if star > 1 else statistics.median(sums)
 
     @property
     def rate(self) -> float:
@@ -128,7 +131,7 @@ def costs_of(
         trial: What was tried.
         recorder: The true potential.
         star: How many iterations' proposals were made and judged together.
-        calls: For how many stars the densities' program was made.
+        calls: For how many calls the densities' program was made.
         length: How many steps that took, one after the other.
         steps: Of a trajectory, in the alternatives.
         true_share: How often true gradients are followed all the same.
@@ -136,18 +139,19 @@ def costs_of(
     potential = recorder.potential
     chains = len(trial.infos[-1].accepted)
     gradient, density = recorder.seconds_later(chains), _density(potential, chains, 0.0)
-    wide_density, spent = density, trial.seconds(star)
-    if star > 1:
-        wide_density = _density(potential, chains * star, calls)
+    judging = _density(potential, chains * star, calls)
     asked, judged = trial.mean("n_gradients") * gradient, trial.mean("n_densities")
-    walked = spent - (asked + judged * wide_density) / star
-    each = max(walked, 0.0) * star / length
+    walked = max(trial.seconds(star) - (asked + judged * judging) / star, 0.0)
+    each = walked * star / length
     if potential.compile_graphs:
         density, each = COMPILED * density, COMPILED * each
+    if star == 1:  # as it will be in the draws
+        judging = density
     noisy = bool(potential.noise_dimension)  # which is then refreshed, the gradient computed again
+    mine = walked + (asked + judged * judging) / star
     per_leaf = steps * (density + each) + 3.0 * noisy * density
     true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
-    return Costs(spent + true_share * true, per_leaf, true)
+    return Costs(mine + true_share * true, per_leaf, true)
 
 
 def _density(potential: Potential, rows: int, calls: float) -> float:
@@ -169,7 +173,7 @@ def not_worth_it(acceptance: float, efficiency: float, true: float, mine: float)
         true: Seconds of an iteration along these.
         mine: Seconds of one of the surrogate's.
     """
-    if efficiency * true > mine:
+    if efficiency * true > _DOUBT * mine:
         return None
     return (
         f"{acceptance:.0%} of the surrogate's proposals were accepted, at {1e3 * mine:.2g} "

@@ -10,6 +10,7 @@ from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.endpoint import EndpointTransition
 from pyro_hamflow.mcmc.learner import Learner
+from pyro_hamflow.mcmc.per_leaf import JudgedDensity
 from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
 from pyro_hamflow.mcmc.surrogate_costs import Costs, SurrogateReport, Trial, costs_of, not_worth_it
 
@@ -31,6 +32,7 @@ class WeighingKernel(PseudoMarginal):
     fallback: bool
     given: PotentialNetwork | AmortizedSurrogate | None
     report: SurrogateReport
+    _judged: JudgedDensity | None
     _learner: Learner | None
     _total: int
     _trial: Trial
@@ -74,15 +76,19 @@ class WeighingKernel(PseudoMarginal):
         return not_worth_it(self._trial.rate, hope * efficiency, costs.true, costs.mine)
 
     def _leaves_promise_more(self) -> bool:
-        """Whether a correction at every point would be worth more, were nothing refused then."""
-        if self.correction != "auto" or not self.fallback:
+        """Whether a correction at every point would be worth it, were nothing refused then.
+
+        Where that at the endpoint is, it is kept.
+        """
+        if self.correction != "auto" or not self.fallback or self._not_worth_it() is None:
             return False
         costs = self._costs()
-        return costs.per_leaf * self._trial.efficiency < costs.mine
+        return not_worth_it(1.0, 1.0, costs.true, costs.per_leaf) is None
 
     def _costs(self) -> Costs:
         steps, transition = self._steps_of_trajectory(), self._running()[1]
-        star, calls, length, true_share = 1, 0.0, steps, 0.0
+        star, length, true_share = 1, steps, 0.0
+        calls = 0.0 if self._judged is None else self._judged.calls
         if isinstance(transition, EndpointTransition):
             star, calls = transition.num_proposals, transition.num_stars
             length = 2 * transition.num_transitions * steps

@@ -1,8 +1,8 @@
 r"""Proposals that know the data: the prior times a Gaussian approximation of the likelihood.
 
 No proposal fitted at one parameter value serves a whole posterior. But the likelihood of a local
-variable changes less with the parameters than its prior does. So what is fitted, once, at a *pilot*
-value of the parameters, is a Gaussian approximation of the likelihood alone, a *site*
+variable changes less with the parameters than its prior does. So what is fitted, at a *pilot* value
+of the parameters, is a Gaussian approximation of the likelihood alone, a *site*
 :math:`s(v) \propto \exp(\eta^\top v - \tfrac12 v^\top I v)`. For every parameter value it is
 multiplied in closed form with the prior :math:`N(m_\theta, P_\theta^{-1})`,
 
@@ -12,6 +12,10 @@ multiplied in closed form with the prior :math:`N(m_\theta, P_\theta^{-1})`,
 which follows the parameters by itself. Several local sites are proposed one after the other, each
 given those before it, as the pilot's Laplace approximation of them all says. Mixture priors are
 taken component by component.
+
+A likelihood that is no Gaussian looks like another one where a wider prior lets the variable go. So
+two sites are fitted, under the pilot's prior and under one of a many times larger variance, and for
+every parameter value their mean is taken, weighted by how wide the prior is there.
 
 Where the true likelihood falls off more slowly than the site, Gaussian proposals would have
 unbounded weights. The normal noise :math:`z` is therefore stretched, :math:`z + \epsilon z^5`,
@@ -33,6 +37,10 @@ from pyro_hamflow.model.structure import Group, depth_of, plate_shape
 
 _STRETCH = 1e-4
 _NEWTON_STEPS = 30
+_WIDER = 32.0  # times the pilot's prior variance
+_SHARPNESS = (
+    5.0  # of the passage from one site to the other, on the way from one prior to the other
+)
 
 
 @dataclass(frozen=True)
@@ -40,14 +48,31 @@ class LikelihoodSite:
     """The site of one local site: precision, and linear term given earlier coordinates.
 
     Attributes:
+        tightness: Of the prior that it was fitted under; see :func:`_tightness`.
         precision: I, of shape ``(*batch, k, k)``.
         linear: The constant part of eta, of shape ``(*batch, k)``.
         coupling: Its slope in the coordinates of the sites before, ``(*batch, k, before)``.
     """
 
+    tightness: Tensor
     precision: Tensor
     linear: Tensor
     coupling: Tensor | None
+
+    def towards(self, wide: LikelihoodSite, prior_precision: Tensor) -> LikelihoodSite:
+        """The mean of this site and one fitted under a wider prior that suits a prior."""
+        way = self.tightness - wide.tightness
+        gone = (self.tightness - _tightness(prior_precision)) / way
+        share = torch.sigmoid(_SHARPNESS * (gone - 0.5))[..., None]
+        coupling = None
+        if self.coupling is not None and wide.coupling is not None:
+            coupling = torch.lerp(self.coupling, wide.coupling, share[..., None])
+        return LikelihoodSite(
+            self.tightness - way * share[..., 0],
+            torch.lerp(self.precision, wide.precision, share[..., None]),
+            torch.lerp(self.linear, wide.linear, share),
+            coupling,
+        )
 
 
 class LaplaceProposal:
@@ -56,14 +81,17 @@ class LaplaceProposal:
     Arguments:
         group: The group of local sites.
         blocks: Their coordinates.
-        sites: The fitted sites; before the fit, the plain prior.
+        sites: The two fitted sites of each, the pilot's first; before the fit, none.
     """
 
     stratified = True
     enough_particles = 16
 
     def __init__(
-        self, group: Group, blocks: dict[str, Block], sites: dict[str, LikelihoodSite]
+        self,
+        group: Group,
+        blocks: dict[str, Block],
+        sites: dict[str, tuple[LikelihoodSite, LikelihoodSite]],
     ) -> None:
         self.group = group
         self.blocks = blocks
@@ -76,7 +104,8 @@ class LaplaceProposal:
 
     def draw(self, name: str, fn: object, noise: Tensor, component: int | None) -> Draw:
         form = gaussian_form(name, fn, component)
-        site, block = self.sites[name], self.blocks[name]
+        (narrow, wide), block = self.sites[name], self.blocks[name]
+        site = narrow.towards(wide, form.precision)
         linear = site.linear
         if site.coupling is not None:
             batch = torch.broadcast_shapes(*[part.shape[:-1] for part in self.before])
@@ -85,6 +114,13 @@ class LaplaceProposal:
         v, log_proposal = _propose(form, site.precision, linear, noise)
         self.before.append(block.gather(v, self.group))
         return Draw(form.value(v), log_gaussian(v, form) - log_proposal)
+
+
+def _tightness(precision: Tensor) -> Tensor:
+    """The mean logarithm of a precision's eigenvalues, of shape ``(*batch)``."""
+    if precision.shape[-1] == 1:
+        return precision[..., 0, 0].log()
+    return torch.logdet(precision) / precision.shape[-1]
 
 
 def _to_batch(coordinates: Tensor, block: Block, group: Group) -> Tensor:
@@ -126,18 +162,27 @@ def log_gaussian(v: Tensor, form: GaussianForm) -> Tensor:
 Evaluate = Callable[[dict[str, Tensor] | None], tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]
 
 
-def fit_sites(group: Group, layout: Layout, evaluate: Evaluate) -> dict[str, LikelihoodSite]:
+def fit_sites(
+    group: Group, layout: Layout, joint: Callable[[float], Evaluate]
+) -> dict[str, tuple[LikelihoodSite, LikelihoodSite]]:
     """Fits the sites of one group at a pilot value of the parameters.
 
     Arguments:
         group: The group.
         layout: Its coordinates.
-        evaluate: A function of the coordinates of each site (prior means if ``None``) that returns
-            the log joint density of each element, and each site's prior mean and precision.
+        joint: For how many times the priors' variance is wanted, a function of the coordinates of
+            each site (prior means if ``None``) that returns the log joint density of each element,
+            and each site's prior mean and precision.
 
     Returns:
-        A site for each local site.
+        For each local site a site under its prior, and one under a wider prior.
     """
+    narrow, wide = (_fit(group, layout, joint(times)) for times in (1.0, _WIDER))
+    return {name: (narrow[name], wide[name]) for name in layout.blocks}
+
+
+def _fit(group: Group, layout: Layout, evaluate: Evaluate) -> dict[str, LikelihoodSite]:
+    """A site for each local site, under the priors of a joint density."""
     blocks = layout.blocks
 
     def unpack(v: Tensor) -> dict[str, Tensor]:
@@ -182,8 +227,9 @@ def _site(
     extra = vectors @ (values.clamp(min=0.0)[..., None] * vectors.mT)
     total = prior_precision + extra
     linear = _apply(total, mode) - _apply(prior_precision, loc.detach())
+    tightness = _tightness(prior_precision)
     if gain is None:
-        return LikelihoodSite(extra.detach(), linear.detach(), None)
+        return LikelihoodSite(tightness, extra.detach(), linear.detach(), None)
     slopes = _slopes(block.collect(loc, group), v)[..., before]
     rows = Block(0, columns * block.start, block.frames, torch.Size([width, block.start]))
     gain = rows.spread(gain.flatten(-2), group)
@@ -191,7 +237,7 @@ def _site(
     coupling = total @ gain - prior_precision @ slope
     earlier = _to_batch(v.detach()[..., before], block, group)
     linear = linear - _apply(coupling, earlier)
-    return LikelihoodSite(extra.detach(), linear.detach(), coupling.detach())
+    return LikelihoodSite(tightness, extra.detach(), linear.detach(), coupling.detach())
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:

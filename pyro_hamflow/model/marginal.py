@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -338,12 +339,12 @@ class MarginalModel:
         missing = sorted(needed - set(pilot))
         if missing:
             raise ValueError(f"`pilot` lacks a value for site '{missing[0]}'")
-        sites: dict[Any, dict[str, LikelihoodSite]] = {}
+        sites: dict[Any, dict[str, tuple[LikelihoodSite, LikelihoodSite]]] = {}
         for group in plan.structure.groups if self.proposal == "laplace" else ():
             layout = plan.layouts[group.name]
             for stratum in layout.strata:
-                evaluate = joint_density(plan, group, stratum, pilot)
-                sites[group.name, stratum.components] = fit_sites(group, layout, evaluate)
+                joint = partial(joint_density, plan, group, stratum, pilot)
+                sites[group.name, stratum.components] = fit_sites(group, layout, joint)
         self._fit = Fit((args, kwargs), {name: v.detach() for name, v in pilot.items()}, sites)
 
     def __repr__(self) -> str:
@@ -361,7 +362,7 @@ class Fit:
 
     arguments: tuple[Any, Any]
     pilot: dict[str, Tensor]
-    sites: dict[Any, dict[str, LikelihoodSite]]
+    sites: dict[Any, dict[str, tuple[LikelihoodSite, LikelihoodSite]]]
 
 
 class _HideLocalSites(Messenger):

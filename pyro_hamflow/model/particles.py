@@ -136,7 +136,7 @@ def draw_particle(
 
 
 def joint_density(
-    plan: Plan, group: Group, stratum: Stratum, parameters: dict[str, Tensor]
+    plan: Plan, group: Group, stratum: Stratum, parameters: dict[str, Tensor], times: float
 ) -> Callable[[dict[str, Tensor] | None], Any]:
     """The log joint density of a group's elements, as a function of Gaussian coordinates.
 
@@ -145,6 +145,7 @@ def joint_density(
         group: The group of local sites.
         stratum: Which components of mixture priors are meant.
         parameters: The values of all sites that are not integrated out.
+        times: By how much the priors' variance is multiplied.
 
     Returns:
         What :func:`~pyro_hamflow.model.laplace.fit_sites` maximises.
@@ -159,6 +160,7 @@ def joint_density(
         def choose(msg: Any) -> Tensor:
             name = msg["name"]
             form = gaussian_form(name, msg["fn"], components.get(name))
+            form = form._replace(precision=form.precision / times)
             v = form.loc if coordinates is None else coordinates[name]
             parts.append(plan.sum(log_gaussian(v, form), msg, group))
             priors[name] = (form.loc, form.precision)
