@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from types import SimpleNamespace
 
 import arviz
 import numpy as np
@@ -28,7 +29,8 @@ from pyro_hamflow import (
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import learner as learning
-from pyro_hamflow.mcmc import weighing
+from pyro_hamflow.mcmc import surrogate_costs, weighing
+from pyro_hamflow.mcmc.recorder import COMPILED
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh
 from pyro_hamflow.mcmc.surrogate_costs import Trial
 from pyro_hamflow.mcmc.transition import Info, State, Tuning
@@ -296,6 +298,27 @@ def record_of(moved):
     values = torch.zeros(len(moved))
     rate = moved.double()
     return Info(moved, rate, values, ~moved, values, 1, 0, 1)
+
+
+@pytest.mark.parametrize(("compiled", "mine"), [(False, 0.1), (True, 0.02 + 8 * COMPILED * 0.01)])
+def test_a_trial_costs_what_draws_will(compiled, mine, monkeypatch):
+    """Eight densities of 10 milliseconds in each iteration, that a compiler will make faster."""
+    monkeypatch.setattr(surrogate_costs, "_density", lambda *_: 0.01)
+    potential = SimpleNamespace(compile_graphs=compiled, noise_dimension=0)
+    recorder = SimpleNamespace(potential=potential, seconds_later=lambda chains: 1.0)
+    trial = Trial()
+    for seconds in (0.01, 0.1, 2.0):
+        trial.note(record_of(torch.ones(4) > 0)._replace(n_densities=8), seconds)
+    settings = {"star": 1, "calls": 0.0, "length": 8.0, "steps": 8.0, "true_share": 0.0}
+    costs = surrogate_costs.costs_of(trial, recorder, **settings)
+    assert costs.mine == pytest.approx(mine)
+    assert costs.true == 8.0 + (COMPILED if compiled else 1.0) * 0.02
+
+
+def test_a_surrogate_has_to_promise_twice_its_cost():
+    assert surrogate_costs.not_worth_it(0.9, 0.5, true=5.0, mine=1.0) is None
+    reason = surrogate_costs.not_worth_it(0.9, 0.5, true=3.0, mine=1.0)
+    assert reason is not None and reason.startswith("90% of the surrogate's proposals")
 
 
 def test_where_nothing_can_be_learned_true_gradients_are_followed():

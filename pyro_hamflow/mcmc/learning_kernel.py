@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -26,12 +26,13 @@ from pyro_hamflow.mcmc.recorder import synchronize
 from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import SurrogateReport, Trial
 from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
-from pyro_hamflow.mcmc.warmup import Covariance
+from pyro_hamflow.mcmc.warmup import Covariance, WarmUp
 from pyro_hamflow.mcmc.weighing import WeighingKernel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
-_ATTUNEMENT, _SHORT = 40, 15  # iterations, and points of their trajectories at most
+_ATTUNED_BY, _SHORT = 2560, 15  # transitions in all, and points of their trajectories at most
+_FEWEST_ATTUNED, _MOST_ATTUNED = 20, 40  # iterations that they are made in
 _USUAL = 0.99  # of a surrogate's draws lie where it is not softened
 _UNIT_STEP = 0.5  # where the scale is about one
 _SETTLING = 60  # iterations
@@ -318,15 +319,12 @@ class LearningKernel(WeighingKernel):
             dense = kinetic.inverse_mass.dim() == 2
             kinetic = GaussianKinetic(covariance if dense else covariance.diag())
         tuning = Tuning(_UNIT_STEP if self.adapt_step_size else tuning.step_size, kinetic)
-        warmup = self._new_warmup(tuning, _ATTUNEMENT, adapt_mass=False)
         position = position.repeat_interleave(self.num_proposals, 0)
-        state, energies = inner.begin(position, position[:, :0]), []
-        while not warmup.finished:
-            steps = min(self.draw_num_steps(warmup.tuning.step_size), _SHORT)
-            state, info = inner.step(state, warmup.tuning, steps)
-            warmup.update(state.position, info.acceptance_rate)
-            energies.append(state.evaluation.value)
-        late = torch.cat(energies[_ATTUNEMENT // 2 :])
+        count = min(max(_ATTUNED_BY // len(position), _FEWEST_ATTUNED), _MOST_ATTUNED)
+        warmup = self._new_warmup(tuning, count, adapt_mass=False)
+        state = inner.begin(position, position[:, :0])
+        states = [moved for moved, _ in self._warmed(warmup, inner, state, _SHORT)]
+        late = torch.cat([moved.evaluation.value for moved in states[count // 2 :]])
         return warmup.tuning, float(late.nanquantile(_USUAL))
 
     def _conclude(self, state: State) -> State:
@@ -376,12 +374,20 @@ class LearningKernel(WeighingKernel):
             return state
         # The step suited the surrogate, and another mass: these iterations find the one to keep.
         self._warmup = warmup = self._new_warmup(tuning, _SETTLING, adapt_mass=False)
-        while not warmup.finished:
-            steps = self.draw_num_steps(warmup.tuning.step_size)
-            state, info = self._transition.step(state, warmup.tuning, steps)
-            warmup.update(state.position, info.acceptance_rate)
+        for moved, info in self._warmed(warmup, self._transition, state):
+            state = moved
             self.report.n_gradients += int(torch.as_tensor(padded(info).n_gradients).sum())
         return state
+
+    def _warmed(
+        self, warmup: WarmUp, transition: Transition, state: State, most: float = math.inf
+    ) -> Iterator[tuple[State, Info]]:
+        """The iterations of a warm-up, of so many steps at most."""
+        while not warmup.finished:
+            steps = self.draw_num_steps(warmup.tuning.step_size)
+            state, info = transition.step(state, warmup.tuning, int(min(steps, most)))
+            warmup.update(state.position, info.acceptance_rate)
+            yield state, info
 
     def _say(self, sentence: str) -> None:
         self.report.reason = sentence
