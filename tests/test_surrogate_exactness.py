@@ -95,7 +95,8 @@ KINDS = {
 def endpoint(
     potential, network, kind, chains=CHAINS, *, refresh=FRESH, num_transitions=1, level=math.inf
 ):
-    density = SurrogateDensity(potential, network, level=level)
+    density = SurrogateDensity(potential, network)
+    density.level.fill_(level)
     return EndpointTransition(
         potential,
         density,

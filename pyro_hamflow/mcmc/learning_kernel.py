@@ -262,16 +262,13 @@ class LearningKernel(WeighingKernel):
         self._trial = Trial()
         recorder.recording, recorder.tuning = passing, None
         recorder.calls_ahead = stars
-        level = math.inf
+        density = SurrogateDensity(potential, self.surrogate, calls=0.0)
         if remaining and (len(self.report.trainings) == 1 or not passing):
-            plain = cast(Potential, SurrogateDensity(potential, self.surrogate, calls=0))
-            inner = self.make_parameter_transition(plain, chains * self.num_proposals)
-            tuning, level = self._attuned(inner, state.position, tuning)
+            tuning = self._attuned(density, state.position, tuning)
         self._warmup = self._new_warmup(tuning, remaining, adapt_step_size=False, adapt_mass=False)
         if self.report.correction == "per leaf" and not passing:
             self._transition = self._per_leaf(self.surrogate, chains, remaining * self._steps)
         else:
-            density = SurrogateDensity(potential, self.surrogate, calls=0.0, level=level)
             self._transition = EndpointTransition(
                 potential,
                 density,
@@ -304,13 +301,11 @@ class LearningKernel(WeighingKernel):
         leaf = PerLeafTransition(likewise, judged, inner)
         return PerLeafConditionalTransition(leaf, self.refresh) if potential.noise_sites else leaf
 
-    def _attuned(self, inner: Transition, position: Tensor, tuning: Tuning) -> tuple[Tuning, float]:
+    def _attuned(self, density: SurrogateDensity, position: Tensor, tuning: Tuning) -> Tuning:
         """The step size that suits the surrogate, found on it alone, and the mass by its spread.
 
-        Also the energy that few of its draws exceed.
-
         Arguments:
-            inner: A transition of the surrogate, of ``num_proposals`` rows for each chain.
+            density: The surrogate, whose level is set to the energy that few of its draws exceed.
             position: Where chains are.
             tuning: Of which is kept what is not to be adapted.
         """
@@ -322,10 +317,12 @@ class LearningKernel(WeighingKernel):
         position = position.repeat_interleave(self.num_proposals, 0)
         count = min(max(_ATTUNED_BY // len(position), _FEWEST_ATTUNED), _MOST_ATTUNED)
         warmup = self._new_warmup(tuning, count, adapt_mass=False)
+        inner = self.make_parameter_transition(cast(Potential, density), len(position))
         state = inner.begin(position, position[:, :0])
         states = [moved for moved, _ in self._warmed(warmup, inner, state, _SHORT)]
         late = torch.cat([moved.evaluation.value for moved in states[count // 2 :]])
-        return warmup.tuning, float(late.nanquantile(_USUAL))
+        density.level.copy_(late.nanquantile(_USUAL))
+        return warmup.tuning
 
     def _conclude(self, state: State) -> State:
         """The decision at the end of warm-up."""

@@ -50,8 +50,11 @@ class SurrogateDensity(StandIn):
         potential: The true one, which lends its shapes and its compiler.
         network: The learned energy, to be frozen.
         calls: How many steps along it are foreseen: it is not compiled for a few.
+
+    Attributes:
         level: The energy from which on it grows half as fast as the network's, over a nat or two;
-            never if not given. A density whose tails are too light holds draws there for long.
+            infinite at first. A density whose tails are too light holds draws there for long. It
+            may be changed in place, until a run begins: programs follow.
     """
 
     noise_dimension = 0
@@ -62,12 +65,11 @@ class SurrogateDensity(StandIn):
         network: PotentialNetwork,
         *,
         calls: float = math.inf,
-        level: float = math.inf,
     ) -> None:
         super().__init__(potential)
         self.network = frozen(network, potential.example)
         self.calls = calls
-        self.level = level
+        self.level = potential.example.new_tensor(math.inf)
         self._name = f"surrogate {next(serial)}"
 
     def graph(self, kind: str, num_chains: int) -> Program:
@@ -75,8 +77,6 @@ class SurrogateDensity(StandIn):
 
         def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             value, slope = self.network.value_and_gradient(position)
-            if self.level == math.inf:
-                return value, slope
             above = value - self.level
             share = 1.0 - 0.5 * above.sigmoid()
             return value - 0.5 * softplus(above), share[:, None] * slope
