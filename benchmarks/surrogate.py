@@ -119,7 +119,7 @@ def _over_seeds(rows: list[Row], one: str, other: str) -> tuple[float, str]:
 
 def _says(rows: list[Row]) -> str:
     return (
-        f"{rows[0]['sampler']} makes {_versus(rows, 'ESS/s in all'):.3g} times the effective draws "
+        f"{rows[0]['sampler']} makes {_versus(rows, _IN_ALL):.3g} times the effective draws "
         f"of {rows[1]['sampler']} per second with everything counted, "
         f"{_versus(rows, 'ESS/s'):.3g} times in sampling alone, "
         f"and {_versus(rows, 'ESS per 1,000 gradients'):.3g} times per gradient, those of warm-up "

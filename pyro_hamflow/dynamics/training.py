@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 
-_HELD_OUT = 10
-_BLOCK = 16
+BLOCK, HELD_OUT = 16, 10  # neighbours, which are alike; one such block of so many is held out
 _CHECK = 50
 _BATCH = 256
 
@@ -214,12 +213,12 @@ def fit_energy(
     kept = torch.stack(moderate).all(0)
     points, lessons = points.pick(kept), lessons.pick(kept)
     count = len(points.position)
-    if count < 2 * _BLOCK:
-        raise ValueError(f"there are {count} points: expected {2 * _BLOCK} or more to train on")
+    if count < 2 * BLOCK:
+        raise ValueError(f"there are {count} points: expected {2 * BLOCK} or more to train on")
     measure: Loss = loss or GradientMatching()
     if held_out is None:
-        block = torch.arange(count, device=points.position.device) // _BLOCK
-        out = block % _HELD_OUT == min(int(block.max()), _HELD_OUT - 1)
+        block = torch.arange(count, device=points.position.device) // BLOCK
+        out = block % HELD_OUT == min(int(block.max()), HELD_OUT - 1)
     else:
         out = held_out[kept]
     test, known = lessons.pick(out), lessons.pick(~out)

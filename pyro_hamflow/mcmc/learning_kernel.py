@@ -319,8 +319,9 @@ class LearningKernel(WeighingKernel):
         warmup = self._new_warmup(tuning, count, adapt_mass=False)
         inner = self.make_parameter_transition(cast(Potential, density), len(position))
         state = inner.begin(position, position[:, :0])
-        states = [moved for moved, _ in self._warmed(warmup, inner, state, _SHORT)]
-        late = torch.cat([moved.evaluation.value for moved in states[count // 2 :]])
+        moves = self._warmed(warmup, inner, state, _SHORT)
+        energies = [moved.evaluation.value for moved, _ in moves]
+        late = torch.cat(energies[count // 2 :])
         density.level.copy_(late.nanquantile(_USUAL))
         return warmup.tuning
 

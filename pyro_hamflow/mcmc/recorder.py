@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_hamflow.dynamics.kinetic import velocity
-from pyro_hamflow.dynamics.training import Points, Trajectories
+from pyro_hamflow.dynamics.training import BLOCK, HELD_OUT, Points, Trajectories
 from pyro_hamflow.mcmc.surrogate import StandIn
 from pyro_hamflow.mcmc.transition import Tuning
 from pyro_hamflow.model.capture import Program
@@ -21,7 +21,6 @@ from pyro_hamflow.model.recovery import Evaluation
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
 _FEWEST = 32
-_BLOCK, _HELD_OUT = 16, 10  # neighbours along trajectories; the second block of so many is held out
 COMPILED = 0.15  # of an uncompiled program's time
 _EXACT = 1e-3  # of a kick, by which neighbours along a trajectory may miss
 
@@ -108,7 +107,8 @@ class Recorder(StandIn):
         """The gradient of every chain, kept."""
 
         def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            value, slope = self._program(kind, num_chains)(position, noise)
+            program = self.potential.program(kind, num_chains, self.calls_ahead)
+            value, slope = program(position, noise)
             if self.recording:
                 wanted = torch.ones_like(value, dtype=torch.bool)
                 self.calls.append(Call(position, value, slope, wanted, self.tuning))
@@ -139,9 +139,6 @@ class Recorder(StandIn):
         calls = self.calls_ahead * num_chains / rows
         return self.potential.program("gradient", rows, calls), rows
 
-    def _program(self, kind: str, num_chains: int) -> Program:
-        return self.potential.program(kind, num_chains, self.calls_ahead)
-
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
         """The function as it is, for it must call back."""
         return function
@@ -169,13 +166,14 @@ class Recorder(StandIn):
         """
         if not self.calls:
             raise ValueError("no gradients were found")
-        kept, found = list[tuple[Tensor, ...]](), 0
-        for call, out in reversed(list(zip(self.calls, self._held_out(), strict=True))):
-            if found >= most:
-                break
-            kept.insert(0, (*call[:4], torch.full_like(call.wanted, out)))
-            found += len(call.value)
-        position, value, gradient, wanted, held_out = map(torch.cat, zip(*kept, strict=True))
+        first, found = len(self.calls), 0
+        while found < most and first > 0:
+            first -= 1
+            found += len(self.calls[first].value)
+        pairs = list(zip(self.calls, self._held_out(), strict=True))[first:]
+        held_out = torch.cat([torch.full_like(call.wanted, out) for call, out in pairs])
+        parts = zip(*(call[:4] for call, _ in pairs), strict=True)
+        position, value, gradient, wanted = map(torch.cat, parts)
         good = wanted & value.isfinite() & gradient.isfinite().all(-1)
         if int(good.sum()) < _FEWEST:
             raise ValueError(f"{int(good.sum())} finite gradients were found, fewer than {_FEWEST}")
@@ -190,9 +188,9 @@ class Recorder(StandIn):
         steps, stars, held_out = 0, 0, []
         for call in self.calls:
             star = call.tuning is None
-            block = stars if star else steps // _BLOCK
+            block = stars if star else steps // BLOCK
             steps, stars = steps + (not star), stars + star
-            held_out.append(block % _HELD_OUT == 1)
+            held_out.append(block % HELD_OUT == 1)
         return held_out
 
     def trajectories(self, num_steps: int, most: int) -> Trajectories:

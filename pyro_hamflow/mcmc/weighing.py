@@ -69,8 +69,10 @@ class WeighingKernel(PseudoMarginal):
         """
         report, costs = self.report, self._costs()
         report.true_seconds, report.surrogate_seconds = costs.true, costs.mine
-        if not self.fallback:
-            return None
+        return self._loses_by(costs, hope) if self.fallback else None
+
+    def _loses_by(self, costs: Costs, hope: float = 1.0) -> str | None:
+        """Why these costs speak for true gradients, if so."""
         endpoint = isinstance(self._running()[1], EndpointTransition)
         efficiency = self._trial.efficiency if endpoint else 1.0
         return not_worth_it(self._trial.rate, hope * efficiency, costs.true, costs.mine)
@@ -80,9 +82,11 @@ class WeighingKernel(PseudoMarginal):
 
         Where that at the endpoint is, it is kept.
         """
-        if self.correction != "auto" or not self.fallback or self._not_worth_it() is None:
+        if self.correction != "auto" or not self.fallback:
             return False
         costs = self._costs()
+        if self._loses_by(costs) is None:
+            return False
         return not_worth_it(1.0, 1.0, costs.true, costs.per_leaf) is None
 
     def _costs(self) -> Costs:

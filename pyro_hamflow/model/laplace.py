@@ -38,9 +38,7 @@ from pyro_hamflow.model.structure import Group, depth_of, plate_shape
 _STRETCH = 1e-4
 _NEWTON_STEPS = 30
 _WIDER = 32.0  # times the pilot's prior variance
-_SHARPNESS = (
-    5.0  # of the passage from one site to the other, on the way from one prior to the other
-)
+_SHARPNESS = 5.0  # of the passage from one site to the other
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,16 @@ class LikelihoodSite:
         )
 
 
+Sites = dict[str, tuple[LikelihoodSite, LikelihoodSite]]  # of each local site, the pilot's first
+
+
 class LaplaceProposal:
     """Particles from the prior times a Gaussian site of the likelihood; see the module's text.
 
     Arguments:
         group: The group of local sites.
         blocks: Their coordinates.
-        sites: The two fitted sites of each, the pilot's first; before the fit, none.
+        sites: The fitted sites; before the fit, none.
     """
 
     stratified = True
@@ -91,7 +92,7 @@ class LaplaceProposal:
         self,
         group: Group,
         blocks: dict[str, Block],
-        sites: dict[str, tuple[LikelihoodSite, LikelihoodSite]],
+        sites: Sites,
     ) -> None:
         self.group = group
         self.blocks = blocks
@@ -162,9 +163,7 @@ def log_gaussian(v: Tensor, form: GaussianForm) -> Tensor:
 Evaluate = Callable[[dict[str, Tensor] | None], tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]
 
 
-def fit_sites(
-    group: Group, layout: Layout, joint: Callable[[float], Evaluate]
-) -> dict[str, tuple[LikelihoodSite, LikelihoodSite]]:
+def fit_sites(group: Group, layout: Layout, joint: Callable[[float], Evaluate]) -> Sites:
     """Fits the sites of one group at a pilot value of the parameters.
 
     Arguments:

@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_hamflow.model.arguments import same_arguments, signature
 from pyro_hamflow.model.laplace import (
     LaplaceProposal,
-    LikelihoodSite,
+    Sites,
     fit_sites,
 )
 from pyro_hamflow.model.layout import Layout, Stratum, lay_out
@@ -339,7 +339,7 @@ class MarginalModel:
         missing = sorted(needed - set(pilot))
         if missing:
             raise ValueError(f"`pilot` lacks a value for site '{missing[0]}'")
-        sites: dict[Any, dict[str, tuple[LikelihoodSite, LikelihoodSite]]] = {}
+        sites: dict[Any, Sites] = {}
         for group in plan.structure.groups if self.proposal == "laplace" else ():
             layout = plan.layouts[group.name]
             for stratum in layout.strata:
@@ -362,7 +362,7 @@ class Fit:
 
     arguments: tuple[Any, Any]
     pilot: dict[str, Tensor]
-    sites: dict[Any, dict[str, tuple[LikelihoodSite, LikelihoodSite]]]
+    sites: dict[Any, Sites]
 
 
 class _HideLocalSites(Messenger):
