@@ -30,7 +30,9 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import learner as learning
 from pyro_hamflow.mcmc import surrogate_costs, weighing
-from pyro_hamflow.mcmc.recorder import COMPILED
+from pyro_hamflow.mcmc.hmc import HMCTransition
+from pyro_hamflow.mcmc.nuts import NUTSTransition
+from pyro_hamflow.mcmc.recorder import COMPILED, Recorder
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh
 from pyro_hamflow.mcmc.surrogate_costs import Trial
 from pyro_hamflow.mcmc.transition import Info, State, Tuning
@@ -161,6 +163,46 @@ def test_what_is_held_out_is_so_in_every_training(chains, monkeypatch):
         shared = [known[row] == out for row, out in again if row in known]
         assert len(shared) > 0.5 * len(known)
         assert all(shared)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("make", [HMCTransition, lambda *args: NUTSTransition(*args, 10)])
+def test_keeping_what_is_found_changes_no_trajectory(make, captured):
+    potential = Potential(bowl)
+    if not captured:
+        potential.fallback_reason = "as a model may have one"
+    recorder = Recorder(potential)
+    position, tuning = torch.randn(4, 2), Tuning(0.3, GaussianKinetic(torch.ones(2)))
+    ends, asked = [], 1
+    for target in (potential, recorder):
+        torch.manual_seed(0)
+        inner = make(target, 4)
+        state = inner.begin(position, position[:, :0])
+        for _ in range(3):
+            state, info = inner.step(state, tuning, 7)
+            asked += int(torch.as_tensor(info.n_steps).max()) * (target is recorder)
+        ends.append(state)
+    assert torch.equal(ends[0].position, ends[1].position)
+    assert torch.equal(ends[0].gradient, ends[1].gradient)
+    for call in recorder.calls:
+        value, slope, _ = potential.gradients(call.position, position[:, :0])
+        torch.testing.assert_close((call.value, call.gradient), (value, slope))
+    assert len(recorder.calls) == asked > 4
+
+
+def test_hmc_gathers_by_trajectories_that_turn_back():
+    """No length suits them before a scale is known: here it is a thousandth of the usual."""
+
+    def narrow():
+        pyro.sample("x", dist.Normal(torch.zeros(2), torch.tensor([1.0, 2.0]) / 1000.0).to_event(1))
+
+    kernel = learner(HNNHMC, narrow, rounds=1)
+    mcmc = run(kernel, save_warmup=True)
+    gathered = mcmc.warmup_draws.stats["n_steps"][:, 4:12]
+    assert (gathered != gathered[:1]).any()
+    assert kernel.report.acceptance > 0.8
+    steps = mcmc.draws.stats["n_steps"]
+    assert (steps == steps[:1]).all()  # the draws' own have the same length in all chains
 
 
 def test_single_precision():

@@ -266,4 +266,4 @@ def _copied(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _energy_error(network: PotentialNetwork, points: Points) -> float:
-    return float((network(points.position, points.context) - points.value).std())
+    return float((network(points.position, points.context) - points.value).std(correction=0))

@@ -147,7 +147,7 @@ class HamiltonianKernel(MCMCKernel):
         """One iteration of all chains; tunes while warm-up lasts."""
         warmup, transition = self._running()
         num_steps = self.draw_num_steps(warmup.tuning.step_size)
-        if warmup.opening:
+        if self.is_opening():
             num_steps = min(num_steps, _OPENING_STEPS)
         state, info = transition.step(state, warmup.tuning, num_steps)
         if not warmup.finished:
@@ -155,6 +155,10 @@ class HamiltonianKernel(MCMCKernel):
             if changed and self.adapt_step_size and not warmup.finished:
                 warmup.restart(self._reasonable_step_size(state))
         return state, info
+
+    def is_opening(self) -> bool:
+        """Whether trajectories are kept short, for chains are on their way to the typical set."""
+        return self._running()[0].opening
 
     def progress(self, info: Info, record: Record) -> dict[str, str]:
         """What a progress bar shows: the step size, recent acceptance, divergences so far."""

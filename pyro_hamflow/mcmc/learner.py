@@ -25,7 +25,7 @@ from pyro_hamflow.mcmc.surrogate_costs import affordable_steps, training_seconds
 from pyro_hamflow.mcmc.transition import State
 from pyro_hamflow.model.potential import Potential
 
-_FEWEST_GATHER, _MOST_GATHER = 12, 0.3
+FEWEST_GATHER, _MOST_GATHER = 12, 0.3  # iterations, and of those of warm-up
 _POINTS_PER_DIMENSION = 60
 _TRIAL_SHARE = 0.15
 _MOST_POINTS = 20_000
@@ -118,7 +118,7 @@ class Learner:
 
     def forget_start(self, iteration: int) -> bool:
         """Forgets what was found where chains came from; whether it was all there is."""
-        early = iteration <= _FEWEST_GATHER // 3
+        early = iteration <= FEWEST_GATHER // 3
         if early:
             self.recorder.calls.clear()
         return early
@@ -130,7 +130,7 @@ class Learner:
             iteration: That has just ended.
             star: How many iterations' proposals will be made together; no fit comes in between.
         """
-        full = iteration >= _FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
+        full = iteration >= FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
         if not full and iteration < _MOST_GATHER * self.warmup_steps:
             return False
         rounds = self.lessons.rounds

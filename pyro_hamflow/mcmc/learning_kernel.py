@@ -14,7 +14,8 @@ from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.endpoint import EndpointTransition
-from pyro_hamflow.mcmc.learner import Learner, Lessons
+from pyro_hamflow.mcmc.learner import FEWEST_GATHER, Learner, Lessons
+from pyro_hamflow.mcmc.nuts import NUTSTransition
 from pyro_hamflow.mcmc.per_leaf import (
     JudgedDensity,
     PerLeafConditionalTransition,
@@ -25,7 +26,14 @@ from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.recorder import synchronize
 from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.mcmc.surrogate_costs import SurrogateReport, Trial
-from pyro_hamflow.mcmc.transition import Info, State, Transition, Tuning, padded
+from pyro_hamflow.mcmc.transition import (
+    Info,
+    ParameterTransition,
+    State,
+    Transition,
+    Tuning,
+    padded,
+)
 from pyro_hamflow.mcmc.warmup import Covariance, WarmUp
 from pyro_hamflow.mcmc.weighing import WeighingKernel
 from pyro_hamflow.model.potential import Potential
@@ -37,6 +45,7 @@ _USUAL = 0.99  # of a surrogate's draws lie where it is not softened
 _UNIT_STEP = 0.5  # where the scale is about one
 _SETTLING = 60  # iterations
 _FEWEST_VISITED = 10  # positions for each dimension, to know the mass by
+_DEEPEST = 10  # doublings of a true trajectory that is learned from
 _HOPE = 3.0  # by which a network may gain from what it has not seen yet
 
 
@@ -144,9 +153,15 @@ class LearningKernel(WeighingKernel):
         dense = self._first_kinetic(potential).inverse_mass.dim() == 2
         self._visited = Covariance(potential.dimension, dense=dense)
         learner.recorder.calls_ahead = learner.wanted / len(position) + self._total
-        inner = self.make_parameter_transition(cast(Potential, learner.recorder), len(position))
-        self._true = ConditionalTransition(inner, self.refresh) if potential.noise_sites else inner
-        return self._true
+        recorder, chains = cast(Potential, learner.recorder), len(position)
+        self._true = self._with_refresh(self.make_parameter_transition(recorder, chains))
+        # Before a scale is known, only No-U-Turn trajectories go as far as they should.
+        return self._with_refresh(NUTSTransition(recorder, chains, _DEEPEST))
+
+    def _with_refresh(self, inner: ParameterTransition) -> Transition:
+        """A move of the parameters, and of the noise if there is any."""
+        noisy = bool(self.potential.noise_sites)
+        return ConditionalTransition(inner, self.refresh) if noisy else inner
 
     def _make_true(self, potential: Potential, position: Tensor) -> Transition:
         """What the kernel would be without a surrogate."""
@@ -173,6 +188,11 @@ class LearningKernel(WeighingKernel):
             steps = self.draw_num_steps(warmup.tuning.step_size)
             return transition.step(state, warmup.tuning, steps)
         return self._explore(state)
+
+    def is_opening(self) -> bool:
+        """As it is without learning, but what is learned has to reach further than draws will."""
+        reaching = self._gathering and self._iteration > FEWEST_GATHER
+        return super().is_opening() and not reaching
 
     def _gather(self, state: State) -> tuple[State, Info]:
         """An iteration along true gradients, kept; the first training after the last of them."""

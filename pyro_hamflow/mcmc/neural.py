@@ -17,10 +17,11 @@ _CORRECTIONS = ("auto", "endpoint", "per leaf")
 class Neural(LearningKernel):
     """What makes a kernel follow a learned energy: gathering, training, trial, decision.
 
-    Warm-up begins with true gradients, and everything that they find along the way is kept. A
-    network is fitted to it, sent ahead, corrected by true gradients where its proposals end, and
-    fitted again. A trial then measures what it accepts and what it costs, and true gradients are
-    followed from there on if that is worth more; the run's messages say so.
+    Warm-up begins with true gradients, along trajectories that turn back, and everything that they
+    find along the way is kept. A network is fitted to it, sent ahead, corrected by true gradients
+    where its proposals end, and fitted again. A trial then measures what it accepts and what it
+    costs, and true gradients are followed from there on if that is worth more; the run's messages
+    say so.
 
     Arguments:
         model: A Pyro model; noise sites are moved as by the pseudo-marginal kernels.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,10 +81,14 @@ class Call(NamedTuple):
         return self.step_sizes()[:, None].square() * speed
 
 
+class _Asked(Exception):
+    """Ends a function at the gradient that it asks for."""
+
+
 class Recorder(StandIn):
     """A potential that keeps what its gradient finds.
 
-    The gradient runs as a program of its own, with Python around.
+    The gradient runs as a program of its own, between those of what is done before and after it.
 
     Arguments:
         potential: The true one.
@@ -102,11 +107,15 @@ class Recorder(StandIn):
         self.tuning: Tuning | None = None
         self.calls_ahead = 0.0
         self._seconds: dict[Program, float] = {}
+        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._stand_in: Program | None = None
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The gradient of every chain, kept."""
 
         def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            if self._stand_in is not None:
+                return self._stand_in(position, noise)
             program = self.potential.program(kind, num_chains, self.calls_ahead)
             value, slope = program(position, noise)
             if self.recording:
@@ -140,8 +149,45 @@ class Recorder(StandIn):
         return self.potential.program("gradient", rows, calls), rows
 
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
-        """The function as it is, for it must call back."""
-        return function
+        """A function that asks for the gradient once, or never, captured around it."""
+        if self.potential.fallback_reason is not None:
+            return function
+        key = (name, *(tuple(example.shape) for example in examples))
+        if key not in self._programs:
+            self._programs[key] = self._around_gradient(name, function, *examples)
+        return self._programs[key]
+
+    def _around_gradient(self, name: str, function: Program, *examples: Tensor) -> Program:
+        def before(*inputs: Tensor) -> tuple[Tensor, ...]:
+            def stop(*where: Tensor) -> Any:
+                raise _Asked(*where)
+
+            try:
+                self._with(stop, function, *inputs)
+            except _Asked as asked:
+                return asked.args
+            return ()
+
+        def after(value: Tensor, slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return self._with(lambda *_: (value, slope), function, *inputs)
+
+        accelerate = partial(self.potential.accelerate, calls=0.0)
+        if not before(*examples):
+            return accelerate(name, function, *examples)
+        position, noise = before(*examples)
+        gradient = self.graph("gradient", len(position))
+        found = (position[:, 0], position)
+        begin = accelerate(f"{name} before the gradient", before, *examples)
+        end = accelerate(f"{name} after the gradient", after, *found, *examples)
+        return lambda *inputs: end(*gradient(*begin(*inputs)), *inputs)
+
+    def _with(self, stand_in: Program, function: Program, *inputs: Tensor) -> Any:
+        """What a function returns where something stands in for the gradient."""
+        self._stand_in = stand_in
+        try:
+            return function(*inputs)
+        finally:
+            self._stand_in = None
 
     def settle(self, first: int, num_steps: Tensor) -> None:
         """Marks, from a call on, what was computed for chains whose trajectories had ended."""
@@ -181,7 +227,7 @@ class Recorder(StandIn):
         position, value, gradient = position[good], value[good], gradient[good]
         held_out = held_out[good]
         points = Points(position, value, gradient, position[:, :0])
-        return points, held_out if bool(held_out.any()) else None
+        return points, held_out if int(held_out.sum()) >= BLOCK else None
 
     def _held_out(self) -> list[bool]:
         """Whether each call is: some blocks of neighbours along trajectories, and some stars."""
