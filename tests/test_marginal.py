@@ -163,9 +163,9 @@ def test_site_passes_from_one_prior_to_the_other(width):
         matrix, vector = torch.full((1, 2, 2), value), torch.full((1, 2), value)
         return LikelihoodSite(torch.tensor([-2.0 * math.log(width)]), matrix, vector, None)
 
-    narrow, wide = fitted(0.3, 0.0), fitted(3.0, 1.0)
+    narrow, wide = fitted(0.3, 0.0), fitted(0.3 * math.sqrt(32.0), 1.0)
     site = narrow.towards(wide, torch.eye(2).expand(1, 2, 2) / width**2)
-    share = torch.sigmoid(torch.tensor(5.0 * (math.log(width / 0.3) / math.log(10.0) - 0.5)))
+    share = torch.sigmoid(torch.tensor(5.0 * (2.0 * math.log(width / 0.3) / math.log(32.0) - 0.5)))
     assert torch.allclose(site.precision, share.expand(1, 2, 2), atol=1e-5)
     assert torch.allclose(site.linear, share.expand(1, 2), atol=1e-5)
 

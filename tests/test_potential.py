@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 
-from pyro_hamflow.model import potential as potential_module
+from pyro_hamflow.model import programs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 from tests.zoo import ZOO, eight_schools, learned_parameter
@@ -277,7 +277,7 @@ def test_failure_to_batch_is_survived(monkeypatch):
 
     potential = Potential(tiny, (torch.tensor(0.7),))
     position = torch.tensor([[0.9], [-0.8]])
-    monkeypatch.setattr(potential_module, "batch", fail)
+    monkeypatch.setattr(programs, "batch", fail)
     with pytest.warns(RuntimeWarning, match="not be batched.*: aten::odd has no batching rule$"):
         values, slopes, _ = potential.gradients(position, torch.zeros(2, 0))
     for value, slope, row in zip(values, slopes, position, strict=True):
@@ -310,6 +310,6 @@ def test_density_is_the_beginning_of_the_gradient(monkeypatch):
     potential = Potential(many_data, (torch.randn(20),))
     position, noise = potential.vectors(3)
     value, _ = potential.program("gradient", 3)(position, noise)
-    monkeypatch.setattr("pyro_hamflow.model.potential.capture", None)
-    monkeypatch.setattr("pyro_hamflow.model.potential.batch", None)
+    monkeypatch.setattr("pyro_hamflow.model.programs.capture", None)
+    monkeypatch.setattr("pyro_hamflow.model.programs.batch", None)
     assert torch.equal(potential.value(position, noise), value)

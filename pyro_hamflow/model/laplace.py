@@ -25,6 +25,7 @@ prior: weights are bounded wherever the likelihood is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,14 +60,13 @@ class LikelihoodSite:
 
     def towards(self, wide: LikelihoodSite, prior_precision: Tensor) -> LikelihoodSite:
         """The mean of this site and one fitted under a wider prior that suits a prior."""
-        way = self.tightness - wide.tightness
-        gone = (self.tightness - _tightness(prior_precision)) / way
+        gone = (self.tightness - _tightness(prior_precision)) / math.log(_WIDER)
         share = torch.sigmoid(_SHARPNESS * (gone - 0.5))[..., None]
         coupling = None
         if self.coupling is not None and wide.coupling is not None:
             coupling = torch.lerp(self.coupling, wide.coupling, share[..., None])
         return LikelihoodSite(
-            self.tightness - way * share[..., 0],
+            torch.lerp(self.tightness, wide.tightness, share[..., 0]),
             torch.lerp(self.precision, wide.precision, share[..., None]),
             torch.lerp(self.linear, wide.linear, share),
             coupling,
