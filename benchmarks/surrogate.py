@@ -170,8 +170,8 @@ def _lynx(*, quick: bool) -> Table:
         f"{draws} draws of each chain, 250 iterations of warm-up; stars of 48 proposals, for they "
         f"take hardly longer than a few, and one refit. {_says(rows)} Over all seeds, HNNHMC makes "
         f"{gain:.3g} times the effective draws of NUTS per second ({gains} with each), HNNNUTS "
-        f"{other:.3g} times ({others}): along the network's trees, more is spent on Python than on "
-        f"arithmetic. The means of HNNHMC and NUTS differ by {apart:.2g} posterior standard "
+        f"{other:.3g} times ({others}): to grow trees takes longer than to follow the network. "
+        f"The means of HNNHMC and NUTS differ by {apart:.2g} posterior standard "
         f"deviations at most. Pyro's NUTS, tuned for {few} iterations only, takes {each:.3g} "
         "seconds for a draw of one chain, where one of all four takes HNNHMC "
         f"{rows[0]['sampling, s'] / draws:.2g}.",

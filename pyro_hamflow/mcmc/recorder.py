@@ -18,6 +18,7 @@ from pyro_hamflow.mcmc.surrogate import StandIn
 from pyro_hamflow.mcmc.transition import Tuning
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.programs import key_of
 from pyro_hamflow.model.recovery import Evaluation
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
@@ -150,9 +151,7 @@ class Recorder(StandIn):
 
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
         """A function that asks for the gradient once, or never, captured around it."""
-        if self.potential.fallback_reason is not None:
-            return function
-        key = (name, *(tuple(example.shape) for example in examples))
+        key = key_of(name, *examples)
         if key not in self._programs:
             self._programs[key] = self._around_gradient(name, function, *examples)
         return self._programs[key]
@@ -172,13 +171,16 @@ class Recorder(StandIn):
             return self._with(lambda *_: (value, slope), function, *inputs)
 
         accelerate = partial(self.potential.accelerate, calls=0.0)
-        if not before(*examples):
+        asked = before(*examples)
+        if not asked:
             return accelerate(name, function, *examples)
-        position, noise = before(*examples)
+        position = asked[0]
         gradient = self.graph("gradient", len(position))
         found = (position[:, 0], position)
-        begin = accelerate(f"{name} before the gradient", before, *examples)
         end = accelerate(f"{name} after the gradient", after, *found, *examples)
+        if end is after:  # where nothing is captured, there is nothing to go around
+            return function
+        begin = accelerate(f"{name} before the gradient", before, *examples)
         return lambda *inputs: end(*gradient(*begin(*inputs)), *inputs)
 
     def _with(self, stand_in: Program, function: Program, *inputs: Tensor) -> Any:

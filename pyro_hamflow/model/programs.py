@@ -93,7 +93,7 @@ class Programs(ABC):
         For all of them where no divisor of their number comes near to what a cache holds.
         """
         if kind not in self._most_rows:
-            base = self._base("gradient" if self._is_known(kind) else kind)
+            base = self._base("gradient" if self._is_part_of_gradient(kind) else kind)
             if base is None or self.example.is_cuda:
                 self._most_rows[kind] = math.inf
             else:
@@ -109,12 +109,12 @@ class Programs(ABC):
             self._graphs[key] = self._batch(kind, num_chains)
         return self._graphs[key]
 
-    def _is_known(self, kind: str) -> bool:
+    def _is_part_of_gradient(self, kind: str) -> bool:
         """Whether a kind's program is the beginning of the gradient's, which was captured."""
         return "gradient" in self._base_graphs and self._begins_gradient(kind)
 
     def _batch(self, kind: str, num_chains: int) -> Program:
-        if self._is_known(kind):
+        if self._is_part_of_gradient(kind):
             gradient = self.graph("gradient", num_chains)
             if isinstance(gradient, GraphModule):
                 return first_result(gradient)
@@ -149,7 +149,7 @@ class Programs(ABC):
         looped = self._looped and not self.compile_graphs  # each chain would be written out
         if self.fallback_reason is not None or looped:
             return function
-        key = (name, *(tuple(example.shape) for example in examples))
+        key = key_of(name, *examples)
         if key not in self._graphs:
             self._graphs[key] = capture(function, *examples)
         return self._final(key, self._graphs[key], calls, lambda: examples)
@@ -210,6 +210,11 @@ class Programs(ABC):
                         "the graph and the model disagree at another point, as they do when "
                         "the model's control flow depends on its latent variables"
                     )
+
+
+def key_of(name: str, *examples: Tensor) -> tuple[Any, ...]:
+    """What tells a function of this name for arguments of these shapes from others."""
+    return (name, *(tuple(example.shape) for example in examples))
 
 
 def _first_line(error: Exception) -> str:
