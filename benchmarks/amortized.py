@@ -116,7 +116,7 @@ def _samplers(
         "NUTS": (NUTS(patient, **settings), None),
         "HNNNUTS, learning anew": (HNNNUTS(patient, **settings), None),
         "HNNNUTS, amortised": (
-            HNNNUTS(patient, surrogate=surrogate, adapt_mass=False, **settings),
+            HNNNUTS(patient, surrogate=surrogate, adapt_mass_matrix=False, **settings),
             _WARMUP,
         ),
     }
@@ -234,7 +234,7 @@ def _compiled(surrogate: AmortizedSurrogate, *, quick: bool) -> Table:
     draws, y = 50 if quick else 1000, patients(1)[0]
     rows = [
         {"sampler": name} | _run(kernel, y, draws, warmup)[0]
-        for name, (kernel, warmup) in _samplers(surrogate, compile=not quick).items()
+        for name, (kernel, warmup) in _samplers(surrogate, jit_compile=not quick).items()
         if name != "HNNNUTS, learning anew"
     ]
     plain, mine = rows

@@ -72,13 +72,13 @@ def measure(*, quick: bool) -> list[Table]:
         rows.append(_sample(kernel, setting, "tuned", Limit(240, 90), quick=quick))
     paper = glmm_kernel(
         *_PAPER,
-        mass="diagonal",
-        inverse_mass=torch.full((13,), 0.1),
+        full_mass=False,
+        inverse_mass_matrix=torch.full((13,), 0.1),
         step_size=0.025,
         trajectory_length=0.5,
         jitter=0.0,
         adapt_step_size=False,
-        adapt_mass=False,
+        adapt_mass_matrix=False,
     )
     limit = Limit(300, 10 if quick else 180)
     rows.append(_sample(paper, _PAPER, "the paper's", limit, quick=quick, num_samples=10_000))

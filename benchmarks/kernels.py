@@ -103,7 +103,7 @@ def measure(*, quick: bool) -> list[Table]:
 
 
 def _schools(chains: int, *, quick: bool) -> Row:
-    kernel = PacedHMC(schools_noncentred, compile=True)
+    kernel = PacedHMC(schools_noncentred, jit_compile=True)
     found = _pace(
         kernel,
         "gradient",
@@ -118,7 +118,7 @@ def _schools(chains: int, *, quick: bool) -> Row:
 
 def _glmm(num_particles: int, method: str, *, quick: bool) -> Row:
     marginal = marginal_glmm("laplace", "iid", num_particles)
-    kernel = PacedPseudoMarginalHMC(marginal, method=method, mass="dense", compile=True)
+    kernel = PacedPseudoMarginalHMC(marginal, method=method, full_mass=True, jit_compile=True)
     found = _pace(
         kernel,
         "gradients" if method == "joint" else "gradient",

@@ -101,7 +101,7 @@ def _compare(
     chosen.pilot(args, {})
     began = time.perf_counter()
     mcmc = MCMC(
-        PseudoMarginalNUTS(chosen, compile=True),
+        PseudoMarginalNUTS(chosen, jit_compile=True),
         20 if quick else 500,
         num_chains=4,
         seed=0,
@@ -165,16 +165,18 @@ def _guide(marginal: MarginalModel, args: tuple[Any, ...], *, quick: bool) -> li
         *args,
         num_steps=20 if quick else 400,
         num_particles=16,
-        compile=True,
+        jit_compile=True,
         seed=0,
         disable_progbar=True,
     )
     trained = time.perf_counter() - began
     draws = 10 if quick else 250
-    found = importance_sample(marginal, guide, *args, num_samples=20 * draws, seed=1, compile=True)
+    found = importance_sample(
+        marginal, guide, *args, num_samples=20 * draws, seed=1, jit_compile=True
+    )
     weighted = time.perf_counter() - began
     began = time.perf_counter()
-    kernel = FlowMH(marginal, guide, compile=True)
+    kernel = FlowMH(marginal, guide, jit_compile=True)
     chains = MCMC(kernel, draws, 0, num_chains=20, seed=2, disable_progbar=True)
     chains.run(*args)
     seconds = trained + time.perf_counter() - began

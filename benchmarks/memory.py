@@ -75,7 +75,7 @@ def few_draws(num_particles: int, method: str, *, compiled: bool) -> Row:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     imports = _peak()
-    kernel = glmm_kernel("laplace", "iid", num_particles, method, compile=compiled)
+    kernel = glmm_kernel("laplace", "iid", num_particles, method, jit_compile=compiled)
     mcmc = MCMC(
         kernel,
         num_samples=5,

@@ -43,7 +43,7 @@ def measure(*, quick: bool) -> list[Table]:
 
 
 def _run(model: Callable[..., Any], method: str, *, draws: int) -> Row:
-    kernel = PseudoMarginalNUTS(model, method=method, compile=True)
+    kernel = PseudoMarginalNUTS(model, method=method, jit_compile=True)
     mcmc = MCMC(kernel, draws, 200, num_chains=8, seed=0, disable_progbar=True)
     mcmc.run(_data())
     stats = mcmc.draws.stats

@@ -82,7 +82,7 @@ def glmm_kernel(
     proposal: str, points: str, num_particles: int, method: str, **settings: Any
 ) -> PseudoMarginalHMC:
     """The pseudo-marginal kernel, compiled, with a dense mass unless told otherwise."""
-    settings = {"mass": "dense", "compile": True} | settings
+    settings = {"full_mass": True, "jit_compile": True} | settings
     return PseudoMarginalHMC(
         marginal_glmm(proposal, points, num_particles), method=method, **settings
     )

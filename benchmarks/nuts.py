@@ -109,7 +109,7 @@ def _plain(*, quick: bool) -> Table:
         masses = (True,) if quick else (False, True)
         rows.append({"posterior": name, "sampler": "Pyro", "chains": 1} | stock | {"ours /": ""})
         for chains in (4, 64):
-            kernel = NUTS(ours, compile=True)
+            kernel = NUTS(ours, jit_compile=True)
             run = our_run(kernel, arguments, chains=chains, warmup=warmup, draws=draws)
             mine = quality(run)
             tried = {
@@ -171,7 +171,7 @@ def _joint_glmm(*, quick: bool) -> Table:
     arguments = models.glmm_arguments(spread=1.0)
     plain = tuple(a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments)
     run = our_run(
-        NUTS(models.joint_glmm, compile=True),
+        NUTS(models.joint_glmm, jit_compile=True),
         arguments,
         chains=chains,
         warmup=warmup,
@@ -205,7 +205,7 @@ def _glmm(spread: float, *, quick: bool) -> Table:
     }
     for name, (kind, estimate, settings) in kernels.items():
         marginal = marginalize(glmm, ["x"], **estimate)
-        kernel = kind(marginal, compile=True, **settings)
+        kernel = kind(marginal, jit_compile=True, **settings)
         run = our_run(
             kernel, arguments, chains=4, warmup=50 if quick else None, draws=draws, start=start
         )

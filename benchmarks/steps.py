@@ -52,7 +52,7 @@ def _profile(
     model: Callable[..., Any], arguments: tuple[Any, ...], chains: int, *, quick: bool
 ) -> Row:
     torch.manual_seed(0)
-    kernel = NUTS(model, compile=True)
+    kernel = NUTS(model, jit_compile=True)
     warmup, draws = (30, 10) if quick else (300, 200)
     state = kernel.begin(chains, warmup, arguments)
     for _ in range(warmup):

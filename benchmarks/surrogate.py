@@ -211,9 +211,9 @@ def _glmm(*, quick: bool) -> Table:
     def learned_kernel() -> HNNHMC:
         return HNNHMC(
             lattice,
-            compile=compiled,
+            jit_compile=compiled,
             fallback=False,
-            target_accept=0.9,
+            target_accept_prob=0.9,
             num_transitions=8,
             true_share=0.25,
             rounds=4,
@@ -223,9 +223,9 @@ def _glmm(*, quick: bool) -> Table:
 
     kernels: dict[str, tuple[Callable[[], HamiltonianKernel], int | None]] = {
         "HNNHMC, 8 particles": (learned_kernel, 500),
-        "HNNNUTS": (lambda: HNNNUTS(plain, compile=compiled), None),
-        "PseudoMarginalNUTS": (lambda: PseudoMarginalNUTS(plain, compile=compiled), None),
-        "PseudoMarginalHMC": (lambda: PseudoMarginalHMC(plain, compile=compiled), None),
+        "HNNNUTS": (lambda: HNNNUTS(plain, jit_compile=compiled), None),
+        "PseudoMarginalNUTS": (lambda: PseudoMarginalNUTS(plain, jit_compile=compiled), None),
+        "PseudoMarginalHMC": (lambda: PseudoMarginalHMC(plain, jit_compile=compiled), None),
     }
     rows = []
     for seed in seeds:

@@ -103,7 +103,7 @@ def test_start_and_scale_are_the_surrogates(surrogate):
     whitened = network.whitened(state.position)
     assert (whitened.mean(0).abs() < 0.3).all()
     assert ((whitened.std(0) - 1.0).abs() < 0.3).all()
-    assert torch.allclose(kernel.inverse_mass, network.root @ network.root.mT)
+    assert torch.allclose(kernel.kinetic.inverse_mass, network.root @ network.root.mT)
     assert kernel.report.n_gradients == surrogate.n_probes == 3
 
 

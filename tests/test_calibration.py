@@ -83,7 +83,7 @@ def ranks_of(make_kernel, *, runs=RUNS, **settings):
     for seed in range(runs):
         pyro.set_rng_seed(1000 + seed)
         mean, scale, x, y = draw_prior(TOGETHER)
-        mcmc = phf.MCMC(make_kernel(), SAMPLES, WARMUP, CHAINS, seed=seed)
+        mcmc = phf.MCMC(make_kernel(), SAMPLES, WARMUP, num_chains=CHAINS, seed=seed)
         mcmc.run(y, **settings)
         draws = mcmc.get_samples(group_by_chain=True) | mcmc.draws.local
         last = {name: value[:, -1] for name, value in draws.items()}

@@ -42,11 +42,11 @@ def run(num_particles, method, *, num_samples, kernel=phf.PseudoMarginalHMC, **s
         marginal,
         method=method,
         step_size=0.2,
-        inverse_mass=torch.tensor(REFERENCE["sd"]).square(),
-        adapt_mass=False,
+        inverse_mass_matrix=torch.tensor(REFERENCE["sd"]).square(),
+        adapt_mass_matrix=False,
         **settings,
     )
-    mcmc = phf.MCMC(moves, num_samples, 50, 12, initial_params(12), seed=2)
+    mcmc = phf.MCMC(moves, num_samples, 50, initial_params(12), 12, seed=2)
     mcmc.run(*glmm_data())
     return mcmc
 
@@ -107,7 +107,7 @@ def test_posterior_of_nuts_agrees_with_quadrature(method):
 )
 def test_long_runs_agree_with_quadrature(kernel, num_particles, num_samples, method):
     """Every parameter within four standard errors, and the effects as far as 500 may be."""
-    mcmc = run(num_particles, method, num_samples=num_samples, kernel=kernel, compile=True)
+    mcmc = run(num_particles, method, num_samples=num_samples, kernel=kernel, jit_compile=True)
     assert np.abs(parameter_scores(mcmc)).max() < 4.0
     assert np.abs(effect_scores(mcmc)).max() < LARGEST_OF_EFFECTS
 

@@ -269,7 +269,7 @@ def test_draws_do_not_depend_on_how_many_are_evaluated_at_once(monkeypatch):
 
 def test_compiled_densities_are_the_same():
     plain, compiled = (
-        importance_sample(conjugate, Gaussian(), Y, num_samples=50, seed=3, compile=compile)
+        importance_sample(conjugate, Gaussian(), Y, num_samples=50, seed=3, jit_compile=compile)
         for compile in (False, True)
     )
     torch.testing.assert_close(compiled.log_weights, plain.log_weights)

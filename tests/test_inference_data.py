@@ -43,7 +43,13 @@ def data():
 def run(data, **settings):
     marginal = phf.marginalize(clinics, ["effect"], num_particles=4)
     mcmc = phf.MCMC(
-        phf.PseudoMarginalHMC(marginal), 40, 20, 2, seed=5, save_warmup=True, **settings
+        phf.PseudoMarginalHMC(marginal),
+        40,
+        20,
+        num_chains=2,
+        seed=5,
+        save_warmup=True,
+        **settings,
     )
     mcmc.run(*data)
     return mcmc
@@ -187,7 +193,7 @@ def test_runs_of_pyros_runner_convert(data):
 
 
 def test_plain_models_report_every_observation(data):
-    mcmc = phf.MCMC(phf.HMC(clinics), 30, 10, 2, seed=1)
+    mcmc = phf.MCMC(phf.HMC(clinics), 30, 10, num_chains=2, seed=1)
     mcmc.run(*data)
     idata = phf.to_inference_data(mcmc)
     assert idata.log_likelihood["outcome"].dims == ("chain", "draw", "clinic", "patient")

@@ -237,12 +237,12 @@ def test_logging_of_kernel(make):
     [
         ({"step_size": 0.0}, ValueError, "`step_size` is 0.0: expected a positive number"),
         ({"step_size": -1.0}, ValueError, "`step_size` is -1.0"),
-        ({"target_accept": 1.0}, ValueError, "`target_accept` is 1.0"),
-        ({"target_accept": 0.0}, ValueError, "`target_accept` is 0.0"),
+        ({"target_accept_prob": 1.0}, ValueError, "`target_accept_prob` is 1.0"),
+        ({"target_accept_prob": 0.0}, ValueError, "`target_accept_prob` is 0.0"),
         ({"trajectory_length": 0.0}, ValueError, "`trajectory_length` is 0.0"),
         ({"jitter": 1.0}, ValueError, "`jitter` is 1.0"),
         ({"jitter": -0.1}, ValueError, "`jitter` is -0.1"),
-        ({"mass": "full"}, ValueError, "`mass` is 'full': expected one of"),
+        ({"full_mass": "full"}, ValueError, "`full_mass` is 'full': expected one of"),
         ({"max_num_steps": 0}, ValueError, "`max_num_steps` is 0: expected 1 or more"),
         ({"unknown": 0}, TypeError, "unknown"),
     ],
@@ -274,13 +274,13 @@ def test_correlation_out_of_range_is_refused():
         pseudo_marginal(refresh=CorrelatedRefresh(1.0))
 
 
-@pytest.mark.parametrize(("mass", "shape"), [("diagonal", (3,)), ("dense", (2,))])
-def test_inverse_mass_of_wrong_shape_is_refused(mass, shape):
-    with pytest.raises(ValueError, match="`inverse_mass` has shape .*: expected"):
-        _run(hmc(mass=mass, inverse_mass=torch.ones(shape)))
+@pytest.mark.parametrize(("full_mass", "shape"), [(False, (3,)), (True, (2,))])
+def test_inverse_mass_of_wrong_shape_is_refused(full_mass, shape):
+    with pytest.raises(ValueError, match="`inverse_mass_matrix` has shape .*: expected"):
+        _run(hmc(full_mass=full_mass, inverse_mass_matrix=torch.ones(shape)))
 
 
-@pytest.mark.parametrize("name", ["potential", "step_size", "inverse_mass"])
+@pytest.mark.parametrize("name", ["potential", "step_size", "inverse_mass_matrix"])
 def test_kernel_before_its_run(name):
     with pytest.raises(RuntimeError, match="run it first"):
         getattr(HMC(plain_model), name)

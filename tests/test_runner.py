@@ -293,7 +293,7 @@ def test_hidden_progress_bar(hide, monkeypatch, capsys):
 
 def test_divergences_are_counted():
     """A funnel with steps too long for its neck: rejected, counted, told, and no crash."""
-    kernel = HMC(funnel, step_size=1.0, adapt_step_size=False, adapt_mass=False)
+    kernel = HMC(funnel, step_size=1.0, adapt_step_size=False, adapt_mass_matrix=False)
     start = {"width": torch.full((4,), -3.0), "x": torch.full((4, 5), 0.01)}
     mcmc = MCMC(kernel, 50, 0, num_chains=4, initial_params=start, seed=0, disable_progbar=True)
     mcmc.run()
@@ -320,6 +320,7 @@ def test_divergences_are_counted():
         ({"num_samples": True}, TypeError, "`num_samples` is True: expected an integer"),
         ({"warmup_steps": -1}, ValueError, "`warmup_steps` is -1: expected 0 or more"),
         ({"num_chains": 0}, ValueError, "`num_chains` is 0: expected 1 or more"),
+        ({"initial_params": 4}, TypeError, "`initial_params` is 4: expected values of each site"),
         (
             {"chain_method": "parallel"},
             ValueError,

@@ -369,7 +369,7 @@ def test_where_nothing_can_be_learned_true_gradients_are_followed():
         pyro.factor("edge", torch.where(x.abs() > 1e-6, torch.nan, 0.0) * x)
 
     start = {"x": torch.zeros(2)}
-    kernel = learner(HNNHMC, edge, step_size=0.5, adapt_step_size=False, adapt_mass=False)
+    kernel = learner(HNNHMC, edge, step_size=0.5, adapt_step_size=False, adapt_mass_matrix=False)
     mcmc = run(kernel, chains=2, draws=10, initial_params=start)
     assert "nothing could be learned: 0 finite gradients were found" in mcmc.messages[0]
     assert (mcmc.draws.position.abs() <= 1e-6).all()

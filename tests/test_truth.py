@@ -152,7 +152,7 @@ def test_quadrature_of_schools():
 
 def run_schools_noncentred(num_samples=300):
     model = poutine.reparam(schools, {"theta": LocScaleReparam(0.0)})
-    mcmc = phf.MCMC(phf.NUTS(model), num_samples, 200, 100, seed=1)
+    mcmc = phf.MCMC(phf.NUTS(model), num_samples, 200, num_chains=100, seed=1)
     mcmc.run(*SCHOOLS_DATA)
     return mcmc
 
@@ -190,8 +190,8 @@ def test_schools_centred():
     draws, and their means, one of each chain, are the sample: exact chains cannot be off the truth
     by more than these means vary, however slowly they mix.
     """
-    kernel = phf.NUTS(schools, target_accept=0.9)
-    mcmc = phf.MCMC(kernel, 100, 50, 200, Schools().draws(200), seed=1)
+    kernel = phf.NUTS(schools, target_accept_prob=0.9)
+    mcmc = phf.MCMC(kernel, 100, 50, Schools().draws(200), 200, seed=1)
     mcmc.run(*SCHOOLS_DATA)
     draws = schools_draws(mcmc)
     for (name, power), expected in Schools().moments().items():
@@ -234,7 +234,7 @@ def check_funnel(mcmc, spread):
 
 def test_funnel_noncentred():
     model = poutine.reparam(funnel, {"x": LocScaleReparam(0.0)})
-    mcmc = phf.MCMC(phf.NUTS(model), 300, 150, 100, seed=1)
+    mcmc = phf.MCMC(phf.NUTS(model), 300, 150, num_chains=100, seed=1)
     mcmc.run(3.0)
     check_funnel(mcmc, 3.0)
 
@@ -242,6 +242,6 @@ def test_funnel_noncentred():
 @pytest.mark.slow
 def test_funnel_centred():
     """A milder funnel, into whose neck a small step size leads."""
-    mcmc = phf.MCMC(phf.NUTS(funnel, target_accept=0.95), 400, 200, 100, seed=1)
+    mcmc = phf.MCMC(phf.NUTS(funnel, target_accept_prob=0.95), 400, 200, num_chains=100, seed=1)
     mcmc.run(1.0)
     check_funnel(mcmc, 1.0)

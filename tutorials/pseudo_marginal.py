@@ -97,7 +97,10 @@ for label, proposal in {"N(0, 9)": paper, "prior": "prior", "laplace": "laplace"
 # %%
 laplace = phf.marginalize(model, ["x"], num_particles=4)
 wide = phf.marginalize(model, ["x"], num_particles=4, proposal=paper)
-runs, good = {}, {"max_tree_depth": 3} if smoke else {"target_accept": 0.9, "compile": True}
+runs, good = (
+    {},
+    {"max_tree_depth": 3} if smoke else {"target_accept_prob": 0.9, "jit_compile": True},
+)
 for label, marginal, method, length, settings in [
     ("joint", laplace, "joint", draws // 2, good),
     ("bad", wide, "conditional", draws // 4, {}),

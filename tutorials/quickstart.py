@@ -61,7 +61,7 @@ def membership(covariates, union):
 
 # %%
 marginal = phf.marginalize(membership, ["effect"], num_particles=16)
-kernel = phf.PseudoMarginalHMC(marginal, mass="dense")
+kernel = phf.PseudoMarginalHMC(marginal, full_mass=True)
 mcmc = phf.MCMC(kernel, num_samples=800, warmup_steps=250, num_chains=4, seed=1)
 mcmc.run(covariates, union)
 

@@ -60,7 +60,7 @@ def fit_guide(
     learning_rate: float = 5e-3,
     patience: float = 0.5,
     seed: int | None = None,
-    compile: bool = False,
+    jit_compile: bool = False,
     disable_progbar: bool = False,
     **kwargs: Any,
 ) -> Fit:
@@ -80,7 +80,7 @@ def fit_guide(
         learning_rate: The first learning rate.
         patience: Which share of all steps may pass without progress before training stops.
         seed: Makes a training repeat itself; torch's current random state is used if not given.
-        compile: Whether to compile the model's gradient to machine code.
+        jit_compile: Whether to compile the model's gradient to machine code.
         disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
         kwargs: The model's keyword arguments.
 
@@ -109,7 +109,7 @@ def fit_guide(
     _check_positive(num_particles=num_particles)
     if seed is not None:
         torch.manual_seed(seed)
-    potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=compile)
+    potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
     guide.prepare(*args, **kwargs)
     objective = Objective(guide, potential, num_particles)
     return train(

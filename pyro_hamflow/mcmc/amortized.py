@@ -183,7 +183,7 @@ def learn_surrogate(
     Returns:
         The surrogate, to be passed to a kernel, whose chains begin where it expects the posterior,
         with its spread as their first inverse mass. A warm-up of 60 iterations, with
-        ``adapt_mass=False``, then does.
+        ``adapt_mass_matrix=False``, then does.
 
     Raises:
         ValueError: If a number is not positive, the model observes nothing, or the summary is no

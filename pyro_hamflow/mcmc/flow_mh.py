@@ -105,7 +105,7 @@ class FlowMH(HamiltonianKernel):
         guide: A trained :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills
             the protocol :class:`IndependenceProposal`. It must not be trained further while draws
             are made.
-        compile: Whether to compile the model's density to machine code.
+        jit_compile: Whether to compile the model's density to machine code.
 
     Raises:
         TypeError: If the model is not callable, or the guide makes no proposals.
@@ -134,7 +134,7 @@ class FlowMH(HamiltonianKernel):
     separate_noise = True
 
     def __init__(
-        self, model: Callable[..., Any], guide: IndependenceProposal, *, compile: bool = False
+        self, model: Callable[..., Any], guide: IndependenceProposal, *, jit_compile: bool = False
     ) -> None:
         if not hasattr(guide, "propose") or not hasattr(guide, "log_ratio"):
             raise TypeError(
@@ -142,7 +142,7 @@ class FlowMH(HamiltonianKernel):
                 "guide with methods `prepare`, `propose` and `log_ratio`"
             )
         super().__init__(
-            model, step_size=1.0, adapt_step_size=False, mass="identity", compile=compile
+            model, step_size=1.0, adapt_step_size=False, full_mass=False, jit_compile=jit_compile
         )
         self._guide = guide
 
@@ -194,6 +194,6 @@ class FlowMH(HamiltonianKernel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        unused = ("target_accept", "mass")
+        unused = ("target_accept_prob", "full_mass")
         kept = {name: value for name, value in super().settings.items() if name not in unused}
         return kept | {"guide": repr(self._guide).splitlines()[0]}

@@ -25,7 +25,7 @@ from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
-_MASSES = ("auto", "identity", "diagonal", "dense")
+_MASSES = (True, False, "auto")
 _LARGEST_DENSE = 100
 _FIRST_STEP = 0.1
 _PILOT_RADIUS = 0.1
@@ -39,13 +39,13 @@ class HamiltonianKernel(MCMCKernel):
         model: A Pyro model.
         step_size: The integrator's first step size; found by trial if not given.
         adapt_step_size: Whether warm-up tunes it.
-        target_accept: The mean acceptance probability that warm-up aims for.
-        mass: ``"identity"``, ``"diagonal"`` or ``"dense"``; ``"auto"`` is dense for up to a hundred
-            parameters, and diagonal beyond.
-        inverse_mass: The first inverse mass, of shape ``(dimension,)`` or, if dense,
+        target_accept_prob: The mean acceptance probability that warm-up aims for.
+        full_mass: Whether the mass is a whole matrix, or its diagonal alone; ``"auto"`` is whole
+            for up to a hundred parameters, and diagonal beyond.
+        inverse_mass_matrix: The first one, of shape ``(dimension,)`` or, if the mass is whole,
             ``(dimension, dimension)``; ones if not given.
-        adapt_mass: Whether warm-up tunes it; an identity mass stays as it is.
-        compile: Whether to compile the programs to machine code, which takes tens of seconds and
+        adapt_mass_matrix: Whether warm-up tunes it.
+        jit_compile: Whether to compile programs to machine code, which takes tens of seconds and
             makes long runs several times faster.
     """
 
@@ -57,29 +57,31 @@ class HamiltonianKernel(MCMCKernel):
         *,
         step_size: float | None = None,
         adapt_step_size: bool = True,
-        target_accept: float = 0.8,
-        mass: str = "auto",
-        inverse_mass: Tensor | None = None,
-        adapt_mass: bool = True,
-        compile: bool = False,
+        target_accept_prob: float = 0.8,
+        full_mass: bool | str = "auto",
+        inverse_mass_matrix: Tensor | None = None,
+        adapt_mass_matrix: bool = True,
+        jit_compile: bool = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"`model` is {model!r}: expected a Pyro model, a callable")
         if step_size is not None and not step_size > 0:
             raise ValueError(f"`step_size` is {step_size}: expected a positive number")
-        if not 0 < target_accept < 1:
-            raise ValueError(f"`target_accept` is {target_accept}: expected 0 < target_accept < 1")
-        if mass not in _MASSES:
-            raise ValueError(f"`mass` is {mass!r}: expected one of {_MASSES}")
+        if not 0 < target_accept_prob < 1:
+            raise ValueError(
+                f"`target_accept_prob` is {target_accept_prob}: expected 0 < target_accept_prob < 1"
+            )
+        if full_mass not in _MASSES:
+            raise ValueError(f"`full_mass` is {full_mass!r}: expected one of {_MASSES}")
         super().__init__()
         self.model = model
         self.adapt_step_size = adapt_step_size
-        self.target_accept = target_accept
-        self.mass = mass
-        self.adapt_mass = adapt_mass and mass != "identity"
-        self.compile = compile
+        self.target_accept_prob = target_accept_prob
+        self.full_mass = full_mass
+        self.adapt_mass_matrix = adapt_mass_matrix
+        self.jit_compile = jit_compile
         self._first_step_size = step_size
-        self._first_inverse_mass = inverse_mass
+        self._first_inverse_mass = inverse_mass_matrix
         self._potential: Potential | None = None
         self._transition: Transition | None = None
         self._warmup: WarmUp | None = None
@@ -188,9 +190,22 @@ class HamiltonianKernel(MCMCKernel):
         return self._running()[0].tuning.step_size
 
     @property
-    def inverse_mass(self) -> Tensor:
-        """The current inverse mass."""
-        return self._running()[0].tuning.kinetic.inverse_mass
+    def kinetic(self) -> GaussianKinetic:
+        """The current kinetic energy, of flat momenta."""
+        return self._running()[0].tuning.kinetic
+
+    @property
+    def inverse_mass_matrix(self) -> dict[tuple[str, ...], Tensor]:
+        """The current inverse mass in Pyro's form: the names of sites, in order, and their block.
+
+        A vector is the diagonal of one.
+        """
+        inverse_mass = self.kinetic.inverse_mass
+        sites = sorted(self.potential.sites, key=lambda site: site.name)
+        order = torch.cat([torch.arange(site.start, site.stop) for site in sites])
+        rows = inverse_mass[order]
+        names = tuple(site.name for site in sites)
+        return {names: rows if inverse_mass.dim() == 1 else rows[:, order]}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -198,9 +213,9 @@ class HamiltonianKernel(MCMCKernel):
         return {
             "kernel": type(self).__name__,
             "model": repr(self.model) if isinstance(self.model, MarginalModel) else "",
-            "target_accept": self.target_accept,
-            "mass": self.mass,
-            "compile": self.compile,
+            "target_accept_prob": self.target_accept_prob,
+            "full_mass": self.full_mass,
+            "jit_compile": self.jit_compile,
         }
 
     def _running(self) -> tuple[WarmUp, Transition]:
@@ -221,15 +236,15 @@ class HamiltonianKernel(MCMCKernel):
             tuning.step_size,
             tuning.kinetic,
             warmup_steps,
-            target=self.target_accept,
+            target=self.target_accept_prob,
             adapt_step_size=adapt_step_size and self.adapt_step_size,
-            adapt_mass=adapt_mass and self.adapt_mass,
+            adapt_mass=adapt_mass and self.adapt_mass_matrix,
         )
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
         dimension, given = potential.dimension, self._first_inverse_mass
-        if self.mass != "auto":
-            dense = self.mass == "dense"
+        if isinstance(self.full_mass, bool):
+            dense = self.full_mass
         elif given is not None:
             dense = given.dim() == 2
         else:
@@ -239,7 +254,9 @@ class HamiltonianKernel(MCMCKernel):
             return GaussianKinetic(torch.diag(ones) if dense else ones)
         expected = (dimension, dimension) if dense else (dimension,)
         if tuple(given.shape) != expected:
-            raise ValueError(f"`inverse_mass` has shape {tuple(given.shape)}: expected {expected}")
+            raise ValueError(
+                f"`inverse_mass_matrix` has shape {tuple(given.shape)}: expected {expected}"
+            )
         return GaussianKinetic(given.to(potential.example))
 
     def _reasonable_step_size(self, state: State) -> float:
@@ -252,13 +269,13 @@ class HamiltonianKernel(MCMCKernel):
             info = transition.step(state, tuning._replace(step_size=size), 1)[1]
             return float(info.acceptance_rate.mean())
 
-        growing = rate(size) > self.target_accept
+        growing = rate(size) > self.target_accept_prob
         for _ in range(30):
             trial = 2.0 * size if growing else 0.5 * size
-            if growing and (trial > 2.0 or rate(trial) <= self.target_accept):
+            if growing and (trial > 2.0 or rate(trial) <= self.target_accept_prob):
                 return size
             size = trial
-            if not growing and rate(size) > self.target_accept:
+            if not growing and rate(size) > self.target_accept_prob:
                 return size
         return size
 
@@ -286,7 +303,7 @@ class HamiltonianKernel(MCMCKernel):
             args,
             kwargs,
             separate_noise=self.separate_noise,
-            compile_graphs=self.compile,
+            compile_graphs=self.jit_compile,
         )
         return self._potential
 

@@ -127,8 +127,7 @@ class LearningKernel(WeighingKernel):
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
         """By the spread of a surrogate that was given, unless told otherwise."""
         kinetic = super()._first_kinetic(potential)
-        given = self._first_inverse_mass is not None or self.mass == "identity"
-        if self.surrogate is None or given:
+        if self.surrogate is None or self._first_inverse_mass is not None:
             return kinetic
         inverse_mass = self.surrogate.root @ self.surrogate.root.mT
         if kinetic.inverse_mass.dim() == 1:
@@ -330,7 +329,7 @@ class LearningKernel(WeighingKernel):
             tuning: Of which is kept what is not to be adapted.
         """
         covariance, kinetic = self._learning().covariance, tuning.kinetic
-        if self.adapt_mass and covariance is not None:
+        if self.adapt_mass_matrix and covariance is not None:
             dense = kinetic.inverse_mass.dim() == 2
             kinetic = GaussianKinetic(covariance if dense else covariance.diag())
         tuning = Tuning(_UNIT_STEP if self.adapt_step_size else tuning.step_size, kinetic)
@@ -383,7 +382,7 @@ class LearningKernel(WeighingKernel):
         self._say(f"true gradients are followed: {reason}.")
         self._transition = self._make_true(potential, state.position)
         tuning = warmup.tuning
-        if self.adapt_mass and self._visited.count > _FEWEST_VISITED * potential.dimension:
+        if self.adapt_mass_matrix and self._visited.count > _FEWEST_VISITED * potential.dimension:
             inverse_mass = self._visited.inverse_mass().to(tuning.kinetic.inverse_mass)
             tuning = tuning._replace(kinetic=GaussianKinetic(inverse_mass))
         self._warmup = warmup = self._new_warmup(tuning, self._total - self._iteration)

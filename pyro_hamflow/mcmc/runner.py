@@ -35,9 +35,9 @@ class MCMC:
         num_samples: Draws of each chain that are kept.
         warmup_steps: Iterations before them, in which the kernel is tuned. Chains that move at once
             are tuned on together and need fewer: 100, and 600 shared among them, if not given.
-        num_chains: How many chains.
         initial_params: Unconstrained starting values, chains first (with one chain, the chain
             dimension may be left out); found near the pilot or near zero if not given.
+        num_chains: How many chains.
         chain_method: ``"vectorized"`` moves all chains at once and tunes on all of them;
             ``"sequential"`` runs one after the other.
         seed: Makes a run repeat itself; torch's current random state is used if not given.
@@ -47,7 +47,7 @@ class MCMC:
         disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
 
     Raises:
-        TypeError: If the kernel is none of this package's.
+        TypeError: If the kernel is none of this package's, or starting values have no names.
         ValueError: If a number lies outside its range.
 
     Example:
@@ -64,10 +64,10 @@ class MCMC:
         kernel: HamiltonianKernel,
         num_samples: int,
         warmup_steps: int | None = None,
-        num_chains: int = 1,
         initial_params: Mapping[str, Tensor] | None = None,
-        chain_method: str = "vectorized",
+        num_chains: int = 1,
         *,
+        chain_method: str = "vectorized",
         seed: int | None = None,
         save_warmup: bool = False,
         hook_fn: Callable[..., None] | None = None,
@@ -87,6 +87,10 @@ class MCMC:
                 raise TypeError(f"`{name}` is {number!r}: expected an integer")
             if number < least:
                 raise ValueError(f"`{name}` is {number}: expected {least} or more")
+        if not isinstance(initial_params, Mapping | None):
+            raise TypeError(
+                f"`initial_params` is {initial_params!r}: expected values of each site by name"
+            )
         if chain_method not in _METHODS:
             raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
         self.kernel = kernel
@@ -210,7 +214,7 @@ class MCMC:
         if diverging:
             messages.append(
                 f"{diverging} of {stats['diverging'].numel()} transitions diverged: raise "
-                "`target_accept`, or reparametrise the model."
+                "`target_accept_prob`, or reparametrise the model."
             )
         full = int(stats["reached_max_treedepth"].sum()) if "reached_max_treedepth" in stats else 0
         if full:

@@ -146,7 +146,7 @@ def importance_sample(
     *args: Any,
     num_samples: int = 10_000,
     seed: int | None = None,
-    compile: bool = False,
+    jit_compile: bool = False,
     **kwargs: Any,
 ) -> ImportanceSamples:
     r"""Corrects a guide: draws with weights, and the evidence.
@@ -166,7 +166,7 @@ def importance_sample(
         args: The model's arguments.
         num_samples: How many draws.
         seed: Makes the draws repeat themselves; torch's current random state if not given.
-        compile: Whether to compile the model's density to machine code: it pays on a model with
+        jit_compile: Whether to compile the model's density to machine code: it pays on a model with
             many particles, where a draw costs milliseconds.
         kwargs: The model's keyword arguments.
 
@@ -204,7 +204,7 @@ def importance_sample(
         raise ValueError(f"`num_samples` is {num_samples}: expected 2 or more")
     if seed is not None:
         torch.manual_seed(seed)
-    potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=compile)
+    potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
     guide.prepare(*args, **kwargs)
     with torch.no_grad():
         at_once = min(_together(potential), num_samples)
