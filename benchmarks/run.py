@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import (
     amortized,
+    coverage,
     flows,
     glmm,
     gradients,
@@ -29,6 +30,7 @@ from benchmarks.timing import prepare_compiler
 
 TOPICS = {
     "gradients": gradients,
+    "coverage": coverage,
     "kernels": kernels,
     "memory": memory,
     "glmm": glmm,
