@@ -22,6 +22,7 @@ from pyro_hamflow.flows.start import PriorDistribution, laplace, seeded_potentia
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, constrain, split, stack_sites
+from pyro_hamflow.model.validation import no_validation
 
 _STARTS = ("laplace", "prior")
 _PILOT_DRAWS = 1000
@@ -162,7 +163,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
             with torch.enable_grad():
                 model.plan(*args, **kwargs)  # finds faults of the sites
                 pilot = model.pilot(args, kwargs)
-        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+        with torch.no_grad(), poutine.block(), no_validation():
             whole = poutine.trace(model).get_trace(*args, **kwargs)
             _refuse_local_subsampling(whole)
             super()._setup_prototype(*args, **kwargs)
@@ -212,7 +213,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
     def _potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Tensor]:
         """The potential of one position."""
         (model,) = self._plain_model
-        with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled(False):
+        with torch.random.fork_rng(), poutine.block(), no_validation():
             torch.manual_seed(0)
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         if any(_is_part(frame) for frame in _frames(trace.nodes.values())):

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import constraints
@@ -19,6 +18,7 @@ from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.structure import run_with
+from pyro_hamflow.model.validation import no_validation
 
 _ROUNDS = 20
 _STEPS = 25
@@ -79,7 +79,7 @@ def seeded_potential(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             trace = run_with(model, lambda msg: values.get(msg["name"]), *args, **kwargs)
-        with pyro.validation_enabled(False):
+        with no_validation():
             log_joint = trace.log_prob_sum()
         return -add_jacobians(log_joint, sites, free)
 

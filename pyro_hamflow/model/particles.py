@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.poutine as poutine
 from pyro.poutine.runtime import Message
 from torch import Tensor
@@ -30,6 +29,7 @@ from pyro_hamflow.model.structure import (
     sum_to_elements,
     vectorized_frames,
 )
+from pyro_hamflow.model.validation import no_validation
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def run_program(
             )
         return plan.structure.placeholders[name]
 
-    with poutine.block(), pyro.validation_enabled(False), SetValues(choose):
+    with poutine.block(), no_validation(), SetValues(choose):
         trace = poutine.trace(program).get_trace(parameters, *plan.args, **plan.kwargs)
     for name in group.sites:
         if name not in trace.nodes:

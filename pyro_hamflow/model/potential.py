@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import config_enumerate
@@ -37,6 +36,7 @@ from pyro_hamflow.model.structure import (
     refuse_nan,
     refuse_subsampling,
 )
+from pyro_hamflow.model.validation import no_validation
 
 
 class Potential(Programs):
@@ -84,7 +84,7 @@ class Potential(Programs):
         self.args = args
         self.kwargs = dict(kwargs or {})
         self.separate_noise = separate_noise
-        with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled(False):
+        with torch.random.fork_rng(), poutine.block(), no_validation():
             torch.manual_seed(0)
             plain = poutine.trace(model).get_trace(*args, **self.kwargs)
         refuse_subsampling(plain)
@@ -124,7 +124,7 @@ class Potential(Programs):
 
     def _run(self, free: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> poutine.Trace:
         values = constrain(self.sites, free) | constrain(self.noise_sites, noise)
-        with poutine.block(), pyro.validation_enabled(False):
+        with poutine.block(), no_validation():
             # Conditioning inside the enumeration, so that only discrete sites are enumerated.
             with SetValues(lambda msg: values.get(msg["name"])):
                 trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
@@ -138,7 +138,7 @@ class Potential(Programs):
         return self._value_of_run(self._run(free, split(self.noise_sites, noise)), free)
 
     def _value_of_run(self, trace: poutine.Trace, free: Mapping[str, Tensor]) -> Tensor:
-        with pyro.validation_enabled(False):
+        with no_validation():
             log_joint = self._evaluator.log_prob(trace)
             log_joint = add_jacobians(log_joint, self.sites, free)
         return -log_joint

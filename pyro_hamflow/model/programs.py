@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -29,6 +28,7 @@ from pyro_hamflow.model.capture import (
     largest_tensor,
     loop,
 )
+from pyro_hamflow.model.validation import no_validation
 
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
 _CACHED = 2**16  # numbers in a tensor
@@ -180,7 +180,7 @@ class Programs(ABC):
         if kind not in known:
             examples = [example[0] for example in self._examples(kind, 1)]
             try:
-                with pyro.validation_enabled(False):
+                with no_validation():
                     graph = capture(self._one(kind), *examples)
                 self._check(kind, graph)
             except Exception as error:  # whatever a model's own code may raise while it is traced

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 
 class Site(NamedTuple):
@@ -92,6 +92,17 @@ def support_of(name: str, fn: Any) -> Any:
             f"the distribution of site '{name}', {type(fn).__name__}, has no support: expected one "
             "that says where its values lie, such as `constraints.real`"
         )
+    return _of_components(support)
+
+
+def _of_components(support: Any) -> Any:
+    """A support in which a mixture's, from torch 2.13 a class of its own, is its components'."""
+    of_mixtures: Any = getattr(constraints, "MixtureSameFamilyConstraint", ())
+    if isinstance(support, of_mixtures):
+        return _of_components(support.base_constraint)
+    if isinstance(support, constraints.independent):
+        base = _of_components(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
     return support
 
 

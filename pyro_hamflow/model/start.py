@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.validation import no_validation
 
 _RADIUS = 2.0
 _TRIES = 100
@@ -50,7 +50,7 @@ def find_start(
 
 def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
     """Which sites have no finite log density at a chain's point, in words."""
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with torch.no_grad(), no_validation():
         trace = potential.trace(position, noise)
         trace.compute_log_prob()
     faults = []

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -20,6 +19,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+
+from pyro_hamflow.model.validation import no_validation
 
 Frames = tuple[CondIndepStackFrame, ...]
 
@@ -175,7 +176,7 @@ def run_with(
     **kwargs: Any,
 ) -> poutine.Trace:
     """Traces a model, hidden from all outer handlers, with chosen values at its latent sites."""
-    with poutine.block(), pyro.validation_enabled(False), SetValues(choose):
+    with poutine.block(), no_validation(), SetValues(choose):
         return poutine.trace(model).get_trace(*args, **kwargs)
 
 

@@ -30,6 +30,7 @@ from pyro_hamflow.model.structure import (
     run_with,
     vectorized_frames,
 )
+from pyro_hamflow.model.validation import no_validation
 from pyro_hamflow.results.importance import ImportanceSamples
 
 Groups = dict[str, xarray.Dataset]
@@ -273,7 +274,7 @@ class _Model:
             run = run_with(
                 self.model, lambda msg: known.get(msg["name"]), *self.args, **self.kwargs
             )
-            with pyro.validation_enabled(is_validate=False):
+            with no_validation():
                 densities = [log_density(run.nodes[name]) for name in observed]
             return *[run.nodes[name]["value"] for name in deterministic], *densities
 
