@@ -163,7 +163,7 @@ def test_estimate_without_plate(method):
     mcmc.run(torch.tensor(0.7))
     estimate = mcmc.draws.stats["log_likelihood_estimate"]
     assert estimate.shape == (2, 4)
-    assert torch.equal(mcmc.draws.log_likelihood["x"].reshape(2, 4), estimate)
+    assert len(estimate.unique()) > 2
     assert mcmc.draws.local["x"].shape == (2, 4, 2)
 
 

@@ -19,13 +19,11 @@ class Record:
         position: Positions, each of shape ``(chains, dimension)``.
         stats: Statistics by their ArviZ names, of shape ``(chains,)`` or one number for all.
         local: Recovered values of each local site.
-        log_likelihood: Log-likelihood estimates of the elements of each group of local sites.
     """
 
     position: list[Tensor] = field(default_factory=list)
     stats: dict[str, list[Any]] = field(default_factory=dict)
     local: dict[str, list[Tensor]] = field(default_factory=dict)
-    log_likelihood: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def append(self, state: State, info: Info, step_size: float | None) -> None:
         """Keeps one iteration of all chains, and its step size if it has one."""
@@ -59,8 +57,6 @@ class Record:
         self.position.append(state.position)
         for name, stat in stats.items():
             self.stats.setdefault(name, []).append(stat)
-        for name, part in estimates.items():
-            self.log_likelihood.setdefault(name, []).append(part)
         for name, part in state.evaluation.local.items():
             self.local.setdefault(name, []).append(part)
 
@@ -84,7 +80,6 @@ class Record:
             stack(self.position),
             {name: stack(parts) for name, parts in self.stats.items()},
             {name: stack(parts) for name, parts in self.local.items()},
-            {name: stack(parts) for name, parts in self.log_likelihood.items()},
         )
 
 
@@ -95,7 +90,6 @@ class Draws:
     position: Tensor
     stats: dict[str, Tensor]
     local: dict[str, Tensor]
-    log_likelihood: dict[str, Tensor]
 
     @staticmethod
     def join(parts: list[Draws]) -> Draws:
@@ -112,5 +106,4 @@ class Draws:
             cat([part.position for part in parts]),
             merge([part.stats for part in parts]),
             merge([part.local for part in parts]),
-            merge([part.log_likelihood for part in parts]),
         )

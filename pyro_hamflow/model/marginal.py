@@ -9,6 +9,7 @@ noise invariant samples the exact posterior of the parameters, for any number of
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,19 @@ class MarginalModel:
         if num_particles != self.settled_particles:
             self.settled_particles = num_particles
             self._layouts.clear()
+
+    def refined(self, num_particles: int, points: str) -> MarginalModel:
+        """The same model and fitted proposal, with other particles.
+
+        Arguments:
+            num_particles: How many each element has.
+            points: As in :func:`marginalize`.
+        """
+        other = copy.copy(self)
+        other.num_particles = other.settled_particles = num_particles
+        other.points = points
+        other._layouts = {}
+        return other
 
     def estimate(
         self, group: Group, u: Tensor, parameters: dict[str, Tensor], *args: Any, **kwargs: Any

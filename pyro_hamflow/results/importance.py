@@ -34,14 +34,12 @@ class ImportanceSamples:
             where the model's density vanishes or is no number. Their exponentials have the evidence
             as mean.
         local: Recovered values of sites that were integrated out.
-        log_likelihood: Log-likelihood estimates of the elements of each group of such sites.
         num_invalid: How many densities were no number.
     """
 
     position: Tensor = field(repr=False)
     log_weights: Tensor = field(repr=False)
     local: dict[str, Tensor] = field(repr=False)
-    log_likelihood: dict[str, Tensor] = field(repr=False)
     num_invalid: int
     potential: Potential = field(repr=False)
     model: Callable[..., Any] = field(repr=False)
@@ -212,13 +210,12 @@ def importance_sample(
             _weigh(potential, guide, min(_BATCH, num_samples - start), at_once)
             for start in range(0, num_samples, _BATCH)
         ]
-    position, log_weight, local, log_likelihoods = _join(batches)
+    position, log_weight, local = _join(batches)
     invalid = log_weight.isnan()
     return ImportanceSamples(
         position,
         torch.where(invalid, -torch.inf, log_weight),
         local,
-        log_likelihoods,
         int(invalid.sum()),
         potential,
         model,
@@ -247,10 +244,10 @@ def _weigh(potential: Potential, guide: Proposal, count: int, at_once: int) -> A
         # All pieces are of one size, for which there is a program.
         padded = torch.cat([part, part[:1].expand(at_once - len(part), -1)])
         evaluation = potential.evaluate(padded, potential.draw_noise(at_once))
-        pieces.append((evaluation.value, evaluation.local, evaluation.log_likelihoods))
-    value, *groups = _join(pieces)
+        pieces.append((evaluation.value, evaluation.local))
+    value, local = _join(pieces)
     log_weight = -value[:count].double() - log_density.double()
-    return position, log_weight, *({n: v[:count] for n, v in group.items()} for group in groups)
+    return position, log_weight, {name: part[:count] for name, part in local.items()}
 
 
 def _join(pieces: Sequence[Any]) -> Any:

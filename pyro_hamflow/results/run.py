@@ -1,0 +1,114 @@
+"""The draws of a run, whoever ran it, and what is said of the run as a whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
+from pyro_hamflow.mcmc.record import Draws
+from pyro_hamflow.mcmc.runner import MCMC
+from pyro_hamflow.results.importance import ImportanceSamples
+
+
+class Run:
+    """The draws of a run, whoever ran it.
+
+    Arguments:
+        result: As in :func:`~pyro_hamflow.to_inference_data`.
+
+    Raises:
+        TypeError: If it is of no such kind.
+        ValueError: If there are no draws.
+    """
+
+    kernel: Any
+    warmup_draws: Draws | None = None
+    sampling_time: float | None = None
+    seed: int | None = None
+
+    def __init__(self, result: Any) -> None:
+        if isinstance(result, ImportanceSamples):
+            self.kernel, self.tuning_steps = result, 0
+            self.draws = _picked(result)
+            return
+        kernel = getattr(result, "kernel", None)
+        if not isinstance(kernel, HamiltonianKernel):
+            raise TypeError(
+                f"the result is a {type(result).__name__} without a kernel of pyro_hamflow: "
+                "expected an MCMC object that ran one"
+            )
+        self.kernel = kernel
+        self.tuning_steps = result.warmup_steps
+        if isinstance(result, MCMC):
+            try:
+                self.draws = result.draws
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
+            self.warmup_draws = result.warmup_draws
+            self.sampling_time = result.sampling_time
+            self.seed = result.seed
+        else:  # Pyro's runner
+            records = [part["record"] for part in result._diagnostics if part is not None]
+            if not records:
+                raise ValueError("there are no draws yet: call `run` first")
+            self.draws = Draws.join([record.stacked() for record in records])
+        with torch.random.fork_rng():
+            self.kernel.prepare(result._args, result._kwargs)
+
+    def attributes(self) -> dict[str, Any]:
+        """What is said of the run as a whole."""
+        import pyro_hamflow
+
+        attributes: dict[str, Any] = {
+            "inference_library": "pyro_hamflow",
+            "inference_library_version": pyro_hamflow.__version__,
+            "torch_version": str(torch.__version__),
+            "pyro_version": str(pyro.__version__),
+            "tuning_steps": self.tuning_steps,
+            "kernel_settings": json.dumps(plain(self.kernel.settings), allow_nan=False),
+        }
+        if isinstance(self.kernel, ImportanceSamples):
+            for name in ("log_evidence", "log_evidence_error", "pareto_k", "ess"):
+                attributes[name] = float(getattr(self.kernel, name))
+        if self.sampling_time is not None:
+            attributes["sampling_time"] = self.sampling_time
+        if self.seed is not None:
+            attributes["seed"] = self.seed
+        return attributes
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON has: numbers that are not finite become null, others words.
+
+    Example:
+        >>> plain({"variance": float("nan"), "shape": (2, 3)})
+        {'variance': None, 'shape': [2, 3]}
+    """
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else repr(value)
+
+
+def _picked(result: ImportanceSamples) -> Draws:
+    """Draws of equal weight, as many as the weighted ones are worth."""
+    picked = result.pick(max(1, int(result.ess)))
+
+    def one_chain(part: Tensor) -> Tensor:
+        return part[picked].detach().cpu()[None]
+
+    local = {name: one_chain(part) for name, part in result.local.items()}
+    stats = {"log_weight": one_chain(result.log_weights)}
+    return Draws(one_chain(result.position), stats, local)

@@ -1,0 +1,196 @@
+"""Log-likelihoods of elements: right by closed form, from noise that the chain has not seen."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import arviz
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+
+import pyro_hamflow as phf
+
+GROUPS, VISITS = 25, 4
+
+
+def gaussian(y):
+    """Effects and observations are normal: the likelihood has a closed form."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    with pyro.plate("group", GROUPS, dim=-2):
+        effect = pyro.sample("effect", dist.Normal(mean, spread))
+        with pyro.plate("visit", VISITS, dim=-1):
+            pyro.sample("y", dist.Normal(effect, 0.5), obs=y)
+
+
+def exact(posterior, y):
+    """The log densities of the groups at all draws."""
+    mean, spread = (torch.tensor(posterior[name].to_numpy()) for name in ("mean", "spread"))
+    loc = mean[..., None, None].expand(*mean.shape, GROUPS, VISITS)
+    factor = spread[..., None, None, None].expand(*mean.shape, GROUPS, VISITS, 1)
+    noise = torch.full(loc.shape, 0.25)
+    return dist.LowRankMultivariateNormal(loc, factor, noise).log_prob(y).numpy()
+
+
+def loo(values):
+    data = arviz.from_dict({"x": np.zeros(values.shape[:2])}, log_likelihood={"y": values})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return arviz.loo(data)
+
+
+@pytest.fixture(scope="module")
+def y():
+    generator = torch.Generator().manual_seed(1)
+    effect = 1.0 + 0.8 * torch.randn(GROUPS, 1, generator=generator, dtype=torch.float64)
+    return effect + 0.5 * torch.randn(GROUPS, VISITS, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def run(y):
+    """A noisy run, and the estimates that the chain has accepted."""
+    torch.set_default_dtype(torch.float64)
+    kernel = phf.PseudoMarginalHMC(
+        phf.marginalize(gaussian, ["effect"], num_particles=6, proposal="prior")
+    )
+    accepted = []
+    advance = kernel.advance
+
+    def watched(state):
+        state, info = advance(state)
+        accepted.append(state.evaluation.log_likelihoods["effect"])
+        return state, info
+
+    kernel.advance = watched
+    mcmc = phf.MCMC(kernel, 250, 100, num_chains=4, seed=3, disable_progbar=True)
+    mcmc.run(y)
+    return mcmc, phf.to_inference_data(mcmc), torch.stack(accepted[-250:], 1).numpy()
+
+
+def test_log_likelihoods_of_elements_are_those_of_the_closed_form(run, y):
+    _, idata, accepted = run
+    found, truth = idata.log_likelihood, exact(idata.posterior, y)
+    assert found["y"].dims == ("chain", "draw", "group")
+    error = found["y"].to_numpy() - truth
+    assert found.attrs["log_likelihood_error"] <= 0.05
+    assert np.abs(error).max() < 5 * 0.05
+    assert abs(error.mean()) < 0.002
+    # What the chain has accepted is far off, and too high.
+    assert (accepted - truth).mean() > 0.1
+
+
+def test_leaving_out_elements_needs_fresh_noise(run, y):
+    _, idata, accepted = run
+    true = loo(exact(idata.posterior, y))
+    found, old = loo(idata.log_likelihood["y"].to_numpy()), loo(accepted)
+    assert abs(found.elpd_loo - true.elpd_loo) < 0.1
+    assert abs(found.p_loo - true.p_loo) < 0.1
+    assert old.p_loo > 2 * true.p_loo
+    assert abs(old.elpd_loo - true.elpd_loo) > 2.0
+
+
+def test_entries_repeat_themselves_and_leave_the_random_state_alone():
+    marginal = phf.marginalize(poisson, ["x"], num_particles=3, proposal="prior")
+    mcmc = phf.MCMC(phf.PseudoMarginalHMC(marginal), 20, 20, seed=0)
+    mcmc.run(COUNTS.double())
+    before = torch.get_rng_state()
+    first, again = (phf.to_inference_data(mcmc).log_likelihood for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    xarray.testing.assert_identical(first, again)
+
+
+def test_sampler_s_own_estimates_stay_among_its_statistics(run):
+    mcmc, idata, accepted = run
+    kept = idata.sample_stats["log_likelihood_estimate"]
+    np.testing.assert_allclose(kept, accepted.reshape(4, 250, -1).sum(-1), rtol=1e-9)
+    assert not hasattr(mcmc.draws, "log_likelihood")
+
+
+def poisson(y):
+    """Counts, whose likelihood is known by quadrature."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", len(y)):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Poisson(x.exp()), obs=y)
+
+
+COUNTS = torch.tensor([0.0, 1.0, 6.0, 2.0, 9.0])
+
+
+def by_quadrature(mean):
+    """Log densities of the counts, means in rows."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(120)
+    x = torch.tensor(mean)[..., None, None] + torch.tensor(nodes)
+    terms = dist.Poisson(x.exp()).log_prob(COUNTS[:, None].double())
+    return (terms + torch.tensor(weights).log()).logsumexp(-1).numpy() - 0.5 * math.log(2 * math.pi)
+
+
+@pytest.mark.parametrize("points", ["iid", "rqmc"])
+@pytest.mark.parametrize("proposal", ["prior", "laplace"])
+def test_counts_agree_with_quadrature(proposal, points):
+    marginal = phf.marginalize(poisson, ["x"], num_particles=4, proposal=proposal, points=points)
+    mcmc = phf.MCMC(phf.PseudoMarginalHMC(marginal), 60, 40, num_chains=2, seed=0)
+    mcmc.run(COUNTS.double())
+    found = phf.to_inference_data(mcmc)
+    truth = by_quadrature(found.posterior["mean"].to_numpy())
+    error = found.log_likelihood["y"].to_numpy() - truth
+    assert np.abs(error).max() < 0.2
+    assert np.sqrt(np.square(error).mean()) < 0.05
+
+
+def test_importance_samples_and_pyros_runner_get_fresh_estimates():
+    marginal = phf.marginalize(poisson, ["x"], num_particles=3, proposal="prior")
+    guide = phf.AutoNeuralHamiltonianFlow(marginal, hidden=(8, 8))
+    drawn = phf.importance_sample(marginal, guide, COUNTS.double(), num_samples=500, seed=0)
+    stock = pyro.infer.MCMC(phf.PseudoMarginalHMC(marginal), 30, 30, disable_progbar=True)
+    stock.run(COUNTS.double())
+    # Under a plain kernel the noise is a site like others.
+    plain = phf.MCMC(phf.NUTS(marginal), 30, 60, num_chains=2, seed=0)
+    plain.run(COUNTS.double())
+    for result in (drawn, stock, plain):
+        with warnings.catch_warnings():  # only pseudo-marginal kernels recover local sites
+            warnings.filterwarnings("ignore", message=r"The posterior lacks \['x'\]")
+            found = phf.to_inference_data(result)
+        truth = by_quadrature(found.posterior["mean"].to_numpy())
+        error = found.log_likelihood["y"].to_numpy() - truth
+        assert np.abs(error).max() < 0.25
+
+
+def test_bad_proposals_are_told_with_the_error_that_is_reached(monkeypatch):
+    monkeypatch.setattr("pyro_hamflow.results.pointwise.MOST_POINTS", 64)
+    marginal = phf.marginalize(poisson, ["x"], num_particles=4, proposal="prior")
+    mcmc = phf.MCMC(phf.PseudoMarginalHMC(marginal), 20, 20, seed=0)
+    mcmc.run(COUNTS.double())
+    with pytest.warns(RuntimeWarning, match=r"of \d+ of 20 draws has standard errors above 0.05"):
+        idata = phf.to_inference_data(mcmc)
+    assert idata.log_likelihood.attrs["log_likelihood_error"] > 0.05
+    assert idata.log_likelihood.attrs["log_likelihood_points"] == 64
+    phf.to_inference_data(mcmc, log_likelihood=False)  # nothing is asked, nothing is estimated
+
+
+def by_hand(y):
+    """An estimate from noise, written by hand: one entry for all."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    pyro.deterministic("double", 2 * scale)
+    u = phf.noise("u", (64, 1))
+    pyro.deterministic("x", scale * u)
+    log_weights = dist.Normal(scale * u, 1.0).log_prob(y).sum(-1)
+    pyro.factor("estimate", log_weights.logsumexp(0) - math.log(64))
+
+
+def test_estimates_by_hand_are_averaged_too():
+    y = torch.tensor([1.5], dtype=torch.float64)
+    mcmc = phf.MCMC(phf.PseudoMarginalHMC(by_hand), 30, 30, num_chains=2, seed=0)
+    mcmc.run(y)
+    with pytest.warns(RuntimeWarning, match=r"The posterior lacks \['x'\]"):
+        idata = phf.to_inference_data(mcmc)
+    scale = torch.tensor(idata.posterior["scale"].to_numpy())
+    truth = dist.Normal(0.0, (1 + scale**2).sqrt()).log_prob(y)
+    assert np.abs(idata.log_likelihood["estimate"] - truth.numpy()).max() < 0.2
+    np.testing.assert_allclose(idata.posterior["double"], 2 * scale)
+    assert "x" not in idata.posterior
