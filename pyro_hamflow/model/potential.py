@@ -19,6 +19,7 @@ from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
 from pyro_hamflow.model.capture import Program
+from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.programs import Programs
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
 from pyro_hamflow.model.sites import (
@@ -35,6 +36,7 @@ from pyro_hamflow.model.structure import (
     plate_nesting,
     refuse_nan,
     refuse_subsampling,
+    run_with,
 )
 from pyro_hamflow.model.validation import no_validation
 
@@ -84,9 +86,9 @@ class Potential(Programs):
         self.args = args
         self.kwargs = dict(kwargs or {})
         self.separate_noise = separate_noise
-        with torch.random.fork_rng(), poutine.block(), no_validation():
+        with torch.random.fork_rng():
             torch.manual_seed(0)
-            plain = poutine.trace(model).get_trace(*args, **self.kwargs)
+            plain = run_with(model, lambda msg: None, *args, **self.kwargs)
         refuse_subsampling(plain)
         refuse_nan(plain)
         latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
@@ -130,6 +132,9 @@ class Potential(Programs):
                 trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         for site in self.noise_sites:
             trace.remove_node(site.name)
+        for node in trace.nodes.values():
+            if node["type"] == "sample":
+                node["value"] = without_gaps(node)
         return trace
 
     def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:

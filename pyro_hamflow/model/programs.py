@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from pyro_hamflow.model.capture import (
     largest_tensor,
     loop,
 )
+from pyro_hamflow.model.missing import without_gaps_in_constants
 from pyro_hamflow.model.validation import no_validation
 
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
@@ -183,6 +184,7 @@ class Programs(ABC):
                 with no_validation():
                     graph = capture(self._one(kind), *examples)
                 self._check(kind, graph)
+                graph = self._without_gaps(kind, graph)
             except Exception as error:  # whatever a model's own code may raise while it is traced
                 self.fallback_reason = _first_line(error)
                 warnings.warn(
@@ -197,19 +199,33 @@ class Programs(ABC):
 
     def _check(self, kind: str, graph: GraphModule) -> None:
         """Compares a graph with the model at a few points, on all sides of zero."""
-        tolerance = 1e-11 if self.example.dtype == torch.float64 else 1e-3
+        for captured, plain in self._pairs(kind, graph, self._one(kind)):
+            if not self._equal(captured, plain):
+                raise ValueError(
+                    "the graph and the model disagree at another point, as they do when "
+                    "the model's control flow depends on its latent variables"
+                )
+
+    def _without_gaps(self, kind: str, graph: GraphModule) -> GraphModule:
+        """Closes gaps in covariates where they make a gradient no number, and nothing else."""
+        value, *slopes = graph(*[example[0] for example in self._examples(kind, 1)])
+        if value.isnan() or not any(slope.isnan().any() for slope in slopes):
+            return graph
+        closed = without_gaps_in_constants(graph)
+        pairs = self._pairs(kind, closed, graph)
+        same = all(self._equal(torch.where(b.isnan(), b, a), b) for a, b in pairs)
+        return closed if same else graph
+
+    def _pairs(self, kind: str, first: Program, second: Program) -> Iterator[tuple[Tensor, Tensor]]:
+        """The results of two programs at a few points."""
         position, noise, *uniform = (part[0] for part in self._examples(kind, 1))
         for factor in _CHECKS:
             examples = (factor * position, factor * noise, *uniform)
-            pairs = zip(graph(*examples), self._one(kind)(*examples), strict=True)
-            for captured, plain in pairs:
-                if not torch.allclose(
-                    captured, plain, rtol=tolerance, atol=tolerance, equal_nan=True
-                ):
-                    raise ValueError(
-                        "the graph and the model disagree at another point, as they do when "
-                        "the model's control flow depends on its latent variables"
-                    )
+            yield from zip(first(*examples), second(*examples), strict=True)
+
+    def _equal(self, first: Tensor, second: Tensor) -> bool:
+        tolerance = 1e-11 if self.example.dtype == torch.float64 else 1e-3
+        return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def key_of(name: str, *examples: Tensor) -> tuple[Any, ...]:

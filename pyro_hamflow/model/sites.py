@@ -119,6 +119,18 @@ def transform_of(name: str, fn: Any) -> Any:
         ) from error
 
 
+def point_of(name: str, fn: Any, like: Tensor) -> tuple[Any, Tensor]:
+    """A site's support, and a value in its interior of the shape and type of another."""
+    fn = getattr(fn, "component_distribution", fn)
+    support = support_of(name, fn)
+    if support.is_discrete:
+        lowest = torch.as_tensor(getattr(support, "lower_bound", 0.0), device=like.device)
+        return support, lowest.to(like.dtype).detach().expand(like.shape)
+    transform = transform_of(name, fn)
+    zero = like.new_zeros(transform.inverse_shape(like.shape))
+    return support, transform(zero).detach()
+
+
 def is_discrete(name: str, site: Any) -> bool:
     """Whether a site is summed out; raises a ValueError if it is discrete and cannot be."""
     fn = site["fn"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
@@ -53,6 +54,7 @@ def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
     with torch.no_grad(), no_validation():
         trace = potential.trace(position, noise)
         trace.compute_log_prob()
+        gaps = _gaps(trace)
     faults = []
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or bool(torch.isfinite(site["log_prob"]).all()):
@@ -61,4 +63,19 @@ def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
         kind = "observed site" if site["is_observed"] else "site"
         kind = "likelihood estimate" if "estimate" in site["infer"] else kind
         faults.append(f"{kind} '{name}' has log density {worst.item()}")
-    return "; ".join(faults) or "the gradient of the log density is not finite"
+    return "; ".join(faults) or f"the gradient of the log density is not finite{gaps}"
+
+
+def _gaps(trace: poutine.Trace) -> str:
+    """Which sites are computed from NaN under their masks, in words."""
+    gaps = [
+        f"'{name}'"
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["fn"].log_prob(site["value"]).isnan().any()
+    ]
+    if not gaps:
+        return ""
+    return (
+        f"; under the mask of {', '.join(gaps)} it is computed from NaN: expected numbers in "
+        "masked rows of covariates too, such as `x.nan_to_num()`"
+    )
