@@ -121,7 +121,7 @@ def _compare(
             for result in results
         ]
 
-    ess = float(mcmc.summary()["ess_bulk"].min())
+    ess = _smallest_ess(mcmc)
     equal = torch.ones(len(truth))
     rows = rows_of(chosen, [_Result("pseudo-marginal NUTS", seconds, truth, equal, ess)])
     for marginal in (chosen, marginalize(model, sites, **lattice)):
@@ -180,12 +180,17 @@ def _guide(marginal: MarginalModel, args: tuple[Any, ...], *, quick: bool) -> li
     chains = MCMC(kernel, draws, 0, num_chains=20, seed=2, disable_progbar=True)
     chains.run(*args)
     seconds = trained + time.perf_counter() - began
-    position, smallest = chains.draws.position.flatten(0, 1), chains.summary()["ess_bulk"].min()
+    position, smallest = chains.draws.position.flatten(0, 1), _smallest_ess(chains)
     equal = torch.ones(len(position))
     return [
         _Result("guide alone", trained, found.position, equal),
         _Result(
             "guide, weighted", weighted, found.position, found.weights, found.ess, found.pareto_k
         ),
-        _Result("FlowMH from the guide", seconds, position, equal, float(smallest)),
+        _Result("FlowMH from the guide", seconds, position, equal, smallest),
     ]
+
+
+def _smallest_ess(mcmc: MCMC) -> float:
+    parts = [part["n_eff"] for part in mcmc.diagnostics().values() if "n_eff" in part]
+    return min(float(part.min()) for part in parts)

@@ -242,7 +242,7 @@ def test_logging_of_kernel(make):
         ({"trajectory_length": 0.0}, ValueError, "`trajectory_length` is 0.0"),
         ({"jitter": 1.0}, ValueError, "`jitter` is 1.0"),
         ({"jitter": -0.1}, ValueError, "`jitter` is -0.1"),
-        ({"full_mass": "full"}, ValueError, "`full_mass` is 'full': expected one of"),
+        ({"full_mass": "full"}, ValueError, "`full_mass` is 'full': expected True, False"),
         ({"max_num_steps": 0}, ValueError, "`max_num_steps` is 0: expected 1 or more"),
         ({"unknown": 0}, TypeError, "unknown"),
     ],

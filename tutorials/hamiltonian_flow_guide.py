@@ -94,7 +94,7 @@ kernel = phf.FlowMH(schools, guides["learned"])
 mcmc = phf.MCMC(kernel, num_samples=50 if smoke else 2000, warmup_steps=0, num_chains=4, seed=2)
 mcmc.run(errors, effects)
 print(f"FlowMH: {mcmc.draws.stats['acceptance_rate'].mean():.0%} of the proposals accepted")
-print(mcmc.summary()[["mean", "sd", "ess_bulk", "r_hat"]])
+mcmc.summary()
 
 # %% [markdown]
 # ## ArviZ, and what was learned

@@ -1,80 +1,133 @@
 """What all kernels share, for our runner and for Pyro's alike.
 
 A kernel joins a model, a transition and a warm-up. Our runner moves all chains of a kernel at once
-(:meth:`HamiltonianKernel.begin` and :meth:`~HamiltonianKernel.advance`); Pyro's moves one chain
-(:meth:`~HamiltonianKernel.setup` and :meth:`~HamiltonianKernel.sample`). Both take the same path.
+(:meth:`HamiltonianKernel.begin` and :meth:`~HamiltonianKernel.advance`); Pyro's moves one chain, by
+:class:`~pyro_hamflow.mcmc.single_chain.SingleChain`. Both take the same path.
 """
 
 from __future__ import annotations
 
-import math
+import copy
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.infer.mcmc.adaptation import ArrowheadMassMatrix, BlockMassMatrix
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.mass import (
+    Adapter,
+    FullMass,
+    InverseMass,
+    MassForm,
+    check_full_mass,
+    mass_form,
+)
 from pyro_hamflow.mcmc.record import Record
+from pyro_hamflow.mcmc.single_chain import SingleChain
 from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Transition, Tuning
 from pyro_hamflow.mcmc.warmup import WarmUp
 from pyro_hamflow.model.arguments import same_arguments
+from pyro_hamflow.model.function import FunctionPotential, PotentialFunction
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.start import find_start
+from pyro_hamflow.model.start import Strategy, find_start
 
-_MASSES = (True, False, "auto")
-_LARGEST_DENSE = 100
 _FIRST_STEP = 0.1
 _PILOT_RADIUS = 0.1
 _OPENING_STEPS = 20
 
 
-class HamiltonianKernel(MCMCKernel):
+class HamiltonianKernel(SingleChain):
     """What the kernels share: potential, warm-up, and both faces.
 
     Arguments:
         model: A Pyro model.
+        potential_fn: In place of a model, minus a log density of values on the real line, by the
+            names of parameters; it needs ``initial_params``.
         step_size: The integrator's first step size; found by trial if not given.
         adapt_step_size: Whether warm-up tunes it.
-        target_accept_prob: The mean acceptance probability that warm-up aims for.
+        adapt_mass_matrix: Whether warm-up tunes the mass.
         full_mass: Whether the mass is a whole matrix, or its diagonal alone; ``"auto"`` is whole
-            for up to a hundred parameters, and diagonal beyond.
-        inverse_mass_matrix: The first one, of shape ``(dimension,)`` or, if the mass is whole,
-            ``(dimension, dimension)``; ones if not given.
-        adapt_mass_matrix: Whether warm-up tunes it.
+            for up to a hundred parameters, and diagonal beyond. A list of tuples of names makes the
+            block of each tuple's sites dense, and all others diagonal; so does an
+            :class:`~pyro.infer.mcmc.adaptation.ArrowheadMassMatrix` set as
+            ``mass_matrix_adapter``, with those sites as the head.
+        inverse_mass_matrix: The first one, as the kernel's property of that name gives it, or of
+            shape ``(dimension,)`` or, if anything is dense, ``(dimension, dimension)`` in the
+            model's order; ones if not given.
+        transforms: From the support of a site to the real line, by name, where it is not to be
+            the map that is registered for the support. Parameters of a ``potential_fn`` are on the
+            real line: their draws are taken back by these.
+        max_plate_nesting: How many dimensions, counted from the right, may be plates, where
+            discrete sites are summed out; found by a run of the model if not given.
         jit_compile: Whether to compile programs to machine code, which takes tens of seconds and
             makes long runs several times faster.
+        jit_options: Has no meaning here.
+        ignore_jit_warnings: Has no meaning here.
+        target_accept_prob: The mean acceptance probability that warm-up aims for.
+        init_strategy: Where chains start, as Pyro's guides take it:
+            :func:`~pyro.infer.autoguide.initialization.init_to_median` and its kin. If not given,
+            near the pilot of a marginal model, and within two units around zero elsewhere.
+        min_stepsize: The least step size that is tried out.
+        max_stepsize: The largest.
     """
 
     separate_noise = False
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., Any] | None,
         *,
+        potential_fn: PotentialFunction | None = None,
         step_size: float | None = None,
         adapt_step_size: bool = True,
-        target_accept_prob: float = 0.8,
-        full_mass: bool | str = "auto",
-        inverse_mass_matrix: Tensor | None = None,
         adapt_mass_matrix: bool = True,
+        full_mass: FullMass = "auto",
+        inverse_mass_matrix: InverseMass | None = None,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
         jit_compile: bool = False,
+        jit_options: Mapping[str, Any] | None = None,
+        ignore_jit_warnings: bool = False,
+        target_accept_prob: float = 0.8,
+        init_strategy: Strategy | None = None,
+        min_stepsize: float = 1e-10,
+        max_stepsize: float = 1e10,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"`model` is {model!r}: expected a Pyro model, a callable")
+        if (model is None) == (potential_fn is None):
+            raise ValueError("expected one of `model` and `potential_fn`")
+        if not callable(model or potential_fn):
+            name = "`potential_fn`" if model is None else "`model`"
+            kind = "a function of parameters" if model is None else "a Pyro model, a callable"
+            raise TypeError(f"{name} is {model or potential_fn!r}: expected {kind}")
+        if init_strategy is not None and not callable(init_strategy):
+            raise TypeError(f"`init_strategy` is {init_strategy!r}: expected a function of a site")
         if step_size is not None and not step_size > 0:
             raise ValueError(f"`step_size` is {step_size}: expected a positive number")
         if not 0 < target_accept_prob < 1:
             raise ValueError(
                 f"`target_accept_prob` is {target_accept_prob}: expected 0 < target_accept_prob < 1"
             )
-        if full_mass not in _MASSES:
-            raise ValueError(f"`full_mass` is {full_mass!r}: expected one of {_MASSES}")
+        if not 0 < min_stepsize <= max_stepsize:
+            raise ValueError(
+                f"`min_stepsize` and `max_stepsize` are {min_stepsize} and {max_stepsize}: "
+                "expected positive numbers in order"
+            )
+        if max_plate_nesting is not None and max_plate_nesting < 0:
+            raise ValueError(f"`max_plate_nesting` is {max_plate_nesting}: expected 0 or more")
+        check_full_mass(full_mass)
+        meaningless("jit_options", given=jit_options is not None)
+        meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
         super().__init__()
         self.model = model
+        self.potential_fn = potential_fn
+        self.init_strategy = init_strategy
+        self.max_plate_nesting = max_plate_nesting
+        self.min_stepsize, self.max_stepsize = min_stepsize, max_stepsize
         self.adapt_step_size = adapt_step_size
         self.target_accept_prob = target_accept_prob
         self.full_mass = full_mass
@@ -82,14 +135,12 @@ class HamiltonianKernel(MCMCKernel):
         self.jit_compile = jit_compile
         self._first_step_size = step_size
         self._first_inverse_mass = inverse_mass_matrix
+        self._given_transforms = None if transforms is None else dict(transforms)
+        self._adapter: Adapter | None = None
+        self._example: dict[str, Tensor] | None = None  # of the parameters of a function
         self._potential: Potential | None = None
         self._transition: Transition | None = None
         self._warmup: WarmUp | None = None
-        self._initial_params: Mapping[str, Tensor] | None = None
-        self._state: State | None = None
-        self._returned: dict[str, Tensor] | None = None
-        self._record = Record()
-        self._last: Info | None = None
         self.messages: list[str] = []
         self.planned_draws: int | None = None  # of each chain, where the runner tells
 
@@ -158,6 +209,13 @@ class HamiltonianKernel(MCMCKernel):
                 warmup.restart(self._reasonable_step_size(state))
         return state, info
 
+    def moved_to(self, position: Tensor, noise: Tensor) -> State:
+        return self._running()[1].begin(position, noise)
+
+    @property
+    def warming(self) -> bool:
+        return not self._running()[0].finished
+
     def is_opening(self) -> bool:
         """Whether trajectories are kept short, for chains are on their way to the typical set."""
         return self._running()[0].opening
@@ -196,16 +254,33 @@ class HamiltonianKernel(MCMCKernel):
 
     @property
     def inverse_mass_matrix(self) -> dict[tuple[str, ...], Tensor]:
-        """The current inverse mass in Pyro's form: the names of sites, in order, and their block.
+        """The current inverse mass in Pyro's form: tuples of names of sites, and their block.
 
-        A vector is the diagonal of one.
+        A vector is the diagonal of one. Sites that no tuple of ``full_mass`` names are together, in
+        the order of their names.
         """
-        inverse_mass = self.kinetic.inverse_mass
-        sites = sorted(self.potential.sites, key=lambda site: site.name)
-        order = torch.cat([torch.arange(site.start, site.stop) for site in sites])
-        rows = inverse_mass[order]
-        names = tuple(site.name for site in sites)
-        return {names: rows if inverse_mass.dim() == 1 else rows[:, order]}
+        return self._mass_form(self.potential).by_name(self.kinetic.inverse_mass)
+
+    @property
+    def mass_matrix_adapter(self) -> Adapter:
+        """The current mass in an object of Pyro's, to be read.
+
+        Set to an :class:`~pyro.infer.mcmc.adaptation.ArrowheadMassMatrix` before a run, it gives
+        the mass that structure; warm-up estimates it in its own way.
+        """
+        adapter = copy.deepcopy(self._adapter) or BlockMassMatrix()
+        if self._warmup is None:
+            return adapter
+        return self._mass_form(self.potential).fill(adapter, self.kinetic.inverse_mass)
+
+    @mass_matrix_adapter.setter
+    def mass_matrix_adapter(self, adapter: Adapter) -> None:
+        if not isinstance(adapter, BlockMassMatrix | ArrowheadMassMatrix):
+            raise TypeError(
+                f"`mass_matrix_adapter` is a {type(adapter).__name__}: expected a BlockMassMatrix "
+                "or an ArrowheadMassMatrix of Pyro's"
+            )
+        self._adapter = adapter
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -239,25 +314,23 @@ class HamiltonianKernel(MCMCKernel):
             target=self.target_accept_prob,
             adapt_step_size=adapt_step_size and self.adapt_step_size,
             adapt_mass=adapt_mass and self.adapt_mass_matrix,
+            shaped=self._mass_form(self.potential).shaped,
+        )
+
+    def _mass_form(self, potential: Potential) -> MassForm:
+        return mass_form(
+            self.full_mass,
+            potential.sites,
+            arrowhead=isinstance(self._adapter, ArrowheadMassMatrix),
+            given=self._first_inverse_mass,
         )
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
-        dimension, given = potential.dimension, self._first_inverse_mass
-        if isinstance(self.full_mass, bool):
-            dense = self.full_mass
-        elif given is not None:
-            dense = given.dim() == 2
-        else:
-            dense = dimension <= _LARGEST_DENSE
+        form, given = self._mass_form(potential), self._first_inverse_mass
         if given is None:
-            ones = potential.example.new_ones(dimension)
-            return GaussianKinetic(torch.diag(ones) if dense else ones)
-        expected = (dimension, dimension) if dense else (dimension,)
-        if tuple(given.shape) != expected:
-            raise ValueError(
-                f"`inverse_mass_matrix` has shape {tuple(given.shape)}: expected {expected}"
-            )
-        return GaussianKinetic(given.to(potential.example))
+            ones = potential.example.new_ones(potential.dimension)
+            return GaussianKinetic(torch.diag(ones) if form.dense else ones)
+        return GaussianKinetic(form.flat(given).to(potential.example))
 
     def _reasonable_step_size(self, state: State) -> float:
         """Doubles or halves the step size until single steps are accepted about as wanted."""
@@ -272,6 +345,8 @@ class HamiltonianKernel(MCMCKernel):
         growing = rate(size) > self.target_accept_prob
         for _ in range(30):
             trial = 2.0 * size if growing else 0.5 * size
+            if not self.min_stepsize <= trial <= self.max_stepsize:
+                return size
             if growing and (trial > 2.0 or rate(trial) <= self.target_accept_prob):
                 return size
             size = trial
@@ -287,6 +362,8 @@ class HamiltonianKernel(MCMCKernel):
     ) -> Potential:
         """Captures the model, unless it is captured already and has not changed since."""
         self._pilot: dict[str, Tensor] | None = None
+        if self.model is None:
+            return self._prepare_function(initial_params)
         if self.separate_noise and isinstance(self.model, MarginalModel):
             self.model.plan(*args, **kwargs)  # finds faults of the sites, settles the proposal
             if initial_params is None or self.model.proposal == "laplace":
@@ -298,12 +375,37 @@ class HamiltonianKernel(MCMCKernel):
         if old is not None and same_arguments((old.args, old.kwargs), (args, kwargs)):
             if old.is_current():
                 return old
+        assert self.model is not None
         self._potential = Potential(
             self.model,
             args,
             kwargs,
             separate_noise=self.separate_noise,
             compile_graphs=self.jit_compile,
+            transforms=self._given_transforms,
+            max_plate_nesting=self.max_plate_nesting,
+        )
+        return self._potential
+
+    def _prepare_function(self, initial_params: Mapping[str, Tensor] | None) -> Potential:
+        """The same of a potential that is a function: starting values say what it is of."""
+        if initial_params is not None:
+            self._example = {name: value[0] for name, value in initial_params.items()}
+        if self._example is None:
+            raise ValueError(
+                "`initial_params` is None: expected values to start from, as the names and shapes "
+                "of the parameters of `potential_fn` are theirs"
+            )
+        old, shapes = self._potential, {name: v.shape for name, v in self._example.items()}
+        if old is not None and {site.name: site.shape for site in old.sites} == shapes:
+            if old.is_current():
+                return old
+        assert self.potential_fn is not None
+        self._potential = FunctionPotential(
+            self.potential_fn,
+            self._example,
+            compile_graphs=self.jit_compile,
+            transforms=self._given_transforms,
         )
         return self._potential
 
@@ -311,84 +413,26 @@ class HamiltonianKernel(MCMCKernel):
         self, potential: Potential, num_chains: int, initial_params: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         if initial_params is None:
-            if self._pilot is None:
-                return find_start(potential, num_chains)
+            if self._pilot is None or self.init_strategy is not None:
+                return find_start(potential, num_chains, strategy=self.init_strategy)
             centre = potential.flatten(self._pilot)
             return find_start(potential, num_chains, centre, _PILOT_RADIUS)
         position = potential.ravel(initial_params, num_chains)
         return find_start(potential, num_chains, position, 0.0)
 
-    # --- one chain at a time: Pyro's runner -----------------------------------------------------
-
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Prepares one chain; called by :class:`pyro.infer.MCMC`."""
-        initial = self._initial_params
-        chains_first = None if initial is None else {n: v[None] for n, v in initial.items()}
-        self._record = Record()
-        self._state = self.begin(1, warmup_steps, args, kwargs, chains_first)
-        self._returned = self._params(self._state)
-
-    @property
-    def initial_params(self) -> dict[str, Tensor]:
-        """Unconstrained values that the chain starts from."""
-        if self._state is not None:
-            return self._params(self._state)
-        return dict(self._initial_params or {})
-
-    @initial_params.setter
-    def initial_params(self, params: Mapping[str, Tensor] | None) -> None:
-        self._initial_params = params
-        self._state = None
-
-    def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One iteration of one chain; unconstrained values in and out."""
-        state = self._state
-        if state is None:
-            raise RuntimeError("the kernel has not been set up: call `setup` first")
-        if self._returned is not None and any(
-            params[name] is not value and not torch.equal(params[name], value)
-            for name, value in self._returned.items()
-        ):
-            position = self.potential.ravel({n: v[None] for n, v in params.items()}, 1)
-            state = self._running()[1].begin(position, state.noise)
-        warming = not self._running()[0].finished
-        self._state, info = self.advance(state)
-        self._last = info
-        if not warming:
-            self._record.append(self._state, info, self.step_size)
-        self._returned = self._params(self._state)
-        return self._returned
-
-    def _params(self, state: State) -> dict[str, Tensor]:
-        return {n: v[0] for n, v in self.potential.unravel(state.position).items()}
-
     @property
     def transforms(self) -> dict[str, Any]:
         """From each site's support to the real line."""
-        if self._potential is None:
-            return None  # type: ignore[return-value]  # Pyro's runner then calls `setup`
-        return {site.name: site.transform.inv for site in self._potential.sites}
+        if self._potential is not None:
+            return self._potential.transforms
+        if self.model is None:
+            return dict(self._given_transforms or {})
+        return None  # type: ignore[return-value]  # Pyro's runner then calls `setup`
 
-    def logging(self) -> dict[str, str] | None:
-        """What Pyro's progress bar shows."""
-        return None if self._last is None else self.progress(self._last, self._record)
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Divergences, acceptance rate, and the whole record of the chain."""
-        stats = self._record.stats
-        divergences = [i for i, d in enumerate(stats.get("diverging", [])) if bool(d)]
-        rates = stats.get("acceptance_rate", [])
-        return {
-            "divergences": divergences,
-            "acceptance rate": float(torch.cat(rates).mean()) if rates else math.nan,
-            "record": self._record,
-        }
-
-    def cleanup(self) -> None:
-        """Forgets the chain, keeps what the model's capture and the tuning found."""
-        self._initial_params = None
-        self._state = None
-        self._returned = None
+    def transform_by(self, transforms: Mapping[str, Any]) -> None:
+        """Takes other maps from supports to the real line, from the next run on."""
+        self._given_transforms = dict(transforms)
+        self._potential = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs and compiled programs stay in the process that made them."""
@@ -400,3 +444,11 @@ class HamiltonianKernel(MCMCKernel):
             "_state": None,
             "_returned": None,
         }
+
+
+def meaningless(name: str, *, given: bool) -> None:
+    """Says that an argument of Pyro's does nothing here, if it was given."""
+    if given:
+        warnings.warn(
+            f"`{name}` has no meaning in pyro_hamflow, and is not used", UserWarning, stacklevel=4
+        )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel, meaningless
 from pyro_hamflow.mcmc.hmc import HMCTransition
+from pyro_hamflow.mcmc.mass import FullMass, InverseMass
 from pyro_hamflow.mcmc.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
 from pyro_hamflow.mcmc.transition import ParameterTransition, Transition
+from pyro_hamflow.model.function import PotentialFunction
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import Strategy
 
 _DEEPEST = 20
 
@@ -26,11 +29,15 @@ class HMC(HamiltonianKernel):
 
     Arguments:
         model: A Pyro model.
-        trajectory_length: The mean time of a trajectory, where the posterior has unit scale.
+        trajectory_length: The mean time of a trajectory, where the posterior has unit scale; a
+            quarter of a turn, half of pi, if not given.
+        num_steps: The number of steps of each trajectory, whatever their size, where no length is
+            given.
         jitter: By which share trajectories are at random shorter or longer.
-        max_num_steps: The most steps of a trajectory.
-        settings: The other arguments of
-            :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`.
+        max_num_steps: The most steps of a trajectory, where their number is not given.
+
+    The other arguments are those of
+    :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`, in Pyro's order.
 
     Raises:
         TypeError: If the model is not callable.
@@ -57,23 +64,57 @@ class HMC(HamiltonianKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., Any] | None = None,
+        potential_fn: PotentialFunction | None = None,
+        step_size: float | None = None,
+        trajectory_length: float | None = None,
+        num_steps: int | None = None,
+        adapt_step_size: bool = True,  # noqa: FBT001, FBT002
+        adapt_mass_matrix: bool = True,  # noqa: FBT001, FBT002
+        full_mass: FullMass = "auto",
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,  # noqa: FBT001, FBT002
+        jit_options: Mapping[str, Any] | None = None,
+        ignore_jit_warnings: bool = False,  # noqa: FBT001, FBT002
+        target_accept_prob: float = 0.8,
+        init_strategy: Strategy | None = None,
         *,
-        trajectory_length: float = math.pi / 2,
+        min_stepsize: float = 1e-10,
+        max_stepsize: float = 1e10,
+        inverse_mass_matrix: InverseMass | None = None,
         jitter: float = 0.4,
         max_num_steps: int = 1000,
-        **settings: Any,
     ) -> None:
-        super().__init__(model, **settings)
-        if not trajectory_length > 0:
+        super().__init__(
+            model,
+            potential_fn=potential_fn,
+            step_size=step_size,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+            full_mass=full_mass,
+            inverse_mass_matrix=inverse_mass_matrix,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            jit_options=jit_options,
+            ignore_jit_warnings=ignore_jit_warnings,
+            target_accept_prob=target_accept_prob,
+            init_strategy=init_strategy,
+            min_stepsize=min_stepsize,
+            max_stepsize=max_stepsize,
+        )
+        if trajectory_length is not None and not trajectory_length > 0:
             raise ValueError(
                 f"`trajectory_length` is {trajectory_length}: expected a positive time"
             )
         if not 0 <= jitter < 1:
             raise ValueError(f"`jitter` is {jitter}: expected 0 <= jitter < 1")
-        if max_num_steps < 1:
-            raise ValueError(f"`max_num_steps` is {max_num_steps}: expected 1 or more")
-        self.trajectory_length = trajectory_length
+        for name, count in (("num_steps", num_steps), ("max_num_steps", max_num_steps)):
+            if count is not None and count < 1:
+                raise ValueError(f"`{name}` is {count}: expected 1 or more")
+        self.fixed_num_steps = num_steps if trajectory_length is None else None
+        self.trajectory_length = math.pi / 2 if trajectory_length is None else trajectory_length
         self.jitter = jitter
         self.max_num_steps = max_num_steps
 
@@ -86,16 +127,25 @@ class HMC(HamiltonianKernel):
         return JointTransition(potential, num_chains)
 
     def draw_num_steps(self, step_size: float) -> int:
+        if self.fixed_num_steps is not None:
+            return self.fixed_num_steps
         factor = 1.0 + self.jitter * (2.0 * torch.rand(()).item() - 1.0)
         steps = round(self.trajectory_length * factor / step_size)
         return max(1, min(steps, self.max_num_steps))
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings | {
-            "trajectory_length": self.trajectory_length,
-            "jitter": self.jitter,
-        }
+        fixed = self.fixed_num_steps
+        length = {"trajectory_length": self.trajectory_length, "jitter": self.jitter}
+        return super().settings | (length if fixed is None else {"num_steps": fixed})
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps a trajectory of mean length takes."""
+        if self.fixed_num_steps is not None:
+            return self.fixed_num_steps
+        assert self.step_size is not None
+        return max(1, int(self.trajectory_length / self.step_size))
 
 
 class NUTS(HamiltonianKernel):
@@ -107,9 +157,11 @@ class NUTS(HamiltonianKernel):
 
     Arguments:
         model: A Pyro model.
+        use_multinomial_sampling: Points are always picked by their weights; slices are not.
         max_tree_depth: The most doublings of a trajectory, 10 by default: 1,023 steps.
-        settings: The other arguments of
-            :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`.
+
+    The other arguments are those of
+    :class:`~pyro_hamflow.mcmc.hamiltonian_kernel.HamiltonianKernel`, in Pyro's order.
 
     Raises:
         TypeError: If the model is not callable.
@@ -136,9 +188,42 @@ class NUTS(HamiltonianKernel):
     """
 
     def __init__(
-        self, model: Callable[..., Any], *, max_tree_depth: int = 10, **settings: Any
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: PotentialFunction | None = None,
+        step_size: float | None = None,
+        adapt_step_size: bool = True,  # noqa: FBT001, FBT002
+        adapt_mass_matrix: bool = True,  # noqa: FBT001, FBT002
+        full_mass: FullMass = "auto",
+        use_multinomial_sampling: bool = True,  # noqa: FBT001, FBT002
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,  # noqa: FBT001, FBT002
+        jit_options: Mapping[str, Any] | None = None,
+        ignore_jit_warnings: bool = False,  # noqa: FBT001, FBT002
+        target_accept_prob: float = 0.8,
+        max_tree_depth: int = 10,
+        init_strategy: Strategy | None = None,
+        *,
+        inverse_mass_matrix: InverseMass | None = None,
     ) -> None:
-        super().__init__(model, **settings)
+        super().__init__(
+            model,
+            potential_fn=potential_fn,
+            step_size=step_size,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+            full_mass=full_mass,
+            inverse_mass_matrix=inverse_mass_matrix,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            jit_options=jit_options,
+            ignore_jit_warnings=ignore_jit_warnings,
+            target_accept_prob=target_accept_prob,
+            init_strategy=init_strategy,
+        )
+        meaningless("use_multinomial_sampling=False", given=not use_multinomial_sampling)
         if not 1 <= max_tree_depth <= _DEEPEST:
             raise ValueError(
                 f"`max_tree_depth` is {max_tree_depth}: expected 1 to {_DEEPEST} doublings"

@@ -130,9 +130,13 @@ class LearningKernel(WeighingKernel):
         if self.surrogate is None or self._first_inverse_mass is not None:
             return kinetic
         inverse_mass = self.surrogate.root @ self.surrogate.root.mT
+        return self._like(kinetic, inverse_mass.to(potential.example))
+
+    def _like(self, kinetic: GaussianKinetic, inverse_mass: Tensor) -> GaussianKinetic:
+        """A mass by a spread, whole or its diagonal, of the structure that the kernel's has."""
         if kinetic.inverse_mass.dim() == 1:
-            inverse_mass = inverse_mass.diag()
-        return GaussianKinetic(inverse_mass.to(potential.example))
+            return GaussianKinetic(inverse_mass.diag() if inverse_mass.dim() == 2 else inverse_mass)
+        return GaussianKinetic(self._mass_form(self.potential).shaped(inverse_mass))
 
     def make_transition(self, potential: Potential, position: Tensor) -> Transition:
         given = self.surrogate
@@ -330,8 +334,7 @@ class LearningKernel(WeighingKernel):
         """
         covariance, kinetic = self._learning().covariance, tuning.kinetic
         if self.adapt_mass_matrix and covariance is not None:
-            dense = kinetic.inverse_mass.dim() == 2
-            kinetic = GaussianKinetic(covariance if dense else covariance.diag())
+            kinetic = self._like(kinetic, covariance)
         tuning = Tuning(_UNIT_STEP if self.adapt_step_size else tuning.step_size, kinetic)
         position = position.repeat_interleave(self.num_proposals, 0)
         count = min(max(_ATTUNED_BY // len(position), _FEWEST_ATTUNED), _MOST_ATTUNED)
@@ -384,7 +387,7 @@ class LearningKernel(WeighingKernel):
         tuning = warmup.tuning
         if self.adapt_mass_matrix and self._visited.count > _FEWEST_VISITED * potential.dimension:
             inverse_mass = self._visited.inverse_mass().to(tuning.kinetic.inverse_mass)
-            tuning = tuning._replace(kinetic=GaussianKinetic(inverse_mass))
+            tuning = tuning._replace(kinetic=self._like(tuning.kinetic, inverse_mass))
         self._warmup = warmup = self._new_warmup(tuning, self._total - self._iteration)
         state = self._transition.begin(state.position, state.noise)
         if not warmup.finished:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pyro_hamflow.dynamics.energies import PotentialNetwork
@@ -51,7 +51,6 @@ class Neural(LearningKernel):
         rounds: How often the network is sent ahead and fitted again.
         fallback: Whether true gradients are followed where the surrogate would not pay. That
             depends on measured times, so that a seed repeats a run for certain only without it.
-        settings: The other arguments of the kernel.
 
     Raises:
         TypeError: If the model is not callable, or the surrogate no network.
@@ -59,26 +58,24 @@ class Neural(LearningKernel):
             dimension than the model, or the model has faults.
     """
 
-    def __init__(
+    def choose_surrogate(
         self,
-        model: Callable[..., Any],
         *,
-        surrogate: PotentialNetwork | AmortizedSurrogate | None = None,
-        correction: str = "auto",
-        num_transitions: int = 2,
-        num_proposals: int = 16,
-        true_share: float = 0.05,
-        trust_radius: float = 1.5,
-        hidden: Sequence[int] = (64, 64),
-        outputs: int = 1,
-        loss: Loss | None = None,
-        training_points: int | None = None,
-        training_steps: int = 1000,
-        rounds: int = 2,
-        fallback: bool = True,
-        **settings: Any,
+        surrogate: PotentialNetwork | AmortizedSurrogate | None,
+        correction: str,
+        num_transitions: int,
+        num_proposals: int,
+        true_share: float,
+        trust_radius: float,
+        hidden: Sequence[int],
+        outputs: int,
+        loss: Loss | None,
+        training_points: int | None,
+        training_steps: int,
+        rounds: int,
+        fallback: bool,
     ) -> None:
-        super().__init__(model, **settings)
+        """Settles what is learned, and how it is followed."""
         if not isinstance(surrogate, PotentialNetwork | AmortizedSurrogate | None):
             raise TypeError(
                 f"`surrogate` is a {type(surrogate).__name__}: expected a PotentialNetwork, or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
 from pyro_hamflow.mcmc.kernels import HMC, NUTS
+from pyro_hamflow.mcmc.mass import FullMass, InverseMass
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, Refresh
 from pyro_hamflow.mcmc.transition import Transition
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import Strategy
 
 _REPLICATES = 32
 # Where joint moves overtake conditional ones, by effective draws per gradient: measured in
@@ -35,7 +37,6 @@ class PseudoMarginal(HamiltonianKernel):
             of the estimate, and says so.
         refresh: The move of the noise under the conditional method; fresh independent noise for
             every element if not given.
-        settings: The other arguments of the kernel.
 
     Raises:
         TypeError: If the model is not callable.
@@ -45,15 +46,11 @@ class PseudoMarginal(HamiltonianKernel):
 
     separate_noise = True
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        method: str = "auto",
-        refresh: Refresh | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(model, **settings)
+    method: str
+    refresh: Refresh
+
+    def choose_moves(self, method: str, refresh: Refresh | None) -> None:
+        """Settles how noise is moved."""
         if method not in _METHODS:
             raise ValueError(f"`method` is {method!r}: expected one of {_METHODS}")
         self.method = method
@@ -140,6 +137,50 @@ class PseudoMarginalHMC(PseudoMarginal, HMC):
         torch.Size([200])
     """
 
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        method: str = "auto",
+        refresh: Refresh | None = None,
+        step_size: float | None = None,
+        trajectory_length: float | None = None,
+        num_steps: int | None = None,
+        jitter: float = 0.4,
+        max_num_steps: int = 1000,
+        min_stepsize: float = 1e-10,
+        max_stepsize: float = 1e10,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: FullMass = "auto",
+        inverse_mass_matrix: InverseMass | None = None,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        target_accept_prob: float = 0.8,
+        init_strategy: Strategy | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            step_size=step_size,
+            trajectory_length=trajectory_length,
+            num_steps=num_steps,
+            jitter=jitter,
+            max_num_steps=max_num_steps,
+            min_stepsize=min_stepsize,
+            max_stepsize=max_stepsize,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+            full_mass=full_mass,
+            inverse_mass_matrix=inverse_mass_matrix,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            target_accept_prob=target_accept_prob,
+            init_strategy=init_strategy,
+        )
+        self.choose_moves(method, refresh)
+
 
 class PseudoMarginalNUTS(PseudoMarginal, NUTS):
     """The pseudo-marginal No-U-Turn Sampler with vectorised chains.
@@ -173,3 +214,37 @@ class PseudoMarginalNUTS(PseudoMarginal, NUTS):
         >>> mcmc.get_samples()["mean"].shape
         torch.Size([50])
     """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        method: str = "auto",
+        refresh: Refresh | None = None,
+        step_size: float | None = None,
+        max_tree_depth: int = 10,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: FullMass = "auto",
+        inverse_mass_matrix: InverseMass | None = None,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        target_accept_prob: float = 0.8,
+        init_strategy: Strategy | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            step_size=step_size,
+            max_tree_depth=max_tree_depth,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+            full_mass=full_mass,
+            inverse_mass_matrix=inverse_mass_matrix,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            target_accept_prob=target_accept_prob,
+            init_strategy=init_strategy,
+        )
+        self.choose_moves(method, refresh)

@@ -7,18 +7,20 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import arviz
 import numpy as np
 import pyro
+import pyro.poutine as poutine
 import torch
 from pyro.infer.mcmc.util import select_samples
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
+from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel, meaningless
 from pyro_hamflow.mcmc.record import Draws, Record
 
 _METHODS = ("vectorized", "sequential")
@@ -38,17 +40,24 @@ class MCMC:
         initial_params: Unconstrained starting values, chains first (with one chain, the chain
             dimension may be left out); found near the pilot or near zero if not given.
         num_chains: How many chains.
+        hook_fn: Called as ``hook_fn(kernel, params, stage, i)`` after each iteration, with
+            unconstrained values (chains first) and the stage ``"Warmup"`` or ``"Sample"``.
+        mp_context: Has no meaning here, where chains share a process.
+        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+        disable_validation: Whether the model is run without the checks of its distributions. If
+            not, it is run with them once before sampling, at a draw from the prior; if None, where
+            Pyro's own setting says so.
+        transforms: The kernel's ``transforms``, where it has none of its own.
+        save_params: The sites that draws, diagnostics and summary are of; all if not given.
         chain_method: ``"vectorized"`` moves all chains at once and tunes on all of them;
             ``"sequential"`` runs one after the other.
         seed: Makes a run repeat itself; torch's current random state is used if not given.
         save_warmup: Whether to keep the draws of the warm-up too.
-        hook_fn: Called as ``hook_fn(kernel, params, stage, i)`` after each iteration, with
-            unconstrained values (chains first) and the stage ``"Warmup"`` or ``"Sample"``.
-        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
 
     Raises:
         TypeError: If the kernel is none of this package's, or starting values have no names.
-        ValueError: If a number lies outside its range.
+        ValueError: If a number lies outside its range, or a kernel of a ``potential_fn`` has no
+            starting values.
 
     Example:
         >>> def model():
@@ -66,12 +75,16 @@ class MCMC:
         warmup_steps: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
         num_chains: int = 1,
+        hook_fn: Callable[..., None] | None = None,
+        mp_context: str | None = None,
+        disable_progbar: bool = False,  # noqa: FBT001, FBT002  # Pyro's order, up to the star
+        disable_validation: bool | None = True,  # noqa: FBT001, FBT002
+        transforms: Mapping[str, Any] | None = None,
+        save_params: Sequence[str] | None = None,
         *,
         chain_method: str = "vectorized",
         seed: int | None = None,
         save_warmup: bool = False,
-        hook_fn: Callable[..., None] | None = None,
-        disable_progbar: bool = False,
     ) -> None:
         if not isinstance(kernel, HamiltonianKernel):
             raise TypeError(
@@ -93,6 +106,14 @@ class MCMC:
             )
         if chain_method not in _METHODS:
             raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
+        if kernel.model is None and initial_params is None:
+            raise ValueError(
+                "`initial_params` is None: expected values to start from, as the names and shapes "
+                "of the parameters of `potential_fn` are theirs"
+            )
+        meaningless("mp_context", given=mp_context is not None)
+        if transforms is not None:
+            kernel.transform_by(transforms)
         self.kernel = kernel
         self.num_samples = num_samples
         self.num_chains = num_chains
@@ -106,6 +127,8 @@ class MCMC:
         self.save_warmup = save_warmup
         self.hook_fn = hook_fn
         self.disable_progbar = disable_progbar
+        self.disable_validation = disable_validation
+        self.save_params = save_params
         self.interrupted = False
         self.sampling_time = 0.0
         self.warmup_time = 0.0
@@ -127,6 +150,7 @@ class MCMC:
         if self.seed is not None:
             pyro.set_rng_seed(self.seed)
         self._args, self._kwargs = args, kwargs
+        self._validate()
         self._draws = self._warmup_draws = None
         self.interrupted = False
         self.sampling_time = self.warmup_time = 0.0
@@ -157,6 +181,16 @@ class MCMC:
             self._warmup_draws = Draws.join([warm.stacked() for warm, _ in finished])
         self._tell()
 
+    def _validate(self) -> None:
+        """Runs the model once with the checks of its distributions, if that is wanted."""
+        model, wanted = self.kernel.model, self.disable_validation is False
+        if model is None or not (
+            wanted or (self.disable_validation is None and is_validation_enabled())
+        ):
+            return
+        with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled():
+            poutine.trace(model).get_trace(*self._args, **self._kwargs).compute_log_prob()
+
     def _run_batch(self, chain: int | None, warm: Record, kept: Record) -> None:
         """Runs all chains at once, or one of them."""
         kernel = self.kernel
@@ -165,6 +199,7 @@ class MCMC:
         kernel.planned_draws = self.num_samples
         began = time.perf_counter()
         state = kernel.begin(num_chains, self.warmup_steps, self._args, self._kwargs, initial)
+        self._refuse_unknown_sites()
         self.warmup_time += time.perf_counter() - began
         total = self.warmup_steps + self.num_samples
         label = "" if chain is None or self.num_chains == 1 else f" [{chain + 1}]"
@@ -191,10 +226,18 @@ class MCMC:
                 else:
                     self.sampling_time += time.perf_counter() - began
 
+    def _refuse_unknown_sites(self) -> None:
+        names = [site.name for site in self.kernel.potential.sites]
+        unknown = sorted(set(self.save_params or ()) - set(names))
+        if unknown:
+            raise ValueError(f"`save_params` names {unknown}: expected names of the sites {names}")
+
     def _initial(self, chain: int | None) -> Mapping[str, Tensor] | None:
         if self.initial_params is None:
             return None
         values = {n: torch.as_tensor(v) for n, v in self.initial_params.items()}
+        if self.num_chains == 1 and self.kernel.model is None:
+            return {n: v[None] for n, v in values.items()}
         if self.num_chains == 1:
             shapes = self.kernel.site_shapes(self._args, self._kwargs)
             return {n: v[None] if v.shape == shapes.get(n) else v for n, v in values.items()}
@@ -273,20 +316,28 @@ class MCMC:
         """
         device = self.kernel.potential.example.device
         samples = self.kernel.potential.constrain(self.draws.position.to(device))
+        if self.save_params is not None:
+            samples = {name: samples[name] for name in self.save_params}
         return select_samples(samples, num_samples, group_by_chain)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Effective sample sizes and R-hat of each site, by ArviZ, and divergences."""
+        """Effective sample sizes and R-hat of each site, by ArviZ, and divergences.
+
+        R-hat of a single chain compares its halves.
+        """
         result: dict[str, Any] = {}
         for name, value in self.get_samples(group_by_chain=True).items():
-            data = arviz.convert_to_dataset({name: value.detach().cpu().numpy()})
+            values = value.detach().cpu().numpy()
+            half = values.shape[1] // 2
+            parts = values
+            if len(values) == 1:
+                parts = values[0, : 2 * half].reshape(2, half, *values.shape[2:])
             with np.errstate(invalid="ignore", divide="ignore"):  # chains that never moved
-                result[name] = {
-                    "n_eff": arviz.ess(data)[name].values,
-                    "r_hat": arviz.rhat(data)[name].values
-                    if len(value) > 1
-                    else np.full(value.shape[2:], np.nan),
+                found = {
+                    "n_eff": arviz.ess(arviz.convert_to_dataset({name: values})),
+                    "r_hat": arviz.rhat(arviz.convert_to_dataset({name: parts})),
                 }
+            result[name] = {key: torch.as_tensor(part[name].values) for key, part in found.items()}
         stats = self.draws.stats
         result["divergences"] = {
             f"chain {i}": flags.nonzero().flatten().tolist()
@@ -297,7 +348,21 @@ class MCMC:
         }
         return result
 
-    def summary(self, **settings: Any) -> Any:
-        """ArviZ's summary of the parameters, a data frame; keywords are passed to it."""
+    def summary(self, prob: float = 0.9, **keywords: Any) -> Any:
+        """Prints ArviZ's summary of the parameters, as Pyro prints its own, and returns it.
+
+        Arguments:
+            prob: The mass of the intervals of highest density.
+            keywords: Passed to :func:`arviz.summary`.
+
+        Returns:
+            A data frame; none if there are no parameters.
+        """
         samples = {k: v.cpu().numpy() for k, v in self.get_samples(group_by_chain=True).items()}
-        return arviz.summary(arviz.convert_to_dataset(samples), **settings)
+        if not samples:
+            return None
+        mass = "hdi_prob" if int(arviz.__version__.split(".")[0]) < 1 else "ci_prob"
+        table = arviz.summary(arviz.convert_to_dataset(samples), **{mass: prob} | keywords)
+        divergences = int(self.draws.stats["diverging"].sum())
+        tqdm.write(f"{table.to_string()}\nNumber of divergences: {divergences}")
+        return table

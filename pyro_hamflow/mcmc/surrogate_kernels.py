@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pyro_hamflow.dynamics.energies import PotentialNetwork
+from pyro_hamflow.dynamics.training import Loss
+from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.kernels import HMC, NUTS
+from pyro_hamflow.mcmc.mass import FullMass, InverseMass
 from pyro_hamflow.mcmc.neural import Neural
+from pyro_hamflow.mcmc.refresh import Refresh
+from pyro_hamflow.model.function import PotentialFunction
+from pyro_hamflow.model.start import Strategy
 
 
 class HNNHMC(Neural, HMC):
@@ -42,6 +52,80 @@ class HNNHMC(Neural, HMC):
         (torch.Size([200]), 3)
     """
 
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: PotentialFunction | None = None,
+        *,
+        surrogate: PotentialNetwork | AmortizedSurrogate | None = None,
+        correction: str = "auto",
+        num_transitions: int = 2,
+        num_proposals: int = 16,
+        true_share: float = 0.05,
+        trust_radius: float = 1.5,
+        hidden: Sequence[int] = (64, 64),
+        outputs: int = 1,
+        loss: Loss | None = None,
+        training_points: int | None = None,
+        training_steps: int = 1000,
+        rounds: int = 2,
+        fallback: bool = True,
+        method: str = "auto",
+        refresh: Refresh | None = None,
+        step_size: float | None = None,
+        trajectory_length: float | None = None,
+        num_steps: int | None = None,
+        jitter: float = 0.4,
+        max_num_steps: int = 1000,
+        min_stepsize: float = 1e-10,
+        max_stepsize: float = 1e10,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: FullMass = "auto",
+        inverse_mass_matrix: InverseMass | None = None,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        target_accept_prob: float = 0.8,
+        init_strategy: Strategy | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            potential_fn=potential_fn,
+            step_size=step_size,
+            trajectory_length=trajectory_length,
+            num_steps=num_steps,
+            jitter=jitter,
+            max_num_steps=max_num_steps,
+            min_stepsize=min_stepsize,
+            max_stepsize=max_stepsize,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+            full_mass=full_mass,
+            inverse_mass_matrix=inverse_mass_matrix,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            target_accept_prob=target_accept_prob,
+            init_strategy=init_strategy,
+        )
+        self.choose_moves(method, refresh)
+        self.choose_surrogate(
+            surrogate=surrogate,
+            correction=correction,
+            num_transitions=num_transitions,
+            num_proposals=num_proposals,
+            true_share=true_share,
+            trust_radius=trust_radius,
+            hidden=hidden,
+            outputs=outputs,
+            loss=loss,
+            training_points=training_points,
+            training_steps=training_steps,
+            rounds=rounds,
+            fallback=fallback,
+        )
+
 
 class HNNNUTS(Neural, NUTS):
     """The No-U-Turn Sampler along a learned energy, with vectorised chains.
@@ -75,3 +159,67 @@ class HNNNUTS(Neural, NUTS):
         >>> kernel.report.following
         'true gradients'
     """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: PotentialFunction | None = None,
+        *,
+        surrogate: PotentialNetwork | AmortizedSurrogate | None = None,
+        correction: str = "auto",
+        num_transitions: int = 2,
+        num_proposals: int = 16,
+        true_share: float = 0.05,
+        trust_radius: float = 1.5,
+        hidden: Sequence[int] = (64, 64),
+        outputs: int = 1,
+        loss: Loss | None = None,
+        training_points: int | None = None,
+        training_steps: int = 1000,
+        rounds: int = 2,
+        fallback: bool = True,
+        method: str = "auto",
+        refresh: Refresh | None = None,
+        step_size: float | None = None,
+        max_tree_depth: int = 10,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: FullMass = "auto",
+        inverse_mass_matrix: InverseMass | None = None,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        target_accept_prob: float = 0.8,
+        init_strategy: Strategy | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            potential_fn=potential_fn,
+            step_size=step_size,
+            max_tree_depth=max_tree_depth,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+            full_mass=full_mass,
+            inverse_mass_matrix=inverse_mass_matrix,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            jit_compile=jit_compile,
+            target_accept_prob=target_accept_prob,
+            init_strategy=init_strategy,
+        )
+        self.choose_moves(method, refresh)
+        self.choose_surrogate(
+            surrogate=surrogate,
+            correction=correction,
+            num_transitions=num_transitions,
+            num_proposals=num_proposals,
+            true_share=true_share,
+            trust_radius=trust_radius,
+            hidden=hidden,
+            outputs=outputs,
+            loss=loss,
+            training_points=training_points,
+            training_steps=training_steps,
+            rounds=rounds,
+            fallback=fallback,
+        )

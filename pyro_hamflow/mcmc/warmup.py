@@ -7,6 +7,7 @@ covariance of their positions, in windows of doubling length. When warm-up ends,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -135,6 +136,7 @@ class WarmUp:
         target: The mean acceptance probability wanted.
         adapt_step_size: Whether to tune the step size.
         adapt_mass: Whether to tune the mass.
+        shaped: Gives a covariance the structure that the inverse mass is to have.
     """
 
     def __init__(
@@ -146,12 +148,14 @@ class WarmUp:
         target: float,
         adapt_step_size: bool,
         adapt_mass: bool,
+        shaped: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.tuning = Tuning(step_size, kinetic)
         self.warmup_steps = warmup_steps
         self.target = target
         self.adapt_step_size = adapt_step_size
         self.adapt_mass = adapt_mass
+        self._shaped = shaped
         self._windows = mass_windows(warmup_steps)
         self._opening = int(0.15 * warmup_steps)
         self._averaging = DualAveraging(step_size, target)
@@ -189,9 +193,10 @@ class WarmUp:
         self._windows.pop(0)
         if self._covariance.count > 2:
             old = self.tuning.kinetic.inverse_mass
-            self.tuning = self.tuning._replace(
-                kinetic=GaussianKinetic(self._covariance.inverse_mass().to(old))
-            )
+            inverse_mass = self._covariance.inverse_mass().to(old)
+            if self._shaped is not None:
+                inverse_mass = self._shaped(inverse_mass)
+            self.tuning = self.tuning._replace(kinetic=GaussianKinetic(inverse_mass))
         self._covariance = self._new_covariance()
         return True
 

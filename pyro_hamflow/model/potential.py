@@ -55,6 +55,10 @@ class Potential(Programs):
         separate_noise: Whether noise sites form the noise vector; otherwise they are latent sites
             like any other, density included, and the noise vector is empty.
         compile_graphs: Whether to compile what is captured.
+        transforms: From a site's support to the real line, where it is not to be the registered
+            map.
+        max_plate_nesting: How many dimensions, counted from the right, may be plates, where
+            discrete sites are summed out; found by a run of the model if not given.
 
     Raises:
         ValueError: If a plate is subsampled, a discrete site cannot be enumerated, data contain
@@ -80,6 +84,8 @@ class Potential(Programs):
         *,
         separate_noise: bool = False,
         compile_graphs: bool = False,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
     ) -> None:
         super().__init__(compile_graphs=compile_graphs)
         self.model = model
@@ -95,8 +101,14 @@ class Potential(Programs):
         discrete = [name for name, site in latent.items() if is_discrete(name, site)]
         noisy = [n for n in latent if separate_noise and latent[n]["infer"].get("noise")]
         self.sites = stack_sites(
-            latent, [n for n in latent if n not in discrete and n not in noisy]
+            latent, [n for n in latent if n not in discrete and n not in noisy], transforms
         )
+        unknown = sorted(set(transforms or ()) - {site.name for site in self.sites})
+        if unknown:
+            raise ValueError(
+                f"`transforms` names {unknown}: expected names of the sites "
+                f"{[site.name for site in self.sites]}"
+            )
         self.noise_sites = stack_sites(latent, noisy)
         self.dimension = self.sites[-1].stop if self.sites else 0
         self.noise_dimension = self.noise_sites[-1].stop if self.noise_sites else 0
@@ -107,13 +119,20 @@ class Potential(Programs):
             dtype = torch.promote_types(dtype, value.dtype)
         self.example = torch.zeros((), dtype=dtype, device=example.device)
         nesting = max(plate_nesting(plain), getattr(model, "max_plate_nesting", 0))
+        if max_plate_nesting is not None:
+            if max_plate_nesting < nesting and discrete:
+                raise ValueError(
+                    f"`max_plate_nesting` is {max_plate_nesting}: expected {nesting} or more, for "
+                    "so many dimensions are plates"
+                )
+            nesting = max(nesting, max_plate_nesting)
         self._enumerated = bool(discrete)
         if discrete:
             self.model = poutine.enum(config_enumerate(model), first_available_dim=-1 - nesting)
         self.plain_trace = plain
         zero = self.example.new_zeros
         trace = self.trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
-        refuse_moving_supports(self.sites, trace)
+        refuse_moving_supports(self.sites, trace, transforms)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
         self._probe = self._refuse_randomness()
@@ -253,6 +272,11 @@ class Potential(Programs):
             return torch.equal(self.value_of_one(position, noise).nan_to_num(), value.nan_to_num())
 
     # --- names and vectors ----------------------------------------------------------------------
+
+    @property
+    def transforms(self) -> dict[str, Any]:
+        """From each site's support to the real line."""
+        return {site.name: site.transform.inv for site in self.sites}
 
     def constrain(self, position: Tensor) -> dict[str, Tensor]:
         """The latent sites' values in their supports, from positions ``(*, dimension)``."""

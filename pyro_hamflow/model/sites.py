@@ -55,20 +55,54 @@ def add_jacobians(log_joint: Tensor, sites: list[Site], free: Mapping[str, Tenso
     return log_joint
 
 
-def stack_sites(latent: Mapping[str, Any], names: list[str]) -> list[Site]:
-    """Gives each named site its share of a flat vector."""
-    sites, start = [], 0
+def stack_sites(
+    latent: Mapping[str, Any], names: list[str], transforms: Mapping[str, Any] | None = None
+) -> list[Site]:
+    """Gives each named site its share of a flat vector.
+
+    Arguments:
+        latent: The sites of a model.
+        names: Those that share the vector.
+        transforms: From their support to the real line, for sites that are not to be moved by the
+            registered map.
+    """
+    sites, start, given = [], 0, dict(transforms or {})
     for name in names:
-        transform = transform_of(name, latent[name]["fn"])
+        site = latent[name]
+        if name in given:
+            transform = chosen_transform(name, site, given[name])
+        else:
+            transform = transform_of(name, site["fn"])
         shape = transform.inv(latent[name]["value"]).shape
         sites.append(Site(name, start, start + shape.numel(), shape, transform))
         start += shape.numel()
     return sites
 
 
-def refuse_moving_supports(sites: list[Site], trace: poutine.Trace) -> None:
+def chosen_transform(name: str, site: Any, given: Any) -> Any:
+    """The inverse of the map from its support to the real line that was given for a site.
+
+    Raises:
+        ValueError: If it leads from the real line to values outside the site's support.
+    """
+    transform, support = given.inv, support_of(name, site["fn"])
+    free = given(site["value"])
+    for shift in (-2.0, -0.3, 0.0, 0.3, 2.0):
+        if not bool(support.check(transform(torch.full_like(free, shift))).all()):
+            raise ValueError(
+                f"`transforms` of site '{name}' leads from the real line out of its support "
+                f"{support}: expected a map from the support onto the real line"
+            )
+    return transform
+
+
+def refuse_moving_supports(
+    sites: list[Site], trace: poutine.Trace, transforms: Mapping[str, Any] | None = None
+) -> None:
     """Raises a ValueError if a site's support is another one at other values of the rest."""
     for site in sites:
+        if transforms and site.name in transforms:
+            continue  # whose map does not come from its support
         free = torch.full(site.shape, 0.3, dtype=trace.nodes[site.name]["value"].dtype)
         free = free.to(trace.nodes[site.name]["value"].device)
         there = transform_of(site.name, trace.nodes[site.name]["fn"])(free)

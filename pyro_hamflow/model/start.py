@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.sites import support_of
+from pyro_hamflow.model.structure import run_with
 from pyro_hamflow.model.validation import no_validation
+
+Strategy = Callable[[Any], Tensor]
 
 _RADIUS = 2.0
 _TRIES = 100
 
 
 def find_start(
-    potential: Potential, num_chains: int, centre: Tensor | None = None, radius: float = _RADIUS
+    potential: Potential,
+    num_chains: int,
+    centre: Tensor | None = None,
+    radius: float = _RADIUS,
+    strategy: Strategy | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws positions uniformly around a centre until every chain's potential is finite.
+    """Draws positions, uniformly around a centre, until every chain's potential is finite.
 
     Arguments:
         potential: The target.
@@ -24,29 +35,63 @@ def find_start(
         centre: Where to look, of shape ``(dimension,)`` or ``(chains, dimension)``; zero if not
             given.
         radius: Half the width of the box around it, for each coordinate.
+        strategy: One of Pyro's, to draw positions by instead: a site's value, from the site.
 
     Returns:
         Positions and noise.
 
     Raises:
-        ValueError: If a hundred tries find no finite point; names the sites at fault.
+        ValueError: If a hundred tries find no finite point, or the strategy gives values that are
+            none of its site; names the sites at fault.
     """
     shape = (num_chains, potential.dimension)
     middle = potential.example.new_zeros(shape) if centre is None else centre.expand(shape)
-    draw = torch.empty_like(middle)
-    position, noise = middle + draw.uniform_(-radius, radius), potential.draw_noise(num_chains)
+
+    def draw() -> Tensor:
+        if strategy is None:
+            return middle + torch.empty_like(middle).uniform_(-radius, radius)
+        return torch.stack([_by_strategy(potential, strategy) for _ in range(num_chains)])
+
+    position, noise = draw(), potential.draw_noise(num_chains)
     for _ in range(_TRIES):
         value, slope = potential.graph("gradient", num_chains)(position, noise)
         good = value.isfinite() & slope.isfinite().all(-1)
         if good.all():
             return position, noise
-        again = middle + draw.uniform_(-radius, radius)
-        position = torch.where(good[:, None], position, again)
+        position = torch.where(good[:, None], position, draw())
         noise = torch.where(good[:, None], noise, potential.draw_noise(num_chains))
     bad = int((~good).nonzero()[0])
     raise ValueError(
         f"no finite starting point in {_TRIES} tries: {fault(potential, position[bad], noise[bad])}"
     )
+
+
+def _by_strategy(potential: Potential, strategy: Strategy) -> Tensor:
+    """The position of one chain, of shape ``(dimension,)``, by a run of the model."""
+    names = {site.name for site in potential.sites}
+    values: dict[str, Tensor] = {}
+
+    def choose(msg: Any) -> Tensor | None:
+        name = msg["name"]
+        if name not in names:
+            return None
+        with torch.no_grad():
+            value = values[name] = torch.as_tensor(strategy(msg)).to(potential.example)
+        shape = msg["fn"].shape()
+        if value.shape != shape:
+            raise ValueError(
+                f"`init_strategy` gave site '{name}' a value of shape {tuple(value.shape)}: "
+                f"expected {tuple(shape)}"
+            )
+        if not bool(support_of(name, msg["fn"]).check(value).all()):
+            raise ValueError(
+                f"`init_strategy` gave site '{name}' a value outside its support "
+                f"{support_of(name, msg['fn'])}"
+            )
+        return value
+
+    run_with(potential.model, choose, *potential.args, **potential.kwargs)
+    return potential.flatten(values)
 
 
 def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:

@@ -1,0 +1,108 @@
+"""A potential that is a function, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_hamflow.model.potential import Potential
+
+PotentialFunction = Callable[[dict[str, Tensor]], Tensor]
+
+
+class FunctionPotential(Potential):
+    """The potential energy that a function gives, from values on the real line by name.
+
+    It is the potential of a model whose sites have no density of their own, so that it is captured,
+    batched and compiled as any other.
+
+    Arguments:
+        potential_fn: Gives minus the log density, a scalar, of a dictionary of values. It may run
+            Pyro models, as those of :func:`pyro.infer.mcmc.util.initialize_model` do.
+        example: A value of each of its parameters.
+        compile_graphs: Whether to compile what is captured.
+        transforms: To the real line from where a parameter's draws are wanted; their Jacobians are
+            part of the function, if they are to be.
+
+    Raises:
+        ValueError: If the function gives no scalar, or the transforms name no parameters.
+
+    Example:
+        >>> potential = FunctionPotential(lambda z: z["x"].square(), {"x": torch.zeros(())})
+        >>> potential.gradients(torch.ones(2, 1), torch.zeros(2, 0))[1]
+        tensor([[2.],
+                [2.]])
+    """
+
+    def __init__(
+        self,
+        potential_fn: PotentialFunction,
+        example: Mapping[str, Tensor],
+        *,
+        compile_graphs: bool = False,
+        transforms: Mapping[str, Any] | None = None,
+    ) -> None:
+        unknown = sorted(set(transforms or ()) - set(example))
+        if unknown:
+            raise ValueError(
+                f"`transforms` names {unknown}: expected names of the parameters {list(example)}"
+            )
+        self.outward = dict(transforms or {})
+        shapes = {name: torch.as_tensor(value).detach() for name, value in example.items()}
+
+        def model() -> None:
+            values = {name: pyro.sample(name, _Flat(value)) for name, value in shapes.items()}
+            with poutine.block():  # the sites of models that the function runs are not ours
+                energy = torch.as_tensor(potential_fn(values))
+            if energy.numel() != 1:
+                raise ValueError(
+                    f"`potential_fn` returned a tensor of shape {tuple(energy.shape)}: expected a "
+                    "scalar"
+                )
+            pyro.factor("potential_fn()", -energy.reshape(()))
+
+        super().__init__(model, compile_graphs=compile_graphs)
+
+    @property
+    def transforms(self) -> dict[str, Any]:
+        return self.outward
+
+    def constrain(self, position: Tensor) -> dict[str, Tensor]:
+        values = self.unravel(position)
+        return {n: self.outward[n].inv(v) if n in self.outward else v for n, v in values.items()}
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        return super().flatten(
+            {n: self.outward[n](v) if n in self.outward else v for n, v in values.items()}
+        )
+
+
+class _Flat(TorchDistribution):
+    """A density of one everywhere on the real line, which cannot be drawn from.
+
+    Arguments:
+        value: What is returned for a draw.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        super().__init__(event_shape=value.shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self.value.expand([*sample_shape, *self.event_shape])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return value.new_zeros(value.shape[: value.dim() - len(self.event_shape)])
