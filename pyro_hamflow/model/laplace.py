@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,7 +164,26 @@ def log_gaussian(v: Tensor, form: GaussianForm) -> Tensor:
 Evaluate = Callable[[dict[str, Tensor] | None], tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]
 
 
-def fit_sites(group: Group, layout: Layout, joint: Callable[[float], Evaluate]) -> Sites:
+class Fitted(NamedTuple):
+    """The sites of one group, and where they were fitted.
+
+    Attributes:
+        sites: For each local site a site under its prior, and one under a wider prior.
+        mode: The coordinates where the joint density is highest, ``(*group.shape, dimension)``.
+    """
+
+    sites: Sites
+    mode: Tensor
+
+
+def fit_sites(
+    group: Group,
+    layout: Layout,
+    joint: Callable[[float], Evaluate],
+    near: Tensor | None = None,
+    *,
+    here_alone: bool = False,
+) -> Fitted:
     """Fits the sites of one group at a pilot value of the parameters.
 
     Arguments:
@@ -172,30 +192,36 @@ def fit_sites(group: Group, layout: Layout, joint: Callable[[float], Evaluate]) 
         joint: For how many times the priors' variance is wanted, a function of the coordinates of
             each site (prior means if ``None``) that returns the log joint density of each element,
             and each site's prior mean and precision.
-
-    Returns:
-        For each local site a site under its prior, and one under a wider prior.
+        near: The mode at parameter values close by, to begin the search at; the prior means if not
+            given.
+        here_alone: Whether the sites serve these parameter values alone, and no wider prior.
     """
-    narrow, wide = (_fit(group, layout, joint(times)) for times in (1.0, _WIDER))
-    return {name: (narrow[name], wide[name]) for name in layout.blocks}
+    narrow, mode = _fit(group, layout, joint(1.0), near)
+    wide = narrow if here_alone else _fit(group, layout, joint(_WIDER), near)[0]
+    return Fitted({name: (narrow[name], wide[name]) for name in layout.blocks}, mode)
 
 
-def _fit(group: Group, layout: Layout, evaluate: Evaluate) -> dict[str, LikelihoodSite]:
-    """A site for each local site, under the priors of a joint density."""
+def _fit(
+    group: Group, layout: Layout, evaluate: Evaluate, near: Tensor | None
+) -> tuple[dict[str, LikelihoodSite], Tensor]:
+    """A site for each local site, under the priors of a joint density, and the mode."""
     blocks = layout.blocks
 
     def unpack(v: Tensor) -> dict[str, Tensor]:
         return {name: block.spread(v, group) for name, block in blocks.items()}
 
-    _, priors = evaluate(None)
-    start = [blocks[name].collect(loc, group) for name, (loc, _) in priors.items()]
-    v, hessian = _maximise(lambda v: evaluate(unpack(v))[0], torch.cat(start, -1).detach())
+    if near is None or not bool(evaluate(unpack(near))[0].isfinite().all()):
+        _, priors = evaluate(None)
+        start = [blocks[name].collect(loc, group) for name, (loc, _) in priors.items()]
+        near = torch.cat(start, -1).detach()
+    v, hessian = _maximise(lambda v: evaluate(unpack(v))[0], near)
     covariance = torch.linalg.inv(hessian)
     v = v.requires_grad_()
     _, priors = evaluate(unpack(v))
-    return {
+    sites = {
         name: _site(block, group, v, covariance, *priors[name]) for name, block in blocks.items()
     }
+    return sites, v.detach()
 
 
 def _site(

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pyro_hamflow.model.arguments import same_arguments, signature
 from pyro_hamflow.model.laplace import (
+    Fitted,
     LaplaceProposal,
-    Sites,
     fit_sites,
 )
 from pyro_hamflow.model.layout import Layout, Stratum, lay_out
@@ -182,6 +182,7 @@ class MarginalModel:
         self.points = points
         self._layouts: dict[Any, tuple[Structure, dict[str, Layout]]] = {}
         self._fit: Fit | None = None
+        self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
 
     @property
     def max_plate_nesting(self) -> int:
@@ -310,7 +311,7 @@ class MarginalModel:
         if self._fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         blocks = plan.layouts[group.name].blocks
-        return LaplaceProposal(group, blocks, self._fit.sites[group.name, stratum.components])
+        return LaplaceProposal(group, blocks, self._fit.sites[group.name, stratum.components].sites)
 
     def pilot(
         self,
@@ -326,7 +327,7 @@ class MarginalModel:
             start: Unconstrained values to begin the search at.
 
         Returns:
-            Constrained parameter values of high posterior density, roughly.
+            Constrained parameter values of high posterior density.
         """
         if self._fit is None or not same_arguments((args, kwargs), self._fit.arguments):
             from pyro_hamflow.model.pilot import find_pilot  # which runs marginal models
@@ -334,7 +335,9 @@ class MarginalModel:
 
             if self.num_particles is None:
                 self.lay_out_anew(None)
-            self.fit(*args, pilot=find_pilot(self, args, kwargs, start), **kwargs)
+            found = find_pilot(self, args, kwargs, start)
+            self.fit(*args, pilot=found.values, **kwargs)
+            self.pilot_distance = found.distance
             if self.num_particles is None and self.proposal == "laplace":
                 settle_particles(self, args, kwargs)
         return self._fit.pilot  # type: ignore[union-attr]
@@ -344,8 +347,8 @@ class MarginalModel:
 
         Arguments:
             args: The model's arguments.
-            pilot: Constrained parameter values. Without a call of this method they are found by a
-                few steps of optimisation of the estimated likelihood times the prior.
+            pilot: Constrained parameter values. Without a call of this method they are found by
+                optimisation of the estimated likelihood times the prior.
             kwargs: The model's keyword arguments.
         """
         plan = self.plan(*args, **kwargs)
@@ -353,13 +356,31 @@ class MarginalModel:
         missing = sorted(needed - set(pilot))
         if missing:
             raise ValueError(f"`pilot` lacks a value for site '{missing[0]}'")
-        sites: dict[Any, Sites] = {}
+        self._fit = self._fitted(plan, pilot, None)
+
+    def follow(self, pilot: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        """Fits the proposal for parameter values close to the last ones, and for them alone.
+
+        Arguments:
+            pilot: Constrained parameter values.
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+        """
+        self._fit = self._fitted(self.plan(*args, **kwargs), pilot, self._fit, here_alone=True)
+
+    def _fitted(
+        self, plan: Plan, pilot: dict[str, Tensor], near: Fit | None, *, here_alone: bool = False
+    ) -> Fit:
+        sites: dict[Any, Fitted] = {}
         for group in plan.structure.groups if self.proposal == "laplace" else ():
             layout = plan.layouts[group.name]
             for stratum in layout.strata:
+                key = group.name, stratum.components
+                start = None if near is None else near.sites[key].mode
                 joint = partial(joint_density, plan, group, stratum, pilot)
-                sites[group.name, stratum.components] = fit_sites(group, layout, joint)
-        self._fit = Fit((args, kwargs), {name: v.detach() for name, v in pilot.items()}, sites)
+                sites[key] = fit_sites(group, layout, joint, start, here_alone=here_alone)
+        values = {name: value.detach() for name, value in pilot.items()}
+        return Fit((plan.args, plan.kwargs), values, sites)
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)
@@ -376,7 +397,7 @@ class Fit:
 
     arguments: tuple[Any, Any]
     pilot: dict[str, Tensor]
-    sites: dict[Any, Sites]
+    sites: dict[Any, Fitted]
 
 
 class _HideLocalSites(Messenger):

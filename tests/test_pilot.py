@@ -1,0 +1,117 @@
+"""The pilot is where the marginal posterior is highest, known here without any estimate."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_hamflow as phf
+from pyro_hamflow.model import pilot as pilot_module
+
+
+def counts(x, y):
+    beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+    s = pyro.sample("s", dist.HalfCauchy(1.0))
+    with pyro.plate("subject", len(y), dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+        with pyro.plate("visit", y.shape[1], dim=-1):
+            rate = (beta[0] + beta[1] * x + u).exp()
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def count_data(level):
+    x = torch.linspace(-1.0, 1.0, 30)[:, None]
+    u = 0.6 * torch.randn(30, 1)
+    return x, dist.Poisson((level + x + u).exp()).sample(torch.Size([4])).squeeze(-1).mT
+
+
+def count_posterior(x, y):
+    """Minus the log posterior of (beta, log s), by quadrature about each subject's own mode."""
+    nodes = torch.linspace(-10.0, 10.0, 401)
+
+    def potential(point):
+        beta, log_s = point[:2], point[2]
+        eta, s, total = beta[0] + beta[1] * x[:, 0], log_s.exp(), y.sum(1)
+        u = torch.zeros(len(y))
+        for _ in range(100):
+            rate = y.shape[1] * (eta + u).exp()
+            u = u + ((total - rate - u / s**2) / (rate + 1 / s**2)).clamp(-1.0, 1.0)
+        width = (y.shape[1] * (eta + u).exp() + 1 / s**2).rsqrt()
+        u, width = u.detach(), width.detach()
+        at = u[:, None] + width[:, None] * nodes
+        log_rate = eta[:, None] + at
+        term = (y[:, None] * log_rate[..., None]).sum(-1) - y.shape[1] * log_rate.exp()
+        joint = dist.Normal(0.0, s).log_prob(at) + term
+        value = (joint.logsumexp(1) + width.log()).sum()
+        prior = dist.Normal(0.0, 10.0).log_prob(beta).sum() + dist.HalfCauchy(1.0).log_prob(s)
+        return -(value + prior + log_s)
+
+    return potential
+
+
+def distance_from_top(potential, point):
+    """Of a point from the lowest potential, in posterior standard deviations, by Newton's step."""
+    slope = torch.autograd.functional.jacobian(potential, point)
+    curvature = torch.autograd.functional.hessian(potential, point)
+    return float((slope @ torch.linalg.solve(curvature, slope)).sqrt())
+
+
+@pytest.mark.parametrize("level", [1.5, 7.0], ids=["some counts", "thousands"])
+def test_pilot_of_counts_is_the_top_by_quadrature(level):
+    x, y = count_data(level)
+    marginal = phf.marginalize(counts, ["u"])
+    pilot = marginal.pilot((x, y), {})
+    point = torch.cat([pilot["beta"], pilot["s"].log()[None]])
+    # 16 points for each subject are not exact.
+    assert distance_from_top(count_posterior(x, y), point) < 0.5
+    assert marginal.pilot_distance < 0.1
+
+
+@pytest.mark.parametrize(("proposal", "noise"), [("laplace", 0.01), ("prior", 1.0)])
+def test_pilot_far_from_zero(proposal, noise):
+    """Effects around 40, in one case known to a hundredth: the marginal has a closed form."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("subject", len(y), dim=-2):
+            x = pyro.sample("x", dist.Normal(mean, s))
+            with pyro.plate("visit", y.shape[1], dim=-1):
+                pyro.sample("y", dist.Normal(x, noise), obs=y)
+
+    y = 40.0 + torch.randn(12, 1) + noise * torch.randn(12, 3)
+    marginal = phf.marginalize(model, ["x"], proposal=proposal)
+    pilot = marginal.pilot((y,), {})
+
+    def potential(point):
+        mean, log_s = point
+        covariance = noise**2 * torch.eye(3) + (2 * log_s).exp()
+        value = dist.MultivariateNormal(mean.expand(3), covariance).log_prob(y).sum()
+        prior = dist.Normal(0.0, 10.0).log_prob(mean) + dist.Normal(0.0, 1.0).log_prob(log_s)
+        return -value - prior
+
+    point = torch.stack([pilot["mean"], pilot["s"].log()])
+    assert distance_from_top(potential, point) < 0.5, pilot
+
+
+def test_independent_points_would_not_do(monkeypatch):
+    """Of effects that the data know well, the score's mean over such points is far off."""
+    x, y = count_data(7.0)
+    monkeypatch.setattr(pilot_module, "_STARTS", 1)
+    monkeypatch.setattr(
+        pilot_module, "_even_noise", lambda plan, potential: potential.draw_noise(1)[0]
+    )
+    marginal = phf.marginalize(counts, ["u"])
+    marginal.pilot((x, y), {})
+    assert marginal.pilot_distance > 1.0
+
+
+def test_model_without_parameters_needs_no_pilot():
+    def model(y):
+        with pyro.plate("subject", len(y)):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    assert phf.marginalize(model, ["x"]).pilot((torch.ones(3),), {}) == {}
