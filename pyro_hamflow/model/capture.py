@@ -11,6 +11,7 @@ as long as the function's control flow does not depend on the values of its inpu
 from __future__ import annotations
 
 import gc
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 
-from pyro_hamflow.model.recording import PureRecorder, Recorder, Rule
+from pyro_hamflow.model.recording import PureRecorder, Recorder
+from pyro_hamflow.model.rules import BATCHED, PURE, UNFAILING
 
 Program = Callable[..., Any]
 
@@ -75,7 +78,7 @@ def capture(function: Program, *examples: Tensor) -> GraphModule:
     """
     # Tracing tells arguments apart by identity: one tensor given twice would be one argument.
     examples = tuple(example.clone() for example in examples)
-    recorder, simple = Recorder(), PureRecorder(_MASKS)
+    recorder, simple = Recorder(UNFAILING), PureRecorder(PURE)
     # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
     with torch.autograd.grad_mode._force_original_view_tracking(True):
         recorder.record(function, *examples)
@@ -101,9 +104,57 @@ def batch(graph: Program, *examples: Tensor) -> GraphModule:
             # Shapes alone are traced: nothing of the batch's size is computed, or held.
             fake = FakeTensorMode(allow_non_fake_inputs=True)
             examples = tuple(fake.from_tensor(example) for example in examples)
-        recorder = PureRecorder(_RULES)
-        recorder.record(torch.func.functionalize(torch.func.vmap(graph)), *examples)
+        try:
+            return _record_batched(torch.func.vmap(graph, randomness="different"), *examples)
+        except RuntimeError:  # torch's for an operation that it cannot batch
+            if not isinstance(graph, GraphModule):
+                raise
+            return _record_batched(_ByOperation(graph).run, *examples)
+
+
+def _record_batched(function: Program, *examples: Tensor) -> GraphModule:
+    recorder = PureRecorder(BATCHED)
+    recorder.record(torch.func.functionalize(function), *examples)
     return recorder.module()
+
+
+class _ByOperation(Interpreter):
+    """Runs a graph for a batch, one operation after the other: row by row where it must be.
+
+    All its nodes have a batch dimension but the constants.
+    """
+
+    def run_node(self, node: Node) -> Any:
+        if node.op == "output":
+            rows = len(next(iter(self.env.values())))
+
+            def batched(part: Node) -> Any:
+                value = self.env[part]
+                return value.expand(rows, *value.shape) if part.op == "get_attr" else value
+
+            return map_arg(node.args[0], batched)
+        if node.op != "call_function" or node.target is operator.getitem:
+            return super().run_node(node)
+        moving = [source for source in node.all_input_nodes if source.op != "get_attr"]
+
+        def one(*parts: Tensor) -> Any:
+            known = dict(zip(moving, parts, strict=True))
+            get = lambda source: known[source] if source in known else self.env[source]  # noqa: E731
+            args, kwargs = map_arg((node.args, node.kwargs), get)
+            return cast(Program, node.target)(*args, **kwargs)
+
+        return over_rows(one, *(self.env[source] for source in moving))
+
+
+def over_rows(function: Program, *inputs: Tensor) -> Any:
+    """Applies a function to each row of its arguments, at once where its operations allow it."""
+    try:
+        return torch.func.vmap(function, randomness="different")(*inputs)
+    except RuntimeError:
+        results = [function(*row) for row in zip(*inputs, strict=True)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results)
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
 
 
 @_collecting_later()
@@ -195,63 +246,3 @@ def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
         return compiled(*[tensor.contiguous() for tensor in inputs])
 
     return run
-
-
-_SOLVE = torch.ops.aten.linalg_solve_triangular.default
-
-
-def _solve_together(triangle: Tensor, right: Tensor, *, left: bool = True, **settings: bool) -> Any:
-    """Solves for a whole batch as for one matrix where all share a triangle.
-
-    The operation itself would copy the triangle for each of the batch.
-    """
-    if triangle.shape[:-2].numel() != 1 or not triangle.dim() <= right.dim() > 2:
-        return NotImplemented
-    folded = right.movedim(-2, 0) if left else right
-    matrix = folded.reshape(len(folded), -1) if left else folded.reshape(-1, folded.shape[-1])
-    solved = _SOLVE(triangle.reshape(triangle.shape[-2:]), matrix, left=left, **settings)
-    return solved.reshape(folded.shape).movedim(0, -2) if left else solved.reshape(folded.shape)
-
-
-def _fill(like: Rule) -> Rule:
-    """Makes a tensor of one repeated number a constant, which holds that number alone.
-
-    Only in graphs that will not be batched any more: some rules of batching rely on the gradient of
-    a result to have its shape.
-    """
-
-    def constant(example: Tensor, *value: Any, **settings: Any) -> Tensor:
-        one = torch.empty((), dtype=example.dtype, device=example.device)
-        return like(one, *value, **settings).expand(example.shape)
-
-    return constant
-
-
-_RULES = {_SOLVE: _solve_together} | {
-    like: _fill(like)
-    for like in (
-        torch.ops.aten.zeros_like.default,
-        torch.ops.aten.ones_like.default,
-        torch.ops.aten.full_like.default,
-    )
-}
-
-
-def _by_number(target: Rule) -> Rule:
-    """Indexes by numbers in place of masks: only then are shapes known before a program runs."""
-
-    def index(tensor: Tensor, indices: list[Tensor | None], *rest: Any) -> Any:
-        if not any(i is not None and i.dtype == torch.bool for i in indices):
-            return NotImplemented
-        numbers: list[Tensor | None] = []
-        for i in indices:
-            numbers += [i] if i is None or i.dtype != torch.bool else i.nonzero().unbind(-1)
-        return target(tensor, numbers, *rest)
-
-    return index
-
-
-_MASKS = {
-    target: _by_number(target)
-    for target in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default)
-}

@@ -199,8 +199,9 @@ class Programs(ABC):
 
     def _check(self, kind: str, graph: GraphModule) -> None:
         """Compares a graph with the model at a few points, on all sides of zero."""
+        tolerance = _tolerance(graph)
         for captured, plain in self._pairs(kind, graph, self._one(kind)):
-            if not self._equal(captured, plain):
+            if not _equal(captured, plain, tolerance):
                 raise ValueError(
                     "the graph and the model disagree at another point, as they do when "
                     "the model's control flow depends on its latent variables"
@@ -212,8 +213,8 @@ class Programs(ABC):
         if value.isnan() or not any(slope.isnan().any() for slope in slopes):
             return graph
         closed = without_gaps_in_constants(graph)
-        pairs = self._pairs(kind, closed, graph)
-        same = all(self._equal(torch.where(b.isnan(), b, a), b) for a, b in pairs)
+        pairs, tolerance = self._pairs(kind, closed, graph), _tolerance(graph)
+        same = all(_equal(torch.where(b.isnan(), b, a), b, tolerance) for a, b in pairs)
         return closed if same else graph
 
     def _pairs(self, kind: str, first: Program, second: Program) -> Iterator[tuple[Tensor, Tensor]]:
@@ -223,9 +224,15 @@ class Programs(ABC):
             examples = (factor * position, factor * noise, *uniform)
             yield from zip(first(*examples), second(*examples), strict=True)
 
-    def _equal(self, first: Tensor, second: Tensor) -> bool:
-        tolerance = 1e-11 if self.example.dtype == torch.float64 else 1e-3
-        return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+def _tolerance(graph: GraphModule) -> float:
+    """How near to each other results are that differ by rounding, in the coarsest of its types."""
+    kinds = {node.meta["kind"][1] for node in graph.graph.nodes if "kind" in node.meta}
+    return 1e-11 if {k for k in kinds if k.is_floating_point} <= {torch.float64} else 1e-3
+
+
+def _equal(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def key_of(name: str, *examples: Tensor) -> tuple[Any, ...]:

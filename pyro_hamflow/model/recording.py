@@ -18,37 +18,56 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_hamflow.model.values import ValueDependence, ValueGuard
+
 Rule = Callable[..., Any]
 
 _aten = torch.ops.aten
+_CHECK_ERRORS = _aten._linalg_check_errors.default
 
 
 class Recorder(TorchDispatchMode):
     """Writes down operations as they come, those that write to their arguments included.
 
     Tensors that a function gets from elsewhere become constants of its graph. It records once.
+
+    Arguments:
+        rules: Functions to run in place of operations; where one returns ``NotImplemented``, the
+            operation itself runs.
+        live: Whether gradients are to flow through the graph: into its constants, and not where
+            the function has stopped them.
+
+    Attributes:
+        fallible: What the function calls that can fail at some values of its arguments. The graph
+            does not: its results there are NaN.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Mapping[Any, Rule] | None = None, *, live: bool = False) -> None:
         super().__init__()
         self.graph = Graph()
+        self.rules = rules or {}
+        self.live = live
+        self.fallible: set[str] = set()
         self._constants = torch.nn.Module()
         self._nodes = WeakTensorKeyDictionary()
         self._varying: set[Node] = set()
-        self._all_may_vary = False
+        self._written: dict[int, Any] = {}
+        self._expanding: list[Any] = []
 
     def record(self, function: Callable[..., Any], *examples: Tensor) -> None:
         """Runs a function of tensors.
 
         Raises:
-            RuntimeError: If Python asks for the value of a tensor that depends on the arguments.
+            RuntimeError: If Python asks for the value of a tensor that depends on the arguments, or
+                the shape of a tensor depends on such values.
         """
         for index, example in enumerate(examples):
             node = self.graph.placeholder(f"argument_{index}")
             self._varying.add(node)
             self._note(example, node)
+        self._graded = torch.is_grad_enabled()
         # What a model compiles for itself would hide its operations.
-        with torch.compiler.set_stance("force_eager"), self:
+        with torch.compiler.set_stance("force_eager"), ValueGuard(self._varies), self:
             result = function(*examples)
         self.graph.output(tree_map(self._node_of, result))
 
@@ -58,7 +77,7 @@ class Recorder(TorchDispatchMode):
 
     def module(self) -> GraphModule:
         """The graph as a module, without operations whose results nobody uses."""
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         for node in self.graph.nodes:
             node.target = _BINDINGS.get(node.target, node.target)
         return GraphModule(self._constants, self.graph)
@@ -68,15 +87,19 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         arguments = (args, kwargs or {})
         inputs = map_aggregate(arguments, self._node_of)
-        varies = self._all_may_vary or _is_random(target) or self._any_varies(inputs)
-        if torch.Tag.data_dependent_output not in target.tags:
-            return self._perform(target, arguments, inputs, varies=varies)
-        if varies:
+        varies = _is_random(target) or self._any_varies(arguments, inputs)
+        if varies and target is _CHECK_ERRORS:
+            return self._let_fail(inputs[0], args[1])
+        if varies and torch.Tag.data_dependent_output in target.tags:
+            raise ValueDependence(str(target))
+        if varies and self._has_varying_shape(target, args):
             raise RuntimeError(
-                f"{target} asks for the value of a tensor that depends on the program's arguments, "
-                "as control flow that follows latent variables does"
+                f"{target} makes a tensor whose shape depends on the values of the program's "
+                "arguments, as `x[x > 0]` does for a latent variable `x`"
             )
-        return target(*args, **arguments[1])
+        if torch.Tag.data_dependent_output in target.tags:
+            return target(*args, **arguments[1])
+        return self._perform(target, arguments, inputs, varies=varies)
 
     def _perform(self, target: Any, arguments: Any, inputs: Any, *, varies: bool) -> Any:
         """Runs an operation and writes it down.
@@ -87,14 +110,52 @@ class Recorder(TorchDispatchMode):
             inputs: The same with nodes in place of tensors.
             varies: Whether its result depends on the program's arguments, or is random.
         """
+        args, kwargs = arguments
+        if varies and (result := self._by_rule(target, arguments)) is not NotImplemented:
+            return result
         if target is _aten.lift_fresh.default:
             # A literal, which may be written to: in each run to a copy of its own.
             target = _aten.lift_fresh_copy.default
-        # What is written to a tensor shows in all that share its memory.
-        self._all_may_vary |= varies and target._schema.is_mutable
-        result = target(*arguments[0], **arguments[1])
+        if varies and target._schema.is_mutable:
+            # What is written to a tensor shows in all that share its memory.
+            for tensor in _written(target, *arguments):
+                storage = tensor.untyped_storage()
+                self._written[storage._cdata] = storage
+        result = target(*args, **kwargs)
         self._note(result, self._call(target, *inputs, varies=varies))
         return result
+
+    def _has_varying_shape(self, target: Any, args: Any) -> bool:
+        """Whether the shape of an operation's result depends on values that vary."""
+        if target is _aten.index.Tensor:
+            return any(
+                index is not None and index.dtype == torch.bool and self._varies(index)
+                for index in args[1]
+            )
+        if target is _aten.masked_select.default:
+            return self._varies(args[1])
+        if target is _aten.linalg_lstsq.default:  # its residuals alone, by the matrix's rank
+            return False
+        return torch.Tag.dynamic_output_shape in target.tags
+
+    def _by_rule(self, target: Any, arguments: Any) -> Any:
+        """Runs what takes an operation's place, in which the operation may be called itself."""
+        if target not in self.rules or target in self._expanding:
+            return NotImplemented
+        self._expanding.append(target)
+        try:
+            with self:
+                return self.rules[target](*arguments[0], **arguments[1])
+        finally:
+            self._expanding.remove(target)
+
+    def _let_fail(self, args: Any, name: str) -> None:
+        """Leaves out a check that a factorisation has worked: where it has not, it is NaN."""
+        factors = args[0].args[0] if args[0].target is operator.getitem else None
+        if factors is None or not str(factors.target).removesuffix(".default").endswith("_ex"):
+            raise ValueDependence(f"the check of {name}")
+        self.fallible.add(name)
+        factors.target = nan_where_failed(factors.target)
 
     def _call(self, target: Any, args: Any, kwargs: Any, *, varies: bool) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -109,53 +170,59 @@ class Recorder(TorchDispatchMode):
         node = self._nodes.get(value)
         if node is None:
             name = f"constant_{len(self._constants._buffers)}"
-            self._constants.register_buffer(name, value.detach())
+            self._constants.register_buffer(name, value if self.live else value.detach())
             node = self.graph.get_attr(name)
-            self._note(value, node)
+            self._nodes[value] = node
+            node.meta["kind"] = _kind(value)
         return node
 
     def _note(self, result: Any, node: Node) -> None:
         """Remembers which tensors are a node's results, and of which kind."""
+        varies = node in self._varying
         if isinstance(result, Tensor):
+            if self.live and self._graded and varies and not torch.is_grad_enabled():
+                node = self._call(_aten.detach.default, (node,), {}, varies=True)
             node.meta["kind"] = _kind(result)
             self._nodes[result] = node
         elif isinstance(result, (tuple, list)):
             for index, part in enumerate(result):
-                varies = node in self._varying
                 self._note(part, self._call(operator.getitem, (node, index), {}, varies=varies))
 
-    def _any_varies(self, inputs: Any) -> bool:
+    def _varies(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the arguments."""
+        if self._nodes.get(tensor) in self._varying:
+            return True
+        return bool(self._written) and tensor.untyped_storage()._cdata in self._written
+
+    def _any_varies(self, arguments: Any, inputs: Any) -> bool:
         nodes: list[Node] = []
         map_arg(inputs, nodes.append)
-        return not self._varying.isdisjoint(nodes)
+        if not self._varying.isdisjoint(nodes):
+            return True
+        return bool(self._written) and any(map(self._varies, _tensors(arguments)))
 
 
 class PureRecorder(Recorder):
     """Writes down operations that do not write, and simplifies as it goes.
 
     What depends on no argument is computed once, now; what is repeated or does nothing is left out.
-
-    Arguments:
-        rules: Functions to run in place of operations; where one returns ``NotImplemented``, the
-            operation itself runs.
     """
 
-    def __init__(self, rules: Mapping[Any, Rule] | None = None) -> None:
-        super().__init__()
-        self.rules = rules or {}
+    def __init__(self, rules: Mapping[Any, Rule] | None = None, *, live: bool = False) -> None:
+        super().__init__(rules, live=live)
         self._calls: dict[str, Node] = {}
 
     def _perform(self, target: Any, arguments: Any, inputs: Any, *, varies: bool) -> Any:
         args, kwargs = arguments
         if not varies:
             return target(*args, **kwargs)
-        if target in self.rules:
-            with self:
-                result = self.rules[target](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = target(*args, **kwargs)
+        if (result := self._by_rule(target, arguments)) is not NotImplemented:
+            return result
+        # The functional copy takes its source's place in memory, but views go by the target's.
+        result = args[0].clone().copy_(args[1]) if target is _COPY else target(*args, **kwargs)
         source = _returned(target, inputs[0])
+        if source is not None and self.live and target is _aten.detach.default:
+            source = None
         if source is not None and source.meta["kind"] == _kind(result):
             self._nodes[result] = source
             return result
@@ -178,6 +245,25 @@ class PureRecorder(Recorder):
         return self._calls[key]
 
 
+def nan_where_failed(factorise: Callable[..., Any]) -> Callable[..., Any]:
+    """A factorisation whose results are NaN where the last of them says that it has failed."""
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        *results, info = factorise(*args, **kwargs)
+        failed = info != 0
+        return *(nan_where(result, failed) for result in results), info
+
+    return run
+
+
+def nan_where(result: Tensor, failed: Tensor) -> Tensor:
+    """A result with NaN in each of a batch that has failed; of no effect on whole numbers."""
+    if not (result.is_floating_point() or result.is_complex()):
+        return result
+    mask = failed.reshape(failed.shape + (1,) * (result.dim() - failed.dim()))
+    return result.masked_fill(mask, torch.nan)
+
+
 _COPIES = {
     _aten.detach.default,
     _aten.alias.default,
@@ -186,6 +272,7 @@ _COPIES = {
 }
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _SHAPES = {*_VIEWS, _aten.reshape.default, _aten.expand.default}
+_COPY = _aten.copy.default
 _PRODUCT, _TRANSPOSE = _aten.mm.default, _aten.permute.default
 
 
@@ -215,7 +302,7 @@ def _returned(target: Any, args: Any) -> Node | None:
         return args[0]
     if target == _TRANSPOSE:
         return args[0] if list(args[1]) == sorted(args[1]) else None
-    return args[1] if target == _aten.copy.default else None
+    return args[1] if target == _COPY else None
 
 
 def _product_of_transposes(target: Any, args: Any) -> tuple[Node, Node] | None:
@@ -236,6 +323,22 @@ def _is_transpose(target: Any, args: Any) -> bool:
 
 def _is_random(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def _written(target: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operation writes to."""
+    written: list[Tensor] = []
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            written += _tensors(value)
+    return written
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_aggregate(nested, lambda value: found.append(value) if isinstance(value, Tensor) else None)
+    return found
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
