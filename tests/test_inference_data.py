@@ -16,6 +16,7 @@ import xarray
 
 import pyro_hamflow as phf
 from pyro_hamflow.results.inference_data import build_groups, to_datatree
+from pyro_hamflow.results.run import plain
 
 
 def clinics(covariate, outcome):
@@ -207,3 +208,63 @@ def test_plain_models_report_every_observation(data):
 def test_other_results_are_refused():
     with pytest.raises(TypeError, match="expected an MCMC object"):
         phf.to_inference_data(object())
+
+
+def test_chains_with_methods_of_their_own_are_joined(data):
+    class Alternating(phf.PseudoMarginalNUTS):
+        """Its second chain, unlike its first, refreshes the noise on its own."""
+
+        def _choose(self, *_):
+            self.chosen = {"joint": "conditional"}.get(getattr(self, "chosen", ""), "joint")
+            return self.chosen
+
+    kernel = Alternating(phf.marginalize(clinics, ["effect"], num_particles=2))
+    mcmc = phf.MCMC(kernel, 5, 5, num_chains=2, chain_method="sequential", seed=0)
+    mcmc.run(*data)
+    stats = phf.to_inference_data(mcmc).sample_stats
+    assert np.isnan(stats["refresh_rate"][0]).all() and np.isfinite(stats["refresh_rate"][1]).all()
+    assert stats["diverging"].dtype == bool and stats["n_steps"].dtype == np.int64
+
+
+def test_settings_are_valid_json(mcmc):
+    mcmc.kernel.log_likelihood_variance = float("nan")
+    settings = phf.to_inference_data(mcmc, log_likelihood=False).attrs["kernel_settings"]
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    assert json.loads(settings, parse_constant=refuse)["log_likelihood_variance"] is None
+    odd = {"a": float("inf"), 1: torch.tensor([1.0, float("nan")]), "c": {"d": object}}
+    assert plain(odd) == {"a": None, "1": [1.0, None], "c": {"d": repr(object)}}
+
+
+@pytest.mark.parametrize("runner", [phf.MCMC, pyro.infer.MCMC])
+def test_shortest_runs_convert_and_unfinished_ones_are_refused(runner, data):
+    mcmc = runner(phf.HMC(clinics), 1, 0, num_chains=1)
+    with pytest.raises(ValueError, match="no draws yet"):
+        phf.to_inference_data(mcmc)
+    mcmc.run(*data)
+    assert dict(phf.to_inference_data(mcmc).posterior["effect"].sizes) == {
+        "chain": 1,
+        "draw": 1,
+        "clinic": 5,
+    }
+
+
+def test_two_models_are_compared(data):
+    def without_effects(covariate, outcome):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("clinic", 5, dim=-2), pyro.plate("patient", 3, dim=-1):
+            pyro.sample("outcome", dist.Bernoulli(logits=covariate @ slope), obs=outcome)
+
+    runs = {}
+    for model in (clinics, without_effects):
+        mcmc = phf.MCMC(phf.HMC(model), 60, 40, num_chains=2, seed=0)
+        mcmc.run(*data)
+        runs[model.__name__] = phf.to_inference_data(mcmc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert set(arviz.compare(runs).index) == set(runs)
+        assert np.isfinite(arviz.waic(runs["clinics"]).elpd_waic)
+    drawn = arviz.extract(runs["clinics"], var_names=["effect"])
+    assert drawn.sizes == {"clinic": 5, "sample": 120}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,17 +94,22 @@ class Draws:
 
     @staticmethod
     def join(parts: list[Draws]) -> Draws:
-        """The draws of several chains, cut to the shortest."""
+        """The draws of several chains, cut to the shortest.
+
+        A statistic that some chains do not have, as where each has chosen its own method, is NaN.
+        """
         length = min(part.position.shape[1] for part in parts)
 
         def cat(tensors: list[Tensor]) -> Tensor:
             return torch.cat([tensor[:, :length] for tensor in tensors])
 
-        def merge(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {name: cat([d[name] for d in dicts]) for name in dicts[0]}
+        def stat(name: str, part: Draws) -> Tensor:
+            missing = torch.full(part.position.shape[:2], math.nan, dtype=torch.float64)
+            return part.stats.get(name, missing)
 
+        names = dict.fromkeys(name for part in parts for name in part.stats)
         return Draws(
             cat([part.position for part in parts]),
-            merge([part.stats for part in parts]),
-            merge([part.local for part in parts]),
+            {name: cat([stat(name, part) for part in parts]) for name in names},
+            {name: cat([part.local[name] for part in parts]) for name in parts[0].local},
         )

@@ -40,7 +40,9 @@ def to_inference_data(
 
     Groups: ``posterior`` (sites in their supports, deterministic sites, and local sites that were
     integrated out, recovered), ``sample_stats``, ``log_likelihood`` and ``observed_data``; the
-    first two of the warm-up as well, if it was saved.
+    first two of the warm-up as well, if it was saved. Discrete sites that were summed out are in no
+    group; a warning tells of deterministic sites that depend on them, and of all else that cannot
+    be given.
 
     ``log_likelihood`` has an entry for each observation, given all continuous sites of the
     posterior. Where local sites are integrated out, it has one for each element of the plates
@@ -53,10 +55,11 @@ def to_inference_data(
 
     Names: a site keeps its name, and the dimension of a plate the plate's. Slashes become dots. A
     site called ``chain``, ``draw`` or ``sample`` comes out as ``chain_site`` and so on; a dimension
-    whose name is one of these, or a site's, ends in ``_dim``. Dimensions without a plate are called
-    as ``dims`` says, or ``SITE_dim_0``, ``SITE_dim_1`` and so on, counted from the left among those
-    of the site that are no plates, event dimensions included. A name that is still taken gets its
-    ending once more.
+    called so, or like a site, or as ArviZ calls dimensions of its own (``hdi``, ``metric``,
+    ``variable``, ``label``, ``summary``, ``ci_bound``, ``__sample__``) ends in ``_dim``. Dimensions
+    without a plate are called as ``dims`` says, or ``SITE_dim_0``, ``SITE_dim_1`` and so on,
+    counted from the left among those of the site that are no plates, event dimensions included. A
+    name that is still taken gets its ending once more.
 
     Weighted draws of :func:`~pyro_hamflow.importance_sample` become draws of equal weight, as many
     as they are effectively worth, picked at random; ``sample_stats`` keeps their log weights, and
@@ -188,13 +191,13 @@ class _Model:
         values = dict(self.potential.constrain(draws.position.to(self.potential.example.device)))
         values |= draws.local
         found = deterministic_values(self.potential, self.model, self.trace, draws.position, values)
-        lost = [n for n, s in self.trace.nodes.items() if is_latent(s) and n not in values]
-        hidden = {site.name for site in self.potential.noise_sites}
-        lost = [name for name in lost + found.missing if name not in hidden]
+        integrated = self.sampled.sites if isinstance(self.sampled, MarginalModel) else ()
+        lost = [name for name in integrated if name not in values] + found.missing
         if lost:
             self._note(
-                f"The posterior lacks {lost}: sites that were summed or integrated out and not "
-                "recovered, and what follows from them or changes its shape from draw to draw."
+                f"The posterior lacks {lost}: what was integrated out and not recovered, and what "
+                "follows from it or from discrete sites that were summed out, or changes its shape "
+                "from draw to draw."
             )
         if found.failures:
             self._note(

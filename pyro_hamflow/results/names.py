@@ -8,9 +8,11 @@ share a name, some names are taken, and ``/`` parts groups. The rule is stated i
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable
 
 TAKEN = ("chain", "draw", "sample")
+# Dimensions that ArviZ's functions make: they fail where there is one already.
+TAKEN_DIMENSIONS = ("__sample__", "ci_bound", "hdi", "label", "metric", "summary", "variable")
 
 
 def legal(name: str) -> str:
@@ -42,9 +44,9 @@ class Names:
     def __init__(self, sites: Iterable[str], plates: Iterable[str]) -> None:
         self._sites: dict[Hashable, str] = {}
         self._dimensions: dict[Hashable, str] = {}
-        for name in _unchanged_first(sites):
+        for name in _unchanged_first(sites, TAKEN):
             self.site(name)
-        for name in _unchanged_first(plates):
+        for name in _unchanged_first(plates, self._taken_from_dimensions()):
             self.dimension(name)
 
     def site(self, *parts: str) -> str:
@@ -64,9 +66,13 @@ class Names:
 
     def _dimension(self, key: Hashable, name: str) -> str:
         if key not in self._dimensions:
-            taken = {*TAKEN, *self._sites.values(), *self._dimensions.values()}
+            taken = self._taken_from_dimensions()
             self._dimensions[key] = _free(name, "_dim", taken)
         return self._dimensions[key]
+
+    def _taken_from_dimensions(self) -> set[str]:
+        known = {*self._sites.values(), *self._dimensions.values()}
+        return {*TAKEN, *TAKEN_DIMENSIONS, *known}
 
 
 def _free(name: str, suffix: str, taken: set[str]) -> str:
@@ -76,6 +82,6 @@ def _free(name: str, suffix: str, taken: set[str]) -> str:
     return name
 
 
-def _unchanged_first(names: Iterable[str]) -> list[str]:
-    """Names that are legal as they are before those that would be changed into them."""
-    return sorted(dict.fromkeys(names), key=lambda name: name in TAKEN or legal(name) != name)
+def _unchanged_first(names: Iterable[str], taken: Container[str]) -> list[str]:
+    """Names that stay as they are before those that might be changed into them."""
+    return sorted(dict.fromkeys(names), key=lambda name: name in taken or legal(name) != name)

@@ -149,8 +149,10 @@ class _Estimator:
         potential = self._potential(0)
         self.is_noisy = potential.noise_dimension > 0
         values = source.unravel(position.flatten(0, 1).to(source.example.device))
-        parts = [values[site.name].reshape(-1, site.shape.numel()) for site in potential.sites]
         empty = position.flatten(0, 1)[:, :0].to(source.example.device)
+        parts = [
+            values[site.name].reshape(len(empty), site.shape.numel()) for site in potential.sites
+        ]
         self.position = torch.cat([empty, *parts], -1)
         trace = potential.trace(self.position[0], _quiet(potential, 1)[0])
         self.terms = find_terms(trace)
@@ -236,9 +238,7 @@ class _Estimator:
             potential, terms = self._potential(level), self.terms
 
             def once(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-                trace = potential.trace(position, noise)
-                with no_validation():
-                    return tuple(densities(trace, terms))
+                return tuple(densities(potential.trace(position, noise), terms))
 
             few = self.position[:_DRAWS]
             quiet = _quiet(potential, len(few))
@@ -265,7 +265,8 @@ def find_terms(trace: poutine.Trace) -> list[Term]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and site["is_observed"] and not is_deterministic(site)
     }
-    components = _components(trace)
+    with no_validation():
+        components = _components(trace)
     terms: list[Term] = []
     for name in observed:
         joined = next((part for part in components if name in part), (name,))
@@ -306,8 +307,7 @@ def _components(trace: poutine.Trace) -> list[tuple[str, ...]]:
 
 def _pack(trace: poutine.Trace) -> None:
     """Gives dimensions the symbols by which Pyro tells plates and enumerated sites apart."""
-    with no_validation():
-        trace.compute_log_prob()
+    trace.compute_log_prob()
     trace.pack_tensors()
 
 
@@ -318,21 +318,19 @@ def _summed(trace: poutine.Trace) -> set[str]:
 
 def densities(trace: poutine.Trace, terms: Sequence[Term]) -> list[Tensor]:
     """The log densities of terms' elements, plates at their own dimensions."""
-    if any(term.summed for term in terms):
-        _pack(trace)
-    return [
-        _sum_out(trace, term) if term.summed else log_density(trace.nodes[term.nodes[0]])
-        for term in terms
-    ]
+    with no_validation():
+        if any(term.summed for term in terms):
+            _pack(trace)
+        return [
+            _sum_out(trace, term) if term.summed else log_density(trace.nodes[term.nodes[0]])
+            for term in terms
+        ]
 
 
 def _sum_out(trace: poutine.Trace, term: Term) -> Tensor:
     """The log density of a term, given all continuous sites, with discrete ones summed out."""
-    joint = _contract(trace, term, term.summed)
     others = tuple(name for name in term.summed if name not in term.nodes)
-    if all("_enumerate_dim" in trace.nodes[name]["infer"] for name in others):
-        return joint
-    return joint - _contract(trace, term, others)
+    return _contract(trace, term, term.summed) - _contract(trace, term, others)
 
 
 def _contract(trace: poutine.Trace, term: Term, sites: Sequence[str]) -> Tensor:
