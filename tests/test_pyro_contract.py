@@ -413,3 +413,116 @@ def test_structured_mass_is_positive_definite(arrowhead, full_mass):
 def test_adapter_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="`mass_matrix_adapter` is a dict: expected a BlockMass"):
         NUTS(scaled).mass_matrix_adapter = {}
+
+
+# --- the runner ---------------------------------------------------------------------------------
+
+
+def run(model, *args, **settings):
+    mcmc = MCMC(NUTS(model), 30, 20, num_chains=2, seed=0, disable_progbar=True, **settings)
+    mcmc.run(*args)
+    return mcmc
+
+
+def test_draws_of_named_sites_alone():
+    mcmc = run(two_sites, save_params=["share"])
+    assert set(mcmc.get_samples()) == {"share"}
+    assert set(mcmc.diagnostics()) == {"share", "divergences", "acceptance rate"}
+    assert list(mcmc.summary().index) == ["share[0]", "share[1]"]
+    with pytest.raises(ValueError, match=r"`save_params` names \['odd'\]: expected names of the"):
+        run(two_sites, save_params=["odd"])
+
+
+@pytest.mark.parametrize("where", ["kernel", "runner"])
+def test_another_map_to_the_real_line(where):
+    """The posterior is the same; the map is used, and draws stay in the support."""
+    softplus = {"scale": transforms.SoftplusTransform().inv}
+    kernel = NUTS(scaled, transforms=softplus if where == "kernel" else None)
+    more = {"transforms": softplus} if where == "runner" else {}
+    mcmc = MCMC(kernel, 100, 80, num_chains=25, seed=1, disable_progbar=True, **more)
+    mcmc.run(Y)
+    check(mcmc.get_samples(group_by_chain=True)["scale"], *moments_of_scale())
+    position = mcmc.draws.position[..., 0]
+    expected = torch.nn.functional.softplus(position)
+    torch.testing.assert_close(mcmc.get_samples(group_by_chain=True)["scale"], expected)
+    assert kernel.transforms["scale"].inv == softplus["scale"].inv
+
+
+def test_validation_where_it_is_wanted():
+    def model(y):
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        pyro.sample("y", dist.Exponential(p), obs=y)
+
+    negative = torch.tensor(-1.0)
+    with pytest.raises(ValueError, match="within the support"):
+        run(model, negative, disable_validation=False)
+    with pyro.validation_enabled(), pytest.raises(ValueError, match="within the support"):
+        run(model, negative, disable_validation=None)
+    with pyro.validation_enabled(is_validate=False):
+        run(model, negative, disable_validation=None)
+    run(model, negative)
+
+
+def test_summary_is_printed_and_returned(capsys):
+    mcmc = run(two_sites)
+    table = mcmc.summary(prob=0.5)
+    assert {"hdi_25%", "hdi_75%"} <= set(table.columns)
+    assert table.to_string() in capsys.readouterr().out
+
+
+def test_convergence_of_one_chain_is_judged_by_its_halves():
+    mcmc = MCMC(NUTS(scaled), 40, 20, seed=0, disable_progbar=True)
+    mcmc.run(Y)
+    found = mcmc.diagnostics()["scale"]
+    assert isinstance(found["n_eff"], torch.Tensor)
+    assert isinstance(found["r_hat"], torch.Tensor)
+    assert 0.9 < found["r_hat"] < 2.0
+    mcmc._samples["scale"] = torch.linspace(0.0, 1.0, 40)[None]
+    assert mcmc.diagnostics()["scale"]["r_hat"] > 1.7
+
+
+def test_pickled_run_keeps_its_draws():
+    mcmc = run(scaled, Y)
+    copy = pickle.loads(pickle.dumps(mcmc))
+    assert torch.equal(copy.get_samples()["scale"], mcmc.get_samples()["scale"])
+    assert copy.diagnostics().keys() == mcmc.diagnostics().keys()
+    copy.run(Y)
+    assert torch.equal(copy.get_samples()["scale"], mcmc.get_samples()["scale"])
+
+
+def test_chains_in_turn_leave_nothing_behind(monkeypatch):
+    """In Pyro's runner; a kernel's `setup` may be extended, as here to seed each chain."""
+    monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 1)
+
+    class Seeded(NUTS):
+        def setup(self, warmup_steps, *args, **kwargs):
+            pyro.set_rng_seed(self.seeds.pop())
+            super().setup(warmup_steps, *args, **kwargs)
+
+    draws = []
+    for seeds in ([0, 1], [1, 0]):
+        kernel = Seeded(scaled)
+        kernel.seeds = seeds
+        mcmc = pyro.infer.MCMC(kernel, 20, 20, num_chains=2, disable_progbar=True)
+        mcmc.run(Y)
+        draws.append(mcmc.get_samples(group_by_chain=True)["scale"])
+    assert torch.equal(draws[0], draws[1].flip(0))
+
+
+def test_number_of_steps_is_what_was_asked_for():
+    kernel = HMC(scaled, step_size=0.3, num_steps=4)
+    state = kernel.begin(3, 30, (Y,))
+    for _ in range(40):
+        state, info = kernel.advance(state)
+        assert info.n_steps == 4
+    assert kernel.num_steps == 4
+    assert kernel.step_size != 0.3
+    long = HMC(scaled, step_size=0.25, num_steps=4, trajectory_length=2.0, adapt_step_size=False)
+    long.begin(1, 0, (Y,))
+    assert long.num_steps == 8
+
+
+def test_step_size_stays_within_its_bounds():
+    kernel = HMC(scaled, min_stepsize=0.09, max_stepsize=0.11)
+    kernel.begin(3, 30, (Y,))
+    assert 0.09 <= kernel.step_size <= 0.11

@@ -136,6 +136,7 @@ class MCMC:
         self._kwargs: dict[str, Any] = {}
         self._draws: Draws | None = None
         self._warmup_draws: Draws | None = None
+        self._samples: dict[str, Tensor] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Warms up and draws.
@@ -151,7 +152,7 @@ class MCMC:
             pyro.set_rng_seed(self.seed)
         self._args, self._kwargs = args, kwargs
         self._validate()
-        self._draws = self._warmup_draws = None
+        self._draws = self._warmup_draws = self._samples = None
         self.interrupted = False
         self.sampling_time = self.warmup_time = 0.0
         vectorized = self.chain_method == "vectorized"
@@ -314,11 +315,21 @@ class MCMC:
             num_samples: How many to pick at random, with replacement; all if not given.
             group_by_chain: Whether to keep the chain dimension.
         """
-        device = self.kernel.potential.example.device
-        samples = self.kernel.potential.constrain(self.draws.position.to(device))
-        if self.save_params is not None:
-            samples = {name: samples[name] for name in self.save_params}
-        return select_samples(samples, num_samples, group_by_chain)
+        return select_samples(self._constrained(), num_samples, group_by_chain)
+
+    def _constrained(self) -> dict[str, Tensor]:
+        """The draws that were asked for, in the sites' supports."""
+        if self._samples is None:
+            potential = self.kernel.potential
+            samples = potential.constrain(self.draws.position.to(potential.example.device))
+            self._samples = {name: samples[name] for name in self.save_params or samples}
+        return dict(self._samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the draws in the supports, which the kernel's maps lead to in this process alone."""
+        if self._draws is not None:
+            self._constrained()
+        return self.__dict__.copy()
 
     def diagnostics(self) -> dict[str, Any]:
         """Effective sample sizes and R-hat of each site, by ArviZ, and divergences.

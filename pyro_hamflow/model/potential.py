@@ -14,11 +14,11 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from pyro.infer import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
 from pyro_hamflow.model.capture import Program
+from pyro_hamflow.model.enumeration import refuse_branches, sum_out
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.programs import Programs
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
@@ -128,10 +128,12 @@ class Potential(Programs):
             nesting = max(nesting, max_plate_nesting)
         self._enumerated = bool(discrete)
         if discrete:
-            self.model = poutine.enum(config_enumerate(model), first_available_dim=-1 - nesting)
+            marked = poutine.infer_config(model, sum_out)
+            self.model = poutine.enum(marked, first_available_dim=-1 - nesting)
         self.plain_trace = plain
         zero = self.example.new_zeros
-        trace = self.trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
+        with refuse_branches(discrete):
+            trace = self.trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
         refuse_moving_supports(self.sites, trace, transforms)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
