@@ -1,0 +1,45 @@
+"""What is known of tensors by the memory that they live in.
+
+Views share the memory of what they view, and writing in place changes it for all of them. So
+whoever follows the tensors of a running program keeps what is known by memory, not by tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+Known = TypeVar("Known")
+
+_SWEEP = 256  # new memories after which those that are gone are forgotten
+
+
+class Storages(Generic[Known]):
+    """A dictionary by the memory of tensors, which keeps none of them alive."""
+
+    def __init__(self) -> None:
+        # While a weak reference is held, no other memory gets its number.
+        self._known: dict[int, tuple[StorageWeakRef, Known]] = {}
+        self._new = 0
+
+    def get(self, tensor: Tensor) -> Known | None:
+        """What is known of a tensor's memory."""
+        entry = self._known.get(number(tensor))
+        return None if entry is None else entry[1]
+
+    def set(self, tensor: Tensor, known: Known) -> None:
+        """Notes something of a tensor's memory, in place of what was known."""
+        self._known[number(tensor)] = (StorageWeakRef(tensor.untyped_storage()), known)
+        self._new += 1
+        if self._new >= _SWEEP:
+            self._new = 0
+            gone = [key for key, (reference, _) in self._known.items() if reference.expired()]
+            for key in gone:
+                del self._known[key]
+
+
+def number(tensor: Tensor) -> int:
+    """The number of a tensor's memory, its own as long as the memory is in use."""
+    return int(tensor.untyped_storage()._cdata)
