@@ -310,7 +310,13 @@ def own_randomness(y):
     pyro.sample("y", dist.Normal(a + torch.randn(4), 1.0).to_event(1), obs=y)
 
 
+def own_mask(y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+    pyro.sample("y", dist.Normal(a[a > 0], 1.0).to_event(1), obs=y)
+
+
 POTENTIALS = {
+    "own mask": (own_mask, Y, "shape of a result follows the values of latent sites, in .*'index'"),
     "NaN": (model, with_nan(Y), r"data of observed site 'y' contain NaN \(1 of 4 values\)"),
     "NaN, marginal": (
         marginalize(model, ["x"], num_particles=2),

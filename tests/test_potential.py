@@ -225,10 +225,10 @@ def test_failure_of_the_compiler_is_survived(monkeypatch):
 
 def test_change_of_a_parameter_is_noticed():
     potential = Potential(learned_parameter)
-    assert potential.is_current()
+    assert potential.renew((), {})
     pyro.get_param_store()["scale"] = torch.tensor(1.4)
-    assert not potential.is_current()
-    assert Potential(learned_parameter).is_current()
+    assert not potential.renew((), {})
+    assert Potential(learned_parameter).renew((), {})
 
 
 def test_noise_is_separate_or_a_latent_site():

@@ -30,7 +30,6 @@ from pyro_hamflow.mcmc.record import Record
 from pyro_hamflow.mcmc.single_chain import SingleChain
 from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Transition, Tuning
 from pyro_hamflow.mcmc.warmup import WarmUp
-from pyro_hamflow.model.arguments import same_arguments
 from pyro_hamflow.model.function import FunctionPotential, PotentialFunction
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
@@ -371,10 +370,8 @@ class HamiltonianKernel(SingleChain):
                 if initial_params is not None:
                     start = {name: value.mean(0) for name, value in initial_params.items()}
                 self._pilot = self.model.pilot(args, kwargs, start)
-        old = self._potential
-        if old is not None and same_arguments((old.args, old.kwargs), (args, kwargs)):
-            if old.is_current():
-                return old
+        if self._potential is not None and self._potential.renew(args, kwargs):
+            return self._potential
         assert self.model is not None
         self._potential = Potential(
             self.model,
@@ -398,7 +395,7 @@ class HamiltonianKernel(SingleChain):
             )
         old, shapes = self._potential, {name: v.shape for name, v in self._example.items()}
         if old is not None and {site.name: site.shape for site in old.sites} == shapes:
-            if old.is_current():
+            if old.renew((), {}):
                 return old
         assert self.potential_fn is not None
         self._potential = FunctionPotential(

@@ -18,15 +18,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_hamflow.model.owner_rules import NONE, SEVERAL, Call, fold, owners_of
-from pyro_hamflow.model.storages import Storages, number
+from pyro_hamflow.model.storages import Storages, apart, number
 
 
 class ValueReadError(RuntimeError):
-    """Python asks for the value, or a shape that follows the values, of a tensor with owners."""
+    """Python asks for the value, or a shape that follows the values, of a tensor with owners.
+
+    Arguments:
+        operation: The name of the operation by which it asks.
+    """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(operation)
+        self.operation = operation.partition("\n")[0]  # Pyro adds its trace to what is raised
 
 
 class Owners(NamedTuple):
@@ -68,7 +76,7 @@ def trace_owners(
         >>> found["own"].of, found["gaps"].of, found["gaps"].mixer
         (tensor([1, 2, 3]), tensor([-1, -1]), 'sub')
     """
-    with _disable_current_modes(), torch.compiler.set_stance("force_eager"):
+    with apart():
         copies = {name: value.detach().clone() for name, value in values.items()}
         follower = _Follower()
         for name, owner in owners.items():

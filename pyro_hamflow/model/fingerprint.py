@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_hamflow.model.storages import Storages
+from pyro_hamflow.model.owner_rules import Call
+from pyro_hamflow.model.storages import Storages, apart
 
 
 class Fingerprint(NamedTuple):
@@ -53,7 +55,7 @@ def take_fingerprint(function: Callable[..., Any], *inputs: Tensor) -> Fingerpri
         >>> take_fingerprint(scale, torch.tensor(3.0)).key == first
         False
     """
-    with _disable_current_modes(), torch.compiler.set_stance("force_eager"):
+    with apart():
         watcher = _Watcher()
         copies = [tensor.detach().clone() for tensor in inputs]
         for copy in copies:
@@ -61,6 +63,41 @@ def take_fingerprint(function: Callable[..., Any], *inputs: Tensor) -> Fingerpri
         with watcher:
             result = function(*copies)
         return watcher.end(result)
+
+
+Result = TypeVar("Result")
+
+
+def explained(
+    run: Callable[[], Result], again: Callable[..., Any] | None = None, *inputs: Tensor
+) -> Result:
+    """Runs a model; says so if it fails for a shape that follows values of latent sites.
+
+    Arguments:
+        run: What to run.
+        again: What to run once more if that fails, if it is not the same.
+        inputs: Latent values to run it with; others are known by being random.
+
+    Raises:
+        ValueError: If it fails, and a shape on the way followed latent values.
+        Exception: What it raises, if it fails otherwise.
+    """
+    try:
+        return run()
+    except Exception as error:
+        watcher = _Watcher()
+        for tensor in inputs:
+            watcher.begin(tensor)
+        with apart(), watcher, suppress(Exception):
+            (again or run)(*inputs)
+        if watcher.moving_shape is None:
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            "the model fails where the shape of a result follows the values of latent sites, in "
+            f"operation '{watcher.moving_shape}': {lines[0]}; expected operations on whole "
+            "tensors, such as `torch.where(x > 0, x, 0.0)` in place of `x[x > 0]`"
+        ) from error
 
 
 @dataclass
@@ -89,6 +126,7 @@ class _Watcher(TorchDispatchMode):
         self._memories: Storages[_Memory] = Storages()
         self._count = 0
         self._is_certain = True
+        self.moving_shape: str | None = None
 
     def begin(self, tensor: Tensor) -> None:
         """Takes a tensor as an input."""
@@ -111,8 +149,10 @@ class _Watcher(TorchDispatchMode):
         varies = any(memory.varies for memory in memories)
         random = any(memory.random for memory in memories)
         random = random or torch.Tag.nondeterministic_seeded in target.tags
-        if torch.Tag.data_dependent_output in target.tags and (varies or random):
+        if (varies or random) and (call := Call(target, args, kwargs, self)).reads_values():
             self._is_certain = False
+            if torch.Tag.dynamic_output_shape in target.tags:
+                self.moving_shape = self.moving_shape or call.name
         result = target(*args, **kwargs)
         for part in result if isinstance(result, list | tuple) else (result,):
             if isinstance(part, Tensor) and self._memories.get(part) is None:
@@ -124,6 +164,14 @@ class _Watcher(TorchDispatchMode):
                     memory.varies |= varies
                     memory.random |= random
         return result
+
+    def owner(self, tensor: Tensor) -> Tensor:
+        """One where values depend on the inputs, or are random; zero elsewhere."""
+        return torch.tensor(int(self.has_owners(tensor))).expand(tensor.shape)
+
+    def has_owners(self, tensor: Tensor) -> bool:
+        memory = self._memory(tensor)
+        return memory.varies or memory.random
 
     def _write(self, description: Any) -> None:
         self._digest.update(repr(description).encode())
@@ -159,4 +207,4 @@ class _Watcher(TorchDispatchMode):
 def _contents(tensor: Tensor) -> bytes:
     """All the numbers in a tensor."""
     numbers = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return hashlib.blake2b(numbers.view(torch.uint8).numpy(), digest_size=16).digest()
+    return hashlib.blake2b(numbers.view(torch.uint8).numpy().data, digest_size=16).digest()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
-from pyro_hamflow.model.arguments import same_arguments, signature
+from pyro_hamflow.model.analysis import Run, analyse
 from pyro_hamflow.model.laplace import (
     Fitted,
     LaplaceProposal,
@@ -46,7 +47,6 @@ from pyro_hamflow.model.structure import (
     Frames,
     Group,
     Structure,
-    analyse,
     run_with,
 )
 
@@ -180,20 +180,26 @@ class MarginalModel:
         self.settled_particles = num_particles
         self.proposal = proposal
         self.points = points
-        self._layouts: dict[Any, tuple[Structure, dict[str, Layout]]] = {}
+        self._chooses_proposal = proposal == "auto"
+        self._structure: Structure | None = None
+        self._layouts: dict[str, Layout] = {}
+        self._is_held = False
         self._fit: Fit | None = None
         self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
 
     @property
     def max_plate_nesting(self) -> int:
         """How many dimensions the plates of the original model take, hidden ones included."""
-        return max((structure.nesting for structure, _ in self._layouts.values()), default=0)
+        return self._structure.nesting if self._structure else 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.plan(*args, **kwargs)
+        with self.hold(self.plan(*args, **kwargs).structure):
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.proposal == "laplace":
             self.pilot(args, kwargs)
-            plan = self.plan(*args, **kwargs)  # with the particles that the pilot found enough
+        plan = self.plan(*args, **kwargs)  # with the particles that the pilot found enough
         with _HideLocalSites(plan.structure) as handler:
             result = self.model(*args, **kwargs)
         for group in plan.structure.groups:
@@ -217,13 +223,20 @@ class MarginalModel:
         return result
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The model bound to its arguments, its structure, and the layout of its noise."""
-        key = tuple(signature(arg) for arg in args) + tuple(
-            (name, signature(arg)) for name, arg in sorted(kwargs.items())
-        )
-        if key not in self._layouts:
+        """The model bound to its arguments, its structure, and the layout of its noise.
+
+        What was found out about the model holds as long as it does the same with the same data.
+        That is looked at again each time: nothing else tells, since a model may read what is no
+        argument of it, and arguments may change in place. :meth:`hold` spares the look.
+        """
+        structure = self._structure
+        if structure is None or not (self._is_held or self._is_current(structure, args, kwargs)):
             structure = analyse(self.model, self.sites, *args, **kwargs)
-            plan = Plan(self.model, args, kwargs, structure, {})
+            self._structure, self._layouts = structure, {}
+            if self._chooses_proposal:
+                self.proposal = "auto"
+        plan = Plan(self.model, args, kwargs, structure, self._layouts)
+        if not self._layouts:
             if self.proposal == "auto":
                 self.proposal = "laplace"
                 try:
@@ -231,8 +244,32 @@ class MarginalModel:
                 except ValueError:  # a prior is not Gaussian; other faults will come up again
                     self.proposal = "prior"
             self._lay_out(plan)
-            self._layouts[key] = (structure, plan.layouts)
-        return Plan(self.model, args, kwargs, *self._layouts[key])
+        return plan
+
+    def _is_current(
+        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether the model does with these arguments what it did when it was analysed."""
+        try:
+            return Run(self.model, args, kwargs, structure.values).look().key == structure.key
+        except Exception:  # whatever a model's own code may raise at values of other shapes
+            return False
+
+    @contextmanager
+    def hold(self, structure: Structure) -> Iterator[None]:
+        """While this lasts, the model is taken to have a structure that it once had."""
+        before = self._is_held, self._structure
+        self._take(structure)
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = before[0]
+            self._take(before[1])
+
+    def _take(self, structure: Structure | None) -> None:
+        if structure is not self._structure:
+            self._structure, self._layouts = structure, {}
 
     def _lay_out(self, plan: Plan) -> None:
         """Shares the noise of each group out among its sites and particles."""
@@ -250,7 +287,7 @@ class MarginalModel:
         """Changes the number of particles where none was given."""
         if num_particles != self.settled_particles:
             self.settled_particles = num_particles
-            self._layouts.clear()
+            self._layouts = {}
 
     def refined(self, num_particles: int, points: str) -> MarginalModel:
         """The same model and fitted proposal, with other particles.
@@ -329,7 +366,8 @@ class MarginalModel:
         Returns:
             Constrained parameter values of high posterior density.
         """
-        if self._fit is None or not same_arguments((args, kwargs), self._fit.arguments):
+        plan = self.plan(*args, **kwargs)
+        if self._fit is None or self._fit.key != plan.structure.key:
             from pyro_hamflow.model.pilot import find_pilot  # which runs marginal models
             from pyro_hamflow.model.quality import settle_particles
 
@@ -380,7 +418,7 @@ class MarginalModel:
                 joint = partial(joint_density, plan, group, stratum, pilot)
                 sites[key] = fit_sites(group, layout, joint, start, here_alone=here_alone)
         values = {name: value.detach() for name, value in pilot.items()}
-        return Fit((plan.args, plan.kwargs), values, sites)
+        return Fit(plan.structure.key, values, sites)
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)
@@ -393,9 +431,9 @@ class MarginalModel:
 
 @dataclass(frozen=True)
 class Fit:
-    """A pilot, the sites of the ``"laplace"`` proposal fitted there, and to which arguments."""
+    """A pilot, the sites of the ``"laplace"`` proposal fitted there, and to what model and data."""
 
-    arguments: tuple[Any, Any]
+    key: str
     pilot: dict[str, Tensor]
     sites: dict[Any, Fitted]
 
@@ -410,7 +448,10 @@ class _HideLocalSites(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         name = msg["name"]
-        if name in self.structure.hidden:
+        rest = self.structure.rest.get(name)
+        if rest is not None:  # counted here, and not in an estimate
+            msg["mask"] = rest if msg["mask"] is None else msg["mask"] & rest
+        elif name in self.structure.hidden:
             if name in self.structure.placeholders:
                 msg["value"] = self.structure.placeholders[name]
                 msg["done"] = True

@@ -147,8 +147,8 @@ def _product(call: Call, outputs: list[Tensor]) -> list[Tensor]:
     owner = join([call.owner(first), call.owner(second)])
     factors = (first, second) if call.name == "mul" else (first,)
     for factor in factors:
-        if isinstance(factor, Tensor) and call.is_constant(factor):
-            owner = torch.where(factor == 0, NONE, owner)
+        if call.is_constant(factor):
+            owner = torch.where(torch.as_tensor(factor == 0), NONE, owner)
     return [owner]
 
 
@@ -315,6 +315,21 @@ def _matrices(call: Call, outputs: list[Tensor]) -> list[Tensor]:
     return results
 
 
+def _solved(call: Call, outputs: list[Tensor]) -> list[Tensor]:
+    """Linear equations: the columns of the right side (rows, if it is the left) are independent."""
+    given = _EQUATIONS[call.name]
+    matrix, right = (call[name] for name in given)
+    if matrix.dim() != right.dim():
+        return mix(call, outputs)
+    whole = fold(call.owner(matrix), [-2, -1], keepdim=True)
+    side = -1 if call["left"] is False else -2
+    solution = join([whole, fold(call.owner(right), [side], keepdim=True)])
+    factors = [
+        whole.reshape(whole.shape[:-2] + (1,) * (o.dim() - whole.dim() + 2)) for o in outputs
+    ]
+    return [solution, *factors[1:]]
+
+
 def _pairs(call: Call, outputs: list[Tensor]) -> list[Tensor]:
     """Distances of each row of one matrix to each of another."""
     rows = [fold(call.owner(call[name]), [-1]) for name in ("x1", "x2")]
@@ -338,14 +353,21 @@ def owners_of(call: Call, outputs: list[Tensor]) -> list[Tensor]:
     return [owner.expand(output.shape) for owner, output in zip(owners, outputs, strict=True)]
 
 
+_EQUATIONS = {  # the names of the matrix and of the right side
+    "_linalg_solve_ex": ("A", "B"),
+    "cholesky_solve": ("input2", "self"),
+    "linalg_lu_solve": ("LU", "B"),
+    "linalg_solve_triangular": ("self", "B"),
+}
+
 _KINDS: dict[Rule, str] = {
     _nothing: """
         empty_like fill full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like
         zero zeros_like
     """,
     _pointwise: """
-        _to_copy bernoulli binary_cross_entropy_with_logits clone contiguous lift_fresh_copy
-        log_sigmoid_forward special_ndtr
+        _to_copy bernoulli binary_cross_entropy_with_logits clone complex contiguous lift_fresh_copy
+        log_sigmoid_forward polar special_ndtr
     """,
     _product: "div mul",
     _choice: "masked_fill where",
@@ -366,10 +388,10 @@ _KINDS: dict[Rule, str] = {
     """,
     _matrix_product: "addbmm addmm addmv baddbmm bmm dot mm mv vdot",
     _matrices: """
-        _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex cholesky cholesky_inverse
-        cholesky_solve linalg_cholesky_ex linalg_inv_ex linalg_lu_factor_ex linalg_lu_solve
-        linalg_matrix_exp linalg_qr linalg_solve_triangular triangular_solve
+        _linalg_det _linalg_eigh _linalg_slogdet cholesky cholesky_inverse linalg_cholesky_ex
+        linalg_inv_ex linalg_lu_factor_ex linalg_matrix_exp linalg_qr
     """,
+    _solved: "_linalg_solve_ex cholesky_solve linalg_lu_solve linalg_solve_triangular",
     _pairs: "_cdist_forward _euclidean_dist",
 }
 _RULES = {name: rule for rule, names in _KINDS.items() for name in names.split()}

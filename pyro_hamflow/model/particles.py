@@ -26,6 +26,7 @@ from pyro_hamflow.model.structure import (
     log_density,
     plate_shape,
     run_with,
+    sum_rows,
     sum_to_elements,
     vectorized_frames,
 )
@@ -49,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model bound to its arguments, and what is known of it for arguments of their shapes.
+    """A model bound to its arguments, and what is known of it.
 
     Attributes:
         model: The original model.
@@ -86,6 +87,9 @@ class Plan:
 
     def sum(self, density: Tensor, site: Any, group: Group) -> Tensor:
         """Sums a site's log densities to the elements of a group."""
+        rows = group.rows.get(site["name"])
+        if rows is not None:
+            return sum_rows(density, rows, group.frames, self.structure.nesting)
         frames = vectorized_frames(site)
         return sum_to_elements(density, frames, group.frames, self.structure.nesting)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyro.poutine as poutine
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.enumeration import refuse_branches, sum_out
+from pyro_hamflow.model.fingerprint import Fingerprint, explained, take_fingerprint
+from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.programs import Programs
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
@@ -33,6 +37,7 @@ from pyro_hamflow.model.sites import (
 from pyro_hamflow.model.structure import (
     SetValues,
     is_latent,
+    outline,
     plate_nesting,
     refuse_nan,
     refuse_subsampling,
@@ -88,13 +93,14 @@ class Potential(Programs):
         max_plate_nesting: int | None = None,
     ) -> None:
         super().__init__(compile_graphs=compile_graphs)
-        self.model = model
+        self.model = self._original = model
         self.args = args
         self.kwargs = dict(kwargs or {})
         self.separate_noise = separate_noise
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            plain = run_with(model, lambda msg: None, *args, **self.kwargs)
+        plain = self._trace_plainly()
+        self._hold: Callable[[], AbstractContextManager[None]] = nullcontext
+        if isinstance(model, MarginalModel):  # which looks at itself each time that it runs
+            self._hold = partial(model.hold, model.plan(*args, **self.kwargs).structure)
         refuse_subsampling(plain)
         refuse_nan(plain)
         latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
@@ -137,7 +143,16 @@ class Potential(Programs):
         refuse_moving_supports(self.sites, trace, transforms)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
-        self._probe = self._refuse_randomness()
+        point = tuple(part[0] for part in self.vectors(1))
+        self._key = explained(self._refuse_randomness, self.value_of_one, *point)
+
+    def _trace_plainly(self) -> poutine.Trace:
+        """A run of the model at draws from its priors, always the same."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return explained(
+                lambda: run_with(self._original, lambda msg: None, *self.args, **self.kwargs)
+            )
 
     # --- one chain, in Python -------------------------------------------------------------------
 
@@ -147,7 +162,7 @@ class Potential(Programs):
 
     def _run(self, free: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> poutine.Trace:
         values = constrain(self.sites, free) | constrain(self.noise_sites, noise)
-        with poutine.block(), no_validation():
+        with self._hold(), poutine.block(), no_validation():
             # Conditioning inside the enumeration, so that only discrete sites are enumerated.
             with SetValues(lambda msg: values.get(msg["name"])):
                 trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
@@ -253,25 +268,54 @@ class Potential(Programs):
             )
         return self._vectors[num_chains]
 
-    def _refuse_randomness(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the model twice at one point; returns the point and the potential there."""
-        with torch.random.fork_rng(), torch.no_grad():
-            position, noise = (part[0] for part in self.vectors(1))
-            first = self.value_of_one(0.3 * position, noise)
-            second = self.value_of_one(0.3 * position, noise)
-        if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+    def _look(self) -> Fingerprint:
+        """What the model does, run at a point of its own."""
+
+        def run(position: Tensor, noise: Tensor) -> Any:
+            free = split(self.sites, position)
+            trace = self._run(free, split(self.noise_sites, noise))
+            outlines = [outline(name, site) for name, site in trace.nodes.items()]
+            return self._value_of_run(trace, free), outlines
+
+        position, noise = (part[0] for part in self.vectors(1))
+        return take_fingerprint(run, 0.3 * position, noise)
+
+    def _refuse_randomness(self) -> str | None:
+        """Runs the model twice at one point; returns what it did there, as a key."""
+        with torch.random.fork_rng():
+            first, second = self._look(), self._look()
+        values = first.result[0], second.result[0]
+        if first.random[0] or not torch.equal(*(value.nan_to_num() for value in values)):
             raise ValueError(
                 "the model draws random numbers that are no sample sites: its log density at one "
-                f"and the same point was {-first.item():.6g}, then {-second.item():.6g}; "
+                f"and the same point was {-values[0].item():.6g}, then {-values[1].item():.6g}; "
                 "expected all noise to come from `pyro_hamflow.noise`"
             )
-        return 0.3 * position, noise, first
+        return first.key if first.key == second.key else None
 
-    def is_current(self) -> bool:
-        """Whether the model, run again, still has the density that was captured."""
-        position, noise, value = self._probe
-        with torch.no_grad():
-            return torch.equal(self.value_of_one(position, noise).nan_to_num(), value.nan_to_num())
+    def renew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Takes new arguments, if with them the model does what it did with those before.
+
+        Programs hold as long as it does. Whether it does, is told by its operations and by all
+        that they read, arguments or not.
+
+        Returns:
+            Whether it does; otherwise nothing changes.
+        """
+        before = self.args, self.kwargs, self._hold
+        self.args, self.kwargs = args, dict(kwargs)
+        try:
+            with torch.random.fork_rng():
+                if isinstance(self._original, MarginalModel):
+                    structure = self._original.plan(*args, **kwargs).structure
+                    self._hold = partial(self._original.hold, structure)
+                if self._key is not None and self._look().key == self._key:
+                    self.plain_trace = self._trace_plainly()
+                    return True
+        except Exception:  # whatever a model's own code may raise at values of other shapes
+            pass
+        self.args, self.kwargs, self._hold = before
+        return False
 
     # --- names and vectors ----------------------------------------------------------------------
 

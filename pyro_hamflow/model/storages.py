@@ -6,10 +6,15 @@ whoever follows the tensors of a running program keeps what is known by memory, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
 Known = TypeVar("Known")
 
@@ -43,3 +48,16 @@ class Storages(Generic[Known]):
 def number(tensor: Tensor) -> int:
     """The number of a tensor's memory, its own as long as the memory is in use."""
     return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Runs programs as if nobody else were recording, batching or differentiating them."""
+    with (
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch.enable_grad(),
+        # What a model compiles for itself would hide its operations.
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
