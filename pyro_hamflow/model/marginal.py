@@ -371,13 +371,14 @@ class MarginalModel:
             from pyro_hamflow.model.pilot import find_pilot  # which runs marginal models
             from pyro_hamflow.model.quality import settle_particles
 
-            if self.num_particles is None:
-                self.lay_out_anew(None)
-            found = find_pilot(self, args, kwargs, start)
-            self.fit(*args, pilot=found.values, **kwargs)
-            self.pilot_distance = found.distance
-            if self.num_particles is None and self.proposal == "laplace":
-                settle_particles(self, args, kwargs)
+            with self.hold(plan.structure):
+                if self.num_particles is None:
+                    self.lay_out_anew(None)
+                found = find_pilot(self, args, kwargs, start)
+                self.fit(*args, pilot=found.values, **kwargs)
+                self.pilot_distance = found.distance
+                if self.num_particles is None and self.proposal == "laplace":
+                    settle_particles(self, args, kwargs)
         return self._fit.pilot  # type: ignore[union-attr]
 
     def fit(self, *args: Any, pilot: dict[str, Tensor], **kwargs: Any) -> None:

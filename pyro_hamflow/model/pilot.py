@@ -71,18 +71,19 @@ def find_pilot(
         kwargs: Its keyword arguments.
         start: Unconstrained values to start from; near zero if not given.
     """
-    layouts = marginal.plan(*args, **kwargs).layouts.values()
+    plan = marginal.plan(*args, **kwargs)
+    layouts = plan.layouts.values()
     least = max(len(layout.strata) for layout in layouts)
     most = max(layout.num_particles for layout in layouts)
     count = max(least, min(most, _PARTICLES))
     # Whatever the particles come from later, here they had better know the data.
     proposal = marginal.proposal if callable(marginal.proposal) else "auto"
     rough = type(marginal)(marginal.model, marginal.sites, count, proposal, "iid")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), rough.hold(plan.structure):
         torch.manual_seed(0)
         trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
         somewhere = {}
-        for name in marginal.plan(*args, **kwargs).structure.parameters:
+        for name in plan.structure.parameters:
             site = trace.nodes[name]
             if not is_discrete(name, site):
                 transform = transform_of(name, site["fn"])

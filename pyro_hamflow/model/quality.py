@@ -83,7 +83,7 @@ def estimator_quality(
             u = torch.randn(
                 layout.noise_shape(group), dtype=layout.example.dtype, device=layout.example.device
             )
-            with torch.no_grad():
+            with torch.no_grad(), marginal.hold(plan.structure):
                 estimate = marginal.estimate(group, u, dict(parameters), *args, **kwargs)
             draws.append(estimate.log_weights.logsumexp(0).flatten())
         elements.append(torch.stack(draws).double())
