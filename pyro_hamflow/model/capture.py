@@ -13,15 +13,17 @@ from __future__ import annotations
 import gc
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_hamflow.model.recording import PureRecorder, Recorder
 from pyro_hamflow.model.rules import BATCHED, PURE, UNFAILING
@@ -58,7 +60,7 @@ def _collecting_later() -> Iterator[None]:
 
 
 @_collecting_later()
-def capture(function: Program, *examples: Tensor) -> GraphModule:
+def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphModule:
     """Records the tensor operations of a function as a flat graph.
 
     In-place operations are replaced by pure ones, and what depends on no argument (the data's
@@ -67,9 +69,15 @@ def capture(function: Program, *examples: Tensor) -> GraphModule:
     Arguments:
         function: Any function of tensors; it may call :func:`torch.autograd.grad`.
         examples: Arguments to run it with, of the shapes and types it will be called with.
+        live: Whether gradients of the graph's results shall be those of the function's, also in
+            tensors that it gets from elsewhere; otherwise these are constants.
 
     Returns:
         The graph as a module with the same arguments and results.
+
+    Raises:
+        RuntimeError: If Python asks for values or shapes that depend on the arguments, or if a live
+            graph would lose gradients of the function's own.
 
     Example:
         >>> square = capture(lambda x: x * x, torch.tensor(3.0))
@@ -78,12 +86,28 @@ def capture(function: Program, *examples: Tensor) -> GraphModule:
     """
     # Tracing tells arguments apart by identity: one tensor given twice would be one argument.
     examples = tuple(example.clone() for example in examples)
-    recorder, simple = Recorder(UNFAILING), PureRecorder(PURE)
+    recorder, simple = Recorder(UNFAILING, live=live), PureRecorder(PURE, live=live)
     # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
     with torch.autograd.grad_mode._force_original_view_tracking(True):
-        recorder.record(function, *examples)
-    simple.record(torch.func.functionalize(recorder.replay), *examples)
+        result = recorder.record(function, *examples)
+    if live and _has_gradient_of_its_own(result, recorder.constants()):
+        raise RuntimeError("a function with a gradient of its own cannot be recorded by its value")
+    with torch.no_grad():
+        simple.record(torch.func.functionalize(recorder.replay), *examples)
     return simple.module()
+
+
+def _has_gradient_of_its_own(result: Any, constants: Iterable[Tensor]) -> bool:
+    """Whether a :class:`torch.autograd.Function` stands between constants and a result."""
+    seen: set[Any] = {None, *(constant.grad_fn for constant in constants)}
+    waiting = [part.grad_fn for part in tree_leaves(result)]
+    while waiting:
+        if (node := waiting.pop()) not in seen:
+            if isinstance(node, BackwardCFunction):
+                return True
+            seen.add(node)
+            waiting += [source for source, _ in node.next_functions]
+    return False
 
 
 @_collecting_later()
@@ -151,10 +175,21 @@ def over_rows(function: Program, *inputs: Tensor) -> Any:
     try:
         return torch.func.vmap(function, randomness="different")(*inputs)
     except RuntimeError:
-        results = [function(*row) for row in zip(*inputs, strict=True)]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results)
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return row_by_row(function, *inputs)
+
+
+def row_by_row(function: Program, *inputs: Tensor) -> Any:
+    """Applies a function to one row of its arguments after the other, and stacks the results."""
+    results = [function(*row) for row in zip(*inputs, strict=True)]
+    return tree_map(lambda *parts: torch.stack(parts), *results)
+
+
+def batched_graph(graph: GraphModule, *inputs: Tensor) -> Any:
+    """Runs a graph for a batch, as a whole if its operations allow it."""
+    try:
+        return torch.func.vmap(graph, randomness="different")(*inputs)
+    except RuntimeError:  # torch's for an operation that it cannot batch
+        return _ByOperation(graph).run(*inputs)
 
 
 @_collecting_later()
@@ -209,8 +244,7 @@ def loop(function: Program) -> Program:
     """Runs a program of one chain for each of many; what :func:`batch` does, without a graph."""
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        results = [function(*single) for single in zip(*inputs, strict=True)]
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return row_by_row(function, *inputs)
 
     return run
 

@@ -49,6 +49,7 @@ from pyro_hamflow.model.structure import (
     Structure,
     run_with,
 )
+from pyro_hamflow.model.vectorize import Vectorized
 
 Model = Callable[..., Any]
 
@@ -185,6 +186,7 @@ class MarginalModel:
         self._layouts: dict[str, Layout] = {}
         self._is_held = False
         self._fit: Fit | None = None
+        self._each_particle = Vectorized(f"Particles of {list(self.sites)}")
         self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
 
     @property
@@ -324,7 +326,7 @@ class MarginalModel:
                 return draw_particle(plan, group, stratum, coordinates, proposal, parameters)
 
             coordinates = place_points(self.points, stratum.count, part)
-            weights, value = torch.func.vmap(particle, randomness="different")(coordinates)
+            weights, value = self._each_particle(particle, coordinates)
             log_weights.append(weights - math.log(stratum.count))
             values.append(value)
         joined = {name: torch.cat([value[name] for value in values]) for name in group.sites}

@@ -7,7 +7,7 @@ models of thousands of operations it takes ten times as long, which is many seco
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,23 +53,29 @@ class Recorder(TorchDispatchMode):
         self._varying: set[Node] = set()
         self._written: dict[int, Any] = {}
         self._expanding: list[Any] = []
+        self._graded = False
 
-    def record(self, function: Callable[..., Any], *examples: Tensor) -> None:
-        """Runs a function of tensors.
+    def record(self, function: Callable[..., Any], *examples: Tensor) -> Any:
+        """Runs a function of tensors; returns its result.
 
         Raises:
             RuntimeError: If Python asks for the value of a tensor that depends on the arguments, or
                 the shape of a tensor depends on such values.
         """
+        self._graded = torch.is_grad_enabled()
         for index, example in enumerate(examples):
             node = self.graph.placeholder(f"argument_{index}")
             self._varying.add(node)
             self._note(example, node)
-        self._graded = torch.is_grad_enabled()
         # What a model compiles for itself would hide its operations.
         with torch.compiler.set_stance("force_eager"), ValueGuard(self._varies), self:
             result = function(*examples)
         self.graph.output(tree_map(self._node_of, result))
+        return result
+
+    def constants(self) -> Iterator[Tensor]:
+        """The tensors that the function has got from elsewhere."""
+        return self._constants.buffers()
 
     def replay(self, *inputs: Tensor) -> Any:
         """Performs the same operations on other arguments."""
@@ -174,6 +180,8 @@ class Recorder(TorchDispatchMode):
             node = self.graph.get_attr(name)
             self._nodes[value] = node
             node.meta["kind"] = _kind(value)
+            if self.live and value.requires_grad:
+                self._varying.add(node)
         return node
 
     def _note(self, result: Any, node: Node) -> None:

@@ -61,6 +61,12 @@ def _slice_scatter(
     return _aten.slice_scatter.default(tensor, source, dim, bounds.start, bounds.stop, step)
 
 
+def _select_scatter(tensor: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
+    """Under ``vmap`` torch gets the gradient of a selection's source wrong, of a slice's not."""
+    index %= tensor.shape[dim]
+    return tensor.slice_scatter(source.unsqueeze(dim), dim, index, index + 1)
+
+
 def _as_strided(tensor: Tensor, size: list[int], stride: list[int], offset: int | None = 0) -> Any:
     """Takes a view across dimensions by the numbers of its elements."""
     places = _places(tensor, size, stride, offset)
@@ -110,6 +116,7 @@ PURE: dict[Any, Rule] = _DECOMPOSED | {
     _aten.index_put.default: _index_put,
     _aten.masked_select.default: _masked_select,
     _aten.slice_scatter.default: _slice_scatter,
+    _aten.select_scatter.default: _select_scatter,
     _aten.as_strided.default: _as_strided,
     _aten.as_strided_scatter.default: _as_strided_scatter,
     _aten.copy.default: _copy,
