@@ -32,6 +32,17 @@ class GaussianKinetic:
 
     inverse_mass: Tensor
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the inverse mass is a whole matrix."""
+        return self.inverse_mass.dim() == 2
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it is the identity."""
+        ones = torch.ones_like(self.inverse_mass[0] if self.is_dense else self.inverse_mass)
+        return torch.equal(self.inverse_mass, torch.diag(ones) if self.is_dense else ones)
+
     @cached_property
     def root(self) -> Tensor:
         """The square root of the inverse mass, a lower triangle if dense."""

@@ -142,7 +142,12 @@ class FlowMH(HamiltonianKernel):
                 "guide with methods `prepare`, `propose` and `log_ratio`"
             )
         super().__init__(
-            model, step_size=1.0, adapt_step_size=False, full_mass=False, jit_compile=jit_compile
+            model,
+            step_size=1.0,
+            adapt_step_size=False,
+            full_mass=False,
+            adapt_mass_matrix=False,
+            jit_compile=jit_compile,
         )
         self._guide = guide
 

@@ -26,6 +26,7 @@ from pyro_hamflow.mcmc.mass import (
     check_full_mass,
     mass_form,
 )
+from pyro_hamflow.mcmc.metric import first_scales
 from pyro_hamflow.mcmc.record import Record
 from pyro_hamflow.mcmc.single_chain import SingleChain
 from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Transition, Tuning
@@ -51,7 +52,7 @@ class HamiltonianKernel(SingleChain):
         adapt_step_size: Whether warm-up tunes it.
         adapt_mass_matrix: Whether warm-up tunes the mass.
         full_mass: Whether the mass is a whole matrix, or its diagonal alone; ``"auto"`` is whole
-            for up to a hundred parameters, and diagonal beyond. A list of tuples of names makes the
+            for up to 500 parameters, and diagonal beyond. A list of tuples of names makes the
             block of each tuple's sites dense, and all others diagonal; so does an
             :class:`~pyro.infer.mcmc.adaptation.ArrowheadMassMatrix` set as
             ``mass_matrix_adapter``, with those sites as the head.
@@ -142,6 +143,7 @@ class HamiltonianKernel(SingleChain):
         self._warmup: WarmUp | None = None
         self.messages: list[str] = []
         self.planned_draws: int | None = None  # of each chain, where the runner tells
+        self.most_warmup_steps: int | None = None  # likewise; as many as planned if not
 
     @abstractmethod
     def make_parameter_transition(
@@ -189,8 +191,13 @@ class HamiltonianKernel(SingleChain):
         position, noise = self._start(potential, num_chains, initial_params)
         self._transition = self.make_transition(potential, position)
         state = self._transition.begin(position, noise)
-        tuning = Tuning(self._first_step_size or _FIRST_STEP, self._first_kinetic(potential))
-        self._warmup = self._new_warmup(tuning, warmup_steps)
+        kinetic = self._first_kinetic(potential)
+        if warmup_steps and self.adapt_mass_matrix and kinetic.is_identity:
+            scales = first_scales(potential, position, noise)
+            kinetic = GaussianKinetic(torch.diag(scales) if kinetic.is_dense else scales)
+        tuning = Tuning(self._first_step_size or _FIRST_STEP, kinetic)
+        most = self.most_warmup_steps if self._may_go_on() else None
+        self._warmup = self._new_warmup(tuning, warmup_steps, most_steps=most)
         if self.adapt_step_size and self._first_step_size is None:
             self._warmup.restart(self._reasonable_step_size(state))
         return state
@@ -203,9 +210,11 @@ class HamiltonianKernel(SingleChain):
             num_steps = min(num_steps, _OPENING_STEPS)
         state, info = transition.step(state, warmup.tuning, num_steps)
         if not warmup.finished:
-            changed = warmup.update(state.position, info.acceptance_rate)
+            changed = warmup.update(state, info)
             if changed and self.adapt_step_size and not warmup.finished:
                 warmup.restart(self._reasonable_step_size(state))
+            if warmup.finished:
+                self._tell_of_warmup(warmup)
         return state, info
 
     def moved_to(self, position: Tensor, noise: Tensor) -> State:
@@ -218,6 +227,11 @@ class HamiltonianKernel(SingleChain):
     def is_opening(self) -> bool:
         """Whether trajectories are kept short, for chains are on their way to the typical set."""
         return self._running()[0].opening
+
+    @property
+    def warmup_left(self) -> int:
+        """How many iterations of warm-up are to come, as far as is known."""
+        return self._running()[0].remaining
 
     def progress(self, info: Info, record: Record) -> dict[str, str]:
         """What a progress bar shows: the step size, recent acceptance, divergences so far."""
@@ -304,6 +318,7 @@ class HamiltonianKernel(SingleChain):
         *,
         adapt_step_size: bool = True,
         adapt_mass: bool = True,
+        most_steps: int | None = None,
     ) -> WarmUp:
         """One that adapts what the kernel may, unless told to leave it."""
         return WarmUp(
@@ -313,6 +328,7 @@ class HamiltonianKernel(SingleChain):
             target=self.target_accept_prob,
             adapt_step_size=adapt_step_size and self.adapt_step_size,
             adapt_mass=adapt_mass and self.adapt_mass_matrix,
+            most_steps=most_steps,
             shaped=self._mass_form(self.potential).shaped,
         )
 
@@ -323,6 +339,21 @@ class HamiltonianKernel(SingleChain):
             arrowhead=isinstance(self._adapter, ArrowheadMassMatrix),
             given=self._first_inverse_mass,
         )
+
+    def _may_go_on(self) -> bool:
+        """Whether more warm-up than was planned could be of use."""
+        return self.adapt_step_size or self.adapt_mass_matrix
+
+    def _tell_of_warmup(self, warmup: WarmUp) -> None:
+        """Says if warm-up took longer than was planned, or has not converged."""
+        took = f"{type(self).__name__}: warm-up went on to {warmup.warmup_steps} iterations"
+        if warmup.doubts:
+            self.messages.append(
+                f"{took}, its limit, and has not converged: in its last window "
+                f"{' and '.join(warmup.doubts)}."
+            )
+        elif warmup.has_gone_on:
+            self.messages.append(f"{took}, after which it had converged.")
 
     def _first_kinetic(self, potential: Potential) -> GaussianKinetic:
         form, given = self._mass_form(potential), self._first_inverse_mass

@@ -15,6 +15,7 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
 from pyro_hamflow.mcmc.endpoint import EndpointTransition
 from pyro_hamflow.mcmc.learner import FEWEST_GATHER, Learner, Lessons
+from pyro_hamflow.mcmc.metric import Covariance
 from pyro_hamflow.mcmc.nuts import NUTSTransition
 from pyro_hamflow.mcmc.per_leaf import (
     JudgedDensity,
@@ -34,7 +35,7 @@ from pyro_hamflow.mcmc.transition import (
     Tuning,
     padded,
 )
-from pyro_hamflow.mcmc.warmup import Covariance, WarmUp
+from pyro_hamflow.mcmc.warmup import WarmUp
 from pyro_hamflow.mcmc.weighing import WeighingKernel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
@@ -101,6 +102,10 @@ class LearningKernel(WeighingKernel):
                 if warmup_steps == 0:
                     state = self._conclude(state)
         return state
+
+    def _may_go_on(self) -> bool:
+        """What is learned has its share of a warm-up of a given length."""
+        return self._learner is None and super()._may_go_on()
 
     def _start(
         self, potential: Potential, num_chains: int, initial_params: Mapping[str, Tensor] | None
@@ -235,7 +240,7 @@ class LearningKernel(WeighingKernel):
                     n_gradients=info.n_gradients + gradients,
                     n_densities=info.n_densities + densities,
                 )
-        warmup.update(state.position, info.acceptance_rate)
+        warmup.update(state, info)
         self._visited.update(state.position)
         if self._iteration in learner.refits:
             state = self._learn(state)
@@ -386,7 +391,7 @@ class LearningKernel(WeighingKernel):
         self._transition = self._make_true(potential, state.position)
         tuning = warmup.tuning
         if self.adapt_mass_matrix and self._visited.count > _FEWEST_VISITED * potential.dimension:
-            inverse_mass = self._visited.inverse_mass().to(tuning.kinetic.inverse_mass)
+            inverse_mass = self._visited.inverse_mass(tuning.kinetic.inverse_mass)
             tuning = tuning._replace(kinetic=self._like(tuning.kinetic, inverse_mass))
         self._warmup = warmup = self._new_warmup(tuning, self._total - self._iteration)
         state = self._transition.begin(state.position, state.noise)
@@ -406,7 +411,7 @@ class LearningKernel(WeighingKernel):
         while not warmup.finished:
             steps = self.draw_num_steps(warmup.tuning.step_size)
             state, info = transition.step(state, warmup.tuning, int(min(steps, most)))
-            warmup.update(state.position, info.acceptance_rate)
+            warmup.update(state, info)
             yield state, info
 
     def _say(self, sentence: str) -> None:

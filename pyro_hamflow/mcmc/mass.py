@@ -16,7 +16,7 @@ from pyro_hamflow.model.sites import Site
 FullMass: TypeAlias = bool | str | Sequence[tuple[str, ...]]
 InverseMass: TypeAlias = Tensor | Mapping[tuple[str, ...], Tensor]
 Adapter: TypeAlias = BlockMassMatrix | ArrowheadMassMatrix
-_LARGEST_DENSE = 100
+_LARGEST_DENSE = 500
 
 
 def check_full_mass(full_mass: FullMass) -> None:
@@ -187,7 +187,7 @@ def mass_form(
 
     Arguments:
         full_mass: As kernels take it. Undecided, it is that of the inverse mass that is given, or
-            dense for up to a hundred parameters.
+            dense for up to 500 parameters.
         sites: The model's.
         arrowhead: Whether blocks are the head of an arrow.
         given: The inverse mass that is given, if any.

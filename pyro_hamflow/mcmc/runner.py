@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel, meaningless
 from pyro_hamflow.mcmc.record import Draws, Record
 
+_LONGEST = 4  # times the fewest iterations of warm-up
 _METHODS = ("vectorized", "sequential")
 _FEWEST, _LARGEST_RHAT = 50, 1.1
 
@@ -119,10 +120,10 @@ class MCMC:
         self.num_chains = num_chains
         self.initial_params = initial_params
         self.chain_method = chain_method
-        if warmup_steps is None:
-            pooled = num_chains if chain_method == "vectorized" else 1
-            warmup_steps = 100 + math.ceil(600 / pooled)
-        self.warmup_steps = warmup_steps
+        pooled = num_chains if chain_method == "vectorized" else 1
+        self._fewest_warmup_steps = 100 + math.ceil(600 / pooled)
+        self._given_warmup_steps = warmup_steps
+        self.warmup_steps = self._planned_warmup_steps
         self.seed = seed
         self.save_warmup = save_warmup
         self.hook_fn = hook_fn
@@ -154,6 +155,7 @@ class MCMC:
         self._validate()
         self._draws = self._warmup_draws = self._samples = None
         self.interrupted = False
+        self.warmup_steps = self._planned_warmup_steps
         self.sampling_time = self.warmup_time = 0.0
         vectorized = self.chain_method == "vectorized"
         batches = 1 if vectorized else self.num_chains
@@ -192,25 +194,30 @@ class MCMC:
         with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled():
             poutine.trace(model).get_trace(*self._args, **self._kwargs).compute_log_prob()
 
+    @property
+    def _planned_warmup_steps(self) -> int:
+        given = self._given_warmup_steps
+        return self._fewest_warmup_steps if given is None else given
+
     def _run_batch(self, chain: int | None, warm: Record, kept: Record) -> None:
         """Runs all chains at once, or one of them."""
         kernel = self.kernel
         num_chains = self.num_chains if chain is None else 1
         initial = self._initial(chain)
         kernel.planned_draws = self.num_samples
+        planned, given = self._planned_warmup_steps, self._given_warmup_steps
+        kernel.most_warmup_steps = None if given is not None else _LONGEST * planned
         began = time.perf_counter()
-        state = kernel.begin(num_chains, self.warmup_steps, self._args, self._kwargs, initial)
+        state = kernel.begin(num_chains, planned, self._args, self._kwargs, initial)
         self._refuse_unknown_sites()
         self.warmup_time += time.perf_counter() - began
-        total = self.warmup_steps + self.num_samples
         label = "" if chain is None or self.num_chains == 1 else f" [{chain + 1}]"
         hidden = self.disable_progbar or "CI" in os.environ
-        with tqdm(total=total, disable=hidden, desc="Warmup" + label) as bar:
-            for i in range(total):
+        with tqdm(total=planned + self.num_samples, disable=hidden, desc="Warmup" + label) as bar:
+            iteration = drawn = 0
+            while drawn < self.num_samples:
                 began = time.perf_counter()
-                warming = i < self.warmup_steps
-                if i == self.warmup_steps:
-                    bar.set_description("Sample" + label)
+                warming = kernel.warming
                 state, info = kernel.advance(state)
                 record = warm if warming else kept
                 if self.save_warmup or not warming:
@@ -218,14 +225,21 @@ class MCMC:
                 if self.hook_fn is not None:
                     stage = ("Warmup" if warming else "Sample") + label
                     params = kernel.potential.unravel(state.position)
-                    self.hook_fn(kernel, params, stage, i if warming else i - self.warmup_steps)
-                if not hidden and (i % max(1, total // 200) == 0 or i == total - 1):
+                    self.hook_fn(kernel, params, stage, iteration if warming else drawn)
+                iteration, drawn = iteration + warming, drawn + (not warming)
+                total = iteration + kernel.warmup_left + self.num_samples
+                if total != bar.total:
+                    bar.total = total
+                if not hidden and ((iteration + drawn) % max(1, total // 200) == 0):
                     bar.set_postfix(kernel.progress(info, kept), refresh=False)
                 bar.update()
                 if warming:
                     self.warmup_time += time.perf_counter() - began
                 else:
                     self.sampling_time += time.perf_counter() - began
+                if warming and not kernel.warming:
+                    bar.set_description("Sample" + label)
+            self.warmup_steps = max(iteration, self.warmup_steps)
 
     def _refuse_unknown_sites(self) -> None:
         names = [site.name for site in self.kernel.potential.sites]

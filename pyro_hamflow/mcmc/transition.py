@@ -26,7 +26,7 @@ class State(NamedTuple):
         position: Parameters on the real line, of shape ``(chains, dimension)``.
         noise: Noise of the likelihood estimate, of shape ``(chains, noise_dimension)``.
         gradient: The potential's gradient in the position, and in the noise behind it for joint
-            moves that need both.
+            moves that need both; zeros for moves that keep none.
         evaluation: The potential, and the local sites recovered there.
     """
 

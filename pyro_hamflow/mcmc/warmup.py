@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.transition import Tuning
+from pyro_hamflow.mcmc.metric import Metric
+from pyro_hamflow.mcmc.transition import Info, State, Tuning
+from pyro_hamflow.mcmc.watch import Watch
 
-_FIRST_WINDOW = 20
+_BEFORE, _FIRST_WINDOW = 5, 5
 _LARGEST_STEP = 1e3
-_FEWEST_PER_DIMENSION = 3
 
 
 class DualAveraging:
@@ -55,68 +56,22 @@ class DualAveraging:
         return math.exp(self._average) if self._count else self.step_size
 
 
-class Covariance:
-    """A running covariance of the positions of all chains, each about its own mean.
-
-    Chains that have not met yet, as in the modes or the labellings of a mixture, are far from each
-    other; what a step has to suit is the spread around each.
-
-    Arguments:
-        dimension: Of the positions.
-        dense: Whether to keep the whole matrix, or its diagonal alone.
-    """
-
-    def __init__(self, dimension: int, *, dense: bool) -> None:
-        self.dense = dense
-        self._mean = torch.zeros(1, dimension, dtype=torch.float64)
-        self._sum = torch.zeros((dimension, dimension) if dense else (dimension,)).double()
-        self._counts = torch.zeros(1, 1, dtype=torch.float64)
-
-    @property
-    def count(self) -> int:
-        """How many positions were taken in, less one for each chain's mean."""
-        return int((self._counts - 1.0).clamp(min=0.0).sum())
-
-    def update(self, position: Tensor) -> None:
-        """Takes in positions, of shape ``(chains, dimension)``."""
-        batch = position.double().cpu()
-        finite = batch.isfinite().all(-1, keepdim=True)
-        old, self._counts = self._counts, self._counts + finite
-        shift = torch.where(finite, batch - self._mean, 0.0)
-        self._mean = self._mean + shift / self._counts.clamp(min=1.0)
-        weighted = shift * old / self._counts.clamp(min=1.0)
-        self._sum += weighted.mT @ shift if self.dense else (weighted * shift).sum(0)
-
-    def inverse_mass(self) -> Tensor:
-        """The covariance, shrunk a little towards a small multiple of the identity.
-
-        A whole matrix from few positions has directions without any spread, in which no step can be
-        made: below three positions for each dimension its diagonal alone is trusted.
-        """
-        count = self.count
-        covariance = self._sum / max(count, 1)
-        share, floor = count / (count + 5.0), 1e-3 * 5.0 / (count + 5.0)
-        if not self.dense:
-            return share * covariance + floor
-        if count < _FEWEST_PER_DIMENSION * len(self._sum):
-            covariance = torch.diag(covariance.diag())
-        return share * covariance + floor * torch.eye(len(self._sum)).double()
-
-
 def mass_windows(warmup_steps: int) -> list[int]:
     """The iterations at whose end the mass is updated: windows of doubling length.
 
-    The first 15 per cent of the iterations, which find the typical set, and the last 10 per cent
-    (50 iterations, if there are enough), which settle the step size, lie outside the windows.
+    The first iterations, which find a first step size, and the last 10 per cent (50 iterations, if
+    there are enough), which settle the step size, lie outside the windows.
 
     Example:
         >>> mass_windows(500)
-        [95, 135, 215, 450]
+        [10, 20, 40, 80, 160, 450]
     """
-    if warmup_steps < _FIRST_WINDOW:
-        return []
-    start = int(0.15 * warmup_steps)
     stop = warmup_steps - max(warmup_steps // 10, min(50, warmup_steps // 5))
+    return _windows(_BEFORE, stop)
+
+
+def _windows(start: int, stop: int) -> list[int]:
+    """The ends of windows of doubling length between two iterations."""
     ends, length = [], _FIRST_WINDOW
     while start + length <= stop:
         # The last window takes what is left when its successor would not fit.
@@ -127,16 +82,27 @@ def mass_windows(warmup_steps: int) -> list[int]:
 
 
 class WarmUp:
-    """Tunes step size and mass over the warm-up iterations.
+    """Tunes step size and mass over the warm-up iterations, and says when it has done so.
+
+    Where it may go on for longer than ``warmup_steps``, the last window decides: unless chains
+    agree by then, and nothing that is tuned is still on its way, another follows, which makes the
+    warm-up twice as long.
 
     Arguments:
         step_size: The first step size.
         kinetic: The first kinetic energy.
-        warmup_steps: How many iterations there will be.
+        warmup_steps: How many iterations there will be, at least.
         target: The mean acceptance probability wanted.
         adapt_step_size: Whether to tune the step size.
         adapt_mass: Whether to tune the mass.
+        most_steps: How many iterations there may be, as many as must be if not given.
         shaped: Gives a covariance the structure that the inverse mass is to have.
+
+    Attributes:
+        tuning: What is found so far.
+        warmup_steps: How many iterations there will be, as far as is known.
+        doubts: Why the last window did not convince, in words; empty if it did.
+        has_gone_on: Whether there were more iterations than at least.
     """
 
     def __init__(
@@ -148,6 +114,7 @@ class WarmUp:
         target: float,
         adapt_step_size: bool,
         adapt_mass: bool,
+        most_steps: int | None = None,
         shaped: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.tuning = Tuning(step_size, kinetic)
@@ -156,15 +123,24 @@ class WarmUp:
         self.adapt_step_size = adapt_step_size
         self.adapt_mass = adapt_mass
         self._shaped = shaped
+        self.doubts: list[str] = []
+        self.has_gone_on = False
+        self._most_steps = max(warmup_steps, most_steps or 0)
         self._windows = mass_windows(warmup_steps)
         self._opening = int(0.15 * warmup_steps)
         self._averaging = DualAveraging(step_size, target)
-        self._covariance = self._new_covariance()
+        self._metric = self._new_metric()
         self._done = 0
+        self._watch = self._new_watch()
 
     @property
     def finished(self) -> bool:
         return self._done >= self.warmup_steps
+
+    @property
+    def remaining(self) -> int:
+        """How many iterations are to come, as far as is known."""
+        return max(0, self.warmup_steps - self._done)
 
     @property
     def opening(self) -> bool:
@@ -176,29 +152,58 @@ class WarmUp:
         self._averaging = DualAveraging(step_size, self.target)
         self.tuning = self.tuning._replace(step_size=step_size)
 
-    def update(self, position: Tensor, acceptance_rate: Tensor) -> bool:
+    def update(self, state: State, info: Info) -> bool:
         """Takes in the outcome of one iteration; says whether the mass has changed."""
         self._done += 1
         if self.adapt_step_size:
-            self._set_pace(acceptance_rate)
-            self._averaging.update(float(acceptance_rate.mean()))
+            self._set_pace(info.acceptance_rate)
+            self._averaging.update(float(info.acceptance_rate.mean()))
+        changed = self.adapt_mass and self._update_mass(state)
+        if self._watch is not None:
+            self._watch.update(state.position, info, self.tuning.step_size)
+            if self.finished:
+                self._judge()
+        if self.adapt_step_size:
             size = self._averaging.final() if self.finished else self._averaging.step_size
             self.tuning = self.tuning._replace(step_size=size)
-        if not self.adapt_mass or not self._windows:
+        return changed
+
+    def _update_mass(self, state: State) -> bool:
+        """Takes in positions and their gradients; at the end of a window they make a new mass."""
+        if not self._windows:
             return False
-        if self._done > self._opening:
-            self._covariance.update(position)
+        dimension = state.position.shape[1]
+        self._metric.update(state.position, state.gradient[:, :dimension])
         if self._done != self._windows[0]:
             return False
         self._windows.pop(0)
-        if self._covariance.count > 2:
-            old = self.tuning.kinetic.inverse_mass
-            inverse_mass = self._covariance.inverse_mass().to(old)
+        if self._metric.count > 2:
+            inverse_mass = self._metric.inverse_mass(self.tuning.kinetic.inverse_mass)
             if self._shaped is not None:
                 inverse_mass = self._shaped(inverse_mass)
             self.tuning = self.tuning._replace(kinetic=GaussianKinetic(inverse_mass))
-        self._covariance = self._new_covariance()
+        self._metric = self._new_metric()
         return True
+
+    def _judge(self) -> None:
+        """Looks at the last window; goes on for another if it did not convince."""
+        assert self._watch is not None
+        self.doubts = self._watch.doubts()
+        if not self.doubts or self.warmup_steps >= self._most_steps:
+            return
+        self.has_gone_on = True
+        start, self.warmup_steps = self._done, min(2 * self._done, self._most_steps)
+        length = self.warmup_steps - start
+        stop = self.warmup_steps - max(length // 10, min(50, length // 5))
+        self._windows = [start + (stop - start) // 3, stop]
+        self._watch = self._new_watch()
+
+    def _new_watch(self) -> Watch | None:
+        """What is looked at in the end: the last window of the mass, and all that follows."""
+        if self._most_steps == self.warmup_steps and not self._done:
+            return None
+        start = self._windows[-2] if len(self._windows) > 1 else self._done
+        return Watch(start - self._done, self.warmup_steps - start)
 
     def _set_pace(self, acceptance_rate: Tensor) -> None:
         """Slows chains down that would not move, as out in the tails, until the opening is over.
@@ -213,6 +218,6 @@ class WarmUp:
             pace = (old * torch.exp(acceptance_rate - self.target)).clamp(max=1.0)
         self.tuning = self.tuning._replace(pace=pace)
 
-    def _new_covariance(self) -> Covariance:
+    def _new_metric(self) -> Metric:
         inverse_mass = self.tuning.kinetic.inverse_mass
-        return Covariance(len(inverse_mass), dense=inverse_mass.dim() == 2)
+        return Metric(len(inverse_mass), dense=inverse_mass.dim() == 2)

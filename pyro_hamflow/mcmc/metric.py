@@ -1,0 +1,204 @@
+"""The inverse mass that suits a posterior, from positions and gradients that chains have visited.
+
+For a normal posterior of covariance S, positions of covariance C, mixed or not, have gradients of
+covariance G = S^-1 C S^-1, and S is the geometric mean of C and G^-1. So one window of draws, still
+on its way, tells all scales and correlations, where draws alone would tell how far chains have got.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.model.potential import Potential
+
+_FEWEST_PER_DIMENSION = 2
+_FLOOR = 1e3  # smallest spreads that count, in units of rounding
+_WIDEST = 1e6  # range of spreads, scales apart, within which correlations survive rounding
+_PROBES, _ROUNDS = 16, 4
+
+
+class Covariance:
+    """A running covariance of the rows of all chains, each about its own mean.
+
+    Chains that have not met yet, as in the modes or the labellings of a mixture, are far from each
+    other; what a step has to suit is the spread around each.
+
+    Arguments:
+        dimension: Of the rows.
+        dense: Whether to keep the whole matrix, or its diagonal alone.
+    """
+
+    def __init__(self, dimension: int, *, dense: bool) -> None:
+        self.dense = dense
+        self._mean = torch.zeros(1, dimension, dtype=torch.float64)
+        self._sum = torch.zeros((dimension, dimension) if dense else (dimension,)).double()
+        self._counts = torch.zeros(1, 1, dtype=torch.float64)
+
+    @property
+    def count(self) -> int:
+        """How many rows were taken in, less one for each chain's mean."""
+        return int((self._counts - 1.0).clamp(min=0.0).sum())
+
+    def update(self, rows: Tensor) -> None:
+        """Takes in rows, of shape ``(chains, dimension)``; those that are not finite are not."""
+        batch = rows.double().cpu()
+        finite = batch.isfinite().all(-1, keepdim=True)
+        old, self._counts = self._counts, self._counts + finite
+        shift = torch.where(finite, batch - self._mean, 0.0)
+        self._mean = self._mean + shift / self._counts.clamp(min=1.0)
+        weighted = shift * old / self._counts.clamp(min=1.0)
+        self._sum += weighted.mT @ shift if self.dense else (weighted * shift).sum(0)
+
+    def value(self) -> Tensor:
+        """The covariance, or its diagonal."""
+        return self._sum / max(self.count, 1)
+
+    def inverse_mass(self, old: Tensor) -> Tensor:
+        """The covariance where it is all that is known: its diagonal, if it is of few rows.
+
+        A whole matrix from few positions has directions without any spread, in which no step can
+        be made; it is shrunk a little towards its diagonal besides.
+
+        Arguments:
+            old: The inverse mass so far, which stays where nothing moved.
+        """
+        if not self.dense:
+            return torch.where(self.value() > 0.0, self.value(), old.double()).to(old)
+        value = self.value()
+        spread = torch.diag(torch.where(value.diag() > 0.0, value.diag(), old.diag().double()))
+        few = self.count < _FEWEST_PER_DIMENSION * len(value)
+        share = 0.0 if few else self.count / (self.count + 5.0)
+        return (share * value + (1.0 - share) * spread).to(old)
+
+
+class Metric:
+    """Learns an inverse mass from the positions of chains and the gradients there.
+
+    Arguments:
+        dimension: Of the positions.
+        dense: Whether the mass is a whole matrix, or its diagonal alone.
+
+    References:
+        | Tuning diagonal scale matrices for HMC (Tran and Kleppe, 2024)
+        | https://arxiv.org/abs/2403.07495
+
+    Example:
+        >>> scale = torch.tensor([1e-6, 1.0, 1e6]).double()
+        >>> metric = Metric(3, dense=False)
+        >>> for z in torch.randn(20, 4, 3).double() * scale / 100.0:  # not nearly mixed
+        ...     metric.update(z, z / scale**2)
+        >>> (metric.inverse_mass(torch.ones(3)).sqrt() / scale).round(decimals=6).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, dimension: int, *, dense: bool) -> None:
+        self.positions = Covariance(dimension, dense=dense)
+        self.gradients = Covariance(dimension, dense=dense)
+
+    @property
+    def count(self) -> int:
+        """How many positions were taken in, less one for each chain's mean."""
+        return self.positions.count
+
+    def update(self, position: Tensor, gradient: Tensor) -> None:
+        """Takes in positions and the potential's gradients there, ``(chains, dimension)`` each."""
+        finite = (position.isfinite() & gradient.isfinite()).all(-1, keepdim=True)
+        self.positions.update(torch.where(finite, position, torch.nan))
+        self.gradients.update(torch.where(finite, gradient, torch.nan))
+
+    def inverse_mass(self, old: Tensor) -> Tensor:
+        """The inverse mass by all that was taken in, of the form of the one before.
+
+        Moves that keep no gradient leave nothing but the covariance of positions.
+        """
+        if not self.gradients.value().any():
+            return self.positions.inverse_mass(old)
+        return inverse_mass_of(self.positions.value(), self.gradients.value(), self.count, old)
+
+
+def inverse_mass_of(positions: Tensor, gradients: Tensor, count: int, old: Tensor) -> Tensor:
+    r"""The inverse mass under which both covariances look alike.
+
+    Arguments:
+        positions: Their covariance C, a matrix or a diagonal.
+        gradients: The covariance G of the gradients there.
+        count: From how many positions both come: where these are few for a matrix, a diagonal is
+            all that is taken from them, and nothing if there is a matrix already.
+        old: The inverse mass so far, of the form of the new one: it stays where nothing moved.
+
+    Returns:
+        The geometric mean of :math:`C` and :math:`G^{-1}`.
+    """
+    dense = old.dim() == 2
+    spread, slope = (c.diag() if dense else c for c in (positions, gradients))
+    before = (old.diag() if dense else old).double()
+    scale, known = _ratio(spread.sqrt(), slope.sqrt(), before)
+    if not dense:
+        return scale.to(old)
+    few = count < _FEWEST_PER_DIMENSION * len(old)
+    if few and bool((old - torch.diag(old.diag())).any()):
+        return old
+    level = torch.where(known, (spread * slope).sqrt(), 1.0)  # of both, where scales are one
+    if few or level.max() > _WIDEST * level.min():
+        return torch.diag(scale).to(old)
+    root = scale.sqrt()
+    unit, both = torch.outer(root, root), torch.outer(known, known)
+    rest = torch.diag(level * torch.where(known, _FLOOR * torch.finfo(old.dtype).eps, 1.0))
+    first, second = (torch.where(both, c, 0.0) for c in (positions / unit, gradients * unit))
+    return (unit * _geometric_mean(first + rest, second + rest)).to(old)
+
+
+def _ratio(spread: Tensor, slope: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """Spread over slope of each coordinate; the old value where that is no positive number.
+
+    Returns:
+        The values, and whether they are new.
+    """
+    ratio = spread / slope
+    known = ratio.isfinite() & (ratio > 0.0)
+    return torch.where(known, ratio, old), known
+
+
+def _geometric_mean(first: Tensor, second: Tensor) -> Tensor:
+    """The geometric mean of the first matrix and the second one's inverse."""
+    values, vectors = torch.linalg.eigh(second)
+    values = values.clamp(min=values[-1] * torch.finfo(values.dtype).eps)
+    root, back = (vectors * values**power @ vectors.mT for power in (0.5, -0.5))
+    values, vectors = torch.linalg.eigh(root @ first @ root)
+    values = values.clamp(min=values[-1] * torch.finfo(values.dtype).eps)
+    mean = back @ (vectors * values.sqrt()) @ vectors.mT @ back
+    return (mean + mean.mT) / 2.0
+
+
+def first_scales(potential: Potential, position: Tensor, noise: Tensor) -> Tensor:
+    """A first diagonal, from how fast gradients change about the points where chains start.
+
+    Points are drawn about each start in a box, and then, again and again, about as far as the
+    scales found before reach; each coordinate's scale is its spread over that of its slope. For a
+    normal density that balances the rows of its precision matrix, whatever their sizes.
+
+    Arguments:
+        potential: The target.
+        position: Where chains start, of shape ``(chains, dimension)``.
+        noise: Their noise.
+
+    Returns:
+        The diagonal of an inverse mass, of shape ``(dimension,)``.
+    """
+    chains = len(position)
+    gradient = potential.graph("gradient", chains)
+    scale = torch.ones_like(position[0])
+    _, here = gradient(position, noise)
+    for _ in range(_ROUNDS):
+        ratios = []
+        for _ in range(max(1, _PROBES // chains)):
+            shift = scale.sqrt() * (2.0 * torch.rand_like(position) - 1.0)
+            _, there = gradient(position + shift, noise)
+            change = (there - here).abs()
+            good = change.isfinite().all(-1, keepdim=True)
+            ratios.append(torch.where(good, change, torch.nan))
+        slope = torch.cat(ratios).double().nanmedian(0).values
+        spread = 0.5 * scale.double().sqrt()
+        scale = _ratio(spread, slope, scale.double())[0].to(position)
+    return scale
