@@ -27,7 +27,7 @@ class Objective:
         self, guide: AutoNeuralHamiltonianFlow, potential: Potential, num_particles: int
     ) -> None:
         self.guide, self.potential, self.num_particles = guide, potential, num_particles
-        self._flat: dict[int, Tensor] = {}
+        self._flat: list[tuple[Mapping[str, Tensor], Tensor]] = []
 
     def reverse(self, inverse_temperature: float = 1.0) -> Tensor:
         """Minus the evidence bound, of the posterior to the power of an inverse temperature."""
@@ -37,9 +37,11 @@ class Objective:
 
     def forward(self, draws: Mapping[str, Tensor]) -> Tensor:
         """Minus a bound of the guide's log density, at some of the draws, picked at random."""
-        if id(draws) not in self._flat:
-            self._flat[id(draws)] = _flatten(draws, self.potential)
-        positions = self._flat[id(draws)]
+        known = [flat for given, flat in self._flat if given is draws]
+        if not known:
+            known.append(_flatten(draws, self.potential))
+            self._flat.append((draws, known[0]))
+        positions = known[0]
         picked = torch.randint(len(positions), (self.num_particles,), device=positions.device)
         return -self.guide.log_ratio(positions[picked]).mean()
 
