@@ -325,3 +325,25 @@ def test_first_result_alone():
     assert torch.equal(alone(x, y, torch.zeros(0))[0], graph(x, y)[0])
     assert len(alone(x, y, torch.zeros(0))) == 1
     assert len(alone.graph.nodes) < len(graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[0, 2, 2, 1], [-1, 0, -3, 2], [1]], ids=["plain", "from the right", "one"]
+)
+def test_rows_are_read_and_summed_without_indexing(numbers):
+    """Reading by numbers and its gradient, batched, are a gather and a scattered sum."""
+    index, weights = torch.tensor(numbers), torch.arange(1.0, len(numbers) + 1)
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        value = (x.exp()[:, index] * weights).square().sum()
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    x = torch.randn(5, 2, 3)
+    graph = batch(capture(gradient, x[0]), x)
+    expected = [gradient(one) for one in x]
+    for i, found in enumerate(graph(x)):
+        torch.testing.assert_close(found, torch.stack([each[i] for each in expected]))
+    names = {getattr(n.target, "__name__", "").split(".")[0] for n in graph.graph.nodes}
+    assert {"gather", "scatter_add"} <= names
+    assert not {"index", "index_put"} & names

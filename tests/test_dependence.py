@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize
+from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
 from pyro_hamflow.model import analysis
 from tests.test_marginal import assert_unbiased, estimates
 
@@ -394,3 +395,20 @@ def test_crossed_effects_with_one_among_the_parameters():
     structure = marginal.plan(Y).structure
     assert structure.parameters == ("mu", "s", "v")
     assert structure.groups[0].rows["y"].tolist() == SUBJECT.tolist()
+
+
+def test_results_of_long_data_are_by_element():
+    mcmc = MCMC(
+        PseudoMarginalNUTS(marginalize(intercepts, ["x"], num_particles=8)),
+        num_samples=5,
+        warmup_steps=5,
+        num_chains=2,
+        disable_progbar=True,
+    )
+    mcmc.run(Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = to_inference_data(mcmc)
+    assert dict(data.posterior.x.sizes) == {"chain": 2, "draw": 5, "subject": COUNT}
+    assert dict(data.log_likelihood.y.sizes) == {"chain": 2, "draw": 5, "subject": COUNT}
+    assert dict(data.observed_data.y.sizes) == {"row": len(Y)}

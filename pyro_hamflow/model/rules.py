@@ -199,7 +199,43 @@ def _fill(like: Rule) -> Rule:
     return constant
 
 
-BATCHED: dict[Any, Rule] = {_SOLVE: _solve_together} | {
+def _look_up(tensor: Tensor, indices: list[Tensor | None]) -> Any:
+    """Reads along the last dimension by numbers, as of subjects: a gather is several times faster.
+
+    So is a scattered sum in its gradient.
+    """
+    numbers = _of_last_dimension(tensor, indices)
+    if numbers is None:
+        return NotImplemented
+    return tensor.gather(-1, numbers.expand(*tensor.shape[:-1], len(numbers)))
+
+
+def _sum_at(
+    tensor: Tensor,
+    indices: list[Tensor | None],
+    values: Tensor,
+    accumulate: bool = False,  # noqa: FBT001, FBT002  # as torch calls it
+) -> Any:
+    numbers = _of_last_dimension(tensor, indices)
+    if numbers is None or not accumulate or values.shape != (*tensor.shape[:-1], len(numbers)):
+        return NotImplemented
+    return tensor.scatter_add(-1, numbers.expand(values.shape), values)
+
+
+def _of_last_dimension(tensor: Tensor, indices: list[Tensor | None]) -> Tensor | None:
+    """A list of numbers that indexes the last dimension alone, if that is what indices are."""
+    *others, numbers = indices
+    alone = len(indices) == tensor.dim() and all(index is None for index in others)
+    if not alone or numbers is None or numbers.dim() != 1 or numbers.dtype != torch.long:
+        return None
+    return numbers.remainder(tensor.shape[-1])  # they may count from the right
+
+
+BATCHED: dict[Any, Rule] = {
+    _SOLVE: _solve_together,
+    _aten.index.Tensor: _look_up,
+    _aten.index_put.default: _sum_at,
+} | {
     like: _fill(like)
     for like in (
         _aten.zeros_like.default,
