@@ -65,7 +65,8 @@ class Pointwise:
     Attributes:
         terms: What they are of.
         values: For each term, of shape ``(chains, draws, *)``.
-        error: The largest standard error of an entry; ``None`` where nothing is estimated.
+        error: The largest standard error of an element, a root mean square over the draws;
+            ``None`` where nothing is estimated.
         points: From how many points an estimated entry was made, on average.
         notes: What the user should know.
     """
@@ -82,10 +83,11 @@ def pointwise(
 ) -> Pointwise:
     """The log-likelihood of every term at every draw, estimates from noise of their own.
 
-    Where the likelihood is estimated, the estimates are averaged over fresh noise. Draws at which
-    the standard error of an entry is above ``WANTED_ERROR`` are estimated again from four times as
-    many points, up to ``MOST_POINTS``. The logarithm of an average is low by half its variance,
-    which is about .001 at that error.
+    Where the likelihood is estimated, the estimates are averaged over fresh noise, until the
+    standard error of each element, a root mean square over the draws, is below ``WANTED_ERROR``:
+    where it is not, the draws at fault are estimated again from four times as many points, up to
+    ``MOST_POINTS``. The logarithm of an average is low by half its variance, which is about .001 at
+    that error.
 
     Arguments:
         source: The potential that the draws are positions of.
@@ -106,14 +108,15 @@ def pointwise(
             for draws in torch.arange(len(estimator.position)).split(_DRAWS)
         ]
     values, errors, points = (torch.cat(part) for part in zip(*parts, strict=True))
-    error = float(errors.max())
+    by_element = errors.square().mean(0).sqrt()
+    error = float(by_element.max())
     notes = estimator.notes()
     if error > WANTED_ERROR:
-        many = int((errors.amax(-1) > WANTED_ERROR).sum())
+        many = int((by_element > WANTED_ERROR).sum())
         notes.append(
-            f"The log-likelihood of {many} of {len(errors)} draws has standard errors above "
-            f"{WANTED_ERROR} (up to {error:.2g} an entry), from {MOST_POINTS} points: the "
-            "model needs another proposal."
+            f"The log-likelihoods of {many} of {len(by_element)} elements have standard errors "
+            f"above {WANTED_ERROR} (up to {error:.2g}), from up to {MOST_POINTS} points a draw: "
+            "the model needs another proposal."
         )
     given = _given(estimator.terms, estimator.unflatten(values), position)
     return Pointwise(*given, error, float(points.double().mean()), notes)
@@ -165,9 +168,6 @@ class _Estimator:
     def average(self, draws: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Averages over fresh noise, from as many points as it takes.
 
-        A handful of estimates may agree by chance: an entry counts as no better than it is at the
-        median draw.
-
         Arguments:
             draws: The numbers of the draws.
             generator: Where noise comes from.
@@ -180,8 +180,8 @@ class _Estimator:
         points = torch.full((len(draws),), _REPLICATES * self._points)
         level = 1
         while (enough := _REPLICATES * self._points * 4**level) <= MOST_POINTS:
-            worst = torch.maximum(error, error.median(0).values).amax(-1)
-            todo = (worst > WANTED_ERROR).nonzero().flatten()
+            bad = error.square().mean(0).sqrt() > WANTED_ERROR
+            todo = (bad & (error > WANTED_ERROR)).any(-1).nonzero().flatten()
             if not len(todo):
                 break
             value[todo], error[todo] = self._replicate(level, draws[todo], generator)
