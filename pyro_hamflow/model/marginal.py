@@ -25,11 +25,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_hamflow.model.analysis import Run, analyse
-from pyro_hamflow.model.laplace import (
-    Fitted,
-    LaplaceProposal,
-    fit_sites,
-)
+from pyro_hamflow.model.laplace import LaplaceProposal
 from pyro_hamflow.model.layout import Layout, Stratum, lay_out
 from pyro_hamflow.model.particles import (
     Estimate,
@@ -43,6 +39,7 @@ from pyro_hamflow.model.proposals import (
     PriorProposal,
     Proposal,
 )
+from pyro_hamflow.model.site_fit import Anchor, Fitted, fit_sites, keep_what_moves
 from pyro_hamflow.model.structure import (
     Frames,
     Group,
@@ -349,8 +346,9 @@ class MarginalModel:
             return LaplaceProposal(group, {}, {})
         if self._fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
-        blocks = plan.layouts[group.name].blocks
-        return LaplaceProposal(group, blocks, self._fit.sites[group.name, stratum.components].sites)
+        blocks, fit = plan.layouts[group.name].blocks, self._fit
+        sites = fit.sites[group.name, stratum.components].sites
+        return LaplaceProposal(group, blocks, sites, fit.anchor.shift(parameters))
 
     def pilot(
         self,
@@ -381,7 +379,7 @@ class MarginalModel:
                 self.pilot_distance = found.distance
                 if self.num_particles is None and self.proposal == "laplace":
                     settle_particles(self, args, kwargs)
-        return self._fit.pilot  # type: ignore[union-attr]
+        return self._fit.anchor.values  # type: ignore[union-attr]
 
     def fit(self, *args: Any, pilot: dict[str, Tensor], **kwargs: Any) -> None:
         """Fits the ``"laplace"`` proposal at a pilot of one's own; optional, and before sampling.
@@ -407,21 +405,23 @@ class MarginalModel:
             args: The model's arguments.
             kwargs: The model's keyword arguments.
         """
-        self._fit = self._fitted(self.plan(*args, **kwargs), pilot, self._fit, here_alone=True)
+        self._fit = self._fitted(self.plan(*args, **kwargs), pilot, self._fit)
 
-    def _fitted(
-        self, plan: Plan, pilot: dict[str, Tensor], near: Fit | None, *, here_alone: bool = False
-    ) -> Fit:
+    def _fitted(self, plan: Plan, pilot: dict[str, Tensor], near: Fit | None) -> Fit:
+        values = {name: value.detach() for name, value in pilot.items()}
+        anchor = Anchor(values, ())
+        if near is None and self.proposal == "laplace":
+            continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
+            anchor = Anchor(values, tuple(name for name in values if name in continuous))
         sites: dict[Any, Fitted] = {}
         for group in plan.structure.groups if self.proposal == "laplace" else ():
             layout = plan.layouts[group.name]
             for stratum in layout.strata:
                 key = group.name, stratum.components
                 start = None if near is None else near.sites[key].mode
-                joint = partial(joint_density, plan, group, stratum, pilot)
-                sites[key] = fit_sites(group, layout, joint, start, here_alone=here_alone)
-        values = {name: value.detach() for name, value in pilot.items()}
-        return Fit(plan.structure.key, values, sites)
+                joint = partial(joint_density, plan, group, stratum)
+                sites[key] = fit_sites(group, layout, joint, anchor, start)
+        return Fit(plan.structure.key, *keep_what_moves(anchor, sites))
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)
@@ -437,7 +437,7 @@ class Fit:
     """A pilot, the sites of the ``"laplace"`` proposal fitted there, and to what model and data."""
 
     key: str
-    pilot: dict[str, Tensor]
+    anchor: Anchor
     sites: dict[Any, Fitted]
 
 

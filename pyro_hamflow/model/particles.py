@@ -152,7 +152,7 @@ def joint_density(
         times: By how much the priors' variance is multiplied.
 
     Returns:
-        What :func:`~pyro_hamflow.model.laplace.fit_sites` maximises.
+        What :func:`~pyro_hamflow.model.site_fit.fit_sites` maximises.
     """
     components = dict(stratum.components)
     parameters = {name: value.detach() for name, value in parameters.items()}

@@ -1,0 +1,312 @@
+"""Gaussian sites of a likelihood, fitted at one value of the parameters, and how they move.
+
+Each element's mode is found by Newton's method; the curvature there less the prior's is the site's
+precision. How the sites move with the parameters follows from the modes' movement, by the implicit
+function theorem, and from that of the priors; both are taken from differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pyro_hamflow.model.laplace import WIDER, LikelihoodSite, Sites, apply, tightness
+from pyro_hamflow.model.layout import Block, Layout
+from pyro_hamflow.model.structure import Group, depth_of, plate_shape
+
+_NEWTON_STEPS = 30
+_AT_ONCE = 64  # parameter values that the model runs with at once
+_NOTHING = 1e-5  # relative to the largest slope, what differences may leave of none
+
+
+def _to_batch(coordinates: Tensor, block: Block, group: Group) -> Tensor:
+    """Repeats the coordinates of each element over the plates inside the group's."""
+    shape = plate_shape(group.frames, depth_of(block.frames))
+    return coordinates.reshape(shape + [coordinates.shape[-1]])
+
+
+Evaluate = Callable[[dict[str, Tensor] | None], tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]
+
+
+class Fitted(NamedTuple):
+    """The sites of one group, and where they were fitted.
+
+    Attributes:
+        sites: For each local site a site under its prior, and one under a wider prior.
+        mode: The coordinates where the joint density is highest, ``(*group.shape, dimension)``.
+    """
+
+    sites: Sites
+    mode: Tensor
+
+
+class Joint(Protocol):
+    """The log joint density of a group's elements as a function of its coordinates."""
+
+    def __call__(self, parameters: dict[str, Tensor], times: float) -> Evaluate:
+        """Fixes the parameters.
+
+        Arguments:
+            parameters: The values of all sites that are not integrated out.
+            times: By how much the priors' variance is multiplied.
+
+        Returns:
+            A function of the coordinates of each site (prior means if ``None``): the log joint
+            density of each element, and each site's prior mean and precision.
+        """
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where sites were fitted, so that they can tell how far parameters have moved since.
+
+    Attributes:
+        values: Constrained values of all parameters.
+        followed: The names of those that are followed.
+    """
+
+    values: dict[str, Tensor]
+    followed: tuple[str, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each parameter has that is followed."""
+        return [self.values[name].numel() for name in self.followed]
+
+    def shift(self, parameters: dict[str, Tensor]) -> Tensor | None:
+        """By how much parameters differ from here, a vector.
+
+        In their supports, for there cut points and gaps between them are parts of linear
+        predictors, with which the modes move in proportion.
+        """
+        parts = [(parameters[name] - self.values[name]).reshape(-1) for name in self.followed]
+        return torch.cat(parts) if parts else None
+
+    def at(self, shift: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`shift`."""
+        parts = dict(zip(self.followed, shift.split(self.sizes), strict=True))
+        return self.values | {
+            name: self.values[name] + part.reshape(self.values[name].shape)
+            for name, part in parts.items()
+        }
+
+
+def fit_sites(
+    group: Group, layout: Layout, joint: Joint, anchor: Anchor, near: Tensor | None = None
+) -> Fitted:
+    """Fits the sites of one group at a pilot value of the parameters.
+
+    Arguments:
+        group: The group.
+        layout: Its coordinates.
+        joint: The log joint density of its elements.
+        anchor: The parameters' values, and which of them the sites are to follow.
+        near: The mode at parameter values close by, to begin the search at, for sites that serve
+            here alone, and no wider prior; the prior means if not given.
+    """
+    narrow, mode = _fit(group, layout, joint, anchor, 1.0, near)
+    if near is not None:
+        return Fitted({name: (site, site) for name, site in narrow.items()}, mode)
+    wide, _ = _fit(group, layout, joint, anchor, WIDER, None)
+    return Fitted({name: (narrow[name], wide[name]) for name in layout.blocks}, mode)
+
+
+def keep_what_moves(anchor: Anchor, fits: dict[Any, Fitted]) -> tuple[Anchor, dict[Any, Fitted]]:
+    """Leaves out parameters that no site follows: those of priors, mostly.
+
+    Arguments:
+        anchor: What the sites follow.
+        fits: The sites.
+    """
+    sites = [s for fit in fits.values() for pair in fit.sites.values() for s in pair]
+    slopes = [site.slopes for site in sites if site.slopes is not None]
+    if not slopes:
+        return anchor, fits
+    largest = torch.stack([part.abs().flatten(0, -2).amax(0) for part in slopes]).amax(0)
+    moves = (largest > _NOTHING * largest.max()).split(anchor.sizes)
+    follows = [bool(part.any()) for part in moves]
+    kept = torch.cat([part | part.any() for part in moves])
+
+    def shorten(site: LikelihoodSite) -> LikelihoodSite:
+        slopes = site.slopes if any(follows) else None
+        return replace(site, slopes=None if slopes is None else slopes[..., kept])
+
+    shorter = {
+        key: fit._replace(sites={n: (shorten(a), shorten(b)) for n, (a, b) in fit.sites.items()})
+        for key, fit in fits.items()
+    }
+    followed = tuple(name for name, is_so in zip(anchor.followed, follows, strict=True) if is_so)
+    return replace(anchor, followed=followed), shorter
+
+
+def _fit(
+    group: Group,
+    layout: Layout,
+    joint: Joint,
+    anchor: Anchor,
+    times: float,
+    near: Tensor | None,
+) -> tuple[dict[str, LikelihoodSite], Tensor]:
+    """A site for each local site, under priors of so many times the variance, and the mode."""
+    blocks = layout.blocks
+    evaluate = joint(anchor.values, times)
+
+    def unpack(v: Tensor) -> dict[str, Tensor]:
+        return {name: block.spread(v, group) for name, block in blocks.items()}
+
+    if near is None or not bool(evaluate(unpack(near))[0].isfinite().all()):
+        _, priors = evaluate(None)
+        start = [blocks[name].collect(loc, group) for name, (loc, _) in priors.items()]
+        near = torch.cat(start, -1).detach()
+    v, hessian = _maximise(lambda v: evaluate(unpack(v))[0], near)
+    covariance = torch.linalg.inv(hessian)
+    v = v.requires_grad_()
+    _, priors = evaluate(unpack(v))
+    sites = {
+        name: _site(block, group, v, covariance, *priors[name]) for name, block in blocks.items()
+    }
+    mode = v.detach()
+    if not anchor.followed:
+        return sites, mode
+
+    def gradients_at(shifts: Tensor) -> Tensor:
+        def total(shift: Tensor, v: Tensor) -> Tensor:
+            return joint(anchor.at(shift), times)(unpack(v))[0].sum()
+
+        modes = mode.expand(len(shifts), *mode.shape).clone().requires_grad_()
+        # The gradient is taken outside, of operations that are batched already.
+        (gradient,) = torch.autograd.grad(torch.func.vmap(total)(shifts, modes).sum(), modes)
+        return gradient
+
+    modes_slopes = covariance @ _differences(gradients_at, sum(anchor.sizes), mode)
+
+    def linear_at(shift: Tensor) -> dict[str, Tensor]:
+        v = mode + modes_slopes @ shift
+        _, priors = joint(anchor.at(shift), times)(unpack(v))
+        return {
+            name: _linear(block, group, v, sites[name], *priors[name])
+            for name, block in blocks.items()
+        }
+
+    slopes = _differences(torch.func.vmap(linear_at), sum(anchor.sizes), mode)
+    return {name: replace(site, slopes=slopes[name]) for name, site in sites.items()}, mode
+
+
+def _differences(many: Callable[[Tensor], Any], size: int, example: Tensor) -> Any:
+    """The derivatives at zero of a function of vectors, as the last dimension of its results.
+
+    Arguments:
+        many: The function for many vectors at once, which come first in its results.
+        size: The length of a vector.
+        example: A tensor of their type and device.
+    """
+    step = torch.finfo(example.dtype).eps ** (1 / 3)
+    unit = torch.eye(size, dtype=example.dtype, device=example.device)
+
+    def between(up: Tensor, down: Tensor) -> Tensor:
+        return ((up - down) / (2 * step)).detach()
+
+    blocks = [
+        tree_map(between, many(step * part), many(-step * part)) for part in unit.split(_AT_ONCE)
+    ]
+    return tree_map(lambda *parts: torch.cat(parts).movedim(0, -1), *blocks)
+
+
+def _linear(
+    block: Block, group: Group, v: Tensor, site: LikelihoodSite, loc: Tensor, precision: Tensor
+) -> Tensor:
+    """The linear term with which a site's proposal has its mean at the mode."""
+    mode = block.spread(v, group)
+    linear = apply(precision + site.precision, mode) - apply(precision, loc)
+    if site.coupling is None:
+        return linear
+    return linear - apply(site.coupling, _to_batch(v[..., : block.start], block, group))
+
+
+def _site(
+    block: Block,
+    group: Group,
+    v: Tensor,
+    covariance: Tensor,
+    loc: Tensor,
+    precision: Tensor,
+) -> LikelihoodSite:
+    before, own = slice(0, block.start), slice(block.start, block.stop)
+    joint = covariance[..., own, own]
+    gain = None
+    if block.start:
+        gain = torch.linalg.solve(covariance[..., before, before], covariance[..., before, own]).mT
+        joint = joint - gain @ covariance[..., before, own]
+    width = block.event.numel()
+    columns = block.stop - block.start
+    full = torch.linalg.inv(joint)
+    # Elements of inner plates are independent given what comes before: keep each one's own block.
+    index = torch.arange(columns).reshape(-1, width)
+    blocks = full[..., index[:, :, None], index[:, None, :]].flatten(-3)
+    wide = Block(0, columns * width, block.frames, torch.Size([width, width]))
+    own_precision = wide.spread(blocks, group)
+    prior_precision = precision.detach()
+    values, vectors = torch.linalg.eigh(own_precision - prior_precision)
+    extra = vectors @ (values.clamp(min=0.0)[..., None] * vectors.mT)
+    coupling = None
+    if gain is not None:
+        slopes = _slopes(block.collect(loc, group), v)[..., before]
+        rows = Block(0, columns * block.start, block.frames, torch.Size([width, block.start]))
+        gain = rows.spread(gain.flatten(-2), group)
+        slope = rows.spread(slopes.flatten(-2), group)
+        coupling = ((prior_precision + extra) @ gain - prior_precision @ slope).detach()
+    tight = tightness(prior_precision)
+    site = LikelihoodSite(tight, extra.detach(), extra.new_zeros(()), coupling)
+    linear = _linear(block, group, v.detach(), site, loc.detach(), prior_precision)
+    return replace(site, linear=linear)
+
+
+def _slopes(values: Tensor, v: Tensor) -> Tensor:
+    """The derivative of each element's values in its coordinates, ``(*, values, coordinates)``."""
+    rows = []
+    for i in range(values.shape[-1]):
+        row = None
+        if values.requires_grad:
+            (row,) = torch.autograd.grad(
+                values[..., i].sum(), v, retain_graph=True, allow_unused=True
+            )
+        rows.append(torch.zeros_like(v) if row is None else row)
+    return torch.stack(rows, -2)
+
+
+def _maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds each element's mode by damped Newton steps; returns it with the negative Hessian."""
+    damping = torch.full(v.shape[:-1], 1e-3, dtype=v.dtype, device=v.device)
+    value, gradient, hessian = _derivatives(log_joint, v)
+    eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    for _ in range(_NEWTON_STEPS):
+        values, vectors = torch.linalg.eigh(hessian)
+        curvature = vectors @ (values.abs().clamp(min=1e-6)[..., None] * vectors.mT)
+        step = torch.linalg.solve(curvature + damping[..., None, None] * eye, gradient)
+        moved = v + step
+        new_value, new_gradient, new_hessian = _derivatives(log_joint, moved)
+        better = new_value >= value
+        damping = torch.where(better, damping * 0.2, damping * 10).clamp(1e-9, 1e9)
+        v = torch.where(better[..., None], moved, v)
+        gradient = torch.where(better[..., None], new_gradient, gradient)
+        hessian = torch.where(better[..., None, None], new_hessian, hessian)
+        value = torch.where(better, new_value, value)
+        if gradient.abs().max() < 1e-8:
+            break
+    values, vectors = torch.linalg.eigh(hessian)
+    return v, vectors @ (values.clamp(min=1e-6)[..., None] * vectors.mT)
+
+
+def _derivatives(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, gradients and negative Hessians of all elements at once."""
+    v = v.detach().requires_grad_()
+    value = log_joint(v)
+    (gradient,) = torch.autograd.grad(value.sum(), v, create_graph=True)
+    hessian = -_slopes(gradient, v)
+    hessian = 0.5 * (hessian + hessian.mT).detach()
+    return value.detach(), gradient.detach(), hessian.nan_to_num()
