@@ -21,23 +21,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel, meaningless
+from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.mcmc.record import Draws, Record
 
 _LONGEST = 4  # times the fewest iterations of warm-up
 _METHODS = ("vectorized", "sequential")
-_FEWEST, _LARGEST_RHAT = 50, 1.1
 
 
 class MCMC:
     """Runs a kernel, with the surface of :class:`pyro.infer.MCMC`, vectorised chains, statistics.
 
-    A run that is interrupted from the keyboard keeps the draws it has made.
+    A run that is interrupted from the keyboard keeps the draws it has made. What its statistics
+    mean for the result is told at the end, in a sentence each, and nothing if all is well.
 
     Arguments:
         kernel: One of this package's kernels.
         num_samples: Draws of each chain that are kept.
-        warmup_steps: Iterations before them, in which the kernel is tuned. Chains that move at once
-            are tuned on together and need fewer: 100, and 600 shared among them, if not given.
+        warmup_steps: Iterations before them, in which the kernel is tuned. If not given, as many as
+            it takes: chains that move at once are tuned on together and need fewer, so at least
+            100, and 600 shared among them; and up to four times that, until the last half of them
+            has converged. After a run, the number that was made.
         initial_params: Unconstrained starting values, chains first (with one chain, the chain
             dimension may be left out); found near the pilot or near zero if not given.
         num_chains: How many chains.
@@ -131,6 +134,8 @@ class MCMC:
         self.disable_validation = disable_validation
         self.save_params = save_params
         self.interrupted = False
+        self.messages: list[str] = []
+        self.report: dict[str, Any] = {}
         self.sampling_time = 0.0
         self.warmup_time = 0.0
         self._args: tuple[Any, ...] = ()
@@ -155,6 +160,7 @@ class MCMC:
         self._validate()
         self._draws = self._warmup_draws = self._samples = None
         self.interrupted = False
+        self._heard: list[str] = []
         self.warmup_steps = self._planned_warmup_steps
         self.sampling_time = self.warmup_time = 0.0
         vectorized = self.chain_method == "vectorized"
@@ -171,6 +177,7 @@ class MCMC:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+            self._heard += [m for m in self.kernel.messages if m not in self._heard]
             if len(kept):
                 finished.append((warm, kept))
             if self.interrupted:
@@ -265,46 +272,13 @@ class MCMC:
         return values if chain is None else {n: v[chain : chain + 1] for n, v in values.items()}
 
     def _tell(self) -> None:
-        """Says in a sentence or two what the run's statistics mean for its result."""
-        stats = self.draws.stats
-        messages = list(self.kernel.messages)
-        diverging = int(stats["diverging"].sum())
-        if diverging:
-            messages.append(
-                f"{diverging} of {stats['diverging'].numel()} transitions diverged: raise "
-                "`target_accept_prob`, or reparametrise the model."
-            )
-        full = int(stats["reached_max_treedepth"].sum()) if "reached_max_treedepth" in stats else 0
-        if full:
-            messages.append(
-                f"{full} of {stats['diverging'].numel()} trajectories reached `max_tree_depth` "
-                "before they turned back: warm up for longer, or reparametrise the model."
-            )
-        accepted = float(stats["acceptance_rate"].mean())
-        if accepted < 0.3:
-            messages.append(
-                f"Only {accepted:.0%} of the proposals were accepted: warm up for longer, or take "
-                "more particles."
-            )
-        refreshed = float(stats["refresh_rate"].mean()) if "refresh_rate" in stats else 1.0
-        if refreshed < 0.3:
-            messages.append(
-                f"Only {refreshed:.0%} of the noise was renewed in each draw: take more particles, "
-                "or a `CorrelatedRefresh`."
-            )
-        estimates = stats.get("log_likelihood_estimate")
-        if estimates is not None and min(estimates.shape) > 1 and estimates.shape[1] >= _FEWEST:
-            disagreement = float(arviz.rhat(estimates.numpy()))
-            if disagreement > _LARGEST_RHAT:
-                messages.append(
-                    "The chains disagree about the log-likelihood (R-hat "
-                    f"{disagreement:.2f} of its estimate): take more particles or another "
-                    "proposal, or warm up for longer."
-                )
+        """Says in a sentence each what the run's statistics mean for its result."""
+        found = report(self.draws, self.kernel.potential.sites)
+        self.messages = self._heard + found.messages
+        self.report = found.values
         if not self.disable_progbar and "CI" not in os.environ:
-            for message in messages:
+            for message in self.messages:
                 tqdm.write(message, file=sys.stderr)
-        self.messages = messages
 
     @property
     def draws(self) -> Draws:

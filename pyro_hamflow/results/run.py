@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -32,6 +33,7 @@ class Run:
     warmup_draws: Draws | None = None
     sampling_time: float | None = None
     seed: int | None = None
+    told: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, result: Any) -> None:
         if isinstance(result, ImportanceSamples):
@@ -54,6 +56,7 @@ class Run:
             self.warmup_draws = result.warmup_draws
             self.sampling_time = result.sampling_time
             self.seed = result.seed
+            self.told = {"messages": result.messages, "diagnostics": result.report}
         else:  # Pyro's runner
             records = [part["record"] for part in result._diagnostics if part is not None]
             if not records:
@@ -81,6 +84,8 @@ class Run:
             attributes["sampling_time"] = self.sampling_time
         if self.seed is not None:
             attributes["seed"] = self.seed
+        for name, part in self.told.items():
+            attributes[name] = json.dumps(plain(part), allow_nan=False)
         return attributes
 
 

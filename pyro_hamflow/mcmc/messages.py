@@ -1,0 +1,188 @@
+"""What a run's statistics mean for its result, in one sentence each; none if all is well."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import arviz
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.record import Draws
+from pyro_hamflow.model.sites import Site
+
+_FEWEST = 50  # draws of each chain that can be judged
+_MOST = 40  # parameters that are looked at closely for each of two screens
+_LARGEST_RHAT = 1.01  # of parameters
+_LARGEST_APART = 1.1  # of log densities and their estimates
+_FEWEST_EFFECTIVE = 100  # of each chain
+_SMALLEST_BFMI = 0.3
+_SMALLEST_RATE = 0.3
+
+
+@dataclass
+class Report:
+    """What was found of a run.
+
+    Attributes:
+        messages: Sentences for the user.
+        values: The numbers behind them, by name.
+    """
+
+    messages: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def report(draws: Draws, sites: Sequence[Site]) -> Report:
+    """Looks at the draws of a run, and at their statistics.
+
+    R-hat, effective sample sizes and BFMI are ArviZ's, of parameters on the real line. Where there
+    are many parameters, they are those of the worst: by split R-hat, and by the correlation of
+    successive draws. A single chain is compared with itself, by halves. Fewer than 50 draws of each
+    chain are not judged.
+    """
+    result = Report()
+    if draws.position.shape[1] >= _FEWEST:
+        _look_at_parameters(result, draws.position, sites)
+        _look_at_energies(result, draws.stats)
+    _look_at_trajectories(result, draws.stats)
+    return result
+
+
+def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site]) -> None:
+    chains, _, dimension = position.shape
+    if not dimension:
+        return
+    columns = _worst(position)
+    rows = position[..., columns].double().numpy()
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # chains that never moved
+        warnings.simplefilter("ignore")
+        found = {
+            "rhat": arviz.rhat(_dataset(_chains(rows)))["x"].values,
+            "ess_bulk": arviz.ess(_dataset(rows), method="bulk")["x"].values,
+            "ess_tail": arviz.ess(_dataset(rows), method="tail")["x"].values,
+        }
+    moved = (np.ptp(rows, 1) > 0.0).any(0)
+    found["rhat"] = np.where(moved & np.isfinite(found["rhat"]), found["rhat"], np.inf)
+    for kind, values in found.items():
+        place = int(np.argmax(values) if kind == "rhat" else np.nanargmin([*values, np.inf]))
+        extreme = "max" if kind == "rhat" else "min"
+        if place == len(values):  # no number at all
+            continue
+        name = _name(sites, int(columns[place]))
+        result.values[f"{extreme}_{kind}"] = float(values[place])
+        result.values[f"{extreme}_{kind}_parameter"] = name
+        if kind == "rhat" and values[place] > _LARGEST_RHAT:
+            result.messages.append(
+                f"R-hat of '{name}' is {values[place]:.4g}, above {_LARGEST_RHAT}: its chains "
+                "have not mixed; warm up for longer, draw more, or reparametrise the model."
+            )
+        elif kind != "rhat" and values[place] < _FEWEST_EFFECTIVE * chains:
+            result.messages.append(
+                f"The effective sample size of '{name}' ({kind[4:]}) is {values[place]:.0f}, below "
+                f"{_FEWEST_EFFECTIVE} for each chain: draw more."
+            )
+
+
+def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:
+    levels = stats["lp"].double().numpy()
+    level = _rhat(levels)
+    result.values["rhat_lp"] = level
+    if level > _LARGEST_APART and len(levels) > 1:
+        means = levels.mean(1)
+        result.messages.append(
+            f"The chains are at different levels of the log density (from {means.min():.4g} to "
+            f"{means.max():.4g} on average): they may be in different modes, and their shares of "
+            "the draws are not the modes' probabilities."
+        )
+    if bool(stats["n_steps"].any()):  # else no momentum gives it energy
+        bfmi = arviz.bfmi(stats["energy"].double().numpy())
+        result.values["min_bfmi"] = float(bfmi.min())
+        if bfmi.min() < _SMALLEST_BFMI:
+            result.messages.append(
+                f"BFMI of chain {int(bfmi.argmin())} is {bfmi.min():.2f}, below {_SMALLEST_BFMI}: "
+                "energies are explored slowly, as in a funnel or heavy tails; reparametrise the "
+                "model."
+            )
+    estimates = stats.get("log_likelihood_estimate")
+    if estimates is not None and len(estimates) > 1:
+        apart = _rhat(estimates.double().numpy())
+        result.values["rhat_log_likelihood"] = apart
+        if apart > _LARGEST_APART:
+            result.messages.append(
+                f"The chains disagree about the log-likelihood (R-hat {apart:.2f} of its "
+                "estimate): take more particles or another proposal, or warm up for longer."
+            )
+
+
+def _look_at_trajectories(result: Report, stats: dict[str, Tensor]) -> None:
+    total = stats["diverging"].numel()
+    result.values["divergences"] = diverging = int(stats["diverging"].sum())
+    if diverging:
+        result.messages.append(
+            f"{diverging} of {total} transitions diverged: raise `target_accept_prob`, or "
+            "reparametrise the model."
+        )
+    if "reached_max_treedepth" in stats:
+        result.values["trees_cut"] = full = int(stats["reached_max_treedepth"].sum())
+        if full:
+            result.messages.append(
+                f"{full} of {total} trajectories reached `max_tree_depth` before they turned back: "
+                "warm up for longer, or reparametrise the model."
+            )
+    result.values["acceptance_rate"] = accepted = float(stats["acceptance_rate"].mean())
+    if accepted < _SMALLEST_RATE:
+        result.messages.append(
+            f"Only {accepted:.0%} of the proposals were accepted: warm up for longer, or take more "
+            "particles."
+        )
+    refreshed = float(stats["refresh_rate"].mean()) if "refresh_rate" in stats else 1.0
+    if refreshed < _SMALLEST_RATE:
+        result.messages.append(
+            f"Only {refreshed:.0%} of the noise was renewed in each draw: take more particles, or "
+            "a `CorrelatedRefresh`."
+        )
+
+
+def _worst(position: Tensor) -> np.ndarray:
+    """The coordinates to look at: all, or the worst by two screens that are cheap."""
+    if position.shape[-1] <= 2 * _MOST:
+        return np.arange(position.shape[-1])
+    rows = position.double()
+    half = rows.shape[1] // 2
+    parts = torch.cat([rows[:, :half], rows[:, -half:]])
+    apart = parts.mean(1).var(0) / parts.var(1).mean(0)
+    centred = rows - rows.mean(1, keepdim=True)
+    together = (centred[:, 1:] * centred[:, :-1]).sum((0, 1)) / centred.square().sum((0, 1))
+    screens = (screen.nan_to_num(nan=torch.inf) for screen in (apart, together))
+    return torch.cat([screen.topk(_MOST).indices for screen in screens]).unique().numpy()
+
+
+def _chains(rows: np.ndarray) -> np.ndarray:
+    """The chains, or the halves of the only one."""
+    if len(rows) > 1:
+        return rows
+    half = rows.shape[1] // 2
+    return rows[0, : 2 * half].reshape(2, half, *rows.shape[2:])
+
+
+def _rhat(values: np.ndarray) -> float:
+    with np.errstate(all="ignore"):
+        return float(arviz.rhat(_chains(values)))
+
+
+def _dataset(rows: np.ndarray) -> Any:
+    return arviz.convert_to_dataset({"x": rows})
+
+
+def _name(sites: Sequence[Site], column: int) -> str:
+    """Of a coordinate, as ArviZ would write it."""
+    site = next(site for site in sites if site.start <= column < site.stop)
+    if not site.shape:
+        return site.name
+    index = np.unravel_index(column - site.start, tuple(site.shape))
+    return f"{site.name}[{', '.join(str(int(i)) for i in index)}]"

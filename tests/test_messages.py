@@ -1,0 +1,204 @@
+"""What is told at the end of a run: by ArviZ's own numbers, and nothing if all is well."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import arviz
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_hamflow import HMC, MCMC, NUTS, to_inference_data
+from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.mcmc.record import Draws
+from pyro_hamflow.model.sites import Site
+
+SITES = [Site("a", 0, 1, torch.Size([]), None), Site("b", 1, 7, torch.Size([2, 3]), None)]
+
+
+def draws_of(position, **stats):
+    """A run of independent draws, but for what is given."""
+    shape = position.shape[:2]
+    none = torch.zeros(shape, dtype=torch.bool)
+    usual = {
+        "lp": torch.randn(shape),
+        "energy": torch.randn(shape),
+        "diverging": none,
+        "reached_max_treedepth": none,
+        "acceptance_rate": torch.full(shape, 0.8),
+        "n_steps": torch.full(shape, 7),
+    }
+    return Draws(position, usual | stats, {})
+
+
+def independent(chains=4, draws=500, dimension=7):
+    torch.manual_seed(0)
+    return torch.randn(chains, draws, dimension)
+
+
+def told(position, sites=SITES, **stats):
+    return report(draws_of(position, **stats), sites)
+
+
+@pytest.mark.parametrize("chains", [1, 4])
+def test_nothing_is_told_if_all_is_well(chains):
+    found = told(independent(chains, 1000))
+    assert found.messages == []
+    assert found.values["max_rhat"] < 1.01
+    assert found.values["min_ess_bulk"] > 100 * chains
+
+
+@pytest.mark.parametrize("chains", [1, 4])
+def test_worst_rhat_is_named(chains):
+    position = independent(chains)
+    position[0, :250, 5] += 1.0
+    found = told(position)
+    parts = position if chains > 1 else position.reshape(2, 250, 7)
+    expected = float(arviz.rhat(parts[..., 5].numpy()))
+    assert found.values["max_rhat"] == pytest.approx(expected)
+    assert found.messages[0].startswith(f"R-hat of 'b[1, 1]' is {expected:.4g}, above 1.01")
+
+
+def correlated(kind):
+    """Slow draws; or quick ones whose tails are slow."""
+    position = independent(4, 500)
+    if kind == "bulk":
+        noise, value = 0.05**0.5 * position[..., 0], torch.zeros(4)
+        for i in range(500):
+            value = 0.95**0.5 * value + noise[:, i]
+            position[:, i, 0] = value
+    else:
+        slow = torch.arange(500) // 100 % 5 == 4
+        position[:, slow, 0] = 3.0 * position[:, slow, 0]
+    return position
+
+
+@pytest.mark.parametrize("kind", ["bulk", "tail"])
+def test_small_effective_sample_size_is_told(kind):
+    position = correlated(kind)
+    expected = float(arviz.ess(position[..., 0].numpy(), method=kind))
+    assert expected < 400
+    found = told(position)
+    assert found.values[f"min_ess_{kind}"] == pytest.approx(expected)
+    assert found.values[f"min_ess_{kind}_parameter"] == "a"
+    sentence = f"The effective sample size of 'a' ({kind}) is {expected:.0f}, below 100 for each"
+    assert any(message.startswith(sentence) for message in found.messages)
+
+
+def test_slow_energies_are_told():
+    energy = independent(4, 500, 1)[..., 0]
+    energy[2] = 0.3 * energy[2].cumsum(0)
+    found = told(independent(), energy=energy)
+    expected = arviz.bfmi(energy.numpy())
+    assert found.values["min_bfmi"] == pytest.approx(expected.min())
+    assert found.messages == [m for m in found.messages if m.startswith("BFMI of chain 2 is 0.0")]
+    assert told(independent(), energy=energy, n_steps=torch.zeros(4, 500)).messages == []
+
+
+def test_levels_of_the_log_density_are_told():
+    lp = independent(4, 500, 1)[..., 0] + torch.tensor([0.0, 0.0, 0.0, 5.0])[:, None]
+    (message,) = told(independent(), lp=lp).messages
+    assert message.startswith("The chains are at different levels of the log density")
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        ("diverging", "100 of 2000 transitions diverged"),
+        ("reached_max_treedepth", "100 of 2000 trajectories reached `max_tree_depth`"),
+    ],
+)
+def test_counts_are_told(stats, message):
+    flags = torch.zeros(4, 500, dtype=torch.bool)
+    flags[1, 100:200] = True
+    (found,) = told(independent(), **{stats: flags}).messages
+    assert found.startswith(message)
+
+
+@pytest.mark.parametrize("where", ["stuck apart", "stuck together"])
+def test_chains_that_never_moved_are_told(where):
+    position = independent()
+    position[..., 3] = torch.arange(4.0)[:, None] if where == "stuck apart" else 1.0
+    assert told(position).messages[0].startswith("R-hat of 'b[0, 2]' is inf")
+
+
+def test_few_draws_are_not_judged():
+    assert told(independent(2, 20).cumsum(1)).messages == []
+
+
+def test_no_parameters():
+    assert told(independent(2, 100, 0), []).messages == []
+
+
+def test_worst_of_many_parameters_is_found_in_short_time():
+    position = independent(4, 200, 8000)
+    position[0, :, 4321] += 1.0
+    position[:, :, 77] = 0.3 * position[:, :, 77].cumsum(1)
+    position[:, :, 77] -= position[:, :, 77].mean(1, keepdim=True)
+    sites = [Site("x", 0, 8000, torch.Size([8000]), None)]
+    began = time.process_time()
+    found = report(draws_of(position), sites)
+    assert time.process_time() - began < 5.0
+    assert found.values["max_rhat_parameter"] in ("x[4321]", "x[77]")
+    assert found.values["min_ess_bulk_parameter"] == "x[77]"
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+
+def funnel():
+    width = pyro.sample("width", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(0.0, (width / 2.0).exp()).expand([9]).to_event(1))
+
+
+def two_modes():
+    x = pyro.sample("x", dist.Normal(0.0, 100.0))
+    pyro.factor("modes", torch.stack([-0.5 * (x - 30.0) ** 2, -0.5 * (x + 30.0) ** 2]).logsumexp(0))
+
+
+def separated():
+    slope = pyro.sample("slope", dist.Normal(0.0, 1000.0))
+    x = torch.linspace(-2.0, 2.0, 20)
+    pyro.sample("y", dist.Bernoulli(logits=slope * x).to_event(1), obs=(x > 0.0).to(x))
+
+
+def labels():
+    """A mixture of two components that may change places."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+    y = torch.cat([torch.linspace(-4.0, -2.0, 20), torch.linspace(2.0, 4.0, 20)])
+    near = dist.Normal(mean, 1.0).log_prob(y[:, None])
+    pyro.factor("y", near.logsumexp(-1).sum())
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (funnel, ["R-hat", "effective"]),
+        (two_modes, ["R-hat of 'x'"]),
+        (separated, ["effective|diverged|BFMI"]),
+        (labels, ["R-hat of 'mean"]),
+    ],
+)
+def test_what_no_warmup_can_mend_is_told(model, words):
+    mcmc = MCMC(NUTS(model, max_tree_depth=4), 200, 100, num_chains=4, seed=3)
+    mcmc.run()
+    text = "\n".join(mcmc.messages)
+    for word in words:
+        assert any(part in text for part in word.split("|")), text
+
+
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+def test_report_is_kept_with_the_results(chain_method):
+    mcmc = MCMC(HMC(two_modes), 100, 50, num_chains=2, seed=0, chain_method=chain_method)
+    mcmc.initial_params = {"x": torch.tensor([30.0, -30.0])}
+    mcmc.run()
+    assert mcmc.report["max_rhat_parameter"] == "x"
+    expected = float(arviz.rhat(np.asarray(mcmc.draws.position[..., 0])))
+    assert mcmc.report["max_rhat"] == pytest.approx(expected)
+    attributes = to_inference_data(mcmc).posterior.attrs
+    assert json.loads(attributes["messages"]) == mcmc.messages
+    assert json.loads(attributes["diagnostics"])["max_rhat"] == pytest.approx(expected)
