@@ -253,6 +253,12 @@ def test_key_tells_programs_and_contents_apart():
     assert key(programs["base"], torch.ones(3, dtype=torch.float32)) != keys["base"]
 
 
+def test_single_number_that_was_expanded_is_read():
+    scale = torch.tensor(2.0).expand(1)
+    first = take_fingerprint(lambda x: scale * x, torch.tensor(3.0)).key
+    assert first == take_fingerprint(lambda x: scale * x, torch.tensor(3.0)).key
+
+
 def test_key_is_none_where_python_reads_inputs():
     assert key(lambda x: x if x.sum() > 0 else -x, torch.ones(2)) is None
     assert key(lambda x: x[x > 0], torch.ones(2)) is None

@@ -206,5 +206,7 @@ class _Watcher(TorchDispatchMode):
 
 def _contents(tensor: Tensor) -> bytes:
     """All the numbers in a tensor."""
-    numbers = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    numbers = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    # A single number that was expanded counts as contiguous, and is not.
+    numbers = numbers.clone(memory_format=torch.contiguous_format)
     return hashlib.blake2b(numbers.view(torch.uint8).numpy().data, digest_size=16).digest()
