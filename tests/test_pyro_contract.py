@@ -95,6 +95,8 @@ def test_what_has_no_meaning_is_accepted_with_a_warning(make, name):
         ({"max_plate_nesting": -1}, ValueError, "`max_plate_nesting` is -1: expected 0 or more"),
         ({"full_mass": ["scale"]}, TypeError, "`full_mass` holds 'scale': expected True, False"),
         ({"full_mass": [("a",), ("a", "b")]}, ValueError, r"`full_mass` names \['a'\] twice"),
+        ({"transforms": {"scale": 3}}, TypeError, "`transforms` of site 'scale' is 3: expected a"),
+        ({"num_steps": 3.5}, TypeError, "`num_steps` is 3.5: expected an integer"),
         ({"num_steps": 0}, ValueError, "`num_steps` is 0: expected 1 or more"),
         ({"min_stepsize": 0.0}, ValueError, "expected positive numbers in order"),
     ],
@@ -108,7 +110,10 @@ def test_bad_settings_are_refused(settings, error, message):
     ("settings", "message"),
     [
         ({"full_mass": [("scale", "other")]}, r"`full_mass` names \['other'\]: expected names"),
-        ({"transforms": {"other": None}}, r"`transforms` names \['other'\]: expected names"),
+        (
+            {"transforms": {"other": transforms.ExpTransform().inv}},
+            r"`transforms` names \['other'\]: expected names",
+        ),
         (
             {"transforms": {"scale": transforms.identity_transform}},
             "`transforms` of site 'scale' leads from the real line out of its support",
@@ -219,6 +224,26 @@ def test_function_that_gives_no_scalar_is_refused():
         mcmc.run()
 
 
+def test_function_without_a_finite_start_is_refused():
+    mcmc = MCMC(NUTS(potential_fn=lambda z: -z["x"].log()), 5, 5, {"x": torch.tensor(-1.0)})
+    with pytest.raises(ValueError, match="no finite starting point .* the log density is nan"):
+        mcmc.run()
+
+
+def test_function_of_other_values_in_a_second_run():
+    """What the function reads may change, and its parameters have another shape."""
+    centre = [1.0]
+    kernel = NUTS(potential_fn=lambda z: 0.5 * (z["x"] - centre[0]).square().sum())
+    for value, shape in ((1.0, ()), (9.0, ()), (9.0, (2,))):
+        centre[0] = value
+        start = {"x": torch.zeros(25, *shape, dtype=torch.long)}
+        mcmc = MCMC(kernel, 60, 60, start, 25, disable_progbar=True)
+        mcmc.run()
+        draws = mcmc.get_samples(group_by_chain=True)["x"]
+        assert draws.shape == (25, 60, *shape)
+        check(draws, value, 1.0)
+
+
 @pytest.mark.parametrize("kernel", [HMC, NUTS])
 @pytest.mark.parametrize("num_chains", [1, 2])
 def test_null_model_with_hook(kernel, num_chains):
@@ -246,6 +271,7 @@ def test_function_is_exported_and_pickled():
     mcmc.run()
     posterior = phf.to_inference_data(mcmc).posterior
     assert posterior["w"].shape == (2, 10, 2)
+    assert not hasattr(phf.to_inference_data(mcmc), "log_likelihood")
     copy = pickle.loads(pickle.dumps(mcmc.kernel))
     copy.initial_params = {"z": torch.tensor(0.0), "w": torch.zeros(2)}
     copy.setup(5)

@@ -104,6 +104,11 @@ class HamiltonianKernel(SingleChain):
             name = "`potential_fn`" if model is None else "`model`"
             kind = "a function of parameters" if model is None else "a Pyro model, a callable"
             raise TypeError(f"{name} is {model or potential_fn!r}: expected {kind}")
+        for name, transform in (transforms or {}).items():
+            if not hasattr(transform, "log_abs_det_jacobian"):
+                raise TypeError(
+                    f"`transforms` of site '{name}' is {transform!r}: expected a torch Transform"
+                )
         if init_strategy is not None and not callable(init_strategy):
             raise TypeError(f"`init_strategy` is {init_strategy!r}: expected a function of a site")
         if step_size is not None and not step_size > 0:
@@ -418,7 +423,11 @@ class HamiltonianKernel(SingleChain):
     def _prepare_function(self, initial_params: Mapping[str, Tensor] | None) -> Potential:
         """The same of a potential that is a function: starting values say what it is of."""
         if initial_params is not None:
-            self._example = {name: value[0] for name, value in initial_params.items()}
+            example = {name: value[0] for name, value in initial_params.items()}
+            self._example = {
+                name: value if value.is_floating_point() else value.to(torch.get_default_dtype())
+                for name, value in example.items()
+            }
         if self._example is None:
             raise ValueError(
                 "`initial_params` is None: expected values to start from, as the names and shapes "

@@ -111,6 +111,8 @@ class HMC(HamiltonianKernel):
         if not 0 <= jitter < 1:
             raise ValueError(f"`jitter` is {jitter}: expected 0 <= jitter < 1")
         for name, count in (("num_steps", num_steps), ("max_num_steps", max_num_steps)):
+            if not isinstance(count, int | None):
+                raise TypeError(f"`{name}` is {count!r}: expected an integer")
             if count is not None and count < 1:
                 raise ValueError(f"`{name}` is {count}: expected 1 or more")
         self.fixed_num_steps = num_steps if trajectory_length is None else None

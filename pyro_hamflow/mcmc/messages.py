@@ -100,7 +100,8 @@ def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:
             "the draws are not the modes' probabilities."
         )
     if bool(stats["n_steps"].any()):  # else no momentum gives it energy
-        bfmi = arviz.bfmi(stats["energy"].double().numpy())
+        with np.errstate(all="ignore"):  # no energy varies of a model without parameters
+            bfmi = arviz.bfmi(stats["energy"].double().numpy())
         result.values["min_bfmi"] = float(bfmi.min())
         if bfmi.min() < _SMALLEST_BFMI:
             result.messages.append(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.validation import no_validation
 
 PotentialFunction = Callable[[dict[str, Tensor]], Tensor]
 
@@ -20,8 +21,7 @@ PotentialFunction = Callable[[dict[str, Tensor]], Tensor]
 class FunctionPotential(Potential):
     """The potential energy that a function gives, from values on the real line by name.
 
-    It is the potential of a model whose sites have no density of their own, so that it is captured,
-    batched and compiled as any other.
+    Its model has sites alone, flat ones, so that it is captured, batched and compiled as any other.
 
     Arguments:
         potential_fn: Gives minus the log density, a scalar, of a dictionary of values. It may run
@@ -55,20 +55,24 @@ class FunctionPotential(Potential):
                 f"`transforms` names {unknown}: expected names of the parameters {list(example)}"
             )
         self.outward = dict(transforms or {})
-        shapes = {name: torch.as_tensor(value).detach() for name, value in example.items()}
+        self.potential_fn = potential_fn
+        sites = {name: _Flat(value.detach()) for name, value in example.items()}
 
         def model() -> None:
-            values = {name: pyro.sample(name, _Flat(value)) for name, value in shapes.items()}
-            with poutine.block():  # the sites of models that the function runs are not ours
-                energy = torch.as_tensor(potential_fn(values))
-            if energy.numel() != 1:
-                raise ValueError(
-                    f"`potential_fn` returned a tensor of shape {tuple(energy.shape)}: expected a "
-                    "scalar"
-                )
-            pyro.factor("potential_fn()", -energy.reshape(()))
+            for name, site in sites.items():
+                pyro.sample(name, site)
 
         super().__init__(model, compile_graphs=compile_graphs)
+
+    def _value_of_run(self, trace: poutine.Trace, free: Mapping[str, Tensor]) -> Tensor:
+        with poutine.block(), no_validation():  # sites of models that it runs are not ours
+            energy = torch.as_tensor(self.potential_fn(dict(free)))
+        if energy.numel() != 1:
+            raise ValueError(
+                f"`potential_fn` returned a tensor of shape {tuple(energy.shape)}: expected a "
+                "scalar"
+            )
+        return energy.reshape(())
 
     @property
     def transforms(self) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
         trace = potential.trace(position, noise)
         trace.compute_log_prob()
         gaps = _gaps(trace)
+        whole = -potential.value_of_one(position, noise)
     faults = []
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or bool(torch.isfinite(site["log_prob"]).all()):
@@ -108,6 +109,8 @@ def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
         kind = "observed site" if site["is_observed"] else "site"
         kind = "likelihood estimate" if "estimate" in site["infer"] else kind
         faults.append(f"{kind} '{name}' has log density {worst.item()}")
+    if not faults and not bool(whole.isfinite()):
+        return f"the log density is {whole.item()}"
     return "; ".join(faults) or f"the gradient of the log density is not finite{gaps}"
 
 
