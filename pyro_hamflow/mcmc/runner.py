@@ -273,8 +273,10 @@ class MCMC:
 
     def _tell(self) -> None:
         """Says in a sentence each what the run's statistics mean for its result."""
-        found = report(self.draws, self.kernel.potential.sites)
-        self.messages = self._heard + found.messages
+        potential = self.kernel.potential
+        found = report(self.draws, potential.sites)
+        failed = potential.describe_failures(found.values["divergences"])
+        self.messages = self._heard + found.messages + ([failed] if failed else [])
         self.report = found.values
         if not self.disable_progbar and "CI" not in os.environ:
             for message in self.messages:

@@ -64,7 +64,9 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
     """Records the tensor operations of a function as a flat graph.
 
     In-place operations are replaced by pure ones, and what depends on no argument (the data's
-    share of the work) is computed now, once.
+    share of the work) is computed now, once. Where the function would raise because a matrix does
+    not allow what is asked of it, as a Cholesky factor, the graph gives NaN; what can fail so, it
+    names in ``meta["fallible"]``.
 
     Arguments:
         function: Any function of tensors; it may call :func:`torch.autograd.grad`.
@@ -94,7 +96,9 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
         raise RuntimeError("a function with a gradient of its own cannot be recorded by its value")
     with torch.no_grad():
         simple.record(torch.func.functionalize(recorder.replay), *examples)
-    return simple.module()
+    graph = simple.module()
+    graph.meta["fallible"] = recorder.fallible
+    return graph
 
 
 def _has_gradient_of_its_own(result: Any, constants: Iterable[Tensor]) -> bool:

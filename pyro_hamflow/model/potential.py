@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.enumeration import refuse_branches, sum_out
+from pyro_hamflow.model.failures import first_that_works
 from pyro_hamflow.model.fingerprint import Fingerprint, explained, take_fingerprint
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.missing import without_gaps
@@ -44,6 +45,10 @@ from pyro_hamflow.model.structure import (
     run_with,
 )
 from pyro_hamflow.model.validation import no_validation
+
+# Where the model is looked at: at the first where its numbers allow it.
+_FACTORS = (0.3, 0.1, 0.03, -0.3, 1.0, -1.0, 2.0, 0.0)  # times a fixed random position
+_SEEDS = 20  # draws from the priors
 
 
 class Potential(Programs):
@@ -137,22 +142,31 @@ class Potential(Programs):
             marked = poutine.infer_config(model, sum_out)
             self.model = poutine.enum(marked, first_available_dim=-1 - nesting)
         self.plain_trace = plain
-        zero = self.example.new_zeros
+        self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
+        position, noise = (part[0] for part in self.vectors(1))
+        zero = torch.zeros_like(position)
+        points = [zero + 0.1, *(factor * position for factor in _FACTORS)]
         with refuse_branches(discrete):
-            trace = self.trace(zero(self.dimension) + 0.1, zero(self.noise_dimension))
+            trace = first_that_works(lambda point: self.trace(point, 0.0 * noise), points)
         refuse_moving_supports(self.sites, trace, transforms)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
-        self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
-        point = tuple(part[0] for part in self.vectors(1))
-        self._key = explained(self._refuse_randomness, self.value_of_one, *point)
+        self._factor = _FACTORS[0]
+        self._key = explained(
+            lambda: first_that_works(self._refuse_randomness, _FACTORS),
+            self.value_of_one,
+            position,
+            noise,
+        )
 
     def _trace_plainly(self) -> poutine.Trace:
         """A run of the model at draws from its priors, always the same."""
+
+        def run(seed: int) -> poutine.Trace:
+            torch.manual_seed(seed)
+            return run_with(self._original, lambda msg: None, *self.args, **self.kwargs)
+
         with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return explained(
-                lambda: run_with(self._original, lambda msg: None, *self.args, **self.kwargs)
-            )
+            return explained(lambda: first_that_works(run, range(_SEEDS)))
 
     # --- one chain, in Python -------------------------------------------------------------------
 
@@ -255,6 +269,10 @@ class Potential(Programs):
             return *vectors, torch.full((num_chains, self.num_choices), 0.4).to(self.example)
         return vectors
 
+    def _known(self, kind: str) -> tuple[Tensor, ...]:
+        position, *others = (example[0] for example in self._examples(kind, 1))
+        return self._factor * position, *others
+
     def _begins_gradient(self, kind: str) -> bool:
         return kind == "evaluate" and not self.estimates
 
@@ -278,10 +296,11 @@ class Potential(Programs):
             return self._value_of_run(trace, free), outlines
 
         position, noise = (part[0] for part in self.vectors(1))
-        return take_fingerprint(run, 0.3 * position, noise)
+        return take_fingerprint(run, self._factor * position, noise)
 
-    def _refuse_randomness(self) -> str | None:
+    def _refuse_randomness(self, factor: float) -> str | None:
         """Runs the model twice at one point; returns what it did there, as a key."""
+        self._factor = factor
         with torch.random.fork_rng():
             first, second = self._look(), self._look()
         values = first.result[0], second.result[0]
@@ -311,11 +330,34 @@ class Potential(Programs):
                     self._hold = partial(self._original.hold, structure)
                 if self._key is not None and self._look().key == self._key:
                     self.plain_trace = self._trace_plainly()
+                    self.failures.clear()
                     return True
         except Exception:  # whatever a model's own code may raise at values of other shapes
             pass
         self.args, self.kwargs, self._hold = before
         return False
+
+    def describe_failures(self, diverging: int) -> str | None:
+        """Where the model has failed since its programs were made, in a sentence; or nothing.
+
+        Arguments:
+            diverging: How many transitions have diverged, as those do that meet such a position.
+        """
+        failures = self.failures
+        if failures.position is not None:
+            values = {n: v.tolist() for n, v in self.constrain(failures.position).items()}
+            return (
+                f"The model failed at {failures.count} of {failures.calls} positions, which "
+                f"therefore have no density. It first said: {failures.reason} "
+                f"That was at {values}."[:600]
+            )
+        if self.fallible and diverging:
+            return (
+                f"Positions where {' or '.join(sorted(self.fallible))} fails have no density, and "
+                "transitions that meet one diverge: if there should be none, add a little to the "
+                "diagonal of the matrix."
+            )
+        return None
 
     # --- names and vectors ----------------------------------------------------------------------
 

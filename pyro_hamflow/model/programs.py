@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,12 @@ from pyro_hamflow.model.capture import (
     largest_tensor,
     loop,
 )
+from pyro_hamflow.model.failures import Failures, first_line
 from pyro_hamflow.model.missing import without_gaps_in_constants
 from pyro_hamflow.model.validation import no_validation
 
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
+_ROUNDING, _FAR = 1e-4, 30.0  # of a position, in tolerances; of its results, in moves of them
 _CACHED = 2**16  # numbers in a tensor
 
 
@@ -44,6 +46,8 @@ class Programs(ABC):
     Attributes:
         example: A scalar of the type and on the device of all tensors.
         fallback_reason: Why nothing could be captured, if so.
+        failures: Where the model failed when it was run in Python.
+        fallible: What in captured programs can fail, and gives NaN where it does.
     """
 
     example: Tensor
@@ -51,6 +55,8 @@ class Programs(ABC):
     def __init__(self, *, compile_graphs: bool) -> None:
         self.compile_graphs = compile_graphs
         self.fallback_reason: str | None = None
+        self.failures = Failures()
+        self.fallible: set[str] = set()
         self._looped = False
         self._graphs: dict[tuple[Any, ...], Program] = {}
         self._compiled: dict[tuple[Any, ...], Program] = {}
@@ -65,6 +71,10 @@ class Programs(ABC):
     @abstractmethod
     def _examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
         """Arguments to capture a kind's program with, chains first."""
+
+    @abstractmethod
+    def _known(self, kind: str) -> tuple[Tensor, ...]:
+        """Arguments of one chain that a kind's function is known to work with."""
 
     @abstractmethod
     def _begins_gradient(self, kind: str) -> bool:
@@ -121,7 +131,7 @@ class Programs(ABC):
                 return first_result(gradient)
         base = self._base(kind)
         if base is None:
-            return loop(self._one(kind))
+            return loop(self._tolerant(kind, self._one(kind)))
         try:
             # Where the program of one chain was captured, which not every point may allow.
             examples = self._examples(kind, 1)
@@ -130,11 +140,20 @@ class Programs(ABC):
             self._looped = True
             warnings.warn(
                 "The model's graph could not be batched, so it runs once for each chain, more "
-                f"slowly. The reason: {_first_line(error)}",
+                f"slowly. The reason: {first_line(error)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return loop(base)
+            return loop(self._tolerant(kind, base))
+
+    def _tolerant(self, kind: str, program: Program) -> Program:
+        """A program of one chain for which a position where it fails has no density."""
+
+        def failed() -> tuple[Tensor, ...]:
+            value, *rest = program(*self._known(kind))
+            return torch.full_like(value, torch.inf), *(torch.zeros_like(part) for part in rest)
+
+        return self.failures.tolerate(program, failed)
 
     def accelerate(
         self, name: str, function: Program, *examples: Tensor, calls: float = math.inf
@@ -183,10 +202,11 @@ class Programs(ABC):
             try:
                 with no_validation():
                     graph = capture(self._one(kind), *examples)
+                self.fallible |= graph.meta["fallible"]
                 self._check(kind, graph)
                 graph = self._without_gaps(kind, graph)
             except Exception as error:  # whatever a model's own code may raise while it is traced
-                self.fallback_reason = _first_line(error)
+                self.fallback_reason = first_line(error)
                 warnings.warn(
                     "The model could not be captured as a graph, so each chain runs it in Python, "
                     f"many times more slowly. The reason: {self.fallback_reason}",
@@ -198,10 +218,23 @@ class Programs(ABC):
         return known[kind]
 
     def _check(self, kind: str, graph: GraphModule) -> None:
-        """Compares a graph with the model at a few points, on all sides of zero."""
-        tolerance = _tolerance(graph)
-        for captured, plain in self._pairs(kind, graph, self._one(kind)):
-            if not _equal(captured, plain, tolerance):
+        """Compares a graph with the model at a few points, on all sides of zero.
+
+        They may differ by rounding, which is judged by moving the point by as much. Where the model
+        fails, the graph may give any value but a finite one.
+        """
+        tolerance, one = _tolerance(graph), self._one(kind)
+        for position, *others in self._points(kind):
+            captured = graph(position, *others)
+            try:
+                same = _all_equal(captured, one(position, *others), tolerance)
+                if not same:
+                    moves = (1.0 - _ROUNDING * tolerance, 1.0 + _ROUNDING * tolerance)
+                    near = [one(move * position, *others) for move in moves]
+                    same = all(map(_lies_about, captured, *near))
+            except Exception:  # whatever a model's own code may raise
+                same = not bool(captured[0].isfinite())
+            if not same:
                 raise ValueError(
                     "the graph and the model disagree at another point, as they do when "
                     "the model's control flow depends on its latent variables"
@@ -213,16 +246,22 @@ class Programs(ABC):
         if value.isnan() or not any(slope.isnan().any() for slope in slopes):
             return graph
         closed = without_gaps_in_constants(graph)
-        pairs, tolerance = self._pairs(kind, closed, graph), _tolerance(graph)
-        same = all(_equal(torch.where(b.isnan(), b, a), b, tolerance) for a, b in pairs)
-        return closed if same else graph
+        tolerance = _tolerance(graph)
+        for examples in self._points(kind):
+            old = graph(*examples)
+            new = [
+                torch.where(b.isnan(), b, a) for a, b in zip(closed(*examples), old, strict=True)
+            ]
+            if not _all_equal(new, old, tolerance):
+                return graph
+        return closed
 
-    def _pairs(self, kind: str, first: Program, second: Program) -> Iterator[tuple[Tensor, Tensor]]:
-        """The results of two programs at a few points."""
+    def _points(self, kind: str) -> Iterator[tuple[Tensor, ...]]:
+        """Arguments of one chain at a few points."""
         position, noise, *uniform = (part[0] for part in self._examples(kind, 1))
         for factor in _CHECKS:
-            examples = (factor * position, factor * noise, *uniform)
-            yield from zip(first(*examples), second(*examples), strict=True)
+            yield factor * position, factor * noise, *uniform
+        yield self._known(kind)
 
 
 def _tolerance(graph: GraphModule) -> float:
@@ -231,15 +270,19 @@ def _tolerance(graph: GraphModule) -> float:
     return 1e-11 if {k for k in kinds if k.is_floating_point} <= {torch.float64} else 1e-3
 
 
-def _equal(first: Tensor, second: Tensor, tolerance: float) -> bool:
-    return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
+def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
+    return all(
+        torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _lies_about(captured: Tensor, low: Tensor, high: Tensor) -> bool:
+    """Whether a result is no further from two others than they are from each other, by far."""
+    spread = (high - low).abs().max()
+    return bool(((captured - low).abs().max() <= _FAR * spread).all())
 
 
 def key_of(name: str, *examples: Tensor) -> tuple[Any, ...]:
     """What tells a function of this name for arguments of these shapes from others."""
     return (name, *(tuple(example.shape) for example in examples))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
