@@ -13,6 +13,7 @@ import pyro.infer
 import pytest
 import torch
 import xarray
+from pyro.infer.reparam import LocScaleReparam, TransformReparam
 
 import pyro_hamflow as phf
 from pyro_hamflow.results.inference_data import build_groups, to_datatree
@@ -176,6 +177,10 @@ def test_predictions_join_the_result(mcmc, data):
     idata = phf.to_inference_data(mcmc, posterior_predictive=drawn, prior=samples)
     assert idata.posterior_predictive["outcome"].shape == (2, 40, 5, 3)
     assert idata.prior["mean"].shape == (1, 80)
+    with pytest.raises(ValueError, match="`prior` of site 'spread' has 3 draws: expected 80"):
+        phf.to_inference_data(mcmc, prior=samples | {"spread": torch.ones(3)})
+    with pytest.raises(ValueError, match="`prior` of site 'mean' has 1 draw: expected draws first"):
+        phf.to_inference_data(mcmc, prior={"mean": torch.tensor(0.0)})
     with pytest.raises(ValueError, match="'outcome' has 3 draws: expected 80"):
         phf.to_inference_data(mcmc, posterior_predictive={"outcome": drawn["outcome"][:3]})
 
@@ -203,6 +208,36 @@ def test_plain_models_report_every_observation(data):
     )
     expected = dist.Bernoulli(logits=torch.tensor(logits)).log_prob(data[1])
     np.testing.assert_allclose(idata.log_likelihood["outcome"], expected, rtol=1e-10)
+
+
+def reparametrised(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", 3):
+        x = pyro.sample("x", dist.Normal(mean, 2.0))
+        scale = dist.TransformedDistribution(
+            dist.Normal(mean, 1.0), [dist.transforms.ExpTransform()]
+        )
+        pyro.sample("y", dist.Normal(x * pyro.sample("scale", scale), 1.0), obs=y)
+
+
+def test_reparametrised_sites_come_out_as_themselves():
+    """They are observed in the trace, as what follows from others is."""
+    config = {"x": LocScaleReparam(0.0), "scale": TransformReparam()}
+    model = pyro.poutine.reparam(reparametrised, config)
+    local = ["x_decentered", "scale_base"]
+    y = torch.tensor([0.1, 0.5, -0.3])
+    kernels = [phf.HMC(model), phf.PseudoMarginalHMC(phf.marginalize(model, local))]
+    for kernel in kernels:
+        mcmc = phf.MCMC(kernel, 10, 10, seed=0)
+        mcmc.run(y)
+        idata = phf.to_inference_data(mcmc)
+        posterior = idata.posterior
+        assert posterior["x"].dims == posterior["scale"].dims == ("chain", "draw", "group")
+        np.testing.assert_allclose(
+            posterior["x"], posterior["mean"] + 2.0 * posterior["x_decentered"]
+        )
+        np.testing.assert_allclose(posterior["scale"], np.exp(posterior["scale_base"]))
+        assert list(idata.log_likelihood) == list(idata.observed_data) == ["y"]
 
 
 def test_other_results_are_refused():

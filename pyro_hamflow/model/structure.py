@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.runtime import Message
@@ -102,6 +103,18 @@ def is_enumerable(site: Any) -> bool:
 def is_deterministic(site: Any) -> bool:
     """Whether a sample site records a deterministic value."""
     return bool(site["infer"].get("_deterministic", False))
+
+
+def is_computed(site: Any) -> bool:
+    """Whether a sample site's value follows from others.
+
+    That of a deterministic site does, and that of a latent site which Pyro's reparametrisations
+    have replaced by others.
+    """
+    fn = site["fn"]
+    while isinstance(fn, MaskedDistribution):
+        fn = fn.base_dist
+    return is_deterministic(site) or (site["is_observed"] and isinstance(fn, Delta))
 
 
 def refuse_subsampling(trace: poutine.Trace) -> None:

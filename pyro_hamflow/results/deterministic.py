@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.structure import is_deterministic, is_latent, run_with
+from pyro_hamflow.model.structure import is_computed, is_latent, run_with
 from pyro_hamflow.results.rows import Rows
 
 
@@ -45,7 +45,7 @@ def deterministic_values(
         position: The draws, of shape ``(chains, draws, dimension)``.
         values: The values of its latent sites as far as they are known, chains and draws first.
     """
-    sites = [n for n, s in trace.nodes.items() if s["type"] == "sample" and is_deterministic(s)]
+    sites = [n for n, s in trace.nodes.items() if s["type"] == "sample" and is_computed(s)]
     if not sites:
         return Deterministic({}, [], 0)
     latent = [name for name, site in trace.nodes.items() if is_latent(site)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_hamflow.mcmc.record import Draws
 from pyro_hamflow.model.marginal import MarginalModel
-from pyro_hamflow.model.structure import is_deterministic, is_latent, run_with, vectorized_frames
+from pyro_hamflow.model.structure import is_computed, is_latent, run_with, vectorized_frames
 from pyro_hamflow.results.datasets import Array, Datasets, array_of, to_numpy
 from pyro_hamflow.results.deterministic import deterministic_values
 from pyro_hamflow.results.names import Names
@@ -140,13 +140,13 @@ def build_groups(
     if log_likelihood:
         found = model.log_likelihood(run.draws, run.seed)
         if found.terms:
-            groups["log_likelihood"] = datasets.make(_densities(found), drawn=True)
+            groups["log_likelihood"] = datasets.make(model.densities(found), drawn=True)
             if found.error is not None:
                 own = {"log_likelihood_error": found.error, "log_likelihood_points": found.points}
                 groups["log_likelihood"].attrs.update(own)
     groups["observed_data"] = datasets.make(model.observed(), drawn=False)
     if prior is not None:
-        values = {name: torch.as_tensor(value)[None] for name, value in prior.items()}
+        values = _of_one_chain(prior)
         groups["prior"] = datasets.make(model.arrays(values), drawn=True)
     if posterior_predictive is not None:
         values = _by_chain(posterior_predictive, run.draws.position.shape[:2])
@@ -213,11 +213,19 @@ class _Model:
             self._note(note)
         return found
 
+    def densities(self, found: Pointwise) -> list[Array]:
+        """Log-likelihoods under the names of what was observed."""
+        arrays = []
+        for term, value in zip(found.terms, found.values, strict=True):
+            labels = tuple(n for n in term.labels if not is_computed(self.nodes[n]))
+            arrays.append(Array(labels, value.cpu(), term.frames, 0, is_density=True))
+        return arrays
+
     def observed(self) -> list[Array]:
         """The data, as many as there are densities of; factors have none."""
         arrays = []
         for name, node in self.trace.nodes.items():
-            if name not in self.nodes or not node["is_observed"] or is_deterministic(node):
+            if name not in self.nodes or not node["is_observed"] or is_computed(node):
                 continue
             value, shape = torch.as_tensor(node["value"]), node["fn"].shape()
             if 0 not in node["fn"].event_shape:
@@ -234,11 +242,18 @@ class _Model:
             self.notes.append(sentence)
 
 
-def _densities(found: Pointwise) -> list[Array]:
-    return [
-        Array(term.labels, value.cpu(), term.frames, 0, is_density=True)
-        for term, value in zip(found.terms, found.values, strict=True)
-    ]
+def _of_one_chain(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Draws from the prior, as those of one chain."""
+    parts = {name: torch.as_tensor(value) for name, value in values.items()}
+    for name, part in parts.items():
+        if not part.dim():
+            raise ValueError(f"`prior` of site '{name}' has 1 draw: expected draws first")
+        count = len(next(iter(parts.values())))
+        if len(part) != count:
+            raise ValueError(
+                f"`prior` of site '{name}' has {len(part)} draws: expected {count}, as others have"
+            )
+    return {name: part[None] for name, part in parts.items()}
 
 
 def _by_chain(values: Mapping[str, Any], lead: torch.Size) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.structure import (
     Frames,
     depth_of,
-    is_deterministic,
+    is_computed,
     is_latent,
     log_density,
     plate_shape,
@@ -263,7 +263,7 @@ def find_terms(trace: poutine.Trace) -> list[Term]:
     observed: dict[str, Any] = {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site["is_observed"] and not is_deterministic(site)
+        if site["type"] == "sample" and site["is_observed"] and not is_computed(site)
     }
     with no_validation():
         components = _components(trace)
