@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_hamflow import HNNNUTS, MCMC, AmortizedSurrogate, learn_surrogate
 from pyro_hamflow.model.potential import Potential
@@ -105,6 +108,17 @@ def test_start_and_scale_are_the_surrogates(surrogate):
     assert ((whitened.std(0) - 1.0).abs() < 0.3).all()
     assert torch.allclose(kernel.kinetic.inverse_mass, network.root @ network.root.mT)
     assert kernel.report.n_gradients == surrogate.n_probes == 3
+
+
+def test_start_and_structure_that_were_asked_for(surrogate):
+    start = init_to_value(values={"rate": torch.tensor(0.5), "level": torch.tensor(1.5)})
+    settings = {"init_strategy": start, "full_mass": [("rate",)], "fallback": False}
+    kernel = HNNNUTS(decay, surrogate=surrogate, **settings)
+    state = kernel.begin(2, 0, (simulated(11)[1],))
+    expected = torch.tensor([math.log(0.5), 1.5]).expand(2, 2)
+    torch.testing.assert_close(state.position, expected)
+    inverse_mass, root = kernel.kinetic.inverse_mass, kernel.surrogate.root
+    torch.testing.assert_close(inverse_mass, torch.diag((root @ root.mT).diag()))
 
 
 def test_saved_surrogate_is_the_same(surrogate, tmp_path):

@@ -120,7 +120,7 @@ class LearningKernel(WeighingKernel):
             return super()._start(potential, num_chains, initial_params)
         self.surrogate = given.at(potential)
         self.report.n_gradients += given.n_probes
-        if initial_params is None:
+        if initial_params is None and self.init_strategy is None:
             centre, _ = potential.vectors(num_chains)
             centre = self.surrogate.centre + torch.randn_like(centre) @ self.surrogate.root.mT
             try:
