@@ -295,7 +295,7 @@ def test_length_of_warmup(warmup_steps, chain_method):
     alone = chain_method == "sequential"
     expected = warmup_steps or (700 if alone else 1600)
     assert mcmc.warmup_steps == mcmc.warmup_draws.position.shape[1] == expected
-    label = " [1]" if alone else ""
+    label = " [0]" if alone else ""
     stages = [(f"Warmup{label}", i) for i in range(expected)]
     assert seen[: expected + 1] == [*stages, (f"Sample{label}", 0)]
     gone_on = warmup_steps is None and not alone

@@ -536,6 +536,28 @@ def test_chains_in_turn_leave_nothing_behind(monkeypatch):
     assert torch.equal(draws[0], draws[1].flip(0))
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("num_chains", [1, 2])
+def test_hook_sees_what_pyros_runner_shows_it(runner, num_chains, monkeypatch):
+    """One chain at a time has no dimension of chains, and its number in the stage."""
+    monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 1)
+    seen = []
+    in_turn = {"chain_method": "sequential"} if runner == "ours" else {}
+    mcmc = RUNNERS[runner](
+        NUTS(two_sites),
+        num_samples=2,
+        warmup_steps=1,
+        num_chains=num_chains,
+        hook_fn=lambda kernel, params, stage, i: seen.append((params["share"].shape, stage, i)),
+        disable_progbar=True,
+        **in_turn,
+    )
+    mcmc.run()
+    labels = [""] if num_chains == 1 else [" [0]", " [1]"]
+    stages = [("Warmup", 0), ("Sample", 0), ("Sample", 1)]
+    assert seen == [(torch.Size([2]), stage + label, i) for label in labels for stage, i in stages]
+
+
 def test_number_of_steps_is_what_was_asked_for():
     kernel = HMC(scaled, step_size=0.3, num_steps=4)
     state = kernel.begin(3, 30, (Y,))

@@ -234,7 +234,7 @@ def test_interrupted_sampling_keeps_draws():
 
 def test_interrupted_sequential_run_keeps_finished_chains():
     """A chain that has hardly begun does not cost the others their draws."""
-    hook = _interrupt("Sample [2]", 0)
+    hook = _interrupt("Sample [1]", 0)
     mcmc = MCMC(_kernel(), 10, 5, num_chains=3, chain_method="sequential", hook_fn=hook)
     with pytest.warns(RuntimeWarning, match="interrupted: 1 of 10"):
         mcmc.run()
@@ -260,14 +260,14 @@ def test_hook_sees_every_iteration(chain_method):
 
     def hook(kernel, params, stage, i):
         calls.append((stage, i))
-        assert params["scale"].shape == ((2, 2) if chain_method == "vectorized" else (1, 2))
+        assert params["scale"].shape == ((2, 2) if chain_method == "vectorized" else (2,))
 
     _run(3, 2, num_chains=2, chain_method=chain_method, hook_fn=hook)
     once = [("Warmup", 0), ("Warmup", 1), ("Sample", 0), ("Sample", 1), ("Sample", 2)]
     if chain_method == "vectorized":
         assert calls == once
     else:
-        assert calls == [(f"{s} [{c}]", i) for c in (1, 2) for s, i in once]
+        assert calls == [(f"{s} [{c}]", i) for c in (0, 1) for s, i in once]
 
 
 # --- what the user sees -------------------------------------------------------------------------

@@ -45,7 +45,8 @@ class MCMC:
             dimension may be left out); found near the pilot or near zero if not given.
         num_chains: How many chains.
         hook_fn: Called as ``hook_fn(kernel, params, stage, i)`` after each iteration, with
-            unconstrained values (chains first) and the stage ``"Warmup"`` or ``"Sample"``.
+            unconstrained values (chains first, where several move at once) and the stage,
+            ``"Warmup"`` or ``"Sample"``; of chains that run one after the other, ``"Warmup [0]"``.
         mp_context: Has no meaning here, where chains share a process.
         disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
         disable_validation: Whether the model is run without the checks of its distributions. If
@@ -218,7 +219,7 @@ class MCMC:
         state = kernel.begin(num_chains, planned, self._args, self._kwargs, initial)
         self._refuse_unknown_sites()
         self.warmup_time += time.perf_counter() - began
-        label = "" if chain is None or self.num_chains == 1 else f" [{chain + 1}]"
+        label = "" if chain is None or self.num_chains == 1 else f" [{chain}]"
         hidden = self.disable_progbar or "CI" in os.environ
         with tqdm(total=planned + self.num_samples, disable=hidden, desc="Warmup" + label) as bar:
             iteration = drawn = 0
@@ -231,7 +232,8 @@ class MCMC:
                     record.append(state, info, kernel.step_size)
                 if self.hook_fn is not None:
                     stage = ("Warmup" if warming else "Sample") + label
-                    params = kernel.potential.unravel(state.position)
+                    moved = state.position if num_chains > 1 else state.position[0]
+                    params = kernel.potential.unravel(moved)
                     self.hook_fn(kernel, params, stage, iteration if warming else drawn)
                 iteration, drawn = iteration + warming, drawn + (not warming)
                 total = iteration + kernel.warmup_left + self.num_samples
