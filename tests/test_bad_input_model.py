@@ -295,7 +295,7 @@ def no_support(y):
 
 
 def no_map(y):
-    definite = dist.constraints.positive_definite
+    definite = dist.constraints.positive_semidefinite
     value = pyro.sample("a", Shaped(definite, torch.eye(2), lambda x: x.sum((-1, -2))))
     pyro.sample("y", dist.Normal(value.sum(), 1.0).expand([4]).to_event(1), obs=y)
 
@@ -329,7 +329,7 @@ POTENTIALS = {
     "no map": (
         no_map,
         Y,
-        "distribution of site 'a', Shaped, has support PositiveDefinite.* no map",
+        "distribution of site 'a', Shaped, has support PositiveSemidefinite.* no map",
     ),
     "moving support": (moving_support, Y, "support of site 'a' depends on other latent sites"),
     "randomness": (own_randomness, Y, "random numbers that are no sample sites.*hamflow.noise"),

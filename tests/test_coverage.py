@@ -14,31 +14,12 @@ from pyro_hamflow.model import potential
 
 # Their control flow follows latent variables, within Pyro's own code.
 FOLLOW_LATENTS = {"stable", "skewed_stable", "OverdispersedEpidemic"}
-NOT_CAPTURED = {
-    "priors_in_a_dictionary",
-    "BayesianRegression",
-    "BayesianNetwork",
-    "LiftedNetwork",
-}
-NOT_BATCHED = {
-    "ordinal",
-    "factor_analysis",
-    "GaussianProcess",
-    "SparseGaussianProcess",
-    "GaussianProcessLatentVariables",
-    "RelaxedEpidemic",
-    "columns_written_in_place",
-    "diagonal_written_in_place",
-    "multinomial",
-}
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_gradient_is_captured_batched_and_right(name):
     found = check(ZOO[name])
     assert found.error <= 1e-10
-    if name in NOT_CAPTURED | NOT_BATCHED and not found.batched:
-        pytest.xfail("known")
     assert found.captured == found.batched == (name not in FOLLOW_LATENTS)
 
 

@@ -184,7 +184,7 @@ class Shaped(dist.TorchDistribution):
 
 
 def constraints() -> None:
-    angle = pyro.sample("angle", dist.VonMises(0.3, 2.0))
+    angle = pyro.sample("angle", dist.SoftLaplace(0.3, 2.0))
     box = pyro.sample(
         "box", Shaped(dist.constraints.interval(-1.0, 2.0), torch.tensor(0.5), lambda x: -x)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -153,7 +155,7 @@ def dirichlet_multinomial(y):
 @REGRESSIONS.case(x=normal(50), angle=uniform(50, low=-3.0, high=3.0))
 def von_mises(x, angle):
     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    start = pyro.sample("start", dist.VonMises(0.0, 0.1))
+    start = pyro.sample("start", dist.Uniform(-math.pi, math.pi))
     concentration = pyro.sample("concentration", dist.HalfNormal(3.0))
     with pyro.plate("data", len(x)):
         mean = start + 2.0 * torch.atan(slope * x)

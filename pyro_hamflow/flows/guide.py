@@ -22,6 +22,7 @@ from pyro_hamflow.flows.start import PriorDistribution, laplace, seeded_potentia
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, constrain, split, stack_sites
+from pyro_hamflow.model.supports import is_circular
 from pyro_hamflow.model.validation import no_validation
 
 _STARTS = ("laplace", "prior")
@@ -166,6 +167,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
         with torch.no_grad(), poutine.block(), no_validation():
             whole = poutine.trace(model).get_trace(*args, **kwargs)
             _refuse_local_subsampling(whole)
+            _refuse_angles(whole)
             super()._setup_prototype(*args, **kwargs)
             position = self._init_loc()
             if pilot is not None:
@@ -374,6 +376,16 @@ def _frames(sites: Iterable[Any]) -> Iterable[Any]:
 
 def _is_part(frame: Any) -> bool:
     return frame.full_size is not None and frame.size != frame.full_size
+
+
+def _refuse_angles(trace: poutine.Trace) -> None:
+    """Raises a ValueError if a latent site is an angle: a flow on the line has no such target."""
+    for name, site in trace.iter_stochastic_nodes():
+        if is_circular(site["fn"]):
+            raise ValueError(
+                f"latent site '{name}' is an angle ({type(site['fn']).__name__}): expected sites "
+                "on the real line, such as two normal ones whose `torch.atan2` is the angle"
+            )
 
 
 def _refuse_local_subsampling(trace: poutine.Trace) -> None:

@@ -307,7 +307,10 @@ class MCMC:
             num_samples: How many to pick at random, with replacement; all if not given.
             group_by_chain: Whether to keep the chain dimension.
         """
-        return select_samples(self._constrained(), num_samples, group_by_chain)
+        samples = self._constrained()
+        if num_samples is None:  # sites without elements included
+            return samples if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
+        return select_samples(samples, num_samples, group_by_chain)
 
     def _constrained(self) -> dict[str, Tensor]:
         """The draws that were asked for, in the sites' supports."""

@@ -17,7 +17,7 @@ from torch.distributions import Independent
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pyro_hamflow.model.sites import point_of
+from pyro_hamflow.model.supports import point_of
 
 _WRAPPERS = (MaskedDistribution, ExpandedDistribution)
 
@@ -39,7 +39,7 @@ def without_gaps(site: Any) -> Any:
     value, fn = site["value"], site["fn"]
     if not site["is_observed"] or not isinstance(value, Tensor):
         return value
-    counts = _entries_that_count(fn, _over_events(site["mask"], fn.event_dim))
+    counts = entries_that_count(fn, site["mask"])
     if isinstance(counts, bool) or not _has_gaps(value):
         return value
     while counts.dim() > value.dim():  # enumerated values of a site that the mask follows
@@ -59,21 +59,23 @@ def _has_gaps(value: Tensor) -> bool:
         return False
 
 
-def _over_events(mask: Any, event_dim: int) -> Any:
-    """A mask of batches as one of values."""
-    if mask is None:
-        return True
-    return mask.reshape(mask.shape + (1,) * event_dim) if isinstance(mask, Tensor) else mask
+def entries_that_count(fn: Any, mask: Any) -> Any:
+    """Which entries of values count, by a mask of batches and by all masks in a distribution.
 
-
-def _entries_that_count(fn: Any, mask: Any) -> Any:
-    """Which entries of values count, by all masks in a distribution; ``True`` if all do."""
-    if isinstance(fn, MaskedDistribution):
-        own = _over_events(fn._mask, fn.event_dim)
-        mask = own if mask is True else mask if own is True else mask & own
-    if isinstance(fn, (*_WRAPPERS, Independent)):
-        return _entries_that_count(fn.base_dist, mask)
-    return mask
+    ``True`` or ``False`` if all or none do, else a tensor that broadcasts to the values.
+    """
+    masks = [(mask, fn.event_dim)]
+    while isinstance(fn, MaskedDistribution | ExpandedDistribution | Independent):
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    counts: Any = True
+    for part, event_dim in masks:
+        if isinstance(part, Tensor):
+            part = part.reshape(part.shape + (1,) * event_dim)
+        if part is not None and part is not True:
+            counts = part if counts is True else counts & part
+    return counts
 
 
 def _sum_to(counts: Tensor, shape: torch.Size) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.sites import is_discrete, transform_of
 from pyro_hamflow.model.structure import run_with
+from pyro_hamflow.model.supports import is_discrete, middle, transform_of
 
 # Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
 # points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
@@ -88,7 +88,7 @@ def find_pilot(
             if not is_discrete(name, site):
                 transform = transform_of(name, site["fn"])
                 free = transform.inv(site["value"])
-                somewhere[name] = transform(torch.zeros_like(free))
+                somewhere[name] = middle(transform, free)
         rough.follow(somewhere, *args, **kwargs)  # so that the model can run at all
         potential = Potential(rough, args, kwargs, separate_noise=True)
         noise = _even_noise(rough.plan(*args, **kwargs), potential)

@@ -31,7 +31,6 @@ from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.sites import (
     add_jacobians,
     constrain,
-    is_discrete,
     refuse_moving_supports,
     split,
     stack_sites,
@@ -45,6 +44,8 @@ from pyro_hamflow.model.structure import (
     refuse_subsampling,
     run_with,
 )
+from pyro_hamflow.model.supports import is_discrete
+from pyro_hamflow.model.unused import find_unused, with_own_prior
 from pyro_hamflow.model.validation import no_validation
 
 # Where the model is looked at: at the first where its numbers allow it.
@@ -144,6 +145,7 @@ class Potential(Programs):
             marked = poutine.infer_config(model, sum_out)
             self.model = poutine.enum(marked, first_available_dim=-1 - nesting)
         self.plain_trace = plain
+        self._unused: dict[str, Tensor] = {}
         self._vectors: dict[int, tuple[Tensor, Tensor]] = {}
         position, noise = (part[0] for part in self.vectors(1))
         zero = torch.zeros_like(position)
@@ -152,6 +154,7 @@ class Potential(Programs):
             trace = first_that_works(lambda point: self.trace(point, 0.0 * noise), points)
         refuse_moving_supports(self.sites, trace, transforms)
         self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
+        self._unused = self._find_unused(trace)
         self._factor = _FACTORS[0]
         self._key = explained(
             lambda: first_that_works(self._refuse_randomness, _FACTORS),
@@ -177,7 +180,9 @@ class Potential(Programs):
         return self._run(split(self.sites, position), split(self.noise_sites, noise))
 
     def _run(self, free: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> poutine.Trace:
-        values = constrain(self.sites, free) | constrain(self.noise_sites, noise)
+        return self._run_at(constrain(self.sites, free) | constrain(self.noise_sites, noise))
+
+    def _run_at(self, values: Mapping[str, Tensor]) -> poutine.Trace:
         with self._hold(), poutine.block(), no_validation():
             # Conditioning inside the enumeration, so that only discrete sites are enumerated.
             with SetValues(lambda msg: values.get(msg["name"])):
@@ -187,6 +192,8 @@ class Potential(Programs):
         for node in trace.nodes.values():
             if node["type"] == "sample":
                 node["value"] = without_gaps(node)
+        for name, unused in self._unused.items():
+            trace.nodes[name].update(with_own_prior(trace.nodes[name], unused))
         return trace
 
     def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
@@ -225,6 +232,15 @@ class Potential(Programs):
             "evaluate": evaluate,
         }
         return programs[kind]
+
+    def _find_unused(self, trace: poutine.Trace) -> dict[str, Tensor]:
+        noise = {s.name: self.plain_trace.nodes[s.name]["value"] for s in self.noise_sites}
+
+        def log_density(values: Mapping[str, Tensor]) -> Tensor:
+            with no_validation():
+                return self._evaluator.log_prob(self._run_at({**values, **noise}))
+
+        return find_unused({site.name: trace.nodes[site.name] for site in self.sites}, log_density)
 
     # --- many chains, as programs ---------------------------------------------------------------
 

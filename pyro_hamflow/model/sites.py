@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+
+from pyro_hamflow.model.supports import support_of, transform_of
 
 
 class Site(NamedTuple):
@@ -115,67 +116,3 @@ def refuse_moving_supports(
                 "fixed one, since values move to the real line by one map; sample it on a unit "
                 "scale, then shift and scale it"
             )
-
-
-def support_of(name: str, fn: Any) -> Any:
-    """The support of a site's distribution; raises a ValueError if it has none."""
-    try:
-        support = fn.support
-    except (NotImplementedError, AttributeError):
-        # Since torch 2.13 its mixtures tell no support; their components do.
-        support = getattr(getattr(fn, "component_distribution", None), "support", None)
-    if support is None:
-        raise ValueError(
-            f"the distribution of site '{name}', {type(fn).__name__}, has no support: expected one "
-            "that says where its values lie, such as `constraints.real`"
-        )
-    return _of_components(support)
-
-
-def _of_components(support: Any) -> Any:
-    """A support in which a mixture's, from torch 2.13 a class of its own, is its components'."""
-    of_mixtures: Any = getattr(constraints, "MixtureSameFamilyConstraint", ())
-    if isinstance(support, of_mixtures):
-        return _of_components(support.base_constraint)
-    if isinstance(support, constraints.independent):
-        base = _of_components(support.base_constraint)
-        return constraints.independent(base, support.reinterpreted_batch_ndims)
-    return support
-
-
-def transform_of(name: str, fn: Any) -> Any:
-    """The map from the real line to a site's support; raises a ValueError if none is known."""
-    support = support_of(name, fn)
-    try:
-        return biject_to(support)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the distribution of site '{name}', {type(fn).__name__}, has support {support}, to "
-            "which no map from the real line is registered: expected another distribution, or a "
-            "map in `torch.distributions.biject_to`"
-        ) from error
-
-
-def point_of(name: str, fn: Any, like: Tensor) -> tuple[Any, Tensor]:
-    """A site's support, and a value in its interior of the shape and type of another."""
-    fn = getattr(fn, "component_distribution", fn)
-    support = support_of(name, fn)
-    if support.is_discrete:
-        lowest = torch.as_tensor(getattr(support, "lower_bound", 0.0), device=like.device)
-        return support, lowest.to(like.dtype).detach().expand(like.shape)
-    transform = transform_of(name, fn)
-    zero = like.new_zeros(transform.inverse_shape(like.shape))
-    return support, transform(zero).detach()
-
-
-def is_discrete(name: str, site: Any) -> bool:
-    """Whether a site is summed out; raises a ValueError if it is discrete and cannot be."""
-    fn = site["fn"]
-    if getattr(fn, "has_enumerate_support", False):
-        return True
-    if getattr(support_of(name, fn), "is_discrete", False):
-        raise ValueError(
-            f"latent site '{name}' is a {type(fn).__name__}, discrete without finite support: "
-            "expected a continuous site, or a discrete one that can be enumerated"
-        )
-    return False

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.sites import support_of
 from pyro_hamflow.model.structure import run_with
+from pyro_hamflow.model.supports import support_of
 from pyro_hamflow.model.validation import no_validation
 
 Strategy = Callable[[Any], Tensor]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta, MaskedDistribution
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions import Delta
+from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_hamflow.model.missing import without_gaps
+from pyro_hamflow.model.supports import base_of, first_value
 from pyro_hamflow.model.validation import no_validation
 
 Frames = tuple[CondIndepStackFrame, ...]
@@ -87,11 +88,12 @@ def vectorized_frames(site: Any) -> Frames:
 
 
 def is_latent(site: Any) -> bool:
-    """Whether a node of a trace is a latent sample site."""
+    """Whether a node of a trace is a latent sample site; one that may only be one value is not."""
     return (
         site["type"] == "sample"
         and not site["is_observed"]
         and not isinstance(site["fn"], _Subsample)
+        and not isinstance(base_of(site["fn"]), Delta)
     )
 
 
@@ -102,7 +104,11 @@ def is_enumerable(site: Any) -> bool:
 
 def is_deterministic(site: Any) -> bool:
     """Whether a sample site records a deterministic value."""
-    return bool(site["infer"].get("_deterministic", False))
+    fn = base_of(site["fn"])
+    fixed = not site["is_observed"] and isinstance(fn, Delta)
+    return bool(site["infer"].get("_deterministic", False)) or (
+        fixed and is_identically_zero(fn.log_density)
+    )
 
 
 def is_computed(site: Any) -> bool:
@@ -111,10 +117,8 @@ def is_computed(site: Any) -> bool:
     That of a deterministic site does, and that of a latent site which Pyro's reparametrisations
     have replaced by others.
     """
-    fn = site["fn"]
-    while isinstance(fn, MaskedDistribution):
-        fn = fn.base_dist
-    return is_deterministic(site) or (site["is_observed"] and isinstance(fn, Delta))
+    replaced = site["is_observed"] and isinstance(base_of(site["fn"]), Delta)
+    return is_deterministic(site) or replaced
 
 
 def refuse_subsampling(trace: poutine.Trace) -> None:
@@ -244,6 +248,9 @@ class SetValues(poutine.messenger.Messenger):
         if msg["is_observed"] or msg["done"] or isinstance(msg["fn"], _Subsample):
             return
         value = self.choose(msg)
+        fn: Any = msg["fn"]
+        if value is None and not getattr(fn, "has_enumerate_support", False):
+            value = first_value(msg["name"], fn, *msg["args"], **msg["kwargs"])
         if value is not None:
             msg["value"] = value
             msg["done"] = True
