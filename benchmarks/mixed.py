@@ -45,16 +45,15 @@ def measure(*, quick: bool) -> list[Table]:
 
 def _row(name: str, reference: dict[str, Any]) -> Row:
     case = MIXED_MODELS[name]
-    data = case.data()
+    arguments, shape = case.arguments(), case.data()[-1].shape
     marginal = marginalize(case.model, list(case.sites))
     mcmc = MCMC(
         PseudoMarginalNUTS(marginal), num_samples=500, num_chains=4, seed=0, disable_progbar=True
     )
-    taken, _ = seconds(lambda: mcmc.run(*data))
+    taken, _ = seconds(lambda: mcmc.run(*arguments))
     verdict = judge(case.truth, mcmc.get_samples(group_by_chain=True), reference)
     settings = mcmc.kernel.settings
-    layouts = marginal.plan(*data).layouts.values()
-    shape = data[-1].shape
+    layouts = marginal.plan(*arguments).layouts.values()
     return {
         "model": name,
         "family": case.family,

@@ -28,7 +28,7 @@ def verdict_of_a_run(name):
     case = MIXED_MODELS[name]
     kernel = phf.PseudoMarginalNUTS(phf.marginalize(case.model, list(case.sites)))
     mcmc = phf.MCMC(kernel, num_samples=500, num_chains=4, seed=0)
-    mcmc.run(*case.data())
+    mcmc.run(*case.arguments())
     return judge(case.truth, mcmc.get_samples(group_by_chain=True), REFERENCE[name])
 
 

@@ -24,8 +24,9 @@ class MixedModel:
         family: The distribution of the data.
         sites: The local sites to integrate out.
         model: In Pyro.
-        data: Makes its arguments, elements first.
+        data: Makes the data in wide format, elements first, as the quadrature takes them.
         truth: Its second description, for the quadrature.
+        rows: Makes the arguments of a model that takes data in long format.
     """
 
     family: str
@@ -33,6 +34,11 @@ class MixedModel:
     model: Callable[..., None]
     data: Callable[[], tuple[Tensor, ...]]
     truth: Truth
+    rows: Callable[[], tuple[Tensor, ...]] | None = None
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What the model is called with."""
+        return self.data() if self.rows is None else self.rows()
 
 
 U = ("u",)
@@ -41,12 +47,16 @@ MIXED_MODELS = {
     "epilepsy, slopes": MixedModel(
         "Poisson", U, counts.epilepsy_slopes, counts.epilepsy_slopes_data, counts.EPILEPSY_SLOPES
     ),
-    "ticks": MixedModel("negative binomial", U, counts.ticks, counts.ticks_data, counts.TICKS),
+    "ticks": MixedModel(
+        "negative binomial", U, counts.ticks, counts.ticks_data, counts.TICKS, counts.ticks_rows
+    ),
     "salmonella": MixedModel(
         "Poisson", U, counts.salmonella, counts.salmonella_data, counts.SALMONELLA
     ),
     "drivers": MixedModel("Poisson", U, counts.drivers, counts.drivers_data, counts.DRIVERS),
-    "melanoma": MixedModel("Poisson", U, counts.melanoma, counts.melanoma_data, counts.MELANOMA),
+    "melanoma": MixedModel(
+        "Poisson", U, counts.melanoma, counts.melanoma_data, counts.MELANOMA, counts.melanoma_rows
+    ),
     "pumps": MixedModel(
         "Poisson, gamma effects", ("rate",), effects.pumps, effects.pumps_data, effects.PUMPS
     ),
@@ -63,9 +73,11 @@ MIXED_MODELS = {
     "wheeze": MixedModel("Bernoulli", U, binary.wheeze, binary.wheeze_data, binary.WHEEZE),
     "cattle": MixedModel("binomial", U, binary.cattle, binary.cattle_data, binary.CATTLE),
     "seeds": MixedModel("binomial", U, binary.seeds, binary.seeds_data, binary.SEEDS),
-    "bacteria": MixedModel("Bernoulli", U, binary.bacteria, binary.bacteria_data, binary.BACTERIA),
+    "bacteria": MixedModel(
+        "Bernoulli", U, binary.bacteria, binary.bacteria_data, binary.BACTERIA, binary.bacteria_rows
+    ),
     "respiratory": MixedModel(
-        "Bernoulli", U, binary.bacteria, binary.respiratory_data, binary.BACTERIA
+        "Bernoulli", U, binary.respiratory, binary.respiratory_data, binary.RESPIRATORY
     ),
     "contraception": MixedModel(
         "Bernoulli",
@@ -73,6 +85,7 @@ MIXED_MODELS = {
         binary.contraception,
         binary.contraception_data,
         binary.CONTRACEPTION,
+        binary.contraception_rows,
     ),
     "aggression": MixedModel(
         "Bernoulli", ("theta",), binary.aggression, binary.aggression_data, binary.AGGRESSION

@@ -101,14 +101,13 @@ SEEDS = Truth({"beta": normal(10.0, 4), "sigma": half_cauchy(1.0)}, log_seeds)
 # --- bacteria: 50 children with 2 to 5 tests ----------------------------------------------------
 
 
-def bacteria(x, y, seen):
+def bacteria(x, child, y):
     beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([4]).to_event(1))
     sigma = pyro.sample("sigma", dist.HalfCauchy(2.5))
-    children, tests = y.shape
-    with pyro.plate("child", children, dim=-2):
+    with pyro.plate("children", 50):
         u = pyro.sample("u", dist.Normal(0.0, sigma))
-        with pyro.plate("test", tests, dim=-1), poutine.mask(mask=seen):
-            pyro.sample("y", dist.Bernoulli(logits=x @ beta + u), obs=y)
+    with pyro.plate("tests", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ beta + u[child]), obs=y)
 
 
 def bacteria_data():
@@ -116,6 +115,12 @@ def bacteria_data():
     wide = Wide(frame, "ID")
     x = wide.design(frame.trt == "drug", frame.trt == "drug+", frame.week > 2)
     return x, wide(frame.y == "y"), wide.seen
+
+
+def bacteria_rows():
+    x, y, _ = bacteria_data()
+    wide = Wide(r_data("MASS", "bacteria"), "ID")
+    return wide.rows(x), wide.index, wide.rows(y)
 
 
 def log_masked_logistic(t: Values, z: tuple[Tensor, ...], x: Tensor, y: Tensor, seen: Tensor):
@@ -128,26 +133,38 @@ BACTERIA = Truth({"beta": normal(10.0, 4), "sigma": half_cauchy(2.5)}, log_maske
 # --- respiratory: 111 patients, 4 visits --------------------------------------------------------
 
 
+def respiratory(x, y):
+    beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([4]).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfCauchy(2.5))
+    with pyro.plate("patient", 111, dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, sigma))
+        with pyro.plate("visit", 4, dim=-1):
+            pyro.sample("y", dist.Bernoulli(logits=x @ beta + u), obs=y)
+
+
 def respiratory_data():
     frame = r_data("geepack", "respiratory")
     wide = Wide(frame.assign(patient=frame.center * 1000 + frame.id), "patient")
     x = wide.design(frame.treat == "A", frame.center == 2, frame.baseline)
-    return x, wide(frame.outcome), wide.seen
+    return x, wide(frame.outcome)
+
+
+RESPIRATORY = Truth({"beta": normal(10.0, 4), "sigma": half_cauchy(2.5)}, log_logistic)
 
 
 # --- contraception: 60 districts of 2 to 118 women, intercept and effect of towns ---------------
 
 
-def contraception(x, town, y, seen):
+def contraception(x, town, district, y):
     beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([3]).to_event(1))
     sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
     tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    districts, women = y.shape
-    with pyro.plate("district", districts, dim=-2):
+    with pyro.plate("districts", 60):
         u = pyro.sample("u", dist.Normal(0.0, sigma))
         v = pyro.sample("v", dist.Normal(0.0, tau))
-        with pyro.plate("woman", women, dim=-1), poutine.mask(mask=seen):
-            pyro.sample("y", dist.Bernoulli(logits=x @ beta + u + v * town), obs=y)
+    with pyro.plate("women", len(y)):
+        logits = x @ beta + u[district] + v[district] * town
+        pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
 
 def contraception_data():
@@ -155,6 +172,12 @@ def contraception_data():
     wide = Wide(frame, "district")
     x = wide.design(frame.urban == "Y", frame.livch != "0")
     return x, wide(frame.urban == "Y"), wide(frame.use == "Y"), wide.seen
+
+
+def contraception_rows():
+    x, town, y, _ = contraception_data()
+    wide = Wide(r_data("mlmRev", "Contraception"), "district")
+    return wide.rows(x), wide.rows(town), wide.index, wide.rows(y)
 
 
 def contraception_cells(x: Tensor, town: Tensor, y: Tensor, seen: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
@@ -92,16 +91,15 @@ EPILEPSY_SLOPES = Truth(
 # --- ticks: 118 broods of 1 to 10 grouse chicks -------------------------------------------------
 
 
-def ticks(x, y, seen):
+def ticks(x, brood, y):
     beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([4]).to_event(1))
     sigma = pyro.sample("sigma", dist.HalfCauchy(2.5))
     concentration = pyro.sample("concentration", dist.Exponential(1.0))
-    broods, chicks = y.shape
-    with pyro.plate("brood", broods, dim=-2):
+    with pyro.plate("broods", 118):
         u = pyro.sample("u", dist.Normal(0.0, sigma))
-        with pyro.plate("chick", chicks, dim=-1), poutine.mask(mask=seen):
-            mean = (x @ beta + u).exp()
-            pyro.sample("y", dist.GammaPoisson(concentration, concentration / mean), obs=y)
+    with pyro.plate("chicks", len(y)):
+        mean = (x @ beta + u[brood]).exp()
+        pyro.sample("y", dist.GammaPoisson(concentration, concentration / mean), obs=y)
 
 
 def ticks_data():
@@ -109,6 +107,12 @@ def ticks_data():
     wide = Wide(frame, "BROOD")
     x = wide.design(frame.YEAR == 96, frame.YEAR == 97, frame.cHEIGHT / 100)
     return x, wide(frame.TICKS), wide.seen
+
+
+def ticks_rows():
+    x, y, _ = ticks_data()
+    wide = Wide(r_data("lme4", "grouseticks"), "BROOD")
+    return wide.rows(x), wide.index, wide.rows(y)
 
 
 def log_negative_binomial(t: Values, z: tuple[Tensor, ...], x: Tensor, y: Tensor, seen: Tensor):
@@ -182,14 +186,13 @@ DRIVERS = Truth({"beta": normal(10.0, 4), "sigma": half_normal(1.0)}, log_poisso
 # --- melanoma: 354 counties of 9 nations, 0 to 313 deaths ---------------------------------------
 
 
-def melanoma(x, log_expected, y, seen):
+def melanoma(x, log_expected, nation, y):
     beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
     sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
-    nations, counties = y.shape
-    with pyro.plate("nation", nations, dim=-2):
+    with pyro.plate("nations", 9):
         u = pyro.sample("u", dist.Normal(0.0, sigma))
-        with pyro.plate("county", counties, dim=-1), poutine.mask(mask=seen):
-            pyro.sample("y", dist.Poisson((log_expected + x @ beta + u).exp()), obs=y)
+    with pyro.plate("counties", len(y)):
+        pyro.sample("y", dist.Poisson((log_expected + x @ beta + u[nation]).exp()), obs=y)
 
 
 def melanoma_data():
@@ -197,6 +200,12 @@ def melanoma_data():
     wide = Wide(frame, "nation")
     x = wide.design(frame.uvb / 10)
     return x, wide(np.log(frame.expected)), wide(frame.deaths), wide.seen
+
+
+def melanoma_rows():
+    x, log_expected, y, _ = melanoma_data()
+    wide = Wide(r_data("mlmRev", "Mmmec"), "nation")
+    return wide.rows(x), wide.rows(log_expected), wide.index, wide.rows(y)
 
 
 def log_melanoma(t: Values, z, x: Tensor, log_expected: Tensor, y: Tensor, seen: Tensor):

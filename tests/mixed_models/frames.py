@@ -35,6 +35,15 @@ class Wide:
         ones = np.ones(len(self.frame))
         return torch.stack([self(column) for column in (ones, *columns)], -1)
 
+    def rows(self, wide: Tensor) -> Tensor:
+        """Back from wide format to the frame's rows."""
+        return wide[self.index, torch.as_tensor(self.visit)]
+
+    @property
+    def index(self) -> Tensor:
+        """The element of each row."""
+        return torch.as_tensor(self.row)
+
     @property
     def seen(self) -> Tensor:
         """Which visits there are."""
