@@ -74,13 +74,17 @@ def test_references_are_remade_equal(name):
 
 @pytest.mark.parametrize("name", REFERENCE)
 def test_references_are_exact_enough(name):
-    """Errors are far below those of 2,000 draws, and of quadrature far below those."""
+    """Errors are below those of 2,000 independent draws, and of quadrature far below those.
+
+    Of the logarithm of a scale with a long tail towards zero, the standard deviation of 2,000 such
+    draws would be off by a twentieth.
+    """
     reference = REFERENCE[name]
     assert reference["ess"] >= 20_000
     assert reference["pareto_k"] < 0.5
     assert reference["quadrature_error"] < 1e-3
-    assert np.all(np.array(reference["mean_error"]) < 0.02 * np.array(reference["sd"]))
-    assert np.all(np.array(reference["sd_error"]) < 0.02 * np.array(reference["sd"]))
+    assert np.all(np.array(reference["mean_error"]) < 0.01 * np.array(reference["sd"]))
+    assert np.all(np.array(reference["sd_error"]) < 0.03 * np.array(reference["sd"]))
 
 
 def test_quadrature_of_one_normal_effect():

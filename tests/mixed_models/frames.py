@@ -20,8 +20,8 @@ class Wide:
     element: str
 
     def __post_init__(self) -> None:
-        self.row = pd.factorize(self.frame[self.element])[0]
-        self.visit = self.frame.groupby(self.row).cumcount().to_numpy()
+        self.row = pd.factorize(self.frame[self.element])[0].copy()
+        self.visit = self.frame.groupby(self.row).cumcount().to_numpy().copy()
         self.shape = (self.row.max() + 1, self.visit.max() + 1)
 
     def __call__(self, values: Any) -> Tensor:
