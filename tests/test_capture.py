@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_hamflow import MCMC, NUTS
+from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.mcmc.hmc import HMCTransition
+from pyro_hamflow.mcmc.per_leaf import JudgedDensity
 from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
+from pyro_hamflow.mcmc.surrogate import SurrogateDensity
 from pyro_hamflow.model.capture import (
     batch,
     capture,
@@ -347,3 +353,31 @@ def test_rows_are_read_and_summed_without_indexing(numbers):
     names = {getattr(n.target, "__name__", "").split(".")[0] for n in graph.graph.nodes}
     assert {"gather", "scatter_add"} <= names
     assert not {"index", "index_put"} & names
+
+
+def test_programs_around_a_surrogate_go_with_it():
+    """And a second run of a kernel needs no others than the first."""
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    kernel = NUTS(model)
+    run = MCMC(kernel, num_samples=5, warmup_steps=5, num_chains=2, disable_progbar=True)
+    run.run()
+    potential = kernel.potential
+    known = list(potential._graphs)
+    position = potential.vectors(2)[0]
+    network = PotentialNetwork(2, hidden=[4])
+    for _ in range(2):
+        surrogate = SurrogateDensity(potential, network)
+        judged = JudgedDensity(potential, network, None)
+        for density in (surrogate, judged):
+            advance = HMCTransition(density, 2)._advance(torch.ones(2))
+            advance(position, position, position, position[:, :0], torch.ones(2), position[:, :1])
+        assert len(potential._graphs) > len(known)
+        del surrogate, judged, density, advance
+        gc.collect()
+        assert set(potential._graphs) - set(known) <= {("evaluate", 2)}
+    run.run()
+    assert kernel.potential is potential
+    assert set(potential._graphs) - set(known) <= {("evaluate", 2)}

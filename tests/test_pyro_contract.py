@@ -424,8 +424,7 @@ def test_arrowhead_mass():
 @pytest.mark.parametrize("arrowhead", [False, True])
 @pytest.mark.parametrize("full_mass", [[("b",)], [("b",), ("c", "a")], True, False])
 def test_structured_mass_is_positive_definite(arrowhead, full_mass):
-    places, real = (("a", 0), ("b", 2), ("c", 4)), torch.float64
-    sites = [Site(n, i, i + 2, torch.Size([2]), None, real) for n, i in places]
+    sites = [Site(n, i, i + 2, torch.Size([2]), None) for n, i in (("a", 0), ("b", 2), ("c", 4))]
     form = mass_form(full_mass, sites, arrowhead=arrowhead)
     for _ in range(50):
         root = torch.randn(6, 6)

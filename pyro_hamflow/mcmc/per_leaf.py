@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.refresh import Refresh
-from pyro_hamflow.mcmc.surrogate import StandIn, frozen, serial
+from pyro_hamflow.mcmc.surrogate import StandIn, frozen, name_programs_of
 from pyro_hamflow.mcmc.transition import Info, ParameterTransition, State, Tuning
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
@@ -62,7 +62,7 @@ class JudgedDensity(StandIn):
         self.trust = trust
         self.calls = calls
         self.asked: list[Tensor] = []
-        self._name = f"judged {next(serial)}"
+        self._name = name_programs_of(self, "judged")
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """The true energy, and the gradient that is followed, of every chain."""

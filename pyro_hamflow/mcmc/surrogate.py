@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,7 @@ from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
 
-serial = itertools.count()
+_serial = itertools.count()
 
 
 class StandIn:
@@ -70,7 +71,7 @@ class SurrogateDensity(StandIn):
         self.network = frozen(network, potential.example)
         self.calls = calls
         self.level = potential.example.new_tensor(math.inf)
-        self._name = f"surrogate {next(serial)}"
+        self._name = name_programs_of(self, "surrogate")
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """Energy and gradient of every chain."""
@@ -92,6 +93,13 @@ class SurrogateDensity(StandIn):
         """What the potential does with a function, for one around the network."""
         name = f"{name}, {self._name}"
         return self.potential.accelerate(name, function, *examples, calls=self.calls)
+
+
+def name_programs_of(stand_in: StandIn, kind: str) -> str:
+    """A name for the programs around a stand-in, which the potential forgets with it."""
+    name = f"{kind} {next(_serial)}"
+    weakref.finalize(stand_in, stand_in.potential.forget, name).atexit = False
+    return name
 
 
 def frozen(network: PotentialNetwork, example: Tensor) -> PotentialNetwork:

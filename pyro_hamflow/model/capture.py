@@ -11,6 +11,7 @@ as long as the function's control flow does not depend on the values of its inpu
 from __future__ import annotations
 
 import gc
+import itertools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_hamflow.model.recording import PureRecorder, Recorder
+from pyro_hamflow.model.recording import FailAt, PureRecorder, Recorder
 from pyro_hamflow.model.rules import BATCHED, PURE, UNFAILING
 
 Program = Callable[..., Any]
@@ -35,6 +36,8 @@ _LARGE = 30_000  # numbers in a tensor, from which on it is slower to compute th
 
 _EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
 _COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each operation of it
+
+_MOST_CHECKS = 20  # of factorisations that are made to fail, one at a time; more are in loops
 
 _OPTIONS = {
     # Checks of the inputs' strides cost more than a small gradient does.
@@ -78,8 +81,8 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
         The graph as a module with the same arguments and results.
 
     Raises:
-        RuntimeError: If Python asks for values or shapes that depend on the arguments, or if a live
-            graph would lose gradients of the function's own.
+        RuntimeError: If Python asks for values or shapes that depend on the arguments, if the
+            function catches such a failure, or if a live graph would lose gradients of its own.
 
     Example:
         >>> square = capture(lambda x: x * x, torch.tensor(3.0))
@@ -94,11 +97,24 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
         result = recorder.record(function, *examples)
     if live and _has_gradient_of_its_own(result, recorder.constants()):
         raise RuntimeError("a function with a gradient of its own cannot be recorded by its value")
+    for number, name in itertools.islice(recorder.fallible.items(), _MOST_CHECKS):
+        if _goes_on(function, examples, number):
+            raise RuntimeError(f"the function goes on in another way where {name} fails")
     with torch.no_grad():
         simple.record(torch.func.functionalize(recorder.replay), *examples)
     graph = simple.module()
-    graph.meta["fallible"] = recorder.fallible
+    graph.meta["fallible"] = set(recorder.fallible.values())
     return graph
+
+
+def _goes_on(function: Program, examples: tuple[Tensor, ...], number: int) -> bool:
+    """Whether a function catches the failure of a factorisation, and so has more than one way."""
+    try:
+        with FailAt(number):
+            function(*examples)
+    except Exception:  # as it is or as another
+        return False
+    return True
 
 
 def _has_gradient_of_its_own(result: Any, constants: Iterable[Tensor]) -> bool:

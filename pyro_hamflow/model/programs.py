@@ -174,6 +174,13 @@ class Programs(ABC):
             self._graphs[key] = capture(function, *examples)
         return self._final(key, self._graphs[key], calls, lambda: examples)
 
+    def forget(self, part: str) -> None:
+        """Frees the programs that :meth:`accelerate` made under names that end so."""
+        for programs in (self._graphs, self._compiled, self._calls_to_pay):
+            for key in list(programs):
+                if key[0].endswith(part):
+                    programs.pop(key, None)
+
     def _final(
         self,
         key: tuple[Any, ...],

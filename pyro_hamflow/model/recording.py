@@ -6,6 +6,7 @@ models of thousands of operations it takes ten times as long, which is many seco
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -38,8 +39,8 @@ class Recorder(TorchDispatchMode):
             the function has stopped them.
 
     Attributes:
-        fallible: What the function calls that can fail at some values of its arguments. The graph
-            does not: its results there are NaN.
+        fallible: What the function calls that can fail at some values of its arguments: names by
+            the number of the check. The graph does not fail: its results there are NaN.
     """
 
     def __init__(self, rules: Mapping[Any, Rule] | None = None, *, live: bool = False) -> None:
@@ -47,12 +48,13 @@ class Recorder(TorchDispatchMode):
         self.graph = Graph()
         self.rules = rules or {}
         self.live = live
-        self.fallible: set[str] = set()
+        self.fallible: dict[int, str] = {}
         self._constants = torch.nn.Module()
         self._nodes = WeakTensorKeyDictionary()
         self._varying: set[Node] = set()
         self._written: dict[int, Any] = {}
         self._expanding: list[Any] = []
+        self._checks = itertools.count()
         self._graded = False
 
     def record(self, function: Callable[..., Any], *examples: Tensor) -> Any:
@@ -94,8 +96,10 @@ class Recorder(TorchDispatchMode):
         arguments = (args, kwargs or {})
         inputs = map_aggregate(arguments, self._node_of)
         varies = _is_random(target) or self._any_varies(arguments, inputs)
-        if varies and target is _CHECK_ERRORS:
-            return self._let_fail(inputs[0], args[1])
+        if target is _CHECK_ERRORS:
+            number = next(self._checks)
+            if varies:
+                return self._let_fail(inputs[0], number, args[1])
         if varies and torch.Tag.data_dependent_output in target.tags:
             raise ValueDependence(str(target))
         if varies and self._has_varying_shape(target, args):
@@ -155,12 +159,12 @@ class Recorder(TorchDispatchMode):
         finally:
             self._expanding.remove(target)
 
-    def _let_fail(self, args: Any, name: str) -> None:
+    def _let_fail(self, args: Any, number: int, name: str) -> None:
         """Leaves out a check that a factorisation has worked: where it has not, it is NaN."""
         factors = args[0].args[0] if args[0].target is operator.getitem else None
         if factors is None or not str(factors.target).removesuffix(".default").endswith("_ex"):
             raise ValueDependence(f"the check of {name}")
-        self.fallible.add(name)
+        self.fallible[number] = name
         factors.target = nan_where_failed(factors.target)
 
     def _call(self, target: Any, args: Any, kwargs: Any, *, varies: bool) -> Node:
@@ -208,6 +212,26 @@ class Recorder(TorchDispatchMode):
         if not self._varying.isdisjoint(nodes):
             return True
         return bool(self._written) and any(map(self._varies, _tensors(arguments)))
+
+
+class FailAt(TorchDispatchMode):
+    """Lets a check of a factorisation find a failure.
+
+    Arguments:
+        number: Which of the checks that come.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self._checks = itertools.count()
+
+    def __torch_dispatch__(
+        self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if target is _CHECK_ERRORS and next(self._checks) == self.number:
+            raise torch.linalg.LinAlgError(f"{args[1]}: failed, to see what follows")
+        return target(*args, **(kwargs or {}))
 
 
 class PureRecorder(Recorder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 from pyro_hamflow.model.laplace import WIDER, LikelihoodSite, Sites, apply, tightness
 from pyro_hamflow.model.layout import Block, Layout
 from pyro_hamflow.model.structure import Group, depth_of, plate_shape
+from pyro_hamflow.model.vectorize import Vectorized
 
 _NEWTON_STEPS = 30
 _AT_ONCE = 64  # parameter values that the model runs with at once
@@ -174,13 +176,15 @@ def _fit(
     if not anchor.followed:
         return sites, mode
 
+    each_gradient, each_site = (Vectorized(f"Sites of {list(group.sites)}") for _ in range(2))
+
     def gradients_at(shifts: Tensor) -> Tensor:
         def total(shift: Tensor, v: Tensor) -> Tensor:
             return joint(anchor.at(shift), times)(unpack(v))[0].sum()
 
         modes = mode.expand(len(shifts), *mode.shape).clone().requires_grad_()
         # The gradient is taken outside, of operations that are batched already.
-        (gradient,) = torch.autograd.grad(torch.func.vmap(total)(shifts, modes).sum(), modes)
+        (gradient,) = torch.autograd.grad(each_gradient(total, shifts, modes).sum(), modes)
         return gradient
 
     modes_slopes = covariance @ _differences(gradients_at, sum(anchor.sizes), mode)
@@ -193,7 +197,7 @@ def _fit(
             for name, block in blocks.items()
         }
 
-    slopes = _differences(torch.func.vmap(linear_at), sum(anchor.sizes), mode)
+    slopes = _differences(partial(each_site, linear_at), sum(anchor.sizes), mode)
     return {name: replace(site, slopes=slopes[name]) for name, site in sites.items()}, mode
 
 

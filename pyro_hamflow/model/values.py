@@ -20,6 +20,7 @@ _READ = {
     Tensor.data_ptr,
     Tensor.untyped_storage,
 }
+_FILL: dict[Any, int] = {torch.full: 1, torch.full_like: 1, Tensor.new_full: 2}  # with which
 _MAKE = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 
 
@@ -52,6 +53,8 @@ class ValueGuard(TorchFunctionMode):
             parts = [p for p in tree_leaves(args[-1]) if isinstance(p, Tensor)]
             if any(map(self.varies, parts)):
                 return self._stack(func, args, kwargs or {})
+        if func in _FILL and (filled := self._fill(func, args, kwargs or {})) is not None:
+            return filled
         return func(*args, **(kwargs or {}))
 
     def _is_varying(self, index: Any, dim: int | None = None) -> bool:
@@ -59,6 +62,16 @@ class ValueGuard(TorchFunctionMode):
         if not isinstance(index, Tensor) or not self.varies(index):
             return False
         return dim is None or (index.dim() == dim and index.dtype != torch.bool)
+
+    def _fill(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """Makes a tensor of one number that varies; like the function itself, without gradient."""
+        place = _FILL[func]
+        value = args[place] if len(args) > place else kwargs.get("fill_value")
+        if not isinstance(value, Tensor) or not self.varies(value):
+            return None
+        others = {name: other for name, other in kwargs.items() if name != "fill_value"}
+        like = func(*args[:place], torch.ones((), dtype=value.dtype).item(), **others)
+        return value.detach().to(like).expand(like.shape).clone()
 
     def _stack(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Makes a tensor of numbers in lists; like the function itself, one without gradient."""

@@ -13,7 +13,7 @@ from pyro_hamflow.model.capture import Program, batched_graph, capture, row_by_r
 
 
 class Vectorized:
-    """Applies functions to each row of an argument, in the fastest way that they allow.
+    """Applies functions to each row of their arguments, in the fastest way that they allow.
 
     That is torch's ``vmap``. Where writes in place or masks stand against it, it is ``vmap`` of
     what the function does to one row, recorded as a graph of pure operations; and else the rows one
@@ -36,23 +36,25 @@ class Vectorized:
         self.what = what
         self._ways: list[Callable[..., Any]] = [_at_once, _recorded, row_by_row]
 
-    def __call__(self, function: Program, rows: Tensor) -> Any:
+    def __call__(self, function: Program, *rows: Tensor) -> Any:
         """The results for all rows, stacked: a tensor, or any nest of them.
 
         Arguments:
-            function: Takes one row; gradients flow to the row and to whatever else it uses.
-            rows: Of shape ``(rows, *)``.
+            function: Takes one row of each; gradients flow to them and to whatever else it uses.
+            rows: Each of shape ``(rows, *)``.
         """
         failed: list[str] = []
         for way in self._ways[:-1]:
             try:
-                result = way(function, rows)
+                result = way(function, *rows)
+            except torch.linalg.LinAlgError:  # of this row's numbers, not of the way
+                raise
             except Exception as error:  # whatever the function's own code may raise
                 failed.append(str(error).strip().partition("\n")[0])
             else:
                 del self._ways[: len(failed)]
                 return result
-        result = row_by_row(function, rows)
+        result = row_by_row(function, *rows)
         if failed:
             del self._ways[:-1]
             warnings.warn(
@@ -67,9 +69,9 @@ class Vectorized:
         return Vectorized, (self.what,)
 
 
-def _at_once(function: Program, rows: Tensor) -> Any:
-    return torch.func.vmap(function, randomness="different")(rows)
+def _at_once(function: Program, *rows: Tensor) -> Any:
+    return torch.func.vmap(function, randomness="different")(*rows)
 
 
-def _recorded(function: Program, rows: Tensor) -> Any:
-    return batched_graph(capture(function, rows[0], live=True), rows)
+def _recorded(function: Program, *rows: Tensor) -> Any:
+    return batched_graph(capture(function, *(row[0] for row in rows), live=True), *rows)
