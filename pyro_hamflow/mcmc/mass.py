@@ -90,7 +90,10 @@ class MassForm:
             return result
         head, tail = torch.cat(blocks[: len(self.blocks)]), blocks[-1]
         cell, across = covariance[head[:, None], head], covariance[head[:, None], tail]
-        through = across.mT @ torch.linalg.solve(cell.double(), across.double()).to(across)
+        scale = cell.diag().double().sqrt()  # which may differ by many orders of magnitude
+        left = across.double() / scale[:, None]
+        correlation = cell.double() / (scale[:, None] * scale)
+        through = (left.mT @ torch.linalg.solve(correlation, left)).to(across)
         spread = result[tail, tail]
         result[tail[:, None], tail] = through
         result[tail, tail] = spread
