@@ -79,11 +79,6 @@ def many_types():
     return {"mean": mean}
 
 
-def nothing_latent():
-    pyro.sample("y", Normal(0.0, 1.0), obs=torch.tensor(0.0))
-    pyro.deterministic("two", torch.tensor(2.0))
-
-
 CASES = {
     taken_names: {
         "posterior": {
@@ -140,11 +135,6 @@ CASES = {
             **{name: () for name in ("number", "y_0", "y_1")},
             "count": ("count_dim_0",),
         },
-    },
-    nothing_latent: {
-        "posterior": {"two": ()},
-        "log_likelihood": {"y": ()},
-        "observed_data": {"y": ()},
     },
 }
 
