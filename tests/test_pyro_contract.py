@@ -426,7 +426,8 @@ def test_arrowhead_mass():
 @pytest.mark.parametrize("orders", [0.0, 8.0])
 def test_structured_mass_is_positive_definite(orders, arrowhead, full_mass):
     scales = 10.0 ** (orders * torch.rand(6))
-    sites = [Site(n, i, i + 2, torch.Size([2]), None) for n, i in (("a", 0), ("b", 2), ("c", 4))]
+    places, real = (("a", 0), ("b", 2), ("c", 4)), torch.float64
+    sites = [Site(n, i, i + 2, torch.Size([2]), None, real) for n, i in places]
     form = mass_form(full_mass, sites, arrowhead=arrowhead)
     for _ in range(50):
         root = torch.randn(6, 6) * scales[:, None]

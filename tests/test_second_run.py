@@ -244,6 +244,8 @@ def test_key_tells_programs_and_contents_apart():
         "order": lambda x: (data * x).sum(),
         "shape": lambda x: (x * data).sum(0, keepdim=True),
         "result": lambda x: (x * data, "name"),
+        "expanded": lambda x: (x * data[1:2].expand(3)).sum(),
+        "one": lambda x: (x * data[1].expand(1)).sum(),
         "view": lambda x: (x * data.flip(0)).sum(),
         "part": lambda x: (x * torch.arange(4.0)[1:]).sum(),
     }

@@ -47,7 +47,9 @@ class MassForm:
             correlated with all, and the others among each other through them alone.
 
     Example:
-        >>> sites = [Site("b", 0, 2, torch.Size([2]), None), Site("a", 2, 3, torch.Size([]), None)]
+        >>> real = torch.float64
+        >>> b = Site("b", 0, 2, torch.Size([2]), None, real)
+        >>> sites = [b, Site("a", 2, 3, torch.Size([]), None, real)]
         >>> form = mass_form([("b",)], sites, arrowhead=False)
         >>> form.shaped(torch.full((3, 3), 0.5) + torch.eye(3))
         tensor([[1.5000, 0.5000, 0.0000],

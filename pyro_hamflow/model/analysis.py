@@ -26,6 +26,7 @@ from pyro_hamflow.model.connectivity import (
 )
 from pyro_hamflow.model.fingerprint import Fingerprint, explained, take_fingerprint
 from pyro_hamflow.model.grouping import check_site, describe_plates, group_sites
+from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.structure import (
     Group,
     Structure,
@@ -124,6 +125,7 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
         trace = explained(lambda: run_with(model, lambda msg: None, *args, **kwargs))
         refuse_subsampling(trace)
         refuse_nan(trace)
+        warn_of_rounding(trace)
         for name in sites:
             check_site(trace, name)
         values = {n: s["value"].detach() for n, s in trace.nodes.items() if is_latent(s)}

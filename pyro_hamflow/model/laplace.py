@@ -66,7 +66,7 @@ class LikelihoodSite:
         """The site where parameters have moved by ``shift``, a vector, on the real line."""
         if shift is None or self.slopes is None:
             return self
-        change = self.slopes.reshape(-1, self.slopes.shape[-1]) @ shift
+        change = self.slopes.reshape(-1, self.slopes.shape[-1]) @ shift.to(self.slopes.dtype)
         return replace(self, linear=self.linear + change.reshape(self.linear.shape), slopes=None)
 
     def towards(self, wide: LikelihoodSite, prior_precision: Tensor) -> LikelihoodSite:
@@ -118,7 +118,7 @@ class LaplaceProposal:
         return form.loc.shape[-1:]
 
     def draw(self, name: str, fn: object, noise: Tensor, component: int | None) -> Draw:
-        form = gaussian_form(name, fn, component)
+        form = gaussian_form(name, fn, component).to(noise.dtype)
         (narrow, wide), block = self.sites[name], self.blocks[name]
         site = narrow.moved(self.shift).towards(wide.moved(self.shift), form.precision)
         linear = site.linear

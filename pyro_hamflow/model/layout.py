@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,8 @@ from pyro_hamflow.model.structure import (
     Frames,
     Group,
     depth_of,
+    is_latent,
+    log_density,
     plate_shape,
     vectorized_frames,
 )
@@ -113,7 +116,8 @@ class Layout:
         dimension: How many coordinates an element has.
         strata: The particles.
         points: ``"iid"`` or ``"rqmc"``.
-        example: A tensor of the noise's type and device.
+        example: A tensor of the noise's type and device: the type that all latent sites have, and
+            the densities of the group's own, by promotion.
     """
 
     blocks: dict[str, Block]
@@ -171,5 +175,9 @@ def lay_out(
         )
     share, rest = divmod(num_particles, len(combinations))
     strata = tuple(Stratum(c, share + (i < rest)) for i, c in enumerate(combinations))
-    example = trace.nodes[group.sites[0]]["value"].detach().new_zeros(())
+    sites = [site for site in trace.nodes.values() if is_latent(site)]
+    tensors = [site["value"] for site in sites if site["value"].is_floating_point()]
+    tensors += [log_density(trace.nodes[name]) for name in group.sites]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    example = torch.zeros((), dtype=dtype, device=tensors[0].device)
     return Layout(blocks, start, strata, points, example)

@@ -316,7 +316,7 @@ class MarginalModel:
         plan = self.plan(*args, **kwargs)
         layout = plan.layouts[group.name]
         log_weights, values = [], []
-        for stratum, part in zip(layout.strata, layout.split(u), strict=True):
+        for stratum, part in zip(layout.strata, layout.split(u.to(layout.example)), strict=True):
 
             def particle(coordinates: Tensor, stratum: Stratum = stratum) -> Any:
                 proposal = self._proposal(plan, group, stratum, coordinates, parameters)

@@ -16,6 +16,7 @@ from pyro_hamflow.model.proposals import (
     ProgramProposal,
     Proposal,
     component_log_weight,
+    float_type,
     gaussian_form,
     program_transform,
 )
@@ -154,7 +155,7 @@ def joint_density(
     Returns:
         What :func:`~pyro_hamflow.model.site_fit.fit_sites` maximises.
     """
-    components = dict(stratum.components)
+    components, example = dict(stratum.components), plan.layouts[group.name].example
     parameters = {name: value.detach() for name, value in parameters.items()}
 
     def evaluate(coordinates: dict[str, Tensor] | None) -> Any:
@@ -163,7 +164,7 @@ def joint_density(
 
         def choose(msg: Any) -> Tensor:
             name = msg["name"]
-            form = gaussian_form(name, msg["fn"], components.get(name))
+            form = gaussian_form(name, msg["fn"], components.get(name)).to(example.dtype)
             form = form._replace(precision=form.precision / times)
             v = form.loc if coordinates is None else coordinates[name]
             parts.append(plan.sum(log_gaussian(v, form), msg, group))
@@ -193,7 +194,8 @@ def run_program(
         name = msg["name"]
         if name in group.sites and coordinates is not None:
             transform = program_transform(name, msg["fn"])
-            return transform.draw(plan.layouts[group.name].blocks[name].spread(coordinates, group))
+            own = coordinates.to(float_type(msg["fn"], coordinates.dtype))
+            return transform.draw(plan.layouts[group.name].blocks[name].spread(own, group))
         if name not in plan.structure.placeholders:
             raise ValueError(
                 f"the proposal samples site '{name}', which is not integrated out: expected "

@@ -173,7 +173,7 @@ def climb(gradient: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> 
         rests = rests + 1 if pairs and distance <= _NEAR else 0
         if rests == 2:
             break
-        step = step * min(1.0, longest / float(step.abs().max().clamp(min=1e-300)))
+        step = step * min(1.0, longest / max(float(step.abs().max()), 1e-300))
         fall = float(-(slope @ step))
         for _ in range(_TRIALS):
             new = position + step

@@ -27,6 +27,7 @@ from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.programs import Programs
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
+from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.sites import (
     add_jacobians,
     constrain,
@@ -111,6 +112,7 @@ class Potential(Programs):
             self._hold = partial(model.hold, model.plan(*args, **self.kwargs).structure)
         refuse_subsampling(plain)
         refuse_nan(plain)
+        warn_of_rounding(plain)
         latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
         discrete = [name for name, site in latent.items() if is_discrete(name, site)]
         if self.needs_latent_sites and len(latent) == len(discrete):

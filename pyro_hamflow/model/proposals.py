@@ -9,6 +9,7 @@ is exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -98,6 +99,7 @@ class PriorProposal:
             ) from error
 
     def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
+        noise = noise.to(float_type(fn, noise.dtype))
         if component is None:
             return Draw(normal_transform(fn).draw(noise), None)
         transform = normal_transform(fn.component_distribution)
@@ -142,6 +144,29 @@ class ProgramProposal:
         return Draw(value, fn.log_prob(value) - source.log_prob(value))
 
 
+def float_type(fn: Any, default: torch.dtype) -> torch.dtype:
+    """The floating-point type of a distribution's draws, by promotion of its arguments'.
+
+    Arguments:
+        fn: The distribution.
+        default: The type of one without such arguments.
+    """
+    found: list[torch.dtype] = []
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor) and part.is_floating_point():
+            found.append(part.dtype)
+        elif isinstance(part, (torch_dist.Distribution, torch_dist.Transform)):
+            for value in vars(part).values():
+                visit(value)
+        elif isinstance(part, list | tuple):
+            for value in part:
+                visit(value)
+
+    visit(fn)
+    return reduce(torch.promote_types, found) if found else default
+
+
 def program_transform(name: str, fn: Any) -> NormalTransform:
     """The transform of a site of a user's proposal; raises a ValueError if none is known."""
     try:
@@ -162,6 +187,15 @@ class GaussianForm(NamedTuple):
     loc: Tensor
     precision: Tensor
     value: Callable[[Tensor], Tensor]
+
+    def to(self, dtype: torch.dtype) -> GaussianForm:
+        """The same of vectors of another type; the site's value keeps the prior's own type."""
+        own = torch.promote_types(self.loc.dtype, self.precision.dtype)
+        if own == dtype == self.loc.dtype == self.precision.dtype:
+            return self
+        value = self.value
+        loc, precision = self.loc.to(dtype), self.precision.to(dtype)
+        return GaussianForm(loc, precision, lambda v: value(v.to(own)))
 
 
 def gaussian_form(name: str, fn: Any, component: int | None = None) -> GaussianForm:

@@ -21,6 +21,7 @@ class Site(NamedTuple):
         stop: One past its last.
         shape: Its shape on the real line.
         transform: From the real line to the support.
+        dtype: Of its values; that of the vector may be wider, for the sake of other sites.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Site(NamedTuple):
     stop: int
     shape: torch.Size
     transform: Any
+    dtype: torch.dtype
 
 
 def split(sites: list[Site], flat: Tensor) -> dict[str, Tensor]:
@@ -37,7 +39,7 @@ def split(sites: list[Site], flat: Tensor) -> dict[str, Tensor]:
     """
     parts = flat.split([site.stop - site.start for site in sites], -1) if sites else ()
     return {
-        site.name: part.reshape(part.shape[:-1] + site.shape)
+        site.name: part.reshape(part.shape[:-1] + site.shape).to(site.dtype)
         for site, part in zip(sites, parts, strict=True)
     }
 
@@ -74,9 +76,10 @@ def stack_sites(
             transform = chosen_transform(name, site, given[name])
         else:
             transform = transform_of(name, site["fn"])
-        shape = transform.inv(latent[name]["value"]).shape
-        sites.append(Site(name, start, start + shape.numel(), shape, transform))
-        start += shape.numel()
+        free = transform.inv(latent[name]["value"])
+        stop = start + free.shape.numel()
+        sites.append(Site(name, start, stop, free.shape, transform, free.dtype))
+        start = stop
     return sites
 
 
