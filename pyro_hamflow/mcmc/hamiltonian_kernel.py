@@ -216,11 +216,17 @@ class HamiltonianKernel(SingleChain):
         state, info = transition.step(state, warmup.tuning, num_steps)
         if not warmup.finished:
             changed = warmup.update(state, info)
+            if changed and not warmup.finished:
+                state = self.retuned(state)
             if changed and self.adapt_step_size and not warmup.finished:
                 warmup.restart(self._reasonable_step_size(state))
             if warmup.finished:
                 self._tell_of_warmup(warmup)
         return state, info
+
+    def retuned(self, state: State) -> State:
+        """What a kernel tunes of its target at the end of a window of warm-up, if anything."""
+        return state
 
     def moved_to(self, position: Tensor, noise: Tensor) -> State:
         return self._running()[1].begin(position, noise)
@@ -408,8 +414,12 @@ class HamiltonianKernel(SingleChain):
                 self._pilot = self.model.pilot(args, kwargs, start)
         if self._potential is not None and self._potential.renew(args, kwargs):
             return self._potential
+        self._potential = self._new_potential(args, kwargs)
+        return self._potential
+
+    def _new_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
         assert self.model is not None
-        self._potential = Potential(
+        return Potential(
             self.model,
             args,
             kwargs,
@@ -418,7 +428,6 @@ class HamiltonianKernel(SingleChain):
             transforms=self._given_transforms,
             max_plate_nesting=self.max_plate_nesting,
         )
-        return self._potential
 
     def _prepare_function(self, initial_params: Mapping[str, Tensor] | None) -> Potential:
         """The same of a potential that is a function: starting values say what it is of."""

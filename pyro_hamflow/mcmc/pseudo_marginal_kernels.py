@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +15,11 @@ from pyro_hamflow.mcmc.kernels import HMC, NUTS
 from pyro_hamflow.mcmc.mass import FullMass, InverseMass
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, Refresh
-from pyro_hamflow.mcmc.transition import Transition
+from pyro_hamflow.mcmc.transition import Info, State, Transition
+from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.start import Strategy
+from pyro_hamflow.model.scrutiny import look, mend_proposal, misses, refit_at
+from pyro_hamflow.model.start import Strategy, find_start
 
 _REPLICATES = 32
 # Where joint moves overtake conditional ones, by effective draws per gradient: measured in
@@ -24,6 +27,10 @@ _REPLICATES = 32
 _LARGEST_VARIANCE = 3.0
 _LARGEST_FACTORISED_VARIANCE = 20.0
 _SLOW_VARIANCE = 10.0
+_NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are for long
+_WANTED_VARIANCE = 1.0  # of the estimate, as where the number of particles is settled
+_LOOKS = 4
+_FAR = 1.0
 _METHODS = ("auto", "joint", "conditional")
 
 
@@ -57,6 +64,95 @@ class PseudoMarginal(HamiltonianKernel):
         self.refresh = refresh or CorrelatedRefresh()
         self.chosen_method = method
         self.log_likelihood_variance = math.nan
+        self.max_pareto_k = math.nan
+        self._recent: list[Tensor] = []
+        self._remarks: list[str] = []
+
+    def begin(self, *args: Any, **kwargs: Any) -> State:
+        self._recent, self._remarks, self.max_pareto_k = [], [], math.nan
+        state = super().begin(*args, **kwargs)
+        model = self.model
+        if isinstance(model, MarginalModel):
+            if model.remark:
+                self.messages.insert(0, f"{type(self).__name__}: {model.remark}")
+            if model.pilot_distance > _FAR:
+                self.messages.append(
+                    f"{type(self).__name__}: the search for the posterior's mode did not come to "
+                    f"rest; the chains may start {model.pilot_distance:.2g} posterior standard "
+                    "deviations from it, and warm-up has to find the rest of the way."
+                )
+        return state
+
+    def advance(self, state: State) -> tuple[State, Info]:
+        """One iteration of all chains; tunes while warm-up lasts, the estimator included."""
+        warming = self.warming
+        state, info = super().advance(state)
+        if warming:
+            self._recent.append(state.position)
+            if not self.warming:
+                self._examine(state)
+        return state, info
+
+    def retuned(self, state: State) -> State:
+        """Fits the estimator anew, at the mean of the window's draws, where that is worth it.
+
+        The noise is drawn anew with it. Nothing changes where the estimate's variance is small
+        enough, for a new estimator means new programs.
+        """
+        window, self._recent = self._recent, []
+        model, potential = self.model, self.potential
+        if not isinstance(model, MarginalModel) or model.proposal != "laplace" or not window:
+            return state
+        args, kwargs = potential.args, potential.kwargs
+        draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
+        with torch.random.fork_rng():
+            better = None
+            if self._variance(state.position) > _WANTED_VARIANCE:
+                centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))
+                better = refit_at(model, centre, draws, args, kwargs)
+            candidate = better or copy.copy(model)
+            if candidate.may_choose_proposal:
+                remark = mend_proposal(candidate, draws[:1], args, kwargs)
+                if remark is not None:
+                    self.messages.insert(0, f"{type(self).__name__}: {remark}")
+                    better = candidate
+            if better is None:
+                return state
+            model.adopt(better)
+            self._potential = self._new_potential(args, kwargs)
+        position, noise = find_start(self._potential, len(state.position), state.position, 0.0)
+        self._transition = self.make_transition(self._potential, position)
+        return self._transition.begin(position, noise)
+
+    def _examine(self, state: State) -> None:
+        """Looks at the frozen estimator at the last draws of warm-up; says first what is wrong."""
+        potential, model = self.potential, self.model
+        self.log_likelihood_variance = self._variance(state.position)
+        name = type(self).__name__
+        if self.log_likelihood_variance > _NOISY_VARIANCE:
+            self.messages.insert(
+                0,
+                f"{name}: the log-likelihood estimate is too noisy at the chains' own draws, with "
+                f"variance {self.log_likelihood_variance:.3g}: take more particles, "
+                "`points='rqmc'` or another proposal.",
+            )
+        if not isinstance(model, MarginalModel):
+            return
+        draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
+        with torch.random.fork_rng():
+            looks = [look(model, draw, potential.args, potential.kwargs) for draw in draws]
+            self.max_pareto_k = max(found.max_pareto_k for found in looks)
+            remark = misses(model, draws, potential.args, potential.kwargs)
+        if remark:
+            self.messages.insert(0, f"{name}: {remark}")
+
+    def _variance(self, position: Tensor) -> float:
+        """The estimate's, the median over chains, at their positions."""
+        potential, count = self.potential, len(position)
+        values = [
+            potential.value(position, potential.draw_noise(count)) for _ in range(_REPLICATES)
+        ]
+        return float(torch.stack(values).double().var(0).median())
 
     def make_transition(self, potential: Potential, position: Tensor) -> Transition:
         if not potential.noise_sites:
@@ -79,17 +175,12 @@ class PseudoMarginal(HamiltonianKernel):
             "method": self.chosen_method,
             "refresh": repr(self.refresh),
             "log_likelihood_variance": self.log_likelihood_variance,
+            "max_pareto_k": self.max_pareto_k,
         }
 
     def _choose(self, potential: Potential, position: Tensor) -> str:
         """Which of the two ways serves, by the variance of the estimate where the chains start."""
-        values = torch.stack(
-            [
-                potential.value(position, potential.draw_noise(len(position)))
-                for _ in range(_REPLICATES)
-            ]
-        )
-        self.log_likelihood_variance = float(values.double().var(0).median())
+        self.log_likelihood_variance = self._variance(position)
         if potential.factorises and self.log_likelihood_variance <= _LARGEST_FACTORISED_VARIANCE:
             method, why = "conditional", "each element's noise is refreshed on its own"
         elif self.log_likelihood_variance <= _LARGEST_VARIANCE:
@@ -98,11 +189,13 @@ class PseudoMarginal(HamiltonianKernel):
             method, why = "joint", "with the noise held, the parameters could move little"
         if self.log_likelihood_variance > _SLOW_VARIANCE:
             why += "; more particles would let them move further"
-        self.messages.append(
+        self.messages = [message for message in self.messages if message not in self._remarks]
+        self._remarks = [
             f"{type(self).__name__}: the log-likelihood estimate has variance "
             f"{self.log_likelihood_variance:.3g} where the chains start; "
             f"moves are {method} ({why})."
-        )
+        ]
+        self.messages += self._remarks
         return method
 
 

@@ -50,6 +50,8 @@ from pyro_hamflow.model.vectorize import Vectorized
 
 Model = Callable[..., Any]
 
+_FAR = 1.0  # posterior standard deviations
+
 
 def noise(
     name: str,
@@ -185,6 +187,7 @@ class MarginalModel:
         self._fit: Fit | None = None
         self._each_particle = Vectorized(f"Particles of {list(self.sites)}")
         self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
+        self.remark: str | None = None  # on what the proposal misses
 
     @property
     def max_plate_nesting(self) -> int:
@@ -288,6 +291,21 @@ class MarginalModel:
             self.settled_particles = num_particles
             self._layouts = {}
 
+    @property
+    def may_choose_proposal(self) -> bool:
+        """Whether the proposal was left to be chosen."""
+        return self._chooses_proposal
+
+    def take_prior(self, num_particles: int) -> None:
+        """Draws particles from the prior from now on, so many where no number was given."""
+        self.proposal, self._layouts = "prior", {}
+        self.settled_particles = self.num_particles or num_particles
+
+    def adopt(self, other: MarginalModel) -> None:
+        """Takes over another's fitted proposal and number of particles."""
+        self._fit, self.proposal = other._fit, other.proposal
+        self.settled_particles, self._layouts = other.settled_particles, {}
+
     def refined(self, num_particles: int, points: str) -> MarginalModel:
         """The same model and fitted proposal, with other particles.
 
@@ -370,6 +388,7 @@ class MarginalModel:
         if self._fit is None or self._fit.key != plan.structure.key:
             from pyro_hamflow.model.pilot import find_pilot  # which runs marginal models
             from pyro_hamflow.model.quality import settle_particles
+            from pyro_hamflow.model.scrutiny import mend_proposal
 
             with self.hold(plan.structure):
                 if self.num_particles is None:
@@ -379,6 +398,9 @@ class MarginalModel:
                 self.pilot_distance = found.distance
                 if self.num_particles is None and self.proposal == "laplace":
                     settle_particles(self, args, kwargs)
+                self.remark = None
+                if found.distance <= _FAR:  # a proposal fitted far away misses this and that
+                    self.remark = mend_proposal(self, [found.values], args, kwargs)
         return self._fit.anchor.values  # type: ignore[union-attr]
 
     def fit(self, *args: Any, pilot: dict[str, Tensor], **kwargs: Any) -> None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import arviz
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.flow_mh import Proposal
 from pyro_hamflow.model.capture import largest_tensor
+from pyro_hamflow.model.pareto import psislw
 from pyro_hamflow.model.potential import Potential
 
 _BATCH = 1000  # draws proposed at once
@@ -270,7 +270,7 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     if len(finite) < 2:
         count = max(len(log_weights), 1)
         return torch.full_like(log_weights, 1.0 / count, dtype=torch.float64), math.inf
-    smoothed, k = _psislw((finite - finite.max()).cpu().numpy())
+    smoothed, k = psislw((finite - finite.max()).cpu().numpy())
     weights = torch.zeros_like(log_weights, dtype=torch.float64)
     weights[log_weights.isfinite()] = torch.as_tensor(smoothed).to(weights).softmax(0)
     return weights, float(k)
@@ -309,14 +309,3 @@ def mean_error(log_weights: Tensor, smoothed: Tensor, k: float) -> float:
 def _tail_length(count: int) -> int:
     """How many of the weights count as their tail."""
     return math.ceil(min(0.2 * count, 3.0 * math.sqrt(count)))
-
-
-def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto smoothed log weights and k, whichever ArviZ there is."""
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        from arviz_stats.base import array_stats
-
-        smoothed, k = array_stats.psislw(-log_weights)  # it is written for log-likelihoods
-    else:
-        smoothed, k = arviz.psislw(log_weights.copy())
-    return np.asarray(smoothed), float(k)

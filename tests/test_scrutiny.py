@@ -1,0 +1,118 @@
+"""What a proposal misses is noticed, and the estimator is tuned where the posterior is."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_hamflow as phf
+from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
+from pyro_hamflow.model import pilot as pilot_module
+from pyro_hamflow.model.scrutiny import Look, look, missed, misses
+
+GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
+Y = torch.tensor([0.8, 1.5, 0.3, 2.0, 1.1, 0.2, 0.9, 1.7], dtype=torch.float64)
+
+
+def effects(term):
+    """A model of one effect for each datum, and the log likelihood of each by quadrature."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", len(y)):
+            x = pyro.sample("x", dist.Normal(mean, 1.0))
+            pyro.sample("y", term(x), obs=y)
+
+    def exact(mean, y):
+        joint = dist.Normal(mean, 1.0).log_prob(GRID) + term(GRID).log_prob(y[:, None])
+        return joint.logsumexp(1) + math.log(GRID[1] - GRID[0])
+
+    return model, exact
+
+
+def two_places(x):
+    weights = dist.Categorical(torch.tensor([0.5, 0.5], dtype=torch.float64))
+    return dist.MixtureSameFamily(weights, dist.Normal(torch.stack([x, x + 2.0], -1), 0.3))
+
+
+SEVERAL_MODES = {
+    "square": lambda x: dist.Normal(x**2, 0.3),
+    "absolute": lambda x: dist.Normal(x.abs(), 0.3),
+    "two places": two_places,
+    "circle": lambda x: dist.VonMises(4.0 * x, 5.0),
+}
+
+
+@pytest.mark.parametrize("term", SEVERAL_MODES.values(), ids=SEVERAL_MODES)
+def test_missed_modes_are_noticed_and_mended(term):
+    model, exact = effects(term)
+    named = phf.marginalize(model, ["x"], proposal="laplace")
+    pilot = named.pilot((Y,), {})
+    assert named.proposal == "laplace" and "take `proposal='prior'`" in named.remark
+    lost = exact(pilot["mean"], Y) - look(named, pilot, (Y,), {}).log_likelihood
+    assert lost.max() > 0.2
+
+    chosen = phf.marginalize(model, ["x"])
+    pilot = chosen.pilot((Y,), {})
+    assert chosen.proposal == "prior" and "particles come from the prior instead" in chosen.remark
+    found = look(chosen, pilot, (Y,), {}, from_prior=True)
+    gap = found.log_likelihood - exact(pilot["mean"], Y)
+    assert bool((gap.abs() < 4.5 * found.error).all())
+    assert found.error.max() < 0.2
+
+
+def test_nothing_is_missed_where_there_is_one_mode():
+    model, _ = effects(lambda x: dist.Poisson(x.exp()))
+    marginal = phf.marginalize(model, ["x"])
+    pilot = marginal.pilot((Y.round(),), {})
+    assert marginal.proposal == "laplace" and marginal.remark is None
+    assert misses(marginal, [pilot], (Y.round(),), {}) is None
+
+
+def test_only_what_exceeds_its_error_is_missed():
+    weights = torch.zeros(4, 3)
+    default = look_of([0.0, 0.0, 0.0], [0.01, 0.01, 0.01], weights)
+    prior = look_of([0.3, 0.3, 0.05], [0.02, 0.2, 0.001], weights)
+    assert missed(default, prior).tolist() == [0]
+
+
+def look_of(values, errors, weights):
+    return Look(torch.tensor(values), torch.tensor(errors), weights)
+
+
+def seizures(x, y):
+    beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+    s = pyro.sample("s", dist.HalfCauchy(1.0))
+    with pyro.plate("subject", len(y)):
+        u = pyro.sample("u", dist.Normal(0.0, s))
+        pyro.sample("y", dist.Poisson((beta[0] + beta[1] * x + u).exp()), obs=y)
+
+
+def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
+    x = torch.linspace(-1.0, 1.0, 40)
+    y = dist.Poisson((3.0 + x + 0.6 * torch.randn(40)).exp()).sample()
+    far = {"beta": torch.tensor([-2.0, -1.0]), "s": torch.tensor(3.0)}
+    monkeypatch.setattr(
+        pilot_module, "find_pilot", lambda *args, **kwargs: pilot_module.Pilot(far, 50.0)
+    )
+
+    def run():
+        marginal = phf.marginalize(seizures, ["u"])
+        kernel = phf.PseudoMarginalNUTS(marginal)
+        mcmc = phf.MCMC(kernel, 50, 200, num_chains=4, seed=0, disable_progbar=True)
+        mcmc.run(x, y)
+        centre = {name: value.mean(0) for name, value in mcmc.get_samples().items()}
+        noise = phf.estimator_quality(marginal, centre, x, y).standard_deviation
+        return mcmc, marginal, noise
+
+    mcmc, marginal, noise = run()
+    assert (marginal._fit.anchor.values["beta"] - torch.tensor([3.0, 1.0])).abs().max() < 0.6
+    assert noise < 1.0
+    assert "did not come to rest" in " ".join(mcmc.messages)
+    assert math.isfinite(mcmc.kernel.settings["max_pareto_k"])
+    monkeypatch.setattr(PseudoMarginal, "retuned", lambda kernel, state: state)
+    assert run()[2] > 1.5 * noise
