@@ -197,3 +197,33 @@ def test_estimates_by_hand_are_averaged_too():
     assert worst_element(idata.log_likelihood["estimate"], truth.numpy()) < 1.3 * WANTED_ERROR
     np.testing.assert_allclose(idata.posterior["double"], 2 * scale)
     assert "x" not in idata.posterior
+
+
+SUBJECT = torch.tensor([0, 0, 1, 2, 2, 2, 1])
+
+
+def long_format(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("subject", 3):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+    with pyro.plate("row", 7):
+        pyro.sample("y", dist.Normal(x[SUBJECT], 1.0), obs=y)
+
+
+def test_entries_of_long_data_are_those_of_subjects():
+    y = torch.linspace(-1.0, 2.0, 7, dtype=torch.float64)
+    marginal = phf.marginalize(long_format, ["x"])
+    mcmc = phf.MCMC(phf.PseudoMarginalHMC(marginal), 20, 20, num_chains=2, seed=0)
+    mcmc.run(y)
+    idata = phf.to_inference_data(mcmc)
+    assert idata.log_likelihood["y"].dims == ("chain", "draw", "subject")
+    assert idata.observed_data["y"].dims == ("row",)
+    mean = torch.tensor(idata.posterior["mean"].to_numpy())
+    truth = []
+    for subject in range(3):
+        rows = y[subject == SUBJECT]
+        covariance = torch.eye(len(rows)) + 1.0
+        loc = mean[..., None].expand(*mean.shape, len(rows))
+        truth.append(dist.MultivariateNormal(loc, covariance).log_prob(rows))
+    found = idata.log_likelihood["y"]
+    assert worst_element(found, torch.stack(truth, -1).numpy()) < 1.3 * WANTED_ERROR
