@@ -43,14 +43,15 @@ def measure(*, quick: bool) -> list[Table]:
         "difference from the gradient of Pyro's own potential at three random points, relative to "
         "its largest entry. Pyro's chains run one after the other, so its time is that of one "
         "times their number; each time is the least of several rounds, taken in turn.",
-        f"every gradient Pyro's to {_ERROR:g}: {met(not wrong)}{_names(wrong)}; the median at "
+        f"every gradient Pyro's to {_ERROR:g}: {met(not wrong)}{names(wrong)}; the median at "
         f"{_CHAINS[-1]} chains at least {_GOAL:.0f} times as fast: {met(middle >= _GOAL)} "
-        f"({middle:.3g}); none slower at one chain: {met(not slower)}{_names(slower)}.",
+        f"({middle:.3g}); none slower at one chain: {met(not slower)}{names(slower)}.",
     )
     return [table]
 
 
-def _names(models: list[str]) -> str:
+def names(models: list[str]) -> str:
+    """Some models in brackets, if there are any."""
     return f" ({', '.join(models)})" if models else ""
 
 

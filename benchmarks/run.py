@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     amortized,
     coverage,
+    coverage_compiled,
     flows,
     glmm,
     gradients,
@@ -32,6 +33,7 @@ from benchmarks.timing import prepare_compiler
 TOPICS = {
     "gradients": gradients,
     "coverage": coverage,
+    "coverage_compiled": coverage_compiled,
     "kernels": kernels,
     "memory": memory,
     "glmm": glmm,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_hamflow import MCMC, NUTS
+from pyro_hamflow import MCMC, NUTS, AutoNeuralHamiltonianFlow
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import Direction, LogCholesky
 from tests.laws import LIMIT, scores
@@ -82,6 +82,14 @@ def test_circular_sites():
             ),
         }
     )
+
+
+def test_guides_refuse_angles():
+    def model():
+        pyro.sample("angle", dist.VonMises(0.0, 1.0).expand([2]).to_event(1))
+
+    with pytest.raises(ValueError, match="'angle' is an angle .* `torch.atan2` is the angle"):
+        AutoNeuralHamiltonianFlow(model)()
 
 
 def test_improper_sites():
