@@ -21,7 +21,7 @@ from tests.mixed_models.quadrature import Marginal, Truth
 from tests.mixed_models.verdict import judge
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "mixed_models.json").read_text())
-QUICK: tuple[str, ...] = ()
+QUICK = ("epilepsy",)
 
 
 def verdict_of_a_run(name):
