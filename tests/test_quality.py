@@ -60,6 +60,24 @@ def test_worst_element_is_part_of_the_whole():
     assert found.worst_element < found.standard_deviation
 
 
+def test_heavy_tails_of_weights_are_told():
+    """Particles from half the prior's width have weights without a variance."""
+
+    def narrow(parameters, y):
+        with pyro.plate("group", len(y)):
+            pyro.sample("x", dist.Normal(parameters["mean"], 0.5))
+
+    def silent(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", len(y)):
+            x = pyro.sample("x", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(x, 50.0), obs=y)
+
+    marginal = phf.marginalize(silent, ["x"], num_particles=8, proposal=narrow)
+    heavy = phf.estimator_quality(marginal, HERE, Y, num_replicates=2).max_pareto_k
+    assert quality(8, replicates=2).max_pareto_k < 0.7 < heavy
+
+
 def test_bad_input_is_named():
     marginal = phf.marginalize(counts, ["x"], num_particles=4)
     with pytest.raises(ValueError, match="lacks a value for site 'mean'"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.model.scrutiny import look
 
 _WANTED_VARIANCE = 1.0
 
@@ -23,12 +24,15 @@ class EstimatorQuality(NamedTuple):
         num_particles: The number of particles it was found for.
         suggested_num_particles: About how many would bring the variance to one, where both ways of
             pseudo-marginal HMC move freely.
+        max_pareto_k: The shape of the heaviest tail of the weights of an element's particles. Above
+            0.7 the standard deviations cannot be relied on: the largest weights may be missing.
     """
 
     standard_deviation: float
     worst_element: float
     num_particles: int
     suggested_num_particles: int
+    max_pareto_k: float
 
 
 def estimator_quality(
@@ -94,7 +98,8 @@ def estimator_quality(
     least = max(len(plan.layouts[group.name].strata) for group in plan.structure.groups)
     count = max(plan.layouts[group.name].num_particles for group in plan.structure.groups)
     suggested = max(least, math.ceil(count * factor)) if math.isfinite(ratio) else least
-    return EstimatorQuality(deviation, float(joined.std(0).max()), count, suggested)
+    tail = look(marginal, dict(parameters), args, kwargs).max_pareto_k
+    return EstimatorQuality(deviation, float(joined.std(0).max()), count, suggested, tail)
 
 
 def settle_particles(
