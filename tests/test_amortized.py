@@ -172,7 +172,7 @@ def test_progress_is_shown(capfd, monkeypatch):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="`num_sets` is 0: expected a positive integer"):
+    with pytest.raises(ValueError, match="`num_sets` is 0: expected 1 or more"):
         learn_surrogate(decay, torch.zeros(SIZE), num_sets=0)
     with pytest.raises(ValueError, match="the model observes nothing"):
         learn_surrogate(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))

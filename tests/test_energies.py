@@ -272,8 +272,8 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "match"),
     [
-        ({"dimension": 0}, "`dimension` is 0: expected a positive integer"),
-        ({"outputs": 1.5}, "`outputs` is 1.5: expected a positive integer"),
+        ({"dimension": 0}, "`dimension` is 0: expected 1 or more"),
+        ({"outputs": -1}, "`outputs` is -1: expected 1 or more"),
         ({"hidden": []}, "`hidden` is empty"),
     ],
 )
@@ -289,7 +289,7 @@ def test_bad_training_is_refused():
     broken = points._replace(value=points.value.log() * math.nan)
     with pytest.raises(ValueError, match="are not finite"):
         fit_energy(PotentialNetwork(3), broken)
-    with pytest.raises(ValueError, match="`energy_weight` is -1: expected 0 or more"):
+    with pytest.raises(ValueError, match="`energy_weight` is -1: expected 0 <="):
         GradientMatching(-1)
     with pytest.raises(ValueError, match="`num_steps` is 1: expected 2 or more"):
         TrajectoryMatching(1)

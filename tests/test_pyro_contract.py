@@ -98,7 +98,11 @@ def test_what_has_no_meaning_is_accepted_with_a_warning(make, name):
         ({"transforms": {"scale": 3}}, TypeError, "`transforms` of site 'scale' is 3: expected a"),
         ({"num_steps": 3.5}, TypeError, "`num_steps` is 3.5: expected an integer"),
         ({"num_steps": 0}, ValueError, "`num_steps` is 0: expected 1 or more"),
-        ({"min_stepsize": 0.0}, ValueError, "expected positive numbers in order"),
+        (
+            {"min_stepsize": 2.0, "max_stepsize": 1.0},
+            ValueError,
+            "expected positive numbers in order",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, error, message):

@@ -88,7 +88,7 @@ def test_what_a_run_tells(kind):
     assert report.n_gradients >= report.trainings[-1].points > report.trainings[0].points
     assert report.trainings[-1].budget == 200
     assert report.acceptance > 0.8
-    assert "the surrogate is followed" in mcmc.messages[-1]
+    assert "the surrogate is followed" in kernel.messages[-1]
     assert to_inference_data(mcmc).sample_stats["surrogate_accepted"].shape == (4, 60)
 
 
@@ -154,7 +154,7 @@ def test_what_is_held_out_is_so_in_every_training(chains, monkeypatch):
         return honest(network, points, held_out=held_out, **settings)
 
     monkeypatch.setattr(learning, "fit_energy", fit)
-    run(learner(HNNHMC, rounds=3), warmup=300, chains=chains)
+    run(learner(HNNHMC, rounds=3), warmup=300 if chains > 1 else 900, chains=chains)
     assert len(seen) == 4
     for (before, out_before), (after, out_after) in itertools.pairwise(seen):
         assert 0.03 < out_after.double().mean() < 0.3
@@ -275,15 +275,15 @@ def spoil(monkeypatch, slope):
 def test_surrogate_that_errs_is_given_up(monkeypatch):
     spoil(monkeypatch, 4.0)
     mcmc = run(HNNNUTS(bowl, training_steps=100))
-    assert "of the surrogate's proposals were accepted" in mcmc.messages[-1]
-    assert "true gradients are followed" in mcmc.messages[-1]
+    assert "of the surrogate's proposals were accepted" in mcmc.kernel.messages[-1]
+    assert "true gradients are followed" in mcmc.kernel.messages[-1]
     assert mcmc.draws.stats["n_gradients"].min() > 0
     assert mcmc.draws.stats["acceptance_rate"].mean() > 0.6
 
 
 def test_steps_refused_at_the_leaves_are_not_those_of_true_gradients(monkeypatch):
     """A wrong force is refused however small its steps: they must not shrink for that."""
-    spoil(monkeypatch, 1.0)
+    spoil(monkeypatch, 1.25)
     kernel = HNNHMC(bowl, training_steps=100)
 
     def costs(*_, **__):
@@ -390,13 +390,13 @@ def test_short_warmup_is_told():
     [
         ({"surrogate": "net"}, TypeError, "`surrogate` is a str: expected a PotentialNetwork"),
         ({"correction": "none"}, ValueError, "`correction` is 'none': expected one of"),
-        ({"num_transitions": 0}, ValueError, "`num_transitions` is 0: expected an integer, 1"),
-        ({"num_proposals": 2.5}, ValueError, "`num_proposals` is 2.5: expected an integer, 1"),
-        ({"rounds": 1.5}, ValueError, "`rounds` is 1.5: expected an integer"),
+        ({"num_transitions": 0}, ValueError, "`num_transitions` is 0: expected 1 or more"),
+        ({"num_proposals": 2.5}, TypeError, "`num_proposals` is 2.5: expected an integer"),
+        ({"rounds": 1.5}, TypeError, "`rounds` is 1.5: expected an integer"),
         ({"true_share": 2.0}, ValueError, "`true_share` is 2.0: expected 0 <="),
         ({"trust_radius": 0.0}, ValueError, "`trust_radius` is 0.0: expected a positive"),
         ({"hidden": ()}, ValueError, "`hidden` is empty"),
-        ({"hidden": (8, 0)}, ValueError, r"`hidden\[1\]` is 0: expected a positive integer"),
+        ({"hidden": (8, 0)}, ValueError, r"`hidden\[1\]` is 0: expected 1 or more"),
     ],
 )
 def test_bad_settings_are_refused(settings, error, match):

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.checks import whole
 from pyro_hamflow.dynamics.networks import ScalarNetwork
 
 
@@ -72,8 +73,8 @@ class PotentialNetwork(nn.Module):
         super().__init__()
         sizes = [("dimension", dimension), ("outputs", outputs)]
         for name, size in [*sizes, *((f"hidden[{i}]", width) for i, width in enumerate(hidden))]:
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"`{name}` is {size!r}: expected a positive integer")
+            whole(name, size, 1)
+        whole("context_dimension", context_dimension, 0)
         self.dimension = dimension
         self.hidden = tuple(hidden)
         self.outputs = outputs

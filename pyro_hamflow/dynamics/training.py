@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.checks import between, whole
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 
 BLOCK, HELD_OUT = 16, 10  # neighbours, which are alike; one such block of so many is held out
@@ -93,8 +94,7 @@ class GradientMatching:
     energy_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.energy_weight >= 0:
-            raise ValueError(f"`energy_weight` is {self.energy_weight}: expected 0 or more")
+        between("energy_weight", self.energy_weight, 0.0, math.inf, ends="low")
 
     def __call__(self, network: PotentialNetwork, points: Points) -> Tensor:
         value, slope = network.of_whitened(network.whitened(points.position), points.context)
@@ -125,8 +125,7 @@ class TrajectoryMatching:
     num_steps: int = 5
 
     def __post_init__(self) -> None:
-        if self.num_steps < 2:
-            raise ValueError(f"`num_steps` is {self.num_steps}: expected 2 or more")
+        whole("num_steps", self.num_steps, 2)
 
     def __call__(self, network: PotentialNetwork, trajectories: Trajectories) -> Tensor:
         true, size, mass = trajectories

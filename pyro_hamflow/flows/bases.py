@@ -14,6 +14,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
+from pyro_hamflow.checks import positive
+
 
 class SoftUniform(TorchDistribution):
     r"""A uniform distribution on a box whose edges are softened.
@@ -45,9 +47,7 @@ class SoftUniform(TorchDistribution):
     def __init__(
         self, dimension: int, half_width: float = 3.0, *, example: Tensor | None = None
     ) -> None:
-        if not half_width > 0:
-            raise ValueError(f"`half_width` is {half_width}: expected a positive number")
-        self.half_width = half_width
+        self.half_width = positive("half_width", half_width)
         self._zero = torch.zeros(dimension) if example is None else example.new_zeros(dimension)
         super().__init__(torch.Size(), torch.Size([dimension]), validate_args=False)
 

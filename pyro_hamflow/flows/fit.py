@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_hamflow.checks import positive, whole
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
 from pyro_hamflow.flows.losses import Loss, Objective, ReverseKL
@@ -106,7 +107,7 @@ def fit_guide(
             f"`guide` is a {type(guide).__name__}: expected an AutoNeuralHamiltonianFlow; other "
             "guides train with pyro.infer.SVI"
         )
-    _check_positive(num_particles=num_particles)
+    whole("num_particles", num_particles, 1)
     if seed is not None:
         torch.manual_seed(seed)
     potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
@@ -162,7 +163,7 @@ def fit_flow(
         >>> fit_flow(flow, torch.randn(100, 2), num_steps=50, disable_progbar=True).num_skipped
         0
     """
-    _check_positive(batch_size=batch_size)
+    whole("batch_size", batch_size, 1)
     if samples.shape[-1:] != (flow.dimension,) or not samples.numel():
         raise ValueError(
             f"`samples` have shape {tuple(samples.shape)}: expected (*, {flow.dimension})"
@@ -209,7 +210,9 @@ def train(
         patience: Which share of all steps may pass without progress.
         disable_progbar: Whether to show no progress bar.
     """
-    _check_positive(num_steps=num_steps, learning_rate=learning_rate, patience=patience)
+    whole("num_steps", num_steps, 1)
+    positive("learning_rate", learning_rate)
+    positive("patience", patience, infinite=True)
     began = time.perf_counter()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, learning_rate, fused=True)
@@ -253,9 +256,3 @@ def train(
         module.load_state_dict(best)
     elapsed = time.perf_counter() - began
     return Fit(torch.tensor(losses), best_step, best_loss, skipped, stopped, elapsed)
-
-
-def _check_positive(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not number > 0:
-            raise ValueError(f"`{name}` is {number}: expected a positive number")

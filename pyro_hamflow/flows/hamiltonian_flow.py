@@ -22,6 +22,7 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_hamflow.checks import number, positive, whole
 from pyro_hamflow.dynamics.kinetic import LearnedGaussianKinetic, LearnedKinetic, VectorField
 from pyro_hamflow.dynamics.motion import follow
 from pyro_hamflow.dynamics.networks import ScalarNetwork
@@ -99,13 +100,11 @@ class NeuralHamiltonianFlow(nn.Module):
         stiffness: float | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("dimension", dimension), ("num_steps", num_steps)):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"`{name}` is {number!r}: expected an integer")
-            if number < 1:
-                raise ValueError(f"`{name}` is {number}: expected 1 or more")
-        if not time > 0:
-            raise ValueError(f"`time` is {time}: expected a positive time")
+        whole("dimension", dimension, 1)
+        whole("num_steps", num_steps, 1)
+        positive("time", time)
+        if stiffness is not None:
+            number("stiffness", stiffness)
         base = standard_normal(dimension) if base is None else base
         if tuple(base.batch_shape + base.event_shape) != (dimension,) or not base.event_shape:
             raise ValueError(
@@ -227,8 +226,7 @@ class NeuralHamiltonianFlow(nn.Module):
             q: Positions, of shape ``(*, D)``.
             num_momenta: How many momenta each is given.
         """
-        if num_momenta < 2:
-            raise ValueError(f"`num_momenta` is {num_momenta}: expected 2 or more, for an error")
+        whole("num_momenta", num_momenta, 2)
         ratios = self.log_ratio(q.expand(num_momenta, *q.shape))
         value = ratios.logsumexp(0) - math.log(num_momenta)
         spread = (ratios - value).exp().std(0)
@@ -260,8 +258,7 @@ class FlowDistribution(TorchDistribution):
         num_momenta: int = 64,
         batch_shape: Sequence[int] = (),
     ) -> None:
-        if num_momenta < 1:
-            raise ValueError(f"`num_momenta` is {num_momenta}: expected 1 or more")
+        whole("num_momenta", num_momenta, 1)
         self.flow, self.num_momenta = flow, num_momenta
         super().__init__(torch.Size(batch_shape), torch.Size([flow.dimension]), validate_args=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyro_hamflow.checks import between
 from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
 from pyro_hamflow.model.potential import Potential
@@ -80,10 +82,8 @@ class ReverseKL:
     annealed: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.hottest >= 1.0:
-            raise ValueError(f"`hottest` is {self.hottest}: expected a temperature of 1 or more")
-        if not 0.0 < self.annealed < 1.0:
-            raise ValueError(f"`annealed` is {self.annealed}: expected a share between 0 and 1")
+        between("hottest", self.hottest, 1.0, math.inf, ends="low")
+        between("annealed", self.annealed, 0.0, 1.0, ends="none")
 
     def __call__(self, objective: Objective, progress: float) -> Tensor:
         left = max(0.0, 1.0 - progress / self.annealed)

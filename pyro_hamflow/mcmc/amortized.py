@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hamflow.checks import whole
 from pyro_hamflow.dynamics.conditional_gaussian import ConditionalGaussian
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.integrators import leapfrog_step
@@ -203,8 +204,7 @@ def learn_surrogate(
         ("num_steps", num_steps),
         ("training_steps", training_steps),
     ):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"`{name}` is {number!r}: expected a positive integer")
+        whole(name, number, 1)
     hidden_bar = disable_progbar or "CI" in os.environ
     with tqdm(disable=hidden_bar, desc="Simulate") as bar:
         sets = SimulatedSets(model, args, kwargs, num_sets, bar)

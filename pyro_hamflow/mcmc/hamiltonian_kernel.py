@@ -17,6 +17,7 @@ import torch
 from pyro.infer.mcmc.adaptation import ArrowheadMassMatrix, BlockMassMatrix
 from torch import Tensor
 
+from pyro_hamflow.checks import between, flag, positive, whole
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.mass import (
     Adapter,
@@ -24,6 +25,7 @@ from pyro_hamflow.mcmc.mass import (
     InverseMass,
     MassForm,
     check_full_mass,
+    check_inverse_mass,
     mass_form,
 )
 from pyro_hamflow.mcmc.metric import first_scales
@@ -111,19 +113,22 @@ class HamiltonianKernel(SingleChain):
                 )
         if init_strategy is not None and not callable(init_strategy):
             raise TypeError(f"`init_strategy` is {init_strategy!r}: expected a function of a site")
-        if step_size is not None and not step_size > 0:
-            raise ValueError(f"`step_size` is {step_size}: expected a positive number")
-        if not 0 < target_accept_prob < 1:
-            raise ValueError(
-                f"`target_accept_prob` is {target_accept_prob}: expected 0 < target_accept_prob < 1"
-            )
-        if not 0 < min_stepsize <= max_stepsize:
+        if step_size is not None:
+            positive("step_size", step_size)
+        between("target_accept_prob", target_accept_prob, 0.0, 1.0, ends="none")
+        positive("min_stepsize", min_stepsize)
+        if positive("max_stepsize", max_stepsize, infinite=True) < min_stepsize:
             raise ValueError(
                 f"`min_stepsize` and `max_stepsize` are {min_stepsize} and {max_stepsize}: "
                 "expected positive numbers in order"
             )
-        if max_plate_nesting is not None and max_plate_nesting < 0:
-            raise ValueError(f"`max_plate_nesting` is {max_plate_nesting}: expected 0 or more")
+        if max_plate_nesting is not None:
+            whole("max_plate_nesting", max_plate_nesting, 0)
+        flag("adapt_step_size", adapt_step_size)
+        flag("adapt_mass_matrix", adapt_mass_matrix)
+        flag("jit_compile", jit_compile)
+        if inverse_mass_matrix is not None:
+            check_inverse_mass(inverse_mass_matrix)
         check_full_mass(full_mass)
         meaningless("jit_options", given=jit_options is not None)
         meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
@@ -463,6 +468,11 @@ class HamiltonianKernel(SingleChain):
                 return find_start(potential, num_chains, strategy=self.init_strategy)
             centre = potential.flatten(self._pilot)
             return find_start(potential, num_chains, centre, _PILOT_RADIUS)
+        for name, value in initial_params.items():
+            if not bool(torch.as_tensor(value).isfinite().all()):
+                raise ValueError(
+                    f"`initial_params` of site '{name}' is not finite: expected finite numbers"
+                )
         position = potential.ravel(initial_params, num_chains)
         return find_start(potential, num_chains, position, 0.0)
 

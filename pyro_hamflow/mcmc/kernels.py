@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pyro_hamflow.checks import between, positive, whole
 from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel, meaningless
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.mass import FullMass, InverseMass
@@ -104,17 +105,12 @@ class HMC(HamiltonianKernel):
             min_stepsize=min_stepsize,
             max_stepsize=max_stepsize,
         )
-        if trajectory_length is not None and not trajectory_length > 0:
-            raise ValueError(
-                f"`trajectory_length` is {trajectory_length}: expected a positive time"
-            )
-        if not 0 <= jitter < 1:
-            raise ValueError(f"`jitter` is {jitter}: expected 0 <= jitter < 1")
-        for name, count in (("num_steps", num_steps), ("max_num_steps", max_num_steps)):
-            if not isinstance(count, int | None):
-                raise TypeError(f"`{name}` is {count!r}: expected an integer")
-            if count is not None and count < 1:
-                raise ValueError(f"`{name}` is {count}: expected 1 or more")
+        if trajectory_length is not None:
+            positive("trajectory_length", trajectory_length)
+        between("jitter", jitter, 0.0, 1.0, ends="low")
+        if num_steps is not None:
+            whole("num_steps", num_steps, 1)
+        whole("max_num_steps", max_num_steps, 1)
         self.fixed_num_steps = num_steps if trajectory_length is None else None
         self.trajectory_length = math.pi / 2 if trajectory_length is None else trajectory_length
         self.jitter = jitter
@@ -226,11 +222,7 @@ class NUTS(HamiltonianKernel):
             init_strategy=init_strategy,
         )
         meaningless("use_multinomial_sampling=False", given=not use_multinomial_sampling)
-        if not 1 <= max_tree_depth <= _DEEPEST:
-            raise ValueError(
-                f"`max_tree_depth` is {max_tree_depth}: expected 1 to {_DEEPEST} doublings"
-            )
-        self.max_tree_depth = max_tree_depth
+        self.max_tree_depth = whole("max_tree_depth", max_tree_depth, 1, _DEEPEST)
 
     def make_parameter_transition(
         self, potential: Potential, num_chains: int

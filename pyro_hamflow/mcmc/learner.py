@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_hamflow.checks import whole
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import (
     GradientMatching,
@@ -68,21 +69,11 @@ class Lessons:
             ("training_steps", self.training_steps, 1),
             ("rounds", self.rounds, 0),
         ):
-            at_least(name, number, least)
+            whole(name, number, least)
 
     def network(self, dimension: int) -> PotentialNetwork:
         """One that knows nothing."""
         return PotentialNetwork(dimension, hidden=self.hidden, outputs=self.outputs)
-
-
-def at_least(name: str, number: int, least: int) -> None:
-    """Refuses what is no integer, or too small a one.
-
-    Raises:
-        ValueError: With the argument's name, and what was expected.
-    """
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"`{name}` is {number!r}: expected an integer, {least} or more")
 
 
 class Learner:

@@ -11,6 +11,7 @@ from pyro.infer.mcmc.adaptation import ArrowheadMassMatrix, BlockMassMatrix
 from pyro.ops.arrowhead import SymmArrowhead
 from torch import Tensor
 
+from pyro_hamflow.checks import positive_definite
 from pyro_hamflow.model.sites import Site
 
 FullMass: TypeAlias = bool | str | Sequence[tuple[str, ...]]
@@ -33,6 +34,20 @@ def check_full_mass(full_mass: FullMass) -> None:
     twice = sorted({name for name in flat if flat.count(name) > 1})
     if twice:
         raise ValueError(f"`full_mass` names {twice} twice: expected each site in one tuple")
+
+
+def check_inverse_mass(given: InverseMass) -> None:
+    """Refuses what is no positive definite matrix, whole or in blocks, and no diagonal of one.
+
+    Raises:
+        TypeError: If it is neither a tensor nor blocks by names.
+        ValueError: If its numbers cannot be.
+    """
+    if not isinstance(given, Mapping):
+        positive_definite("inverse_mass_matrix", given)
+        return
+    for names, part in given.items():
+        positive_definite(f"inverse_mass_matrix[{names}]", part)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ _FEWEST = 50  # draws of each chain that can be judged
 _MOST = 40  # parameters that are looked at closely for each of two screens
 _LARGEST_RHAT = 1.01  # of parameters
 _LARGEST_APART = 1.1  # of log densities and their estimates
+_FAR = 1.5  # standard deviations of the log density between chains
 _FEWEST_EFFECTIVE = 100  # of each chain
 _SMALLEST_BFMI = 0.3
 _SMALLEST_RATE = 0.3
@@ -92,8 +93,8 @@ def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:
     levels = stats["lp"].double().numpy()
     level = _rhat(levels)
     result.values["rhat_lp"] = level
-    if level > _LARGEST_APART and len(levels) > 1:
-        means = levels.mean(1)
+    means = levels.mean(1)
+    if level > _LARGEST_APART and np.ptp(means) > _FAR * levels.std(1).mean():
         result.messages.append(
             f"The chains are at different levels of the log density (from {means.min():.4g} to "
             f"{means.max():.4g} on average): they may be in different modes, and their shares of "

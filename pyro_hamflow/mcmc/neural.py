@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pyro_hamflow.checks import between, finite, flag, positive, whole
 from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.training import Loss
 from pyro_hamflow.mcmc.amortized import AmortizedSurrogate
-from pyro_hamflow.mcmc.learner import Lessons, at_least
+from pyro_hamflow.mcmc.learner import Lessons
 from pyro_hamflow.mcmc.learning_kernel import LearningKernel
 
 _CORRECTIONS = ("auto", "endpoint", "per leaf")
@@ -83,12 +84,14 @@ class Neural(LearningKernel):
             )
         if correction not in _CORRECTIONS:
             raise ValueError(f"`correction` is {correction!r}: expected one of {_CORRECTIONS}")
-        at_least("num_transitions", num_transitions, 1)
-        at_least("num_proposals", num_proposals, 1)
-        if not 0 <= true_share <= 1:
-            raise ValueError(f"`true_share` is {true_share}: expected 0 <= true_share <= 1")
-        if not trust_radius > 0:
-            raise ValueError(f"`trust_radius` is {trust_radius}: expected a positive number")
+        if surrogate is not None:
+            network = surrogate.guess if isinstance(surrogate, AmortizedSurrogate) else surrogate
+            finite("surrogate", network)
+        whole("num_transitions", num_transitions, 1)
+        whole("num_proposals", num_proposals, 1)
+        between("true_share", true_share, 0.0, 1.0, ends="both")
+        positive("trust_radius", trust_radius, infinite=True)
+        flag("fallback", fallback)
         self.lessons = Lessons(
             tuple(hidden), outputs, loss, training_points, training_steps, rounds
         )

@@ -225,7 +225,8 @@ class Recorder(StandIn):
         good = wanted & value.isfinite() & gradient.isfinite().all(-1)
         if int(good.sum()) < _FEWEST:
             raise ValueError(f"{int(good.sum())} finite gradients were found, fewer than {_FEWEST}")
-        good &= (value - value[good].median()).abs() < _TYPICAL * (self.dimension + 6)
+        latest = value[good][-max(_FEWEST, int(good.sum()) // 4) :]
+        good &= (value - latest.median()).abs() < _TYPICAL * (self.dimension + 6)
         position, value, gradient = position[good], value[good], gradient[good]
         held_out = held_out[good]
         points = Points(position, value, gradient, position[:, :0])

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyro_hamflow.checks import between
 from pyro_hamflow.mcmc.transition import select, select_evaluation
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
@@ -141,8 +142,7 @@ class CorrelatedRefresh:
     correlation: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.correlation < 1.0:
-            raise ValueError(f"`correlation` is {self.correlation}: expected 0 <= correlation < 1")
+        between("correlation", self.correlation, 0.0, 1.0, ends="low")
 
     def __call__(
         self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: Evaluate

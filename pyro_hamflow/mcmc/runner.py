@@ -20,10 +20,12 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hamflow.checks import flag, whole
 from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel, meaningless
 from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.mcmc.record import Draws, Record
 
+_LARGEST_SEED = 2**32 - 1  # that NumPy takes
 _LONGEST = 4  # times the fewest iterations of warm-up
 _METHODS = ("vectorized", "sequential")
 
@@ -101,10 +103,13 @@ class MCMC:
             ("warmup_steps", 0 if warmup_steps is None else warmup_steps, 0),
             ("num_chains", num_chains, 1),
         ):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"`{name}` is {number!r}: expected an integer")
-            if number < least:
-                raise ValueError(f"`{name}` is {number}: expected {least} or more")
+            whole(name, number, least)
+        if seed is not None:
+            whole("seed", seed, 0, _LARGEST_SEED)
+        flag("save_warmup", save_warmup)
+        flag("disable_progbar", disable_progbar)
+        if hook_fn is not None and not callable(hook_fn):
+            raise TypeError(f"`hook_fn` is {hook_fn!r}: expected a function")
         if not isinstance(initial_params, Mapping | None):
             raise TypeError(
                 f"`initial_params` is {initial_params!r}: expected values of each site by name"
