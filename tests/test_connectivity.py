@@ -115,6 +115,7 @@ SHARP = {
     "design": lambda x: DESIGN @ x,
     "design on the right": lambda x: x[None] @ DESIGN.mT,
     "batched design": lambda x: DESIGN.expand(2, -1, -1) @ torch.stack([x, 2 * x])[..., None],
+    "sparse design": lambda x: torch.sparse.mm(DESIGN.to_sparse(), x[:, None]),
     "einsum": lambda x: torch.einsum("ij,j->i", DESIGN, x),
     "added product": lambda x: torch.addmm(WEIGHTS[:1, None], DESIGN, x[:, None]),
     "stack": lambda x: torch.stack([x, WEIGHTS, x * x]),

@@ -116,6 +116,7 @@ READERS = {
     "index select": lambda x: x.index_select(-1, SUBJECT),
     "gather": lambda x: x.gather(-1, SUBJECT),
     "design matrix": lambda x: OWN @ x,
+    "sparse design matrix": lambda x: torch.sparse.mm(OWN.to_sparse(), x[:, None])[:, 0],
     "einsum": lambda x: torch.einsum("ij,j->i", OWN, x),
     "written row by row": lambda x: torch.stack([x[int(i)] for i in SUBJECT]),
     "scattered": lambda x: torch.zeros(len(Y)).scatter(0, torch.arange(len(Y)), x[SUBJECT]),
@@ -123,6 +124,7 @@ READERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of sparse products
 @pytest.mark.parametrize("proposal", ["prior", "laplace"])
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_rows_are_summed_to_their_elements(read, proposal):
@@ -349,6 +351,16 @@ def branch_on_a_parameter(y):
         pyro.sample("y", dist.Normal(x if s > 0.1 else x.flip(0), 1.0), obs=y)
 
 
+def read_by_numpy(y, read=lambda x: torch.tensor(x.numpy())):
+    x = local(*parameters(), len(y))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(read(x), 1.0), obs=y)
+
+
+def read_as_a_list(y):
+    read_by_numpy(y, lambda x: torch.tensor(x.tolist()))
+
+
 def label_of_rows(y):
     mu, s = parameters()
     x = local(mu, s)
@@ -379,6 +391,8 @@ REFUSED = {
     ),
     "branch": (branch, ["x"], "what depends on site 'x' cannot be told: control flow"),
     "branch on a parameter": (branch_on_a_parameter, ["x"], "depends on site 's' cannot be told"),
+    "numpy": (read_by_numpy, ["x"], "site 'x' cannot be told: the model takes .* out of torch"),
+    "list": (read_as_a_list, ["x"], "site 'x' cannot be told: the model takes .* out of torch"),
     "label of rows": (label_of_rows, ["x"], "discrete site 'kind' lies in plate 'row', inside"),
     "mask": (mask_of_its_own, ["x"], "elements of plate 'subject' are not independent"),
 }

@@ -249,6 +249,10 @@ def test_key_tells_programs_and_contents_apart():
         "view": lambda x: (x * data.flip(0)).sum(),
         "part": lambda x: (x * torch.arange(4.0)[1:]).sum(),
     }
+    programs |= {
+        f"sparse {size}": lambda x, size=size: torch.eye(3).mul(size).to_sparse() @ x
+        for size in (1, 2)
+    }
     keys = {name: key(program, x) for name, program in programs.items()}
     assert len(set(keys.values())) == len(programs)
     assert key(lambda x: (x * other).sum(), 2 * x) == keys["base"]

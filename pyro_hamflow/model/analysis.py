@@ -27,6 +27,7 @@ from pyro_hamflow.model.connectivity import (
 from pyro_hamflow.model.fingerprint import Fingerprint, explained, take_fingerprint
 from pyro_hamflow.model.grouping import check_site, describe_plates, group_sites
 from pyro_hamflow.model.rounding import warn_of_rounding
+from pyro_hamflow.model.storages import apart
 from pyro_hamflow.model.structure import (
     Group,
     Structure,
@@ -97,6 +98,23 @@ class Run:
                 "`x[x > 0]`"
             ) from error
 
+    def refuse_reading(self, name: str) -> None:
+        """Raises a ValueError if a site's values leave torch, where nobody can follow them."""
+
+        def run(row: Tensor) -> Tensor:
+            return torch.stack([d.sum() for d in self.terms(self.values | {name: row}).values()])
+
+        with apart(), torch.random.fork_rng():
+            try:
+                # Batched tensors have no memory that could be read past torch.
+                torch.func.vmap(run, randomness="different")(self.values[name][None])
+            except Exception as error:  # what stands against batching otherwise is no fault
+                if "data pointer" in str(error):
+                    raise ValueError(
+                        f"what depends on site '{name}' cannot be told: the model takes its values "
+                        "out of torch, as `numpy()` and `tolist()` do; expected operations of torch"
+                    ) from error
+
     def dependents(self, name: str) -> set[str]:
         """All terms that depend on a site, but for its own."""
         found = self.owners({name: torch.ones((), dtype=torch.long)})
@@ -134,6 +152,8 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
     ordered = [name for name in trace.nodes if name in set(sites)]
     discrete = [n for n in values if is_enumerable(trace.nodes[n]) and n not in ordered]
     dependents = {name: run.dependents(name) for name in ordered + discrete}
+    for name in ordered:
+        run.refuse_reading(name)
     depends = {
         term: [name for name in ordered if name == term or term in dependents[name]]
         for term in run.terms(values)

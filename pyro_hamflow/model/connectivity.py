@@ -133,6 +133,8 @@ class _Follower(TorchDispatchMode):
         memory = self._memories.get(tensor)
         if memory is None and not bool(owner.any()):
             return
+        if tensor.layout != torch.strided:
+            raise ValueReadError(f"{mixer} (a sparse result)" if mixer else "a sparse result")
         if memory is None:
             memory = self._claim(tensor, owner.new_zeros(()), mixer)
         elif memory.mixer is None and mixer is not None:

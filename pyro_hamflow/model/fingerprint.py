@@ -156,6 +156,7 @@ class _Watcher(TorchDispatchMode):
         result = target(*args, **kwargs)
         for part in result if isinstance(result, list | tuple) else (result,):
             if isinstance(part, Tensor) and self._memories.get(part) is None:
+                self._is_certain &= part.layout == torch.strided or not (varies or random)
                 self._own(part, _Memory(self._count, varies, random))
         if target._schema.is_mutable and (varies or random):
             for argument in (*args, *kwargs.values()):  # one of them was written to
@@ -181,7 +182,9 @@ class _Watcher(TorchDispatchMode):
         if isinstance(value, Tensor):
             memory = self._memory(value)
             memories.append(memory)
-            place = (value.shape, value.stride(), value.storage_offset(), value.dtype)
+            place: tuple[Any, ...] = (value.shape, value.dtype, value.layout)
+            if value.layout == torch.strided:
+                place += (value.stride(), value.storage_offset())
             if memory.read is not None and place not in memory.read:
                 memory.read.add(place)
                 self._write(_contents(value))
@@ -206,6 +209,10 @@ class _Watcher(TorchDispatchMode):
 
 def _contents(tensor: Tensor) -> bytes:
     """All the numbers in a tensor."""
+    if tensor.layout == torch.sparse_coo:
+        return _contents(tensor._indices()) + _contents(tensor._values())
+    if tensor.layout != torch.strided:
+        return _contents(tensor.to_sparse_coo())
     numbers = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
     # A single number that was expanded counts as contiguous, and is not.
     numbers = numbers.clone(memory_format=torch.contiguous_format)

@@ -275,6 +275,7 @@ def _matrix_product(call: Call, outputs: list[Tensor]) -> list[Tensor]:
     column = b.dim() == 1
     if column:
         b = b[:, None]
+    left, right = (t if t.layout == torch.strided else t.to_dense() for t in (left, right))
     if call.is_constant(left):
         owner = _sparse_product(left.reshape(a.shape) != 0, b)
     elif call.is_constant(right):
@@ -386,7 +387,7 @@ _KINDS: dict[Rule, str] = {
         _log_softmax _softmax argsort cummax cummin cumprod cumsum kthvalue logcumsumexp mode sort
         topk
     """,
-    _matrix_product: "addbmm addmm addmv baddbmm bmm dot mm mv vdot",
+    _matrix_product: "_sparse_addmm addbmm addmm addmv baddbmm bmm dot mm mv vdot",
     _matrices: """
         _linalg_det _linalg_eigh _linalg_slogdet cholesky cholesky_inverse linalg_cholesky_ex
         linalg_inv_ex linalg_lu_factor_ex linalg_matrix_exp linalg_qr

@@ -35,7 +35,9 @@ class Storages(Generic[Known]):
         return None if entry is None else entry[1]
 
     def set(self, tensor: Tensor, known: Known) -> None:
-        """Notes something of a tensor's memory, in place of what was known."""
+        """Notes something of a tensor's memory, in place of what was known; nothing if sparse."""
+        if tensor.layout != torch.strided:
+            return
         self._known[number(tensor)] = (StorageWeakRef(tensor.untyped_storage()), known)
         self._new += 1
         if self._new >= _SWEEP:
@@ -46,8 +48,8 @@ class Storages(Generic[Known]):
 
 
 def number(tensor: Tensor) -> int:
-    """The number of a tensor's memory, its own as long as the memory is in use."""
-    return int(tensor.untyped_storage()._cdata)
+    """The number of a tensor's memory, its own as long as that is in use; 0 of sparse ones."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else 0
 
 
 @contextmanager
