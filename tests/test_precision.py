@@ -110,7 +110,7 @@ def test_rounding_of_long_sums_is_told():
     def many(count):
         mean = pyro.sample("mean", dist.Normal(tensor(0.0, SINGLE), 1.0))
         with pyro.plate("row", count):
-            pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros((), dtype=SINGLE))
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(count, dtype=SINGLE))
 
     match = "site 'y' is computed in .* since a sum over so many needs more"
     with pytest.warns(RuntimeWarning, match=match):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_hamflow.model.structure import is_deterministic, log_density
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.model.proposals import float_type
+from pyro_hamflow.model.structure import is_deterministic
 
 _COARSE = 0.1  # in a log density: a tenth of what tells one hypothesis from another
 
@@ -27,22 +28,30 @@ def warn_of_rounding(trace: poutine.Trace) -> None:
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or is_deterministic(site):
             continue
-        with no_validation(), torch.no_grad():
-            density = log_density(site)
-        value = site["value"]
-        if not isinstance(value, Tensor) or density.dtype == torch.float64 or not value.numel():
+        value, fn = site["value"], site["fn"]
+        if not isinstance(value, Tensor) or not value.numel():
             continue
-        size, why = float(density.numel()), "a sum over so many"
-        if getattr(getattr(site["fn"], "support", None), "is_discrete", False):
+        dtype = float_type(fn, torch.get_default_dtype())
+        if value.is_floating_point():
+            dtype = torch.promote_types(dtype, value.dtype)
+        size, why = float(max(value.numel(), fn.batch_shape.numel())), "a sum over so many"
+        if _counts(fn):
             largest = float(value.double().nan_to_num().abs().max())
             if largest * math.log1p(largest) > size:
                 size, why = largest * math.log1p(largest), f"counts of {largest:.3g}"
-        error = 0.5 * torch.finfo(density.dtype).eps * size
+        error = 0.5 * torch.finfo(dtype).eps * size
         if error > _COARSE:
             warnings.warn(
-                f"The log density of site '{name}' is computed in {density.dtype} and rounded by "
-                f"about {error:.2g}, since {why} needs more digits: give parameters and data in "
+                f"The log density of site '{name}' is computed in {dtype} and rounded by about "
+                f"{error:.2g}, since {why} needs more digits: give parameters and data in "
                 "torch.float64.",
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _counts(fn: Any) -> bool:
+    try:
+        return bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):  # it tells no support
+        return False
