@@ -17,7 +17,11 @@ from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.mcmc.record import Draws
 from pyro_hamflow.model.sites import Site
 
-SITES = [Site("a", 0, 1, torch.Size([]), None), Site("b", 1, 7, torch.Size([2, 3]), None)]
+REAL = torch.float64
+SITES = [
+    Site("a", 0, 1, torch.Size([]), None, REAL),
+    Site("b", 1, 7, torch.Size([2, 3]), None, REAL),
+]
 
 
 def draws_of(position, **stats):
@@ -139,7 +143,7 @@ def test_worst_of_many_parameters_is_found_in_short_time():
     position[0, :, 4321] += 1.0
     position[:, :, 77] = 0.3 * position[:, :, 77].cumsum(1)
     position[:, :, 77] -= position[:, :, 77].mean(1, keepdim=True)
-    sites = [Site("x", 0, 8000, torch.Size([8000]), None)]
+    sites = [Site("x", 0, 8000, torch.Size([8000]), None, REAL)]
     began = time.process_time()
     found = report(draws_of(position), sites)
     assert time.process_time() - began < 5.0
