@@ -114,5 +114,8 @@ def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
     assert noise < 1.0
     assert "did not come to rest" in " ".join(mcmc.messages)
     assert math.isfinite(mcmc.kernel.settings["max_pareto_k"])
+    first = mcmc.get_samples()["beta"]
+    mcmc.run(x, y)  # from the estimator that the pilot left, not from the tuned one
+    assert torch.equal(mcmc.get_samples()["beta"], first)
     monkeypatch.setattr(PseudoMarginal, "retuned", lambda kernel, state: state)
     assert run()[2] > 1.5 * noise

@@ -70,8 +70,10 @@ class PseudoMarginal(HamiltonianKernel):
 
     def begin(self, *args: Any, **kwargs: Any) -> State:
         self._recent, self._remarks, self.max_pareto_k = [], [], math.nan
-        state = super().begin(*args, **kwargs)
         model = self.model
+        if isinstance(model, MarginalModel):
+            model.untune()
+        state = super().begin(*args, **kwargs)
         if isinstance(model, MarginalModel):
             if model.remark:
                 self.messages.insert(0, f"{type(self).__name__}: {model.remark}")

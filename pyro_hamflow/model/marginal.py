@@ -185,6 +185,7 @@ class MarginalModel:
         self._layouts: dict[str, Layout] = {}
         self._is_held = False
         self._fit: Fit | None = None
+        self._untuned: MarginalModel | None = None  # as it was before warm-up tuned it
         self._each_particle = Vectorized(f"Particles of {list(self.sites)}")
         self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
         self.remark: str | None = None  # on what the proposal misses
@@ -302,7 +303,18 @@ class MarginalModel:
         self.settled_particles = self.num_particles or num_particles
 
     def adopt(self, other: MarginalModel) -> None:
-        """Takes over another's fitted proposal and number of particles."""
+        """Takes over another's fitted proposal and number of particles, until :meth:`untune`."""
+        if self._untuned is None:
+            self._untuned = copy.copy(self)
+        self._take_over(other)
+
+    def untune(self) -> None:
+        """Goes back to what was found before any run, so that a run repeats itself."""
+        if self._untuned is not None:
+            self._take_over(self._untuned)
+            self._untuned = None
+
+    def _take_over(self, other: MarginalModel) -> None:
         self._fit, self.proposal = other._fit, other.proposal
         self.settled_particles, self._layouts = other.settled_particles, {}
 
