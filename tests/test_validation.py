@@ -41,7 +41,7 @@ COUNTS = dist.Poisson(torch.tensor(3.0), validate_args=True)
 def priors_in_a_dictionary():
     values = {name: pyro.sample(name, prior) for name, prior in CHECKED.items()}
     with pyro.plate("point", 6):
-        mean = values["mixed"] + values["expanded"].sum()
+        mean = values["mixed"] + values["expanded"].sum() + values["masked"].sum()
         pyro.sample("y", dist.StudentT(4.0, mean, 1.0, validate_args=True), obs=X)
     pyro.factor("counts", COUNTS.log_prob(torch.tensor(2.0)) * values["transformed"])
 
