@@ -34,7 +34,8 @@ def warn_of_rounding(trace: poutine.Trace) -> None:
         dtype = float_type(fn, torch.get_default_dtype())
         if value.is_floating_point():
             dtype = torch.promote_types(dtype, value.dtype)
-        size, why = float(max(value.numel(), torch.Size(fn.batch_shape).numel())), "a sum over so many"
+        rows = torch.Size(fn.batch_shape).numel()  # which is a plain tuple of some distributions
+        size, why = float(max(value.numel(), rows)), "a sum over so many"
         if _counts(fn):
             largest = float(value.double().nan_to_num().abs().max())
             if largest * math.log1p(largest) > size:
