@@ -28,6 +28,8 @@ from pyro_hamflow.mcmc.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition, JointTransition
 from pyro_hamflow.mcmc.refresh import Blocks
 from pyro_hamflow.mcmc.transition import Decision, State, Tuning, select, select_evaluation
+from pyro_hamflow.model import particles as particles_module
+from pyro_hamflow.model.layout import Stratum
 from pyro_hamflow.model.points import lattice
 from pyro_hamflow.model.potential import Potential
 from tests.laws import assert_invariant
@@ -159,13 +161,14 @@ class Extended:
         self.potential = Potential(self.model, (Y,), separate_noise=True)
         if kind != "by hand":
             layout = self.model.plan(Y).layouts["x"]
-            self.counts = [stratum.count for stratum in layout.strata]
+            self.strata = layout.strata
             # The same particles, each moved by noise of its own.
             self.single = marginalize(model, ["x"], num_particles=num_particles, proposal=proposal)
             if proposal == "laplace":
                 self.single.fit(Y, pilot=self.model.pilot((Y,), {}))
         else:
-            self.counts = [num_particles]
+            self.strata = (Stratum((), num_particles),)
+        self.counts = [stratum.count for stratum in self.strata]
 
     @property
     def vectors(self):
@@ -209,9 +212,22 @@ class Extended:
         shape = (num_chains, self.groups)
         z = self.invert(position, x)
         u = torch.randn(num_chains, sum(self.vectors), self.groups)
+        # Which kind of particle drew the local value: by the densities and the kinds' shares.
+        slope = self.values(position, z + 1.0) - self.values(position, z)
+        density = (-0.5 * z.square()).exp() / slope
+        kinds = density.split(self.counts, 1)
+        kinds = [s.share * part[:, 0] for s, part in zip(self.strata, kinds, strict=True)]
+        pick, below = torch.rand(shape), {}
         start = vector = 0
-        for stratum, (count, vectors) in enumerate(zip(self.counts, self.vectors, strict=True)):
-            mine = first if stratum == 0 else ~first
+        for stratum, kind, vectors in zip(self.strata, kinds, self.vectors, strict=True):
+            count, components = stratum.count, stratum.components
+            alike = zip(self.strata, kinds, strict=True)
+            total = sum(other for s, other in alike if s.components == components)
+            mine = ~first if ("x", 1) in components else first
+            if stratum.is_shared:
+                low = below.get(components, 0.0)
+                below[components] = low + kind / total
+                mine = mine & (low <= pick) & (pick < below[components])
             index = torch.randint(count, shape)
             point = z.gather(1, start + index[:, None])[:, 0]
             if self.points == "rqmc":
@@ -493,6 +509,18 @@ def confuse_blocks(monkeypatch):
         return {name: ratio.roll(1, -1) for name, ratio in ratios(self, new, old).items()}
 
     monkeypatch.setattr(Blocks, "log_ratios", rolled)
+
+
+def test_mistaken_share_of_the_prior_is_noticed(monkeypatch):
+    """As if the defended proposal's weights were those of another mixture."""
+    target = Extended(*TARGETS["laplace-2"])
+    target.draws()
+    check(target, joint(target))
+    monkeypatch.setattr(particles_module, "PRIOR_SHARE", 0.3)
+    spoilt = Extended(*TARGETS["laplace-2"])
+    spoilt.draws()
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(spoilt, joint(spoilt))
 
 
 def shrink_proposal(monkeypatch):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import product
 from typing import Any
 
@@ -22,6 +23,9 @@ from pyro_hamflow.model.structure import (
     plate_shape,
     vectorized_frames,
 )
+
+PRIOR_SHARE = 0.01  # of the prior in the mixture that all particles are weighed by
+_PER_PRIOR_PARTICLE = 8  # of which one comes from the prior
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Stratum:
-    """Particles that share the components of their mixture priors.
+    """Particles that share the components of their mixture priors, and where they come from.
 
     Attributes:
         components: The component of each site with a mixture prior.
         count: How many particles.
+        share: How much they count beside those of the same components from elsewhere.
+        from_prior: Whether they come from the prior, to defend another proposal.
     """
 
     components: tuple[tuple[str, int], ...]
     count: int
+    share: float = 1.0
+    from_prior: bool = False
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other particles of the same components come from elsewhere."""
+        return self.share < 1.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,7 @@ class Layout:
     Attributes:
         blocks: The share of each site.
         dimension: How many coordinates an element has.
-        strata: The particles.
+        strata: The particles; those of the same components follow one another.
         points: ``"iid"`` or ``"rqmc"``.
         example: A tensor of the noise's type and device: the type that all latent sites have, and
             the densities of the group's own, by promotion.
@@ -130,6 +143,18 @@ class Layout:
     def num_particles(self) -> int:
         """How many particles each element has."""
         return sum(stratum.count for stratum in self.strata)
+
+    @cached_property
+    def log_factors(self) -> Tensor:
+        """By what the weight of each particle enters the sum over all, ``(particles,)``."""
+        factors = [math.log(s.share / s.count) for s in self.strata for _ in range(s.count)]
+        return torch.tensor(factors).to(self.example)
+
+    @cached_property
+    def from_prior(self) -> Tensor:
+        """Whether each particle comes from the prior to defend another proposal."""
+        flags = [s.from_prior for s in self.strata for _ in range(s.count)]
+        return torch.tensor(flags, device=self.example.device)
 
     def noise_shape(self, group: Group) -> torch.Size:
         vectors = sum(noise_count(self.points, stratum.count) for stratum in self.strata)
@@ -174,10 +199,25 @@ def lay_out(
             f"each component of the mixture priors of {list(group.sites)}"
         )
     share, rest = divmod(num_particles, len(combinations))
-    strata = tuple(Stratum(c, share + (i < rest)) for i, c in enumerate(combinations))
+    strata: list[Stratum] = []
+    for i, components in enumerate(combinations):
+        strata += _from_both(components, share + (i < rest), proposal)
     sites = [site for site in trace.nodes.values() if is_latent(site)]
     tensors = [site["value"] for site in sites if site["value"].is_floating_point()]
     tensors += [log_density(trace.nodes[name]) for name in group.sites]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     example = torch.zeros((), dtype=dtype, device=tensors[0].device)
-    return Layout(blocks, start, strata, points, example)
+    return Layout(blocks, start, tuple(strata), points, example)
+
+
+def _from_both(
+    components: tuple[tuple[str, int], ...], count: int, proposal: Proposal
+) -> list[Stratum]:
+    """Particles from a proposal, and some from the prior where the proposal needs defence."""
+    if not proposal.is_defended or count == 1:
+        return [Stratum(components, count)]
+    few = max(1, count // _PER_PRIOR_PARTICLE)
+    return [
+        Stratum(components, count - few, 1.0 - PRIOR_SHARE),
+        Stratum(components, few, PRIOR_SHARE, from_prior=True),
+    ]

@@ -10,11 +10,11 @@ noise invariant samples the exact posterior of the parameters, for any number of
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import pyro
@@ -112,11 +112,14 @@ def marginalize(
         model: A Pyro model.
         sites: Names of the local latent sites.
         num_particles: N, the number of particles of each element; components of a mixture prior
-            share them. If not given, 32, and for ``"laplace"`` as many of 2, 4, 8 or 16 as bring
-            the variance of the log estimate to one where the proposal is fitted; at least one for
-            each component. See :func:`~pyro_hamflow.estimator_quality`.
+            share them. With ``"laplace"`` one of each component's, and every eighth, is drawn from
+            the prior, but none where a component has only one. If N is not given, it is 32, and for
+            ``"laplace"`` as many of 2, 4, 8 or 16 as bring the variance of the log estimate to one
+            where the proposal is fitted; at least two for each component, or one with ``"prior"``.
+            See :func:`~pyro_hamflow.estimator_quality`.
         proposal: ``"prior"`` draws particles from the prior; ``"laplace"`` from the prior times a
-            Gaussian approximation of the likelihood, fitted before sampling; a function
+            Gaussian approximation of the likelihood, fitted before sampling, and a few from the
+            prior itself, so that no weight exceeds the likelihood a hundredfold; a function
             ``(parameters, *model_args)`` from the sites that it samples as a Pyro program;
             ``"auto"`` takes ``"laplace"`` where the local priors are Gaussian, transformed or
             mixed, and ``"prior"`` elsewhere.
@@ -189,6 +192,7 @@ class MarginalModel:
         self._each_particle = Vectorized(f"Particles of {list(self.sites)}")
         self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
         self.remark: str | None = None  # on what the proposal misses
+        self.is_defended = True  # by particles of the prior, if it is Gaussian
 
     @property
     def max_plate_nesting(self) -> int:
@@ -345,19 +349,35 @@ class MarginalModel:
         """
         plan = self.plan(*args, **kwargs)
         layout = plan.layouts[group.name]
-        log_weights, values = [], []
-        for stratum, part in zip(layout.strata, layout.split(u.to(layout.example)), strict=True):
+        log_weights, values, start = [], [], 0
+        parts = zip(layout.strata, layout.split(u.to(layout.example)), strict=True)
+        for _, alike in groupby(parts, lambda pair: pair[0].components):
+            strata, parts_alike = zip(*alike, strict=True)
+            points = [
+                place_points(self.points, stratum.count, part)
+                for stratum, part in zip(strata, parts_alike, strict=True)
+            ]
+            rows = [torch.cat(points)]
+            stop = start + len(rows[0])
+            if strata[0].is_shared:
+                rows.append(layout.from_prior[start:stop])
 
-            def particle(coordinates: Tensor, stratum: Stratum = stratum) -> Any:
-                proposal = self._proposal(plan, group, stratum, coordinates, parameters)
+            def particle(
+                coordinates: Tensor,
+                from_prior: Tensor | None = None,
+                stratum: Stratum = strata[0],
+            ) -> Any:
+                proposal = self._proposal(plan, group, stratum, coordinates, parameters, from_prior)
                 return draw_particle(plan, group, stratum, coordinates, proposal, parameters)
 
-            coordinates = place_points(self.points, stratum.count, part)
-            weights, value = self._each_particle(particle, coordinates)
-            log_weights.append(weights - math.log(stratum.count))
+            weights, value = self._each_particle(particle, *rows)
+            log_weights.append(weights)
             values.append(value)
+            start = stop
+        weights = torch.cat(log_weights)
+        factors = layout.log_factors.reshape(-1, *[1] * (weights.dim() - 1))
         joined = {name: torch.cat([value[name] for value in values]) for name in group.sites}
-        return Estimate(group, torch.cat(log_weights), joined)
+        return Estimate(group, weights + factors, joined)
 
     def _proposal(
         self,
@@ -366,6 +386,7 @@ class MarginalModel:
         stratum: Stratum | None,
         coordinates: Tensor | None,
         parameters: dict[str, Tensor],
+        from_prior: Tensor | None = None,
     ) -> Proposal:
         """The proposal of one particle; without a stratum, for its noise shapes alone."""
         if callable(self.proposal):
@@ -373,12 +394,14 @@ class MarginalModel:
         if self.proposal == "prior":
             return PriorProposal()
         if stratum is None:
-            return LaplaceProposal(group, {}, {})
+            proposal = LaplaceProposal(group, {}, {})
+            proposal.is_defended = self.is_defended
+            return proposal
         if self._fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         blocks, fit = plan.layouts[group.name].blocks, self._fit
         sites = fit.sites[group.name, stratum.components].sites
-        return LaplaceProposal(group, blocks, sites, fit.anchor.shift(parameters))
+        return LaplaceProposal(group, blocks, sites, fit.anchor.shift(parameters), from_prior)
 
     def pilot(
         self,
@@ -451,6 +474,8 @@ class MarginalModel:
         for group in plan.structure.groups if self.proposal == "laplace" else ():
             layout = plan.layouts[group.name]
             for stratum in layout.strata:
+                if stratum.from_prior:
+                    continue
                 key = group.name, stratum.components
                 start = None if near is None else near.sites[key].mode
                 joint = partial(joint_density, plan, group, stratum)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro.poutine as poutine
+import torch
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_hamflow.model.laplace import log_gaussian
-from pyro_hamflow.model.layout import Layout, Stratum
+from pyro_hamflow.model.layout import PRIOR_SHARE, Layout, Stratum
 from pyro_hamflow.model.proposals import (
     ProgramProposal,
     Proposal,
@@ -118,26 +119,41 @@ def draw_particle(
     """
     blocks, components = plan.layouts[group.name].blocks, dict(stratum.components)
     log_ratios: list[Tensor] = []
+    others: list[Tensor] = []
     values: dict[str, Tensor] = {}
 
     def choose(msg: Any) -> Tensor:
         name, fn, scale = msg["name"], msg["fn"], msg["scale"]
         component = components.get(name)
         draw = proposal.draw(name, fn, blocks[name].spread(coordinates, group), component)
-        parts = [] if draw.log_ratio is None else [draw.log_ratio]
+        parts = []
+        if draw.log_ratio is not None:
+            log_ratios.append(plan.sum(draw.log_ratio, msg, group))
         if component is not None:
             parts.append(component_log_weight(fn, component))
         if not isinstance(scale, float | int) or scale != 1.0:
             # The model counts this prior otherwise than once. A mask changes nothing: the prior of
             # a masked element integrates to one, and so does its estimate.
             parts.append((scale - 1.0) * fn.log_prob(draw.value))
-        log_ratios.extend(plan.sum(part, msg, group) for part in parts)
+        others.extend(plan.sum(part, msg, group) for part in parts)
         values[name] = draw.value
         return draw.value
 
     terms = plan.run(group, parameters, choose)
     zeros = coordinates.new_zeros(plate_shape(group.frames, plan.structure.nesting))
-    return sum(log_ratios + terms, start=zeros), values
+    if stratum.is_shared:
+        log_ratios = [defended(sum(log_ratios[1:], start=log_ratios[0]))]
+    return sum(log_ratios + others + terms, start=zeros), values
+
+
+def defended(log_ratio: Tensor) -> Tensor:
+    """The log ratio of a prior density to that of the prior's mixture with a proposal.
+
+    Arguments:
+        log_ratio: The log ratio to the proposal's density alone.
+    """
+    share = log_ratio.new_tensor(PRIOR_SHARE)
+    return -torch.logaddexp(torch.log1p(-share) - log_ratio, share.log())
 
 
 def joint_density(

@@ -40,9 +40,11 @@ class Proposal(Protocol):
     Attributes:
         stratified: Whether each component of a mixture prior gets particles of its own.
         enough_particles: How many particles mostly serve well.
+        is_defended: Whether some particles come from the prior, lest it misses something.
     """
 
     stratified: bool
+    is_defended: bool
     enough_particles: int
 
     def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
@@ -86,6 +88,7 @@ class PriorProposal:
     """
 
     stratified = True
+    is_defended = False
     enough_particles = 32
 
     def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
@@ -117,6 +120,7 @@ class ProgramProposal:
     """
 
     stratified = False
+    is_defended = False
     enough_particles = 32
 
     def __init__(self, distributions: dict[str, Any], values: dict[str, Tensor]) -> None:

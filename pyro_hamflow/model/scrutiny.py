@@ -65,6 +65,7 @@ def look(
     kwargs: dict[str, Any],
     *,
     from_prior: bool = False,
+    alone: bool = False,
 ) -> Look:
     """Looks at many particles of each element.
 
@@ -74,6 +75,7 @@ def look(
         args: The model's arguments.
         kwargs: Its keyword arguments.
         from_prior: Whether the particles come from the prior instead of the model's proposal.
+        alone: Whether a Gaussian proposal goes without those from the prior that defend it.
     """
     plan = marginal.plan(*args, **kwargs)
     least = max(len(layout.strata) for layout in plan.layouts.values())
@@ -81,6 +83,7 @@ def look(
     if from_prior:
         count = max(_AT_ONCE, 8 * least)
     other = marginal.refined(count, "iid")
+    other.is_defended = not alone
     rounds = 1
     if from_prior:
         other.proposal, rounds = "prior", math.ceil(_PRIOR_POINTS / count)
@@ -162,7 +165,7 @@ def _misses(
         return None, 0.0
     gaps, variance = [], 0.0
     for parameters in draws:
-        default = look(marginal, parameters, args, kwargs)
+        default = look(marginal, parameters, args, kwargs, alone=True)
         prior = look(marginal, parameters, args, kwargs, from_prior=True)
         gap = torch.zeros_like(default.log_likelihood)
         found = missed(default, prior)
@@ -212,7 +215,9 @@ def refit_at(
         after = sorted(look(other, draw, args, kwargs).variance(1) for draw in draws)
         middle = len(draws) // 2
         if other.num_particles is None:
-            wanted = 2 ** math.ceil(math.log2(max(2.0, least, after[middle])))
+            # Those of the prior hardly count, and with one of the proposal's alone the logarithm
+            # varies more than errors of many tell.
+            wanted = 2 ** math.ceil(math.log2(max(2.0, least + after[middle])))
             other.settled_particles = min(wanted, _ENOUGH)
             other._layouts = {}
     gain = after[middle] / other.settled_particles < _WORTH * before[middle] / count
