@@ -516,7 +516,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(TypeError, match="`guide` is a AutoNormal"):
         fit_guide(conjugate, AutoNormal(conjugate), Y)
     for name in ("num_steps", "num_particles", "learning_rate", "patience"):
-        with pytest.raises(ValueError, match=f"`{name}` is 0: expected a positive"):
+        with pytest.raises(ValueError, match=f"`{name}` is 0: expected (a positive|1 or more)"):
             fit_guide(conjugate, guide, Y, **{name: 0})
     with pytest.raises(ValueError, match="plate 'data' is subsampled"):
         fit_guide(subsampled, AutoNeuralHamiltonianFlow(subsampled), Y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -247,9 +249,12 @@ def test_impossible_noise_is_refused():
         assert bool((share == 0).all())
 
 
-@pytest.mark.parametrize("correlation", [-0.1, 1.0, 1.5, float("nan")])
-def test_bad_correlation_is_refused(correlation):
-    with pytest.raises(ValueError, match="`correlation` is .*: expected 0 <= correlation < 1"):
+@pytest.mark.parametrize(
+    ("correlation", "expected"),
+    [(value, "0 <= correlation < 1") for value in (-0.1, 1.0, 1.5)] + [(math.nan, "a number")],
+)
+def test_bad_correlation_is_refused(correlation, expected):
+    with pytest.raises(ValueError, match=f"`correlation` is .*: expected {expected}"):
         CorrelatedRefresh(correlation)
 
 

@@ -156,11 +156,15 @@ def float_type(fn: Any, default: torch.dtype) -> torch.dtype:
         default: The type of one without such arguments.
     """
     found: list[torch.dtype] = []
+    seen: list[Any] = []  # a transform and its inverse hold each other
 
     def visit(part: Any) -> None:
         if isinstance(part, Tensor) and part.is_floating_point():
             found.append(part.dtype)
         elif isinstance(part, (torch_dist.Distribution, torch_dist.Transform)):
+            if any(part is other for other in seen):
+                return
+            seen.append(part)
             for value in vars(part).values():
                 visit(value)
         elif isinstance(part, list | tuple):
