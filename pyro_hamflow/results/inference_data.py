@@ -50,7 +50,7 @@ def to_inference_data(
     sites are summed out, one for each element of the plates around these. Estimated likelihoods are
     estimated anew, from noise that the chain has not seen: those that it has accepted
     (``log_likelihood_estimate`` in ``sample_stats``) are too high for having been accepted. They
-    are averaged over more points, 16,384 at most, where the standard error of an element is not
+    are averaged over more points, 1,024 at most, where the standard error of an element is not
     below 0.05, as a root mean square over the draws; the attribute ``log_likelihood_error`` is the
     largest, ``log_likelihood_points`` the mean number of points.
 
