@@ -79,9 +79,7 @@ def look(
     """
     plan = marginal.plan(*args, **kwargs)
     least = max(len(layout.strata) for layout in plan.layouts.values())
-    count = max(_POINTS, 8 * least)
-    if from_prior:
-        count = max(_AT_ONCE, 8 * least)
+    count = max(_AT_ONCE if from_prior else _POINTS, 8 * least)
     other = marginal.refined(count, "iid")
     other.is_defended = not alone
     rounds = 1
@@ -205,11 +203,12 @@ def refit_at(
         The copy, with as many particles as bring the variance to one where none were given; none if
         its estimates vary about as much as those before.
     """
-    count = max(layout.num_particles for layout in marginal.plan(*args, **kwargs).layouts.values())
-    least = max(len(layout.strata) for layout in marginal.plan(*args, **kwargs).layouts.values())
+    plan = marginal.plan(*args, **kwargs)  # a look at the model, which is run for it
+    count = max(layout.num_particles for layout in plan.layouts.values())
+    least = max(len(layout.strata) for layout in plan.layouts.values())
     other = marginal.refined(count, "iid")
     other.num_particles, other.points = marginal.num_particles, marginal.points
-    with other.hold(marginal.plan(*args, **kwargs).structure):
+    with other.hold(plan.structure):
         other.fit(*args, pilot=centre, **kwargs)
         before = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
         after = sorted(look(other, draw, args, kwargs).variance(1) for draw in draws)
