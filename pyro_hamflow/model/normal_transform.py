@@ -11,7 +11,6 @@ search.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +20,8 @@ import torch.distributions as torch_dist
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import AbsTransform
+
+from pyro_hamflow.model.gamma_quantile import gamma_quantile
 
 _BISECTIONS = 24
 _NEWTON_STEPS = 4
@@ -71,7 +72,7 @@ def normal_transform(fn: Any) -> NormalTransform:
     if isinstance(fn, torch_dist.LowRankMultivariateNormal):
         return _low_rank_normal(fn)
     if isinstance(fn, torch_dist.Gamma):
-        return NormalTransform(scalar, lambda u: _gamma_draw(fn.concentration, u) / fn.rate)
+        return NormalTransform(scalar, lambda u: gamma_quantile(fn.concentration, u) / fn.rate)
     if isinstance(fn, torch_dist.StudentT):
         return NormalTransform(
             torch.Size([2]), lambda u: fn.loc + fn.scale * u[..., 0] * _t_scale(fn.df, u[..., 1])
@@ -159,47 +160,12 @@ def _normal_cdf(u: Tensor) -> Tensor:
 
 
 def _t_scale(df: Tensor, u: Tensor) -> Tensor:
-    return (0.5 * df / _gamma_draw(0.5 * df, u)).sqrt()
+    return (0.5 * df / gamma_quantile(0.5 * df, u)).sqrt()
 
 
 def _dirichlet_draw(concentration: Tensor, u: Tensor) -> Tensor:
-    gamma = _gamma_draw(concentration, u)
+    gamma = gamma_quantile(concentration, u)
     return gamma / gamma.sum(-1, keepdim=True)
-
-
-def _gamma_draw(concentration: Tensor, u: Tensor) -> Tensor:
-    """A standard gamma draw by its quantile function, with first derivatives."""
-    concentration, u = torch.broadcast_tensors(concentration, u)
-    shape, noise = concentration.detach().double(), u.detach().double()
-
-    def log_density(x: Tensor) -> Tensor:
-        return (shape - 1) * x.log() - x - shape.lgamma()
-
-    level = torch.special.ndtr(noise)
-    x = _solve(lambda x: torch.special.gammainc(shape, x), log_density, level, positive=True)
-    slope = torch.exp(_log_normal_density(noise) - log_density(x))
-    shape_slope = -_gamma_cdf_slope(shape, x) * torch.exp(-log_density(x))
-    moved = slope * (u - u.detach()) + shape_slope * (concentration - concentration.detach())
-    return (x + moved).to(u.dtype)
-
-
-def _gamma_cdf_slope(shape: Tensor, x: Tensor) -> Tensor:
-    """The derivative of the gamma distribution function in the shape, by differences.
-
-    They are of fourth order, good to ten digits; torch's own derivative has three, and cannot be
-    batched.
-    """
-    step = 1e-3 * shape
-
-    def change(function: Callable[[Tensor, Tensor], Tensor], width: Tensor) -> Tensor:
-        return (function(shape + width, x) - function(shape - width, x)) / (2 * width)
-
-    def slope(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return (4 * change(function, step) - change(function, 2 * step)) / 3
-
-    # Each tail by itself: far out, differences of the other one have no digits left.
-    upper = x > shape
-    return torch.where(upper, -slope(torch.special.gammaincc), slope(torch.special.gammainc))
 
 
 def _inverse_cdf_draw(fn: Any, u: Tensor) -> Tensor:
@@ -212,10 +178,6 @@ def _inverse_cdf_draw(fn: Any, u: Tensor) -> Tensor:
     level = fn.cdf(x)
     moved = torch.special.ndtr(u) - torch.special.ndtr(u).detach() - (level - level.detach())
     return x + inverse_density * moved
-
-
-def _log_normal_density(u: Tensor) -> Tensor:
-    return -0.5 * u.square() - 0.5 * math.log(2 * math.pi)
 
 
 def _solve(
