@@ -113,6 +113,7 @@ class LaplaceProposal:
         shift: By how much the parameters they follow have moved, on the real line; a vector.
         from_prior: Whether this particle comes from the prior, true or false; ``None`` where no
             particle does.
+        tells_origins: Whether draws tell from what noise the prior would have made them.
     """
 
     stratified = True
@@ -126,12 +127,15 @@ class LaplaceProposal:
         sites: Sites,
         shift: Tensor | None = None,
         from_prior: Tensor | None = None,
+        *,
+        tells_origins: bool = False,
     ) -> None:
         self.group = group
         self.blocks = blocks
         self.sites = sites
         self.shift = shift
         self.from_prior = from_prior
+        self.tells_origins = tells_origins
         self.before: list[Tensor] = []
 
     def noise_shape(self, name: str, fn: object, components: int | None) -> torch.Size:
@@ -149,7 +153,8 @@ class LaplaceProposal:
             linear = linear + apply(site.coupling, earlier)
         v, log_proposal = _propose(form, site.precision, linear, noise, self.from_prior)
         self.before.append(block.gather(v, self.group))
-        return Draw(form.value(v), log_gaussian(v, form) - log_proposal)
+        origin = _origin(v, form) if self.tells_origins else None
+        return Draw(form.value(v), log_gaussian(v, form) - log_proposal, origin)
 
 
 def tightness(precision: Tensor) -> Tensor:
@@ -192,6 +197,14 @@ def _propose(
     centre = torch.where(from_prior, form.loc, mean)
     v = centre + _solve(torch.where(from_prior, torch.linalg.cholesky(own), root), z)
     return v, log_det - 0.5 * apply(root.mT, v - mean).square().sum(-1)
+
+
+def _origin(v: Tensor, form: GaussianForm) -> Tensor:
+    """The noise from which the prior would have made v."""
+    if v.shape[-1] == 1:
+        return (v - form.loc) * form.precision[..., 0].sqrt()
+    root = torch.linalg.cholesky(torch.linalg.inv(form.precision))
+    return torch.linalg.solve_triangular(root, (v - form.loc)[..., None], upper=False)[..., 0]
 
 
 def _stretch(z: Tensor) -> tuple[Tensor, Tensor]:

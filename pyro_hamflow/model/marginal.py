@@ -192,6 +192,7 @@ class MarginalModel:
         self._each_particle = Vectorized(f"Particles of {list(self.sites)}")
         self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
         self.remark: str | None = None  # on what the proposal misses
+        self.tells_origins = False  # of particles, if the proposal can
         self.is_defended = True  # by particles of the prior, if it is Gaussian
 
     @property
@@ -349,7 +350,7 @@ class MarginalModel:
         """
         plan = self.plan(*args, **kwargs)
         layout = plan.layouts[group.name]
-        log_weights, values, start = [], [], 0
+        log_weights, values, origins, start = [], [], [], 0
         parts = zip(layout.strata, layout.split(u.to(layout.example)), strict=True)
         for _, alike in groupby(parts, lambda pair: pair[0].components):
             strata, parts_alike = zip(*alike, strict=True)
@@ -370,14 +371,18 @@ class MarginalModel:
                 proposal = self._proposal(plan, group, stratum, coordinates, parameters, from_prior)
                 return draw_particle(plan, group, stratum, coordinates, proposal, parameters)
 
-            weights, value = self._each_particle(particle, *rows)
+            weights, value, origin = self._each_particle(particle, *rows)
             log_weights.append(weights)
             values.append(value)
+            origins.append(origin)
             start = stop
         weights = torch.cat(log_weights)
         factors = layout.log_factors.reshape(-1, *[1] * (weights.dim() - 1))
-        joined = {name: torch.cat([value[name] for value in values]) for name in group.sites}
-        return Estimate(group, weights + factors, joined)
+        joined, noise = (
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for parts in (values, origins)
+        )
+        return Estimate(group, weights + factors, joined, noise)
 
     def _proposal(
         self,
@@ -401,7 +406,9 @@ class MarginalModel:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         blocks, fit = plan.layouts[group.name].blocks, self._fit
         sites = fit.sites[group.name, stratum.components].sites
-        return LaplaceProposal(group, blocks, sites, fit.anchor.shift(parameters), from_prior)
+        shift = fit.anchor.shift(parameters)
+        tells = self.tells_origins
+        return LaplaceProposal(group, blocks, sites, shift, from_prior, tells_origins=tells)
 
     def pilot(
         self,

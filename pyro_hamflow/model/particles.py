@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.poutine as poutine
@@ -43,11 +43,14 @@ class Estimate:
         group: The group.
         log_weights: Of shape ``(particles, *plates)``; their log-sum-exp is the log estimate.
         values: The particles of each local site.
+        origins: The noise from which the prior would have made the particles of each local site,
+            plates at their own dimensions, where the proposal tells.
     """
 
     group: Group
     log_weights: Tensor
     values: dict[str, Tensor]
+    origins: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def draw_particle(
     coordinates: Tensor,
     proposal: Proposal,
     parameters: dict[str, Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """One particle of every element of a group.
 
     Arguments:
@@ -115,12 +118,14 @@ def draw_particle(
         parameters: The values of all sites that are not integrated out.
 
     Returns:
-        Its log weight for each element, and the values of the local sites.
+        Its log weight for each element, the values of the local sites, and their origins, where
+        the proposal tells them.
     """
     blocks, components = plan.layouts[group.name].blocks, dict(stratum.components)
     log_ratios: list[Tensor] = []
     others: list[Tensor] = []
     values: dict[str, Tensor] = {}
+    origins: dict[str, Tensor] = {}
 
     def choose(msg: Any) -> Tensor:
         name, fn, scale = msg["name"], msg["fn"], msg["scale"]
@@ -137,13 +142,15 @@ def draw_particle(
             parts.append((scale - 1.0) * fn.log_prob(draw.value))
         others.extend(plan.sum(part, msg, group) for part in parts)
         values[name] = draw.value
+        if draw.origin is not None:
+            origins[name] = draw.origin
         return draw.value
 
     terms = plan.run(group, parameters, choose)
     zeros = coordinates.new_zeros(plate_shape(group.frames, plan.structure.nesting))
     if stratum.is_shared:
         log_ratios = [defended(sum(log_ratios[1:], start=log_ratios[0]))]
-    return sum(log_ratios + others + terms, start=zeros), values
+    return sum(log_ratios + others + terms, start=zeros), values, origins
 
 
 def defended(log_ratio: Tensor) -> Tensor:

@@ -28,10 +28,13 @@ class Draw(NamedTuple):
         value: The site's value.
         log_ratio: Log prior minus log proposal density, per element of the site's batch; ``None``
             where the particles come from the prior itself.
+        origin: The noise from which the prior itself would have made the value; ``None`` where that
+            is not known, or is the noise that was given.
     """
 
     value: Tensor
     log_ratio: Tensor | None
+    origin: Tensor | None = None
 
 
 class Proposal(Protocol):

@@ -50,9 +50,10 @@ def to_inference_data(
     sites are summed out, one for each element of the plates around these. Estimated likelihoods are
     estimated anew, from noise that the chain has not seen: those that it has accepted
     (``log_likelihood_estimate`` in ``sample_stats``) are too high for having been accepted. They
-    are averaged over more points, 1,024 at most, where the standard error of an element is not
-    below 0.05, as a root mean square over the draws; the attribute ``log_likelihood_error`` is the
-    largest, ``log_likelihood_points`` the mean number of points.
+    are averaged over more points, placed where the element's own are found to matter, and 1,024 at
+    most, where the standard error of an element is not below 0.05, as a root mean square over the
+    draws; the attribute ``log_likelihood_error`` is the largest, ``log_likelihood_points`` the mean
+    number of points.
 
     Names: a site keeps its name, and the dimension of a plate the plate's. Slashes become dots. A
     site called ``chain``, ``draw`` or ``sample`` comes out as ``chain_site`` and so on; a dimension

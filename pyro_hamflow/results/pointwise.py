@@ -9,21 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.structure import is_latent
+from pyro_hamflow.results.moved import MovedPoints, gather, movable
 from pyro_hamflow.results.rows import Rows
 from pyro_hamflow.results.terms import Term, densities, find_terms
 
 WANTED_ERROR = 0.05
-MOST_POINTS = 1024  # 545 elements with eight visits each take .05 s a draw from half as many
+MOST_POINTS = 1024
 _POINTS = 8  # of the first lattice
-_REPLICATES = 8  # of each
+_REPLICATES = 4  # of each
 _DRAWS = 250  # whose errors are looked at together
 _STREAM = 0x9E3779B97F4A7C15  # added to a run's seed, whose own stream the chain has seen
 
@@ -55,9 +58,10 @@ def pointwise(
 
     Where the likelihood is estimated, the estimates are averaged over fresh noise, until the
     standard error of each element, a root mean square over the draws, is below ``WANTED_ERROR``:
-    where it is not, the draws at fault are estimated again from four times as many points, up to
-    ``MOST_POINTS``. The logarithm of an average is low by half its variance, which is about .001 at
-    that error.
+    where it is not, the elements at fault are estimated again, first by points that are moved to
+    where their weights are (:mod:`~pyro_hamflow.results.moved`), then, at draws where one of them
+    is still at fault, from four times as many, up to ``MOST_POINTS``. The logarithm of an average
+    is low by half its variance, which is about .001 at that error.
 
     Arguments:
         source: The potential that the draws are positions of.
@@ -111,29 +115,33 @@ class _Estimator:
     """
 
     def __init__(self, source: Potential, model: Callable[..., Any], position: Tensor) -> None:
-        self._source, self._model = source, model
-        self._is_refined = isinstance(model, MarginalModel)
+        self._source = source
         self._points = 1
+        self._models: tuple[MarginalModel, ...] = ()
+        self._moved: dict[int, MovedPoints] = {}
+        self._programs: dict[int, Rows] = {}
+        self._plain = source
         if isinstance(model, MarginalModel):
             layouts = model.plan(*source.args, **source.kwargs).layouts.values()
             self._points = max(_POINTS, *(layout.num_particles for layout in layouts))
-        self._potentials: dict[int, Potential] = {}
-        self._programs: dict[int, Rows] = {}
-        potential = self._potential(0)
-        self.is_noisy = potential.noise_dimension > 0
+            self._models = movable(source, model, self._points)
+            self._plain = self._moved_points(0).potential
+        elif not source.separate_noise and _has_noise(source):
+            self._plain = Potential(model, source.args, source.kwargs, separate_noise=True)
+        self.is_noisy = self._plain.noise_dimension > 0
         values = source.unravel(position.flatten(0, 1).to(source.example.device))
         empty = position.flatten(0, 1)[:, :0].to(source.example.device)
         parts = [
-            values[site.name].reshape(len(empty), site.shape.numel()) for site in potential.sites
+            values[site.name].reshape(len(empty), site.shape.numel()) for site in self._plain.sites
         ]
         self.position = torch.cat([empty, *parts], -1)
-        trace = potential.trace(self.position[0], _quiet(potential, 1)[0])
+        trace = self._plain.trace(self.position[0], _quiet(self._plain, 1)[0])
         self.terms = find_terms(trace)
         self._shapes = [part.shape for part in densities(trace, self.terms)]
 
     def exact(self) -> list[Tensor | None]:
         """The log densities where there is no noise."""
-        return self._program(0)(self.position, _quiet(self._potential(0), len(self.position)))
+        return self._program(0)[0](self.position, _quiet(self._plain, len(self.position)))
 
     def average(self, draws: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Averages over fresh noise, from as many points as it takes.
@@ -146,16 +154,26 @@ class _Estimator:
             The logarithms of averages, a row for each draw; their standard errors; and from how
             many points they are.
         """
-        value, error = self._replicate(0, draws, generator)
-        points = torch.full((len(draws),), _REPLICATES * self._points)
+        value, error, places = self._replicate(0, draws, [], generator)
+        points = torch.full(value.shape, self._count(0))
         level = 1
-        while (enough := _REPLICATES * self._points * 4**level) <= MOST_POINTS:
-            bad = error.square().mean(0).sqrt() > WANTED_ERROR
-            todo = (bad & (error > WANTED_ERROR)).any(-1).nonzero().flatten()
-            if not len(todo):
+        while self._count(level) <= MOST_POINTS:
+            by_element = error.square().mean(0).sqrt()
+            bad = (by_element > WANTED_ERROR) & (error > WANTED_ERROR)
+            if not bool(bad.any()):
                 break
-            value[todo], error[todo] = self._replicate(level, draws[todo], generator)
-            points[todo] = enough
+            # Where a proposal fits badly, errors are found too small at single draws. So points are
+            # moved at all of them, which takes as long as the first level has, and no longer.
+            moves = bool(self._models) and level == 1
+            todo = (bad.any(-1) | moves).nonzero().flatten()
+            found = self._replicate(level, draws[todo], [p[todo] for p in places], generator)
+            # Whatever their own errors are: estimates that look good by chance are mostly too low.
+            new = by_element > WANTED_ERROR / 2
+            value[todo] = torch.where(new, found[0], value[todo])
+            error[todo] = torch.where(new, found[1], error[todo])
+            points[todo] = torch.where(new, self._count(level), points[todo])
+            for old, better in zip(places, found[2], strict=True):
+                old[todo] = better
             level += 1
         return value, error, points
 
@@ -171,49 +189,77 @@ class _Estimator:
             return []
         return [f"The model raised an error in {failures} runs; log-likelihoods are NaN there."]
 
+    def _growth(self, level: int) -> int:
+        """By how much a level has more points than the first; the second moves them, no more."""
+        return 4 ** (max(level - 1, 0) if self._models else level)
+
+    def _count(self, level: int) -> int:
+        """From how many points a level estimates an entry."""
+        return _REPLICATES * self._points * self._growth(level)
+
     def _replicate(
-        self, level: int, draws: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """The log of the average of a few estimates of each entry, and its standard error."""
-        count = _REPLICATES * (1 if self._is_refined else 4**level)
-        potential, program = self._potential(level), self._program(level)
-        shape = (len(draws) * count, potential.noise_dimension)
+        self, level: int, draws: Tensor, places: list[Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Averages of a few estimates of each entry.
+
+        Arguments:
+            level: Of the points.
+            draws: The numbers of the draws.
+            places: Where the points of each draw lie; none on the first level.
+            generator: Where noise comes from.
+
+        Returns:
+            Their logarithms; their standard errors; and where points lie best by them.
+        """
+        program, noise_dimension = self._program(level)
+        count = _REPLICATES * (1 if self._models else self._growth(level))
+        shape = (len(draws) * count, noise_dimension)
         noise = torch.randn(shape, generator=generator, dtype=self.position.dtype)
-        position = self.position[draws.to(self.position.device)].repeat_interleave(count, 0)
-        found = program(position, noise.to(position))
-        flat = [part.double().reshape(len(part), -1) for part in found if part is not None]
+        rows = [self.position[draws.to(self.position.device)], *places]
+        position, *others = (row.repeat_interleave(count, 0) for row in rows)
+        found = program(position, noise.to(position), *others)
+        flat = [
+            part.double().reshape(len(part), -1)
+            for part in found[: len(self.terms)]
+            if part is not None
+        ]
         estimates = torch.cat(flat, -1).reshape(len(draws), count, -1)
         value = estimates.logsumexp(1) - math.log(count)
         relative = (estimates - value[:, None]).exp()
-        return value, (relative.std(1) / math.sqrt(count)).nan_to_num(nan=math.inf)
+        error = (relative.std(1) / math.sqrt(count)).nan_to_num(nan=math.inf)
+        moments = [
+            part.unflatten(0, (len(draws), count))
+            for part in found[len(self.terms) :]
+            if part is not None
+        ]
+        return value, error, gather(moments)
 
-    def _potential(self, level: int) -> Potential:
-        """The target, noise apart; each level of a marginal model has four times the points."""
-        source, model = self._source, self._model
-        level = level if self._is_refined else 0
-        if level not in self._potentials:
-            if isinstance(model, MarginalModel):
-                model = model.refined(self._points * 4**level, "rqmc")
-            elif source.separate_noise or not _has_noise(source):
-                return source
-            self._potentials[level] = Potential(
-                model, source.args, source.kwargs, separate_noise=True
+    def _program(self, level: int) -> tuple[Rows, int]:
+        """From positions, noise and places to log densities and moments; the noise's dimension."""
+        key = level if self._models else 0
+        few, terms = self.position[:_DRAWS], self.terms
+        size, places = self._plain.noise_dimension, list[Tensor]()
+        run: Program = self._densities
+        if self._models:
+            moved = self._moved_points(level)
+            size, run = moved.shift_dimension, partial(moved.run, terms)
+            places = moved.examples(len(few)) if level else []
+        if key not in self._programs:
+            noise = few.new_full((len(few), size), 0.1)
+            rows = Rows(run, few, noise, *places, count=_REPLICATES * _DRAWS)
+            self._programs[key] = rows
+        return self._programs[key], size
+
+    def _densities(self, position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        return tuple(densities(self._plain.trace(position, noise), self.terms))
+
+    def _moved_points(self, level: int) -> MovedPoints:
+        if level not in self._moved:
+            model = self._models[min(level, 1)]
+            self._moved[level] = MovedPoints(
+                self._source, model, self._points * self._growth(level)
             )
-        return self._potentials[level]
-
-    def _program(self, level: int) -> Rows:
-        """From positions and noise to log densities."""
-        level = level if self._is_refined else 0
-        if level not in self._programs:
-            potential, terms = self._potential(level), self.terms
-
-            def once(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-                return tuple(densities(potential.trace(position, noise), terms))
-
-            few = self.position[:_DRAWS]
-            quiet = _quiet(potential, len(few))
-            self._programs[level] = Rows(once, few, quiet, count=_REPLICATES * _DRAWS)
-        return self._programs[level]
+        return self._moved[level]
 
 
 def _quiet(potential: Potential, rows: int) -> Tensor:
