@@ -10,8 +10,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import HMC, MCMC, marginalize
+from pyro_hamflow import HMC, MCMC, NUTS, marginalize
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.rounding import describe_ends
 from tests.test_marginal import AT, assert_unbiased, estimates
 
 SINGLE, DOUBLE = torch.float32, torch.float64
@@ -126,3 +127,35 @@ def test_rounding_in_a_marginal_model_is_told():
 
     with pytest.warns(RuntimeWarning, match="log density of site 'y' .* counts of 1e"):
         marginalize(mixed, ["x"]).plan(tensor([1.0e6], SINGLE))
+
+
+def share(dtype, concentration):
+    both = tensor(concentration, dtype)
+    pyro.sample("share", dist.Beta(both, both))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "concentration", "told"),
+    [(SINGLE, 0.1, True), (SINGLE, 1.0, False), (DOUBLE, 0.1, False)],
+)
+def test_draws_rounded_to_an_end_are_told(dtype, concentration, told):
+    """A fifth of the mass lies within a rounding error of one, and most of it is lost there."""
+    mcmc = MCMC(NUTS(share), num_samples=60, warmup_steps=60, num_chains=100, seed=0)
+    mcmc.run(dtype, concentration)
+    found = [m for m in mcmc.messages if "'share' are rounded by torch.float32 to an end" in m]
+    assert bool(found) == told
+    mean = float(mcmc.get_samples()["share"].mean())
+    assert (mean < 0.47) == told  # 0.5 of the model
+
+
+def test_ends_are_told_apart_at_any_shape():
+    def model():
+        pyro.sample("x", dist.Uniform(tensor([0.0, 0.0], SINGLE), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(tensor(0.0, SINGLE), 1.0))
+
+    sites = Potential(model).sites
+    fine = torch.tensor([[0.0, -70.0, 100.0], [10.0, -3.0, 1e4]], dtype=SINGLE)
+    assert describe_ends(sites, fine) is None
+    coarse = fine.clone()
+    coarse[1, 0] = 17.5
+    assert describe_ends(sites, coarse).startswith("0.5 of the draws of 'x' are rounded")

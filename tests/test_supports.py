@@ -9,11 +9,11 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
 from pyro_hamflow import MCMC, NUTS, AutoNeuralHamiltonianFlow
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.supports import Direction, LogCholesky
+from pyro_hamflow.model.supports import Direction, LogCholesky, StickBreaking
 from tests.laws import LIMIT, scores
 
 CHAINS = 24
@@ -176,6 +176,53 @@ def test_volume_of_matrices():
         transform.log_abs_det_jacobian(x, matrix), torch.linalg.slogdet(jacobian)[1]
     )
     torch.testing.assert_close(transform.inv(matrix), x)
+
+
+@pytest.mark.parametrize("size", [2, 5, 300])
+def test_coordinates_of_the_simplex_are_those_of_torch(size):
+    transform, other = StickBreaking(), biject_to(constraints.simplex)
+    x = torch.randn(3, size - 1)
+    share = transform(x)
+    torch.testing.assert_close(share, other(x))
+    torch.testing.assert_close(transform.inv(share), x)
+    torch.testing.assert_close(
+        transform.log_abs_det_jacobian(x, share), other.log_abs_det_jacobian(x, other(x))
+    )
+
+
+@pytest.mark.parametrize("end", [-60.0, 60.0])
+def test_small_shares_keep_their_density_in_single_precision(end):
+    """Far out the density falls by the concentrations that go to zero there.
+
+    Torch's map is flat below e to the power of -87, so that nothing holds a sampler there, and
+    keeps what is left of the stick above e to the power of -17.
+    """
+    fn = dist.Dirichlet(torch.tensor([0.1, 0.2, 0.3], dtype=torch.float32))
+
+    def log_density(transform, x):
+        share = transform(x)
+        return fn.log_prob(share) + transform.log_abs_det_jacobian(x, share)
+
+    x = torch.tensor([[end, 0.5], [1.2 * end, 0.5]], dtype=torch.float32)
+    near, far = log_density(StickBreaking(), x)
+    rate = 0.1 if end < 0.0 else 0.2 + 0.3
+    assert abs((near - far) / (0.2 * abs(end)) - rate) < 1e-4
+    lost = log_density(biject_to(constraints.simplex), 2.0 * x)
+    assert abs((lost[0] - lost[1]) / (0.4 * abs(end)) - rate) > 0.09
+
+
+def test_sparse_shares_in_single_precision():
+    def model():
+        pyro.sample("share", dist.Dirichlet(torch.full((4,), 0.2, dtype=torch.float32)))
+
+    draws = run(model, num_samples=200)["share"]
+    logs = draws.double().log()
+    digamma = torch.special.digamma(torch.tensor([0.2, 0.8]))
+    log_mean = float(digamma[0] - digamma[1])
+    check(
+        {f"share {i}": (draws[..., i], 0.25) for i in range(4)}
+        | {f"its logarithm {i}": (logs[..., i], log_mean) for i in range(4)}
+    )
 
 
 def test_density_of_directions_integrates_to_one():

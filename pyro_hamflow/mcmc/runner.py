@@ -24,6 +24,7 @@ from pyro_hamflow.checks import flag, whole
 from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel, meaningless
 from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.mcmc.record import Draws, Record
+from pyro_hamflow.model.rounding import describe_ends
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 _LONGEST = 4  # times the fewest iterations of warm-up
@@ -282,8 +283,11 @@ class MCMC:
         """Says in a sentence each what the run's statistics mean for its result."""
         potential = self.kernel.potential
         found = report(self.draws, potential.sites)
-        failed = potential.describe_failures(found.values["divergences"])
-        self.messages = self._heard + found.messages + ([failed] if failed else [])
+        rest = (
+            potential.describe_failures(found.values["divergences"]),
+            describe_ends(potential.sites, self.draws.position),
+        )
+        self.messages = self._heard + found.messages + [sentence for sentence in rest if sentence]
         self.report = found.values
         if not self.disable_progbar and "CI" not in os.environ:
             for message in self.messages:

@@ -1,18 +1,23 @@
-"""Log densities that single precision cannot tell apart."""
+"""Log densities, and values, that numbers of a precision cannot tell apart."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
+from torch.distributions.transforms import IndependentTransform
 
 from pyro_hamflow.model.proposals import float_type
+from pyro_hamflow.model.sites import Site, split
 from pyro_hamflow.model.structure import is_deterministic
 
+_FAR = 0.2  # of a coordinate, over which a density may change by a part that matters
+_SHARE = 5e-4  # of the draws
 _COARSE = 0.1  # in a log density: a tenth of what tells one hypothesis from another
 
 
@@ -49,6 +54,34 @@ def warn_of_rounding(trace: poutine.Trace) -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def describe_ends(sites: Sequence[Site], position: Tensor) -> str | None:
+    """Which site's draws are rounded at the ends of its support, in a sentence; mostly none.
+
+    Such draws do not have the model's density: a sampler moves on while the value stays.
+
+    Arguments:
+        sites: The latent sites.
+        position: Draws, of shape ``(*, dimension)``.
+    """
+    for name, free in split(list(sites), position).items():
+        site = next(site for site in sites if site.name == name)
+        transform = site.transform
+        while isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        if transform.domain.event_dim or not free.numel():
+            continue
+        off = (transform.inv(transform(free)) - free).abs()
+        share = float((~(off <= _FAR)).reshape(-1, *site.shape).double().mean(0).max())
+        if share > _SHARE:
+            wider = "" if site.dtype == torch.float64 else "parameters in torch.float64, or "
+            return (
+                f"{share:.2g} of the draws of '{name}' are rounded by {site.dtype} to an end of "
+                "its support, where they are too few or too many: give "
+                f"{wider}another site in its place, such as its logit or logarithm."
+            )
+    return None
 
 
 def _counts(fn: Any) -> bool:

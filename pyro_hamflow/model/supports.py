@@ -1,7 +1,8 @@
 """Where the values of sites lie, and how the real line is mapped there.
 
 Most maps are those registered with torch. Added to them are those of directions and angles, which
-forget the length of a vector, and of positive definite matrices by their Cholesky factors.
+forget the length of a vector, of positive definite matrices by their Cholesky factors, and of a
+simplex by logarithms.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, Transform, biject_to, constraints
+from torch.nn.functional import logsigmoid, pad
 
 _WRAPPERS = (MaskedDistribution, ExpandedDistribution, Independent)
 _CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
@@ -68,6 +70,52 @@ class Angle(Direction):
 
     def _inverse(self, y: Tensor) -> Tensor:
         return torch.stack([y.cos(), y.sin()], -1)
+
+
+class StickBreaking(Transform):
+    """Points of a simplex, each the share that a coordinate breaks off what is left of a stick.
+
+    The coordinates are those of torch's map. That one keeps every share away from zero and from the
+    whole by the last digit of a number, beyond which its density is flat for ever; here shares are
+    logarithms until the end, which become as small as numbers are.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.simplex
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StickBreaking)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size([*shape[:-1], shape[-1] + 1])
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size([*shape[:-1], shape[-1] - 1])
+
+    def _call(self, x: Tensor) -> Tensor:
+        broken, left = self._logs(x)
+        return torch.cat([broken, left[..., -1:]], -1).softmax(
+            -1
+        )  # which sum to one but for rounding
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        left = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        return y[..., :-1].log() - left.log() + self._offset(left)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        broken, _ = self._logs(x)
+        return (broken + logsigmoid(self._offset(x) - x)).sum(-1)
+
+    def _logs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logarithms of all shares but the last, and of what each leaves of the stick."""
+        level = x - self._offset(x)
+        left = logsigmoid(-level).cumsum(-1)
+        return logsigmoid(level) + pad(left[..., :-1], (1, 0)), left
+
+    def _offset(self, x: Tensor) -> Tensor:
+        """By how much coordinates are shifted, so that zero stands for equal shares."""
+        return torch.arange(x.shape[-1], 0, -1, dtype=x.dtype, device=x.device).log()
 
 
 class LogCholesky(Transform):
@@ -162,6 +210,8 @@ def transform_of(name: str, fn: Any) -> Any:
         return Direction()
     if innermost is constraints.positive_definite:
         return LogCholesky()
+    if innermost is constraints.simplex:
+        return StickBreaking()
     try:
         return biject_to(support)
     except NotImplementedError as error:
