@@ -52,10 +52,33 @@ def gamma_quantile(shape: Tensor, u: Tensor) -> Tensor:
     return (first + bend).to(u.dtype)
 
 
+def gamma_score(shape: Tensor, x: Tensor) -> Tensor:
+    """The inverse of :func:`gamma_quantile`, with first derivatives.
+
+    Arguments:
+        shape: The shape, positive.
+        x: Values, positive.
+    """
+    shape, x = torch.broadcast_tensors(shape, x)
+    a, value = shape.detach().double(), x.detach().double()
+    upper = value > a
+    tail = _tail(a, value, upper).clamp(min=torch.finfo(a.dtype).tiny)
+    z = torch.special.ndtri(tail)
+    z = torch.where(upper, -z, z)
+    log_normal = _log_normal(z)
+    slope = torch.exp(_log_density(a, value, a.lgamma()) - log_normal)
+    shape_slope = cdf_slope(a, value) * torch.exp(-log_normal)
+    moved = slope * (x.double() - value) + shape_slope * (shape.double() - a)
+    return (z + moved).to(x.dtype)
+
+
 def _slope(shape: Tensor, u: Tensor, x: Tensor, log_gamma: Tensor) -> Tensor:
     """The derivative of the quantile in the noise."""
-    log_normal = -0.5 * u.square() - 0.5 * math.log(2 * math.pi)
-    return torch.exp(log_normal - _log_density(shape, x, log_gamma))
+    return torch.exp(_log_normal(u) - _log_density(shape, x, log_gamma))
+
+
+def _log_normal(u: Tensor) -> Tensor:
+    return -0.5 * u.square() - 0.5 * math.log(2 * math.pi)
 
 
 def _log_density(shape: Tensor, x: Tensor, log_gamma: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ A likelihood that is no Gaussian looks like another one where a wider prior lets
 two sites are fitted, under the pilot's prior and under one of a many times larger variance, and for
 every parameter value their mean is taken, weighted by how wide the prior is there.
 
+Priors that are no Gaussians are taken in coordinates in which they are; see
+:mod:`pyro_hamflow.model.scores`.
+
 Where the true likelihood falls off more slowly than the site, or has another mode, such a proposal
 alone would have unbounded weights. So some particles come from the prior, and every value is shared
 out between the two kinds: the part
@@ -53,6 +56,7 @@ from torch import Tensor
 
 from pyro_hamflow.model.layout import Block
 from pyro_hamflow.model.proposals import Draw, GaussianForm, gaussian_form
+from pyro_hamflow.model.scores import Reference
 from pyro_hamflow.model.structure import Group
 
 _STRETCH = 1e-4
@@ -70,6 +74,7 @@ class LikelihoodSite:
         linear: The constant part of eta, of shape ``(*batch, k)``.
         coupling: Its slope in the coordinates of the sites before, ``(*batch, k, before)``.
         slopes: Its slope in the parameters, of shape ``(*batch, k, parameters)``; none if it stays.
+        near: Where the coordinates of a prior that is no Gaussian are held.
     """
 
     tightness: Tensor
@@ -77,6 +82,7 @@ class LikelihoodSite:
     linear: Tensor
     coupling: Tensor | None
     slopes: Tensor | None = None
+    near: Reference | None = None
 
     def moved(self, shift: Tensor | None) -> LikelihoodSite:
         """The site where parameters have moved by ``shift``, a vector, on the real line."""
@@ -143,8 +149,8 @@ class LaplaceProposal:
         return form.loc.shape[-1:]
 
     def draw(self, name: str, fn: object, noise: Tensor, component: int | None) -> Draw:
-        form = gaussian_form(name, fn, component).to(noise.dtype)
         (narrow, wide), block = self.sites[name], self.blocks[name]
+        form = gaussian_form(name, fn, component, narrow.near).to(noise.dtype)
         site = narrow.moved(self.shift).towards(wide.moved(self.shift), form.precision)
         linear = site.linear
         if site.coupling is not None:

@@ -32,6 +32,7 @@ from pyro_hamflow.model.particles import (
     Plan,
     draw_particle,
     joint_density,
+    references,
     run_program,
 )
 from pyro_hamflow.model.points import place_points
@@ -39,6 +40,7 @@ from pyro_hamflow.model.proposals import (
     PriorProposal,
     Proposal,
 )
+from pyro_hamflow.model.scores import Reference
 from pyro_hamflow.model.site_fit import Anchor, Fitted, fit_sites, keep_what_moves
 from pyro_hamflow.model.structure import (
     Frames,
@@ -121,8 +123,8 @@ def marginalize(
             Gaussian approximation of the likelihood, fitted before sampling, and a few from the
             prior itself, so that no weight exceeds the likelihood a hundredfold; a function
             ``(parameters, *model_args)`` from the sites that it samples as a Pyro program;
-            ``"auto"`` takes ``"laplace"`` where the local priors are Gaussian, transformed or
-            mixed, and ``"prior"`` elsewhere.
+            ``"auto"`` takes ``"laplace"``, for priors that are no Gaussians in their normal scores,
+            and ``"prior"`` where that misses something.
         points: ``"iid"`` for independent particles, ``"rqmc"`` for a randomly shifted lattice.
 
     Returns:
@@ -249,7 +251,7 @@ class MarginalModel:
                 self.proposal = "laplace"
                 try:
                     self._lay_out(plan)
-                except ValueError:  # a prior is not Gaussian; other faults will come up again
+                except ValueError:  # a prior is no transform of noise; faults will come up again
                     self.proposal = "prior"
             self._lay_out(plan)
         return plan
@@ -485,8 +487,13 @@ class MarginalModel:
                     continue
                 key = group.name, stratum.components
                 start = None if near is None else near.sites[key].mode
-                joint = partial(joint_density, plan, group, stratum)
-                sites[key] = fit_sites(group, layout, joint, anchor, start)
+                joint = partial(joint_density, plan, group, stratum, {})
+                held: dict[str, Reference] = {}
+                if near is None and references(plan, group, stratum, values, None):
+                    mode = fit_sites(group, layout, joint, Anchor(values, ()), None, held).mode
+                    held = references(plan, group, stratum, values, mode)
+                    joint = partial(joint_density, plan, group, stratum, held)
+                sites[key] = fit_sites(group, layout, joint, anchor, start, held)
         return Fit(plan.structure.key, *keep_what_moves(anchor, sites))
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ search.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,12 +92,12 @@ def normal_transform(fn: Any) -> NormalTransform:
         )
     if isinstance(fn, torch_dist.Dirichlet):
         return NormalTransform(fn.event_shape, lambda u: _dirichlet_draw(fn.concentration, u))
-    if isinstance(fn, torch_dist.TransformedDistribution) and not _folded(fn):
+    if isinstance(fn, torch_dist.TransformedDistribution) and not folded(fn):
         return _transformed(fn)
     if len(fn.event_shape) == 0 and not getattr(support(fn), "is_discrete", True):
-        if _has(fn.icdf):
+        if has(fn.icdf):
             return NormalTransform(scalar, lambda u: fn.icdf(_normal_cdf(u)))
-        if _has(fn.cdf):
+        if has(fn.cdf):
             return NormalTransform(scalar, lambda u: _inverse_cdf_draw(fn, u))
     raise ValueError(
         f"{type(fn).__name__} is no known smooth transform of normal noise: expected a "
@@ -129,7 +130,7 @@ def _low_rank_normal(fn: torch_dist.LowRankMultivariateNormal) -> NormalTransfor
     )
 
 
-def _folded(fn: torch_dist.TransformedDistribution) -> bool:
+def folded(fn: torch_dist.TransformedDistribution) -> bool:
     """Whether the distribution folds the line at zero, which is not smooth; its quantiles are."""
     return any(isinstance(transform, AbsTransform) for transform in fn.transforms)
 
@@ -142,7 +143,8 @@ def support(fn: Any) -> Any:
         return getattr(getattr(fn, "component_distribution", None), "support", constraints.real)
 
 
-def _has(method: Callable[[Tensor], Tensor]) -> bool:
+def has(method: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a distribution knows its quantile or distribution function."""
     try:
         method(torch.tensor(0.5))
     except (NotImplementedError, ValueError):
@@ -169,7 +171,10 @@ def _dirichlet_draw(concentration: Tensor, u: Tensor) -> Tensor:
 
 
 def _inverse_cdf_draw(fn: Any, u: Tensor) -> Tensor:
-    """A draw by the numerical inverse of ``fn.cdf``, with first derivatives."""
+    """A draw by the numerical inverse of ``fn.cdf``, with first derivatives.
+
+    The second derivative in the noise is right, too.
+    """
     u = u.expand(torch.broadcast_shapes(u.shape, fn.batch_shape))
     with torch.no_grad():
         positive = support(fn) in (constraints.positive, constraints.nonnegative)
@@ -177,7 +182,13 @@ def _inverse_cdf_draw(fn: Any, u: Tensor) -> Tensor:
         inverse_density = torch.exp(-fn.log_prob(x))
     level = fn.cdf(x)
     moved = torch.special.ndtr(u) - torch.special.ndtr(u).detach() - (level - level.detach())
-    return x + inverse_density * moved
+    first = x + inverse_density * moved
+
+    def slope(noise: Tensor, at: Tensor) -> Tensor:
+        return torch.exp(-0.5 * noise.square() - 0.5 * math.log(2 * math.pi) - fn.log_prob(at))
+
+    # Nothing in value and first derivative; the second derivative is that of the slope.
+    return first + 0.5 * (slope(u, first) - slope(u, first).detach()) * (u - u.detach())
 
 
 def _solve(

@@ -20,7 +20,9 @@ from pyro_hamflow.model.proposals import (
     float_type,
     gaussian_form,
     program_transform,
+    reference_of,
 )
+from pyro_hamflow.model.scores import Reference
 from pyro_hamflow.model.structure import (
     Group,
     SetValues,
@@ -164,7 +166,12 @@ def defended(log_ratio: Tensor) -> Tensor:
 
 
 def joint_density(
-    plan: Plan, group: Group, stratum: Stratum, parameters: dict[str, Tensor], times: float
+    plan: Plan,
+    group: Group,
+    stratum: Stratum,
+    near: dict[str, Reference],
+    parameters: dict[str, Tensor],
+    times: float,
 ) -> Callable[[dict[str, Tensor] | None], Any]:
     """The log joint density of a group's elements, as a function of Gaussian coordinates.
 
@@ -172,6 +179,7 @@ def joint_density(
         plan: The model.
         group: The group of local sites.
         stratum: Which components of mixture priors are meant.
+        near: Where the coordinates of priors that are no Gaussians are held.
         parameters: The values of all sites that are not integrated out.
         times: By how much the priors' variance is multiplied.
 
@@ -187,7 +195,8 @@ def joint_density(
 
         def choose(msg: Any) -> Tensor:
             name = msg["name"]
-            form = gaussian_form(name, msg["fn"], components.get(name)).to(example.dtype)
+            form = gaussian_form(name, msg["fn"], components.get(name), near.get(name))
+            form = form.to(example.dtype)
             form = form._replace(precision=form.precision / times)
             v = form.loc if coordinates is None else coordinates[name]
             parts.append(plan.sum(log_gaussian(v, form), msg, group))
@@ -198,6 +207,36 @@ def joint_density(
         return sum(parts[1:] + terms, start=parts[0]).reshape(group.shape), priors
 
     return evaluate
+
+
+def references(
+    plan: Plan, group: Group, stratum: Stratum, parameters: dict[str, Tensor], mode: Tensor | None
+) -> dict[str, Reference]:
+    """Holds the coordinates of priors that are no Gaussians at a mode in normal scores.
+
+    Arguments:
+        plan: The model.
+        group: The group of local sites.
+        stratum: Which components of mixture priors are meant.
+        parameters: The values of all sites that are not integrated out.
+        mode: The coordinates of each element, ``(*group.shape, dimension)``; the priors' means if
+            not given.
+    """
+    components, blocks = dict(stratum.components), plan.layouts[group.name].blocks
+    found: dict[str, Reference] = {}
+
+    def choose(msg: Any) -> Tensor:
+        name, fn = msg["name"], msg["fn"]
+        form = gaussian_form(name, fn, components.get(name))
+        value = form.value(form.loc if mode is None else blocks[name].spread(mode, group))
+        held = reference_of(fn, value, components.get(name))
+        if held is not None:
+            found[name] = held
+        return value
+
+    with torch.no_grad():
+        plan.run(group, parameters, choose)
+    return found
 
 
 def run_program(

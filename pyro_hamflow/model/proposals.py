@@ -17,8 +17,11 @@ import torch.distributions as torch_dist
 from torch import Tensor
 
 from pyro_hamflow.model.normal_transform import NormalTransform, normal_transform, support
+from pyro_hamflow.model.scores import Reference, reference, score_form
 
 _SUPPORT_CHECKS = 100
+_MULTIVARIATE = (torch_dist.MultivariateNormal, torch_dist.LowRankMultivariateNormal)
+_GAUSSIANS = (torch_dist.Normal, *_MULTIVARIATE)
 
 
 class Draw(NamedTuple):
@@ -158,12 +161,18 @@ def float_type(fn: Any, default: torch.dtype) -> torch.dtype:
         fn: The distribution.
         default: The type of one without such arguments.
     """
-    found: list[torch.dtype] = []
+    found = [part.dtype for part in _floats(fn)]
+    return reduce(torch.promote_types, found) if found else default
+
+
+def _floats(fn: Any) -> list[Tensor]:
+    """The floating-point tensors that a distribution is made of."""
+    found: list[Tensor] = []
     seen: list[Any] = []  # a transform and its inverse hold each other
 
     def visit(part: Any) -> None:
         if isinstance(part, Tensor) and part.is_floating_point():
-            found.append(part.dtype)
+            found.append(part)
         elif isinstance(part, (torch_dist.Distribution, torch_dist.Transform)):
             if any(part is other for other in seen):
                 return
@@ -175,7 +184,7 @@ def float_type(fn: Any, default: torch.dtype) -> torch.dtype:
                 visit(value)
 
     visit(fn)
-    return reduce(torch.promote_types, found) if found else default
+    return found
 
 
 def program_transform(name: str, fn: Any) -> NormalTransform:
@@ -209,14 +218,24 @@ class GaussianForm(NamedTuple):
         return GaussianForm(loc, precision, lambda v: value(v.to(own)))
 
 
-def gaussian_form(name: str, fn: Any, component: int | None = None) -> GaussianForm:
-    """Writes a Gaussian or transformed Gaussian prior, or a component of a mixture of such.
+def gaussian_form(
+    name: str, fn: Any, component: int | None = None, near: Reference | None = None
+) -> GaussianForm:
+    """Writes a prior, or a component of a mixture, as a transform of a Gaussian vector.
+
+    Arguments:
+        name: The site.
+        fn: Its prior.
+        component: Which component of a mixture is meant.
+        near: Where the vector is held, if it is a normal score.
 
     Raises:
-        ValueError: If the prior of site ``name`` is nothing of the kind.
+        ValueError: If no such transform is known for the prior.
     """
     if component is not None:
-        form = gaussian_form(name, fn.component_distribution)
+        if near is not None:
+            near = Reference(*(part.unsqueeze(len(fn.batch_shape)) for part in near))
+        form = gaussian_form(name, fn.component_distribution, None, near)
         dim, count = len(fn.batch_shape), form.loc.shape[-2]
 
         def expand(v: Tensor) -> Tensor:
@@ -229,7 +248,7 @@ def gaussian_form(name: str, fn: Any, component: int | None = None) -> GaussianF
     if isinstance(fn, torch_dist.Normal):
         loc, scale = torch.broadcast_tensors(fn.loc, fn.scale)
         return GaussianForm(loc[..., None], scale.pow(-2)[..., None, None], lambda v: v[..., 0])
-    if isinstance(fn, (torch_dist.MultivariateNormal, torch_dist.LowRankMultivariateNormal)):
+    if isinstance(fn, _MULTIVARIATE):
         return GaussianForm(fn.loc, fn.precision_matrix, lambda v: v)
     if isinstance(fn, torch_dist.Independent) and isinstance(fn.base_dist, torch_dist.Normal):
         shape = fn.event_shape
@@ -238,7 +257,7 @@ def gaussian_form(name: str, fn: Any, component: int | None = None) -> GaussianF
         return GaussianForm(
             loc, scale.pow(-2).diag_embed(), lambda v: v.reshape(v.shape[:-1] + shape)
         )
-    if isinstance(fn, torch_dist.TransformedDistribution):
+    if _is_transformed_gaussian(fn):
         form = gaussian_form(name, fn.base_dist)
 
         def transform(v: Tensor) -> Tensor:
@@ -247,10 +266,37 @@ def gaussian_form(name: str, fn: Any, component: int | None = None) -> GaussianF
                 value = part(value)
             return value
 
-        outer = len(fn.base_dist.batch_shape) - len(fn.batch_shape)
-        if outer == 0 and all(part.bijective for part in fn.transforms):
-            return GaussianForm(form.loc, form.precision, transform)
-    raise ValueError(
-        f"the prior of local site '{name}' is a {type(fn).__name__}: proposal 'laplace' expects a "
-        "Gaussian, a transformed Gaussian, or a mixture of such; use 'prior' or a function"
-    )
+        return GaussianForm(form.loc, form.precision, transform)
+    try:
+        scores = score_form(fn, _floats(fn)[0].to(float_type(fn, torch.float32)), near)
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"the prior of local site '{name}' is a {type(fn).__name__}: proposal 'laplace' "
+            f"expects a transform of normal noise; {error}"
+        ) from error
+    return GaussianForm(scores.loc, scores.scale.pow(-2).diag_embed(), scores.value)
+
+
+def _is_transformed_gaussian(fn: Any) -> bool:
+    """Whether a prior is a map of a Gaussian, of the same batch, that loses nothing."""
+    if not isinstance(fn, torch_dist.TransformedDistribution):
+        return _is_gaussian(fn)
+    same = len(fn.base_dist.batch_shape) == len(fn.batch_shape)
+    bijective = all(part.bijective for part in fn.transforms)
+    return same and bijective and _is_transformed_gaussian(fn.base_dist)
+
+
+def _is_gaussian(fn: Any) -> bool:
+    if isinstance(fn, torch_dist.Independent):
+        return isinstance(fn.base_dist, torch_dist.Normal)
+    return isinstance(fn, _GAUSSIANS)
+
+
+def reference_of(fn: Any, value: Tensor, component: int | None) -> Reference | None:
+    """Where the coordinates of a prior are held, at a value; none of Gaussian ones, which stay."""
+    if component is not None:
+        dim = len(fn.batch_shape)
+        many = value.unsqueeze(dim).expand(fn.component_distribution.shape())
+        found = reference_of(fn.component_distribution, many, None)
+        return found and Reference(*(part.select(dim, component) for part in found))
+    return None if _is_transformed_gaussian(fn) else reference(fn, value)

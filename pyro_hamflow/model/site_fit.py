@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_map
 
 from pyro_hamflow.model.laplace import WIDER, LikelihoodSite, Sites, apply, tightness
 from pyro_hamflow.model.layout import Block, Layout
+from pyro_hamflow.model.scores import Reference
 from pyro_hamflow.model.structure import Group, depth_of, plate_shape
 from pyro_hamflow.model.vectorize import Vectorized
 
 _NEWTON_STEPS = 30
 _AT_ONCE = 64  # parameter values that the model runs with at once
+_ASIDE = 1e-3  # prior standard deviations
 _NOTHING = 1e-5  # relative to the largest slope, what differences may leave of none
 
 
@@ -99,7 +101,12 @@ class Anchor:
 
 
 def fit_sites(
-    group: Group, layout: Layout, joint: Joint, anchor: Anchor, near: Tensor | None = None
+    group: Group,
+    layout: Layout,
+    joint: Joint,
+    anchor: Anchor,
+    near: Tensor | None,
+    held: dict[str, Reference],
 ) -> Fitted:
     """Fits the sites of one group at a pilot value of the parameters.
 
@@ -110,8 +117,10 @@ def fit_sites(
         anchor: The parameters' values, and which of them the sites are to follow.
         near: The mode at parameter values close by, to begin the search at, for sites that serve
             here alone, and no wider prior; the prior means if not given.
+        held: Where the coordinates of some sites are held.
     """
     narrow, mode = _fit(group, layout, joint, anchor, 1.0, near)
+    narrow = {name: replace(site, near=held.get(name)) for name, site in narrow.items()}
     if near is not None:
         return Fitted({name: (site, site) for name, site in narrow.items()}, mode)
     wide, _ = _fit(group, layout, joint, anchor, WIDER, None)
@@ -163,7 +172,11 @@ def _fit(
 
     if near is None or not bool(evaluate(unpack(near))[0].isfinite().all()):
         _, priors = evaluate(None)
-        start = [blocks[name].collect(loc, group) for name, (loc, _) in priors.items()]
+        # Beside the means: at the median some distributions' quantile functions have no slope.
+        start = [
+            blocks[name].collect(loc + _ASIDE * _deviations(precision), group)
+            for name, (loc, precision) in priors.items()
+        ]
         near = torch.cat(start, -1).detach()
     v, hessian = _maximise(lambda v: evaluate(unpack(v))[0], near)
     covariance = torch.linalg.inv(hessian)
@@ -199,6 +212,10 @@ def _fit(
 
     slopes = _differences(partial(each_site, linear_at), sum(anchor.sizes), mode)
     return {name: replace(site, slopes=slopes[name]) for name, site in sites.items()}, mode
+
+
+def _deviations(precision: Tensor) -> Tensor:
+    return precision.diagonal(dim1=-2, dim2=-1).rsqrt()
 
 
 def _differences(many: Callable[[Tensor], Any], size: int, example: Tensor) -> Any:

@@ -1,0 +1,224 @@
+"""Priors that are no Gaussians, in coordinates in which they are: sites of their likelihoods."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import biject_to
+
+import pyro_hamflow as phf
+from pyro_hamflow.model import laplace, particles, proposals
+from pyro_hamflow.model.normal_transform import normal_transform
+from pyro_hamflow.model.scores import reference, score_form
+from tests.mixed_models import MIXED_MODELS
+
+GRID = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)  # unconstrained
+COUNTS = torch.tensor([0.0, 1.0, 4.0, 9.0], dtype=torch.float64)
+REAL = torch.tensor([-2.0, 0.3, 1.1, 4.0], dtype=torch.float64)
+
+
+def poisson(x):
+    return dist.Poisson(1.5 * x)
+
+
+def normal(x):
+    return dist.Normal(x, 0.5)
+
+
+def binomial(x):
+    return dist.Binomial(12, x)
+
+
+def gammas(a, b):
+    parts = dist.Gamma(torch.stack([a, 4.0 * a]), torch.stack([b, b]))
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7]).to(a)), parts)
+
+
+# A prior by two positive parameters, a likelihood and its data.
+FAMILIES = {
+    "gamma": (dist.Gamma, poisson, COUNTS),
+    "exponential": (lambda a, b: dist.Exponential(b / a), poisson, COUNTS),
+    "inverse gamma": (lambda a, b: dist.InverseGamma(a + 1.0, b), poisson, COUNTS),
+    "weibull": (lambda a, b: dist.Weibull(b, a), poisson, COUNTS),
+    "half-cauchy": (lambda a, b: dist.HalfCauchy(b / a), poisson, COUNTS),
+    "beta": (dist.Beta, binomial, COUNTS),
+    "uniform": (lambda a, b: dist.Uniform(-a, 5.0 * b), normal, REAL),
+    "laplace": (dist.Laplace, normal, REAL),
+    "gumbel": (dist.Gumbel, normal, REAL),
+    "student t": (lambda a, b: dist.StudentT(3.0, a, b), normal, REAL),
+    "mixture of gammas": (gammas, poisson, COUNTS),
+}
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def at(a, b):
+    return {"a": torch.tensor(a).double(), "b": torch.tensor(b).double()}
+
+
+HERE, THERE = at(1.5, 1.2), at(1.9, 1.0)
+
+
+def model_of(family):
+    prior, term, _ = family
+
+    def model(y):
+        a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+        b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("group", len(y)):
+            x = pyro.sample("x", prior(a, b))
+            pyro.sample("y", term(x), obs=y)
+
+    return model
+
+
+def exact(family, values):
+    """The log likelihood of each datum, by quadrature over the unconstrained line."""
+    prior, term, y = family
+    fn = prior(values["a"], values["b"])
+    support = getattr(fn, "component_distribution", fn).support
+    transform = biject_to(support)
+    x = transform(GRID)
+    inside = support.check(x) & (x > 1e-300 if fn.support is not None and term is poisson else True)
+    joint = fn.log_prob(x) + transform.log_abs_det_jacobian(GRID, x)
+    joint = (joint + term(x).log_prob(y[:, None])).where(inside, torch.tensor(-torch.inf))
+    return joint.nan_to_num(-torch.inf).logsumexp(1) + math.log(GRID[1] - GRID[0])
+
+
+def estimates(family, values, num_particles, proposal="laplace", replicates=4000):
+    """Log estimates of each datum, ``(replicates, data)``; of sites fitted at ``HERE``."""
+    y = family[2]
+    marginal = phf.marginalize(
+        model_of(family), ["x"], num_particles=num_particles, proposal=proposal
+    )
+    if proposal == "laplace":
+        marginal.fit(y, pilot=HERE)
+    plan = marginal.plan(y)
+    group = plan.structure.groups[0]
+    shape = plan.layouts[group.name].noise_shape(group)
+
+    def one(u):
+        return marginal.estimate(group, u, values, y).log_weights.logsumexp(0)
+
+    noise = torch.randn(replicates, *shape, dtype=torch.float64)
+    with torch.no_grad(), marginal.hold(plan.structure), pyro.validation_enabled(False):
+        return torch.func.vmap(one, chunk_size=1000)(noise)
+
+
+@families
+@pytest.mark.parametrize("num_particles", [2, 8])
+def test_estimate_is_unbiased_where_it_was_not_fitted(family, num_particles):
+    ratio = (estimates(family, THERE, num_particles) - exact(family, THERE)).exp()
+    error = ratio.std(0) / math.sqrt(len(ratio))
+    assert error.max() < 0.1, "the test has no power"
+    assert bool(((ratio.mean(0) - 1.0).abs() < 4.0 * error).all())
+
+
+def test_a_coordinate_that_moves_otherwise_is_noticed(monkeypatch):
+    """As if the prior's mean in the held coordinate were not that of the score."""
+
+    def wrong(name, fn, component=None, near=None):
+        form = proposals.gaussian_form(name, fn, component, near)
+        return form._replace(loc=form.loc + 0.3) if near is not None else form
+
+    monkeypatch.setattr(laplace, "gaussian_form", wrong)
+    family = FAMILIES["gamma"]
+    ratio = (estimates(family, THERE, 8) - exact(family, THERE)).exp()
+    error = ratio.std(0) / math.sqrt(len(ratio))
+    assert ((ratio.mean(0) - 1.0).abs() / error).max() > 8.0
+
+
+@families
+def test_few_particles_do_where_many_of_the_prior_would_not(family):
+    """Eight vary less than four times as many of the prior, fitted where they are used or not."""
+    for values in (HERE, THERE):
+        own = estimates(family, values, 8, replicates=1000).var(0).sum()
+        assert own < 0.5 * estimates(family, values, 32, "prior", 1000).var(0).sum()
+
+
+@pytest.mark.parametrize("name", ["gamma", "weibull", "laplace"])
+def test_held_coordinates_keep_the_likelihood_in_its_place(name, monkeypatch):
+    """Where the prior moves, normal scores alone would take the site along."""
+    family = FAMILIES[name]
+    far = at(1.5, 2.4)
+    held = estimates(family, far, 8).var(0).sum()
+    monkeypatch.setattr(particles, "reference_of", lambda fn, value, component: None)
+    assert held < 0.5 * estimates(family, far, 8).var(0).sum()
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("beta", "student t")])
+def test_reference_is_the_inverse_of_the_draw(name):
+    prior = FAMILIES[name][0]
+    fn = getattr(prior(HERE["a"], HERE["b"]), "component_distribution", None)
+    fn = prior(HERE["a"], HERE["b"]) if fn is None else fn
+    z = torch.tensor([-3.0, -0.4, 0.2, 1.7, 4.0], dtype=torch.float64)[:, None]
+    z = z.expand(5, *fn.batch_shape) if fn.batch_shape else z[:, 0]
+    z = z.clone().requires_grad_()
+    x = normal_transform(fn).draw(z)
+    (slope,) = torch.autograd.grad(x.sum(), z)
+    found = reference(fn, x.detach())
+    rising = slope.sign()  # an inverse gamma's draws fall with the noise
+    assert torch.allclose(found.score, z.detach(), atol=1e-7)
+    assert torch.allclose(found.log_slope, -(rising * slope).log(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gamma", "inverse gamma", "weibull", "uniform", "laplace"])
+def test_coordinate_does_not_move_at_its_reference(name):
+    """Neither does its slope, and both forms give the same value there."""
+    prior = FAMILIES[name][0]
+    held = reference(prior(HERE["a"], HERE["b"]), torch.tensor(1.7).double())
+    here = score_form(prior(HERE["a"], HERE["b"]), HERE["a"], held)
+    there = score_form(prior(THERE["a"], THERE["b"]), HERE["a"], held)
+    v = held.score.reshape(1)
+    slopes = []
+    for form in (here, there):
+        assert torch.allclose(form.value(v), held.value, rtol=1e-9)
+        slopes.append(torch.autograd.functional.jacobian(form.value, v))
+    assert torch.allclose(*slopes, rtol=1e-7)
+
+
+def test_parameters_of_vectors_and_of_outer_sites_are_followed():
+    """A vector of gammas, and a rate below a normal site: each element's exact likelihood."""
+
+    def model(y):
+        b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("group", len(y)):
+            u = pyro.sample("u", dist.Normal(0.0, 0.5))
+            prior = dist.Gamma(2.0 * b.new_ones(2), (u.exp() * b)[..., None])
+            x = pyro.sample("x", prior.to_event(1))
+            pyro.sample("y", dist.Poisson(x).to_event(1), obs=y)
+
+    y = torch.tensor([[0.0, 1.0], [4.0, 2.0], [9.0, 7.0]], dtype=torch.float64)
+    marginal = phf.marginalize(model, ["u", "x"], num_particles=8)
+    marginal.fit(y, pilot={"b": HERE["b"]})
+    assert marginal.proposal == "laplace"
+    plan = marginal.plan(y)
+    group = plan.structure.groups[0]
+    noise = torch.randn(4000, *plan.layouts[group.name].noise_shape(group), dtype=torch.float64)
+
+    def one(u):
+        return marginal.estimate(group, u, {"b": THERE["b"]}, y).log_weights.logsumexp(0)
+
+    with torch.no_grad(), marginal.hold(plan.structure), pyro.validation_enabled(False):
+        found = torch.func.vmap(one, chunk_size=1000)(noise)
+    u = torch.linspace(-4.0, 4.0, 2001, dtype=torch.float64)
+    counts = dist.GammaPoisson(2.0, (u.exp() * THERE["b"])[:, None, None]).log_prob(y).sum(-1)
+    joint = counts + dist.Normal(0.0, 0.5).log_prob(u)[:, None]
+    ratio = (found - (joint.logsumexp(0) + math.log(u[1] - u[0]))).exp()
+    error = ratio.std(0) / math.sqrt(len(ratio))
+    assert error.max() < 0.1, "the test has no power"
+    assert bool(((ratio.mean(0) - 1.0).abs() < 4.0 * error).all())
+
+
+def test_pumps_take_two_particles_by_default():
+    """Of the prior, 32 have a variance of 1.5, and two of thousands."""
+    case = MIXED_MODELS["pumps"]
+    marginal = phf.marginalize(case.model, list(case.sites))
+    pilot = marginal.pilot(case.arguments(), {})
+    assert marginal.proposal == "laplace"
+    found = phf.estimator_quality(marginal, pilot, *case.arguments())
+    assert found.num_particles == 2
+    assert found.standard_deviation < 0.5
