@@ -200,6 +200,43 @@ def test_estimates_by_hand_are_averaged_too():
 
 
 SUBJECT = torch.tensor([0, 0, 1, 2, 2, 2, 1])
+CONTROL = torch.tensor([False, False, True, False, True, False, False])
+
+
+def with_controls(y, z):
+    """Rows of controls have no subject's effect; and a site of its own has none either."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("subject", 3):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+    with pyro.plate("row", 7):
+        effect = torch.where(CONTROL, mean, x[SUBJECT])
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+        pyro.sample("z", dist.Normal(2 * mean, 0.5), obs=z)
+
+
+def test_rows_without_local_sites_are_exact_under_their_own_site_s_name():
+    y = torch.linspace(-1.0, 2.0, 7, dtype=torch.float64)
+    mcmc = phf.MCMC(
+        phf.PseudoMarginalHMC(phf.marginalize(with_controls, ["x"])), 20, 20, num_chains=2, seed=0
+    )
+    mcmc.run(y, y.flip(0))
+    idata = phf.to_inference_data(mcmc)
+    found, mean = idata.log_likelihood, torch.tensor(idata.posterior["mean"].to_numpy())[..., None]
+    assert set(found) == {"y", "y_x", "z"}
+    assert found["y"].dims == ("chain", "draw", "y_dim_0") and list(found["y_dim_0"]) == [2, 4]
+    assert found["z"].dims == ("chain", "draw", "row")
+    np.testing.assert_allclose(found["y"], dist.Normal(mean, 1.0).log_prob(y[CONTROL]), rtol=1e-9)
+    np.testing.assert_allclose(
+        found["z"], dist.Normal(2 * mean, 0.5).log_prob(y.flip(0)), rtol=1e-9
+    )
+    truth = []
+    for subject in range(3):
+        rows = y[(subject == SUBJECT) & ~CONTROL]
+        covariance = torch.eye(len(rows)) + 1.0
+        loc = mean.expand(*mean.shape[:-1], len(rows))
+        truth.append(dist.MultivariateNormal(loc, covariance).log_prob(rows))
+    assert found["y_x"].dims == ("chain", "draw", "subject")
+    assert worst_element(found["y_x"], torch.stack(truth, -1).numpy()) < 1.3 * WANTED_ERROR
 
 
 def long_format(y):

@@ -527,6 +527,7 @@ class _HideLocalSites(Messenger):
         rest = self.structure.rest.get(name)
         if rest is not None:  # counted here, and not in an estimate
             msg["mask"] = rest if msg["mask"] is None else msg["mask"] & rest
+            msg["infer"] = {**(msg["infer"] or {}), "rest": rest}
         elif name in self.structure.hidden:
             if name in self.structure.placeholders:
                 msg["value"] = self.structure.placeholders[name]

@@ -25,6 +25,8 @@ class Array(NamedTuple):
         frames: The plates around them.
         event_dim: How many dimensions, counted from the right, cannot be plates.
         is_density: Whether it holds log densities, in which event dimensions are summed up.
+        entries: Which of the site's entries, counted flat, its one dimension holds; ``None`` for
+            all.
     """
 
     sites: tuple[str, ...]
@@ -32,6 +34,7 @@ class Array(NamedTuple):
     frames: Frames
     event_dim: int
     is_density: bool = False
+    entries: Tensor | None = None
 
     @property
     def label(self) -> str:
@@ -180,7 +183,7 @@ class Datasets:
                         f"{size}, as site '{array.label}' has"
                     )
                 return values
-        return np.arange(size)
+        return np.arange(size) if array.entries is None else to_numpy(array.entries)
 
 
 def to_numpy(value: Tensor) -> np.ndarray:

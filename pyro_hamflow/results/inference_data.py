@@ -46,7 +46,9 @@ def to_inference_data(
 
     ``log_likelihood`` has an entry for each observation, given all continuous sites of the
     posterior. Where local sites are integrated out, it has one for each element of the plates
-    around them, so that leave-one-out cross-validation leaves out subjects, say; and where discrete
+    around them, so that leave-one-out cross-validation leaves out subjects, say; rows of long data
+    that no local site enters keep their site's name, along a dimension ``SITE_dim_0`` of their
+    numbers, and the elements are called after the local sites as well; and where discrete
     sites are summed out, one for each element of the plates around these. Estimated likelihoods are
     estimated anew, from noise that the chain has not seen: those that it has accepted
     (``log_likelihood_estimate`` in ``sample_stats``) are too high for having been accepted. They
@@ -219,7 +221,7 @@ class _Model:
         arrays = []
         for term, value in zip(found.terms, found.values, strict=True):
             labels = tuple(n for n in term.labels if not is_computed(self.nodes[n]))
-            arrays.append(Array(labels, value.cpu(), term.frames, 0, is_density=True))
+            arrays.append(Array(labels, value.cpu(), term.frames, 0, True, term.entries))
         return arrays
 
     def observed(self) -> list[Array]:

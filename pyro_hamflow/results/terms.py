@@ -3,7 +3,8 @@
 Each term has an entry for every element of some plates. An observed site is a term of its own.
 Observed sites around which local sites were integrated out make one term together, and so do those
 that are joined by discrete sites that are summed out: an entry for each element of the plates
-around what is integrated, or summed, out.
+around what is integrated, or summed, out. Rows of long data that no local site enters are a term of
+their own, under their site's name.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class Term:
         nodes: Their names in the trace.
         frames: The plates that an entry belongs to an element of.
         summed: All sites that discrete sites join them with, if any do.
+        entries: The numbers of the site's entries that these are, counted flat; ``None`` for all.
     """
 
     labels: tuple[str, ...]
     nodes: tuple[str, ...]
     frames: Frames
     summed: tuple[str, ...] = ()
+    entries: Tensor | None = None
 
 
 def find_terms(trace: poutine.Trace) -> list[Term]:
@@ -60,7 +63,11 @@ def find_terms(trace: poutine.Trace) -> list[Term]:
         nodes = tuple(other for other in observed if other in joined)
         if nodes[0] != name:
             continue
-        labels = tuple(label for node in nodes for label in _labels(node, observed[node]["infer"]))
+        labels = tuple(dict.fromkeys(label for n in nodes for label in _labels(n, observed)))
+        rest = observed[name]["infer"].get("rest") if joined == (name,) else None
+        if rest is not None:
+            terms.append(Term(labels, nodes, (), entries=rest.reshape(-1).nonzero().flatten()))
+            continue
         frames = [set(vectorized_frames(trace.nodes[other])) for other in joined]
         common = sorted(set.intersection(*frames), key=lambda frame: frame.dim)
         if labels:
@@ -69,9 +76,15 @@ def find_terms(trace: poutine.Trace) -> list[Term]:
     return terms
 
 
-def _labels(name: str, infer: Mapping[str, Any]) -> tuple[str, ...]:
-    """The observed sites of the original model that a site stands for."""
-    return infer["estimate"].group.terms if "estimate" in infer else (name,)
+def _labels(name: str, observed: Mapping[str, Any]) -> tuple[str, ...]:
+    """The observed sites of the original model that a site stands for.
+
+    Where one of them has rows of its own as well, what is integrated out tells them apart.
+    """
+    if "estimate" not in observed[name]["infer"]:
+        return (name,)
+    group = observed[name]["infer"]["estimate"].group
+    return group.terms + group.sites if any(t in observed for t in group.terms) else group.terms
 
 
 def _components(trace: poutine.Trace) -> list[tuple[str, ...]]:
@@ -108,10 +121,13 @@ def densities(trace: poutine.Trace, terms: Sequence[Term]) -> list[Tensor]:
     with no_validation():
         if any(term.summed for term in terms):
             _pack(trace)
-        return [
-            _sum_out(trace, term) if term.summed else log_density(trace.nodes[term.nodes[0]])
-            for term in terms
-        ]
+        return [_sum_out(trace, term) if term.summed else _own(trace, term) for term in terms]
+
+
+def _own(trace: poutine.Trace, term: Term) -> Tensor:
+    """The log density of a term that discrete sites do not join with others."""
+    density = log_density(trace.nodes[term.nodes[0]])
+    return density if term.entries is None else density.reshape(-1)[term.entries]
 
 
 def _sum_out(trace: poutine.Trace, term: Term) -> Tensor:
