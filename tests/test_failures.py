@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import MCMC, NUTS
+from pyro_hamflow import HMC, MCMC, NUTS
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.transition import Tuning
@@ -15,6 +15,7 @@ from pyro_hamflow.model import recording
 from pyro_hamflow.model.capture import batch, capture
 from pyro_hamflow.model.failures import first_that_works
 from pyro_hamflow.model.potential import Potential
+from tests.laws import scores
 
 Y = torch.tensor([[1.0, 0.5], [-0.5, 0.2], [0.3, 0.9]], dtype=torch.float64)
 
@@ -162,6 +163,62 @@ def test_moves_in_python_leave_the_posterior_as_it_is():
     scores = (state.position - mean) / spread
     assert abs(float(scores.mean())) < 4.0 / num_chains**0.5
     assert abs(float(scores.square().mean()) - 1.0) < 4.0 * 1.5 / num_chains**0.5
+
+
+def refusing(error, low=-0.5):
+    """A model that raises where r lies below a bound, as it does at draws from its prior."""
+
+    def model():
+        r = pyro.sample("r", dist.Normal(-2.0, 3.0))
+        if r < low:
+            raise error("too low")
+        pyro.sample("y", dist.Normal(r, 1.0), obs=torch.tensor(0.2, dtype=torch.float64))
+
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The model could not be captured", "ignore:Converting a tensor")
+@pytest.mark.parametrize("error", [ValueError, AssertionError])
+def test_a_check_of_the_models_own_cuts_its_posterior(error):
+    """A normal posterior with mean -0.02 and variance 0.9, cut off at -0.5."""
+    kernel = NUTS(refusing(error), max_tree_depth=2)
+    mcmc = MCMC(kernel, 200, 100, num_chains=4, seed=0, disable_progbar=True)
+    mcmc.run()
+    r = mcmc.get_samples(group_by_chain=True)["r"].double()
+    grid = torch.linspace(-0.5, 8.0, 20_001, dtype=torch.float64)
+    probability = (-0.5 * (grid + 0.02).square() / 0.9).softmax(0)
+    mean = float((grid * probability).sum())
+    variance = float(((grid - mean).square() * probability).sum())
+    assert abs(scores(r.numpy(), mean)).max() < 4.0
+    assert abs(scores((r.numpy() - mean) ** 2, variance)).max() < 4.0
+    assert r.min() >= -0.5
+    failures = kernel.potential.failures
+    assert failures.count > 0
+    assert any(f"failed at {failures.count} of" in message for message in mcmc.messages)
+    assert any("too low" in message for message in mcmc.messages)
+
+
+def test_a_check_that_never_passes_is_raised_as_it_is():
+    with pytest.raises(ValueError, match="too low"):
+        Potential(refusing(ValueError, low=1e9))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_function_is_looked_at_where_chains_start(traced):
+    """Away from a matrix that is positive definite hardly any random one is."""
+
+    def energy(values):
+        return torch.linalg.cholesky(values["k"]).diagonal().square().sum()
+
+    start = {"k": 50.0 * torch.eye(3)}
+    function = torch.jit.trace(energy, (start,)) if traced else energy
+    kernel = HMC(potential_fn=function, adapt_step_size=False, num_steps=3, step_size=1e-20)
+    kernel.initial_params = start
+    kernel.setup(0)
+    indefinite = {"k": torch.ones(3, 3)}
+    moved = kernel.sample(indefinite)  # from where there is no density
+    assert torch.equal(moved["k"], indefinite["k"])
+    torch.testing.assert_close(kernel.sample(start)["k"], start["k"])
 
 
 def test_faults_of_the_model_itself_are_raised_as_they_are():

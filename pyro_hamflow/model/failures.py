@@ -81,8 +81,13 @@ def first_that_works(run: Callable[[Point], Result], points: Iterable[Point]) ->
 
 
 def is_numerical(error: Exception) -> bool:
-    """Whether an error may come from the values that a model was run with."""
-    if isinstance(error, torch.linalg.LinAlgError | np.linalg.LinAlgError | ArithmeticError):
+    """Whether an error may come from the values that a model was run with.
+
+    So may a check of the model's own, a ``raise ValueError`` or an ``assert``.
+    """
+    if isinstance(error, ValueError | AssertionError | ArithmeticError):
+        return True
+    if isinstance(error, torch.linalg.LinAlgError | np.linalg.LinAlgError):
         return True
     return isinstance(error, RuntimeError) and "linalg" in str(error)
 

@@ -58,7 +58,8 @@ class FunctionPotential(Potential):
             )
         self.outward = dict(transforms or {})
         self.potential_fn = potential_fn
-        sites = {name: _Flat(value.detach()) for name, value in example.items()}
+        self._example = {name: value.detach() for name, value in example.items()}
+        sites = {name: _Flat(value) for name, value in self._example.items()}
 
         def model() -> None:
             for name, site in sites.items():
@@ -75,6 +76,11 @@ class FunctionPotential(Potential):
                 "scalar"
             )
         return energy.reshape(())
+
+    def _from_middle(self, factor: float, position: Tensor) -> Tensor:
+        """Around the example, about which the function is known to work."""
+        middle = self.ravel({name: value[None] for name, value in self._example.items()}, 1)[0]
+        return middle + super()._from_middle(factor, position)
 
     @property
     def transforms(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class Potential(Programs):
         self._unused = self._find_unused(trace)
         self._factor = _FACTORS[0]
         self._key = explained(
-            lambda: first_that_works(self._refuse_randomness, _FACTORS),
+            lambda: self._refuse_randomness(*first_that_works(self._look_twice, _FACTORS)),
             self.value_of_one,
             position,
             noise,
@@ -297,7 +297,10 @@ class Potential(Programs):
 
     def _known(self, kind: str) -> tuple[Tensor, ...]:
         position, *others = (example[0] for example in self._examples(kind, 1))
-        return self._factor * position, *others
+        return self._from_middle(self._factor, position), *others
+
+    def _from_middle(self, factor: float, position: Tensor) -> Tensor:
+        return factor * position
 
     def _begins_gradient(self, kind: str) -> bool:
         return kind == "evaluate" and not self.estimates
@@ -322,13 +325,16 @@ class Potential(Programs):
             return self._value_of_run(trace, free), outlines
 
         position, noise = (part[0] for part in self.vectors(1))
-        return take_fingerprint(run, self._factor * position, noise)
+        return take_fingerprint(run, self._from_middle(self._factor, position), noise)
 
-    def _refuse_randomness(self, factor: float) -> str | None:
-        """Runs the model twice at one point; returns what it did there, as a key."""
+    def _look_twice(self, factor: float) -> tuple[Fingerprint, Fingerprint]:
+        """What the model does in two runs at one point, so many times the fixed random one."""
         self._factor = factor
         with torch.random.fork_rng():
-            first, second = self._look(), self._look()
+            return self._look(), self._look()
+
+    def _refuse_randomness(self, first: Fingerprint, second: Fingerprint) -> str | None:
+        """Compares two runs of the model at one point; returns what it did there, as a key."""
         values = first.result[0], second.result[0]
         if first.random[0] or not torch.equal(*(value.nan_to_num() for value in values)):
             raise ValueError(

@@ -77,6 +77,10 @@ class Programs(ABC):
         """Arguments of one chain that a kind's function is known to work with."""
 
     @abstractmethod
+    def _from_middle(self, factor: float, position: Tensor) -> Tensor:
+        """A position in this direction from the middle of those that functions are looked at."""
+
+    @abstractmethod
     def _begins_gradient(self, kind: str) -> bool:
         """Whether a kind's results are the first of the gradient's."""
 
@@ -267,7 +271,7 @@ class Programs(ABC):
         """Arguments of one chain at a few points."""
         position, noise, *uniform = (part[0] for part in self._examples(kind, 1))
         for factor in _CHECKS:
-            yield factor * position, factor * noise, *uniform
+            yield self._from_middle(factor, position), factor * noise, *uniform
         yield self._known(kind)
 
 
