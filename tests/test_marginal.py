@@ -176,7 +176,7 @@ def _forgets_to_divide(monkeypatch):
 
 def _forgets_the_ratio(monkeypatch):
     draw = ProgramProposal.draw
-    forget = lambda *args: draw(*args)._replace(log_ratio=None)  # noqa: E731
+    forget = lambda *args: draw(*args)._replace(log_ratios=())  # noqa: E731
     monkeypatch.setattr(ProgramProposal, "draw", forget)
 
 

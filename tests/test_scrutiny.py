@@ -11,7 +11,9 @@ import torch
 
 import pyro_hamflow as phf
 from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
+from pyro_hamflow.model import marginal as marginal_module
 from pyro_hamflow.model import pilot as pilot_module
+from pyro_hamflow.model import scrutiny as scrutiny_module
 from pyro_hamflow.model.scrutiny import Look, look, missed, misses
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
@@ -48,7 +50,7 @@ SEVERAL_MODES = {
 
 
 @pytest.mark.parametrize("term", SEVERAL_MODES.values(), ids=SEVERAL_MODES)
-def test_missed_modes_are_noticed_and_mended(term):
+def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
     model, exact = effects(term)
     named = phf.marginalize(model, ["x"], proposal="laplace")
     pilot = named.pilot((Y,), {})
@@ -56,6 +58,20 @@ def test_missed_modes_are_noticed_and_mended(term):
     lost = exact(pilot["mean"], Y) - look(named, pilot, (Y,), {}, alone=True).log_likelihood
     assert lost.max() > 0.2
 
+    chosen = phf.marginalize(model, ["x"])
+    pilot = chosen.pilot((Y,), {})
+    assert chosen.proposal == "laplace" and "several modes of each are fitted" in chosen.remark
+    prior = look(chosen, pilot, (Y,), {}, from_prior=True)
+    monkeypatch.setattr(scrutiny_module, "_POINTS", 4096)
+    found = look(chosen, pilot, (Y,), {})
+    assert (found.log_likelihood - exact(pilot["mean"], Y)).abs().max() < 0.03
+    assert found.variance(1) < 0.1 * prior.variance(1)
+
+
+@pytest.mark.parametrize("term", SEVERAL_MODES.values(), ids=SEVERAL_MODES)
+def test_particles_come_from_the_prior_where_modes_are_still_missed(term, monkeypatch):
+    monkeypatch.setattr(marginal_module, "MOST_MODES", 1)
+    model, exact = effects(term)
     chosen = phf.marginalize(model, ["x"])
     pilot = chosen.pilot((Y,), {})
     assert chosen.proposal == "prior" and "particles come from the prior instead" in chosen.remark

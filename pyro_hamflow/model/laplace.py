@@ -50,6 +50,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +110,18 @@ class LikelihoodSite:
 Sites = dict[str, tuple[LikelihoodSite, LikelihoodSite]]  # of each local site, the pilot's first
 
 
+class Spread(NamedTuple):
+    """What of a proposal about several modes is not in their sites.
+
+    Attributes:
+        log_shares: The logarithm of each mode's share, of shape ``(modes, *group.shape)``.
+        tail: By how much the noise is stretched, of shape ``(*group.shape)``.
+    """
+
+    log_shares: Tensor
+    tail: Tensor
+
+
 class LaplaceProposal:
     """Particles from the prior times a Gaussian site of the likelihood; see the module's text.
 
@@ -149,18 +162,22 @@ class LaplaceProposal:
         return form.loc.shape[-1:]
 
     def draw(self, name: str, fn: object, noise: Tensor, component: int | None) -> Draw:
-        (narrow, wide), block = self.sites[name], self.blocks[name]
-        form = gaussian_form(name, fn, component, narrow.near).to(noise.dtype)
+        form = gaussian_form(name, fn, component, self.sites[name][0].near).to(noise.dtype)
+        precision, linear = self.site(name, form, self.sites)
+        v, log_proposal = _propose(form, precision, linear, noise, self.from_prior)
+        self.before.append(self.blocks[name].gather(v, self.group))
+        origin = origin_of(v, form) if self.tells_origins else None
+        return Draw(form.value(v), (log_gaussian(v, form) - log_proposal,), origin)
+
+    def site(self, name: str, form: GaussianForm, sites: Sites) -> tuple[Tensor, Tensor]:
+        """The precision and linear term of a site, for a prior and given what comes before."""
+        narrow, wide = sites[name]
         site = narrow.moved(self.shift).towards(wide.moved(self.shift), form.precision)
-        linear = site.linear
-        if site.coupling is not None:
-            batch = torch.broadcast_shapes(*[part.shape[:-1] for part in self.before])
-            earlier = torch.cat([part.expand(*batch, -1) for part in self.before], -1)
-            linear = linear + apply(site.coupling, earlier)
-        v, log_proposal = _propose(form, site.precision, linear, noise, self.from_prior)
-        self.before.append(block.gather(v, self.group))
-        origin = _origin(v, form) if self.tells_origins else None
-        return Draw(form.value(v), log_gaussian(v, form) - log_proposal, origin)
+        if site.coupling is None:
+            return site.precision, site.linear
+        batch = torch.broadcast_shapes(*[part.shape[:-1] for part in self.before])
+        earlier = torch.cat([part.expand(*batch, -1) for part in self.before], -1)
+        return site.precision, site.linear + apply(site.coupling, earlier)
 
 
 def tightness(precision: Tensor) -> Tensor:
@@ -199,13 +216,13 @@ def _propose(
     log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     if from_prior is None:
         stretched, log_noise = _stretch(z)
-        return mean + _solve(root, stretched), log_noise + log_det
+        return mean + solve(root, stretched), log_noise + log_det
     centre = torch.where(from_prior, form.loc, mean)
-    v = centre + _solve(torch.where(from_prior, torch.linalg.cholesky(own), root), z)
+    v = centre + solve(torch.where(from_prior, torch.linalg.cholesky(own), root), z)
     return v, log_det - 0.5 * apply(root.mT, v - mean).square().sum(-1)
 
 
-def _origin(v: Tensor, form: GaussianForm) -> Tensor:
+def origin_of(v: Tensor, form: GaussianForm) -> Tensor:
     """The noise from which the prior would have made v."""
     if v.shape[-1] == 1:
         return (v - form.loc) * form.precision[..., 0].sqrt()
@@ -219,7 +236,7 @@ def _stretch(z: Tensor) -> tuple[Tensor, Tensor]:
     return z + _STRETCH * z.pow(5), -0.5 * z.square().sum(-1) - log_stretch
 
 
-def _solve(root: Tensor, vector: Tensor) -> Tensor:
+def solve(root: Tensor, vector: Tensor) -> Tensor:
     """What the transpose of a lower triangular matrix maps to a vector."""
     return torch.linalg.solve_triangular(root.mT, vector[..., None], upper=True)[..., 0]
 

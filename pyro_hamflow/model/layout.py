@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import product
@@ -23,6 +24,8 @@ from pyro_hamflow.model.structure import (
     plate_shape,
     vectorized_frames,
 )
+
+Components = tuple[tuple[str, int], ...]  # that of each site with a mixture prior
 
 PRIOR_SHARE = 0.01  # of the prior in the mixture that all particles are weighed by
 _PER_PRIOR_PARTICLE = 8  # of which one comes from the prior
@@ -107,12 +110,14 @@ class Stratum:
         count: How many particles.
         share: How much they count beside those of the same components from elsewhere.
         from_prior: Whether they come from the prior, to defend another proposal.
+        mode: Otherwise, about which of an element's modes they lie.
     """
 
-    components: tuple[tuple[str, int], ...]
+    components: Components
     count: int
     share: float = 1.0
     from_prior: bool = False
+    mode: int = 0
 
     @property
     def is_shared(self) -> bool:
@@ -156,6 +161,15 @@ class Layout:
         flags = [s.from_prior for s in self.strata for _ in range(s.count)]
         return torch.tensor(flags, device=self.example.device)
 
+    @cached_property
+    def sources(self) -> Tensor:
+        """The mode that each particle lies about; for those from the prior, the number of modes."""
+        rows = []
+        for s in self.strata:
+            alike = sum(t.components == s.components and not t.from_prior for t in self.strata)
+            rows += s.count * [alike if s.from_prior else s.mode]
+        return torch.tensor(rows, device=self.example.device)
+
     def noise_shape(self, group: Group) -> torch.Size:
         vectors = sum(noise_count(self.points, stratum.count) for stratum in self.strata)
         return torch.Size([vectors, *group.shape, self.dimension])
@@ -166,12 +180,25 @@ class Layout:
 
 
 def lay_out(
-    group: Group, trace: poutine.Trace, proposal: Proposal, num_particles: int | None, points: str
+    group: Group,
+    trace: poutine.Trace,
+    proposal: Proposal,
+    num_particles: int | None,
+    points: str,
+    modes: Mapping[Components, int],
 ) -> Layout:
     """Counts the coordinates of a group's sites and shares its particles among mixture components.
 
     Without a number of particles, there are as many as the proposal needs to serve well, and one
-    for each component of the mixture priors.
+    for each component of the mixture priors; with several modes one for each of these, too.
+
+    Arguments:
+        group: The group.
+        trace: A run of the model.
+        proposal: Where particles come from.
+        num_particles: How many there are, if that is known.
+        points: ``"iid"`` or ``"rqmc"``.
+        modes: How many the proposal has for each choice of components; one if not given.
 
     Raises:
         ValueError: If there are fewer particles than components.
@@ -191,17 +218,18 @@ def lay_out(
         if splits is not None and proposal.stratified:
             choices.append([(name, component) for component in range(splits)])
     combinations = list(product(*choices))
+    fewest = sum(modes.get(tuple(components), 1) for components in combinations)
     if num_particles is None:
-        num_particles = max(proposal.enough_particles, len(combinations))
-    if num_particles < len(combinations):
+        num_particles = max(proposal.enough_particles, len(combinations) + sum(modes.values()))
+    if num_particles < fewest:
         raise ValueError(
-            f"`num_particles` is {num_particles}: expected at least {len(combinations)}, one for "
+            f"`num_particles` is {num_particles}: expected at least {fewest}, one for "
             f"each component of the mixture priors of {list(group.sites)}"
         )
     share, rest = divmod(num_particles, len(combinations))
     strata: list[Stratum] = []
     for i, components in enumerate(combinations):
-        strata += _from_both(components, share + (i < rest), proposal)
+        strata += _from_both(components, share + (i < rest), proposal, modes.get(components, 1))
     sites = [site for site in trace.nodes.values() if is_latent(site)]
     tensors = [site["value"] for site in sites if site["value"].is_floating_point()]
     tensors += [log_density(trace.nodes[name]) for name in group.sites]
@@ -210,14 +238,13 @@ def lay_out(
     return Layout(blocks, start, tuple(strata), points, example)
 
 
-def _from_both(
-    components: tuple[tuple[str, int], ...], count: int, proposal: Proposal
-) -> list[Stratum]:
+def _from_both(components: Components, count: int, proposal: Proposal, modes: int) -> list[Stratum]:
     """Particles from a proposal, and some from the prior where the proposal needs defence."""
-    if not proposal.is_defended or count == 1:
-        return [Stratum(components, count)]
-    few = max(1, count // _PER_PRIOR_PARTICLE)
-    return [
-        Stratum(components, count - few, 1.0 - PRIOR_SHARE),
-        Stratum(components, few, PRIOR_SHARE, from_prior=True),
-    ]
+    few, share = 0, 1.0
+    if proposal.is_defended and count > modes:
+        few, share = max(1, count // _PER_PRIOR_PARTICLE), 1.0 - PRIOR_SHARE
+    each, rest = divmod(count - few, modes)
+    strata = [Stratum(components, each + (k < rest), share, mode=k) for k in range(modes)]
+    if few:
+        strata.append(Stratum(components, few, PRIOR_SHARE, from_prior=True))
+    return strata

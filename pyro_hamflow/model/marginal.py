@@ -10,9 +10,9 @@ noise invariant samples the exact posterior of the parameters, for any number of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -25,8 +25,10 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_hamflow.model.analysis import Run, analyse
-from pyro_hamflow.model.laplace import LaplaceProposal
-from pyro_hamflow.model.layout import Layout, Stratum, lay_out
+from pyro_hamflow.model.laplace import LaplaceProposal, Spread
+from pyro_hamflow.model.layout import Components, Layout, Stratum, lay_out
+from pyro_hamflow.model.mixture_proposal import MixtureProposal
+from pyro_hamflow.model.modes import MOST_MODES, find_modes
 from pyro_hamflow.model.particles import (
     Estimate,
     Plan,
@@ -41,7 +43,13 @@ from pyro_hamflow.model.proposals import (
     Proposal,
 )
 from pyro_hamflow.model.scores import Reference
-from pyro_hamflow.model.site_fit import Anchor, Fitted, fit_sites, keep_what_moves
+from pyro_hamflow.model.site_fit import (
+    Anchor,
+    Fitted,
+    fit_modes,
+    fit_sites,
+    keep_what_moves,
+)
 from pyro_hamflow.model.structure import (
     Frames,
     Group,
@@ -52,6 +60,7 @@ from pyro_hamflow.model.vectorize import Vectorized
 
 Model = Callable[..., Any]
 
+_TAIL = 0.5  # of several modes, until it is settled
 _FAR = 1.0  # posterior standard deviations
 
 
@@ -124,7 +133,8 @@ def marginalize(
             prior itself, so that no weight exceeds the likelihood a hundredfold; a function
             ``(parameters, *model_args)`` from the sites that it samples as a Pyro program;
             ``"auto"`` takes ``"laplace"``, for priors that are no Gaussians in their normal scores,
-            and ``"prior"`` where that misses something.
+            with several modes for each element where one misses something, and ``"prior"`` where
+            these do.
         points: ``"iid"`` for independent particles, ``"rqmc"`` for a randomly shifted lattice.
 
     Returns:
@@ -195,6 +205,7 @@ class MarginalModel:
         self.pilot_distance = 0.0  # of the pilot from the top, in posterior standard deviations
         self.remark: str | None = None  # on what the proposal misses
         self.tells_origins = False  # of particles, if the proposal can
+        self.finds_modes = False  # of a Gaussian proposal, several for each element
         self.is_defended = True  # by particles of the prior, if it is Gaussian
 
     @property
@@ -245,6 +256,7 @@ class MarginalModel:
             self._structure, self._layouts = structure, {}
             if self._chooses_proposal:
                 self.proposal = "auto"
+                self.finds_modes = False
         plan = Plan(self.model, args, kwargs, structure, self._layouts)
         if not self._layouts:
             if self.proposal == "auto":
@@ -290,8 +302,17 @@ class MarginalModel:
         for group in plan.structure.groups:
             proposal = self._proposal(plan, group, None, None, parameters)
             plan.layouts[group.name] = lay_out(
-                group, trace, proposal, self.settled_particles, self.points
+                group, trace, proposal, self.settled_particles, self.points, self._modes(group)
             )
+
+    def _modes(self, group: Group) -> dict[Components, int]:
+        """How many modes the proposal has, for each choice of components of a group."""
+        if not self.finds_modes or self.proposal != "laplace" or self._fit is None:
+            return {}
+        fits = self._fit.sites.items()
+        return {
+            components: len(fit.sites) for (name, components), fit in fits if name == group.name
+        }
 
     def lay_out_anew(self, num_particles: int | None) -> None:
         """Changes the number of particles where none was given."""
@@ -303,6 +324,39 @@ class MarginalModel:
     def may_choose_proposal(self) -> bool:
         """Whether the proposal was left to be chosen."""
         return self._chooses_proposal
+
+    def fit_modes(
+        self, pilot: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Fits a Gaussian proposal with several modes for each element, from now on.
+
+        Arguments:
+            pilot: Constrained parameter values.
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+        """
+        self.finds_modes = True
+        if self.num_particles is None:
+            self.lay_out_anew(None)
+        self.fit(*args, pilot=pilot, **kwargs)
+
+    def stretch(self, tails: Mapping[str, Tensor]) -> None:
+        """Takes other tails for the several modes of each element.
+
+        Arguments:
+            tails: For each group, by how much the noise is stretched, of shape ``(*group.shape)``.
+        """
+        if self._fit is not None:
+            sites = {
+                key: fit._replace(spread=fit.spread and fit.spread._replace(tail=tails[key[0]]))
+                for key, fit in self._fit.sites.items()
+            }
+            self._fit = replace(self._fit, sites=sites)
+
+    def take_modes(self, other: MarginalModel, num_particles: int) -> None:
+        """Takes over another's several modes, and so many particles where no number was given."""
+        self._take_over(other)
+        self.settled_particles = self.num_particles or num_particles
 
     def take_prior(self, num_particles: int) -> None:
         """Draws particles from the prior from now on, so many where no number was given."""
@@ -323,6 +377,7 @@ class MarginalModel:
 
     def _take_over(self, other: MarginalModel) -> None:
         self._fit, self.proposal = other._fit, other.proposal
+        self.finds_modes = other.finds_modes
         self.settled_particles, self._layouts = other.settled_particles, {}
 
     def refined(self, num_particles: int, points: str) -> MarginalModel:
@@ -362,15 +417,17 @@ class MarginalModel:
             ]
             rows = [torch.cat(points)]
             stop = start + len(rows[0])
-            if strata[0].is_shared:
+            if self.finds_modes:
+                rows.append(layout.sources[start:stop])
+            elif strata[0].is_shared:
                 rows.append(layout.from_prior[start:stop])
 
             def particle(
                 coordinates: Tensor,
-                from_prior: Tensor | None = None,
+                source: Tensor | None = None,
                 stratum: Stratum = strata[0],
             ) -> Any:
-                proposal = self._proposal(plan, group, stratum, coordinates, parameters, from_prior)
+                proposal = self._proposal(plan, group, stratum, coordinates, parameters, source)
                 return draw_particle(plan, group, stratum, coordinates, proposal, parameters)
 
             weights, value, origin = self._each_particle(particle, *rows)
@@ -393,7 +450,7 @@ class MarginalModel:
         stratum: Stratum | None,
         coordinates: Tensor | None,
         parameters: dict[str, Tensor],
-        from_prior: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> Proposal:
         """The proposal of one particle; without a stratum, for its noise shapes alone."""
         if callable(self.proposal):
@@ -407,10 +464,12 @@ class MarginalModel:
         if self._fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         blocks, fit = plan.layouts[group.name].blocks, self._fit
-        sites = fit.sites[group.name, stratum.components].sites
-        shift = fit.anchor.shift(parameters)
+        found, shift = fit.sites[group.name, stratum.components], fit.anchor.shift(parameters)
         tells = self.tells_origins
-        return LaplaceProposal(group, blocks, sites, shift, from_prior, tells_origins=tells)
+        if found.spread is not None and source is not None:
+            modes, spread = found.sites, found.spread
+            return MixtureProposal(group, blocks, modes, spread, shift, source, tells_origins=tells)
+        return LaplaceProposal(group, blocks, found.sites[0], shift, source, tells_origins=tells)
 
     def pilot(
         self,
@@ -462,6 +521,8 @@ class MarginalModel:
         if missing:
             raise ValueError(f"`pilot` lacks a value for site '{missing[0]}'")
         self._fit = self._fitted(plan, pilot, None)
+        if self.finds_modes:
+            self._layouts = {}
 
     def follow(self, pilot: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
         """Fits the proposal for parameter values close to the last ones, and for them alone.
@@ -479,13 +540,13 @@ class MarginalModel:
         if near is None and self.proposal == "laplace":
             continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
             anchor = Anchor(values, tuple(name for name in values if name in continuous))
-        sites: dict[Any, Fitted] = {}
+        sites: dict[tuple[str, Components], Fitted] = {}
         for group in plan.structure.groups if self.proposal == "laplace" else ():
             layout = plan.layouts[group.name]
             for stratum in layout.strata:
-                if stratum.from_prior:
-                    continue
                 key = group.name, stratum.components
+                if key in sites:
+                    continue
                 start = None if near is None else near.sites[key].mode
                 joint = partial(joint_density, plan, group, stratum, {})
                 held: dict[str, Reference] = {}
@@ -493,8 +554,20 @@ class MarginalModel:
                     mode = fit_sites(group, layout, joint, Anchor(values, ()), None, held).mode
                     held = references(plan, group, stratum, values, mode)
                     joint = partial(joint_density, plan, group, stratum, held)
-                sites[key] = fit_sites(group, layout, joint, anchor, start, held)
+                if self.finds_modes and near is None:
+                    places, shares = find_modes(group, layout, joint, values, self._most(layout))
+                    spread = Spread(shares, torch.full_like(shares[0], _TAIL))
+                    sites[key] = fit_modes(group, layout, joint, anchor, places, spread, held)
+                else:
+                    sites[key] = fit_sites(group, layout, joint, anchor, start, held)
         return Fit(plan.structure.key, *keep_what_moves(anchor, sites))
+
+    def _most(self, layout: Layout) -> int:
+        """How many modes have particles, and one is left for the prior."""
+        if self.num_particles is None:
+            return MOST_MODES
+        choices = len({stratum.components for stratum in layout.strata})
+        return max(1, min(MOST_MODES, self.num_particles // choices - 1))
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)
@@ -511,7 +584,7 @@ class Fit:
 
     key: str
     anchor: Anchor
-    sites: dict[Any, Fitted]
+    sites: dict[tuple[str, Components], Fitted]
 
 
 class _HideLocalSites(Messenger):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_hamflow.model.laplace import log_gaussian
 from pyro_hamflow.model.layout import PRIOR_SHARE, Layout, Stratum
+from pyro_hamflow.model.mixture_proposal import MixtureProposal
 from pyro_hamflow.model.proposals import (
     ProgramProposal,
     Proposal,
@@ -124,7 +125,7 @@ def draw_particle(
         the proposal tells them.
     """
     blocks, components = plan.layouts[group.name].blocks, dict(stratum.components)
-    log_ratios: list[Tensor] = []
+    log_ratios: list[list[Tensor]] = []
     others: list[Tensor] = []
     values: dict[str, Tensor] = {}
     origins: dict[str, Tensor] = {}
@@ -134,8 +135,8 @@ def draw_particle(
         component = components.get(name)
         draw = proposal.draw(name, fn, blocks[name].spread(coordinates, group), component)
         parts = []
-        if draw.log_ratio is not None:
-            log_ratios.append(plan.sum(draw.log_ratio, msg, group))
+        if draw.log_ratios:
+            log_ratios.append([plan.sum(ratio, msg, group) for ratio in draw.log_ratios])
         if component is not None:
             parts.append(component_log_weight(fn, component))
         if not isinstance(scale, float | int) or scale != 1.0:
@@ -150,9 +151,14 @@ def draw_particle(
 
     terms = plan.run(group, parameters, choose)
     zeros = coordinates.new_zeros(plate_shape(group.frames, plan.structure.nesting))
+    ratios = [sum(parts[1:], start=parts[0]) for parts in zip(*log_ratios, strict=True)]
+    if isinstance(proposal, MixtureProposal):
+        ratio, share = proposal.mix(ratios)
+        ratios = [ratio]
+        others.append(share)
     if stratum.is_shared:
-        log_ratios = [defended(sum(log_ratios[1:], start=log_ratios[0]))]
-    return sum(log_ratios + others + terms, start=zeros), values, origins
+        ratios = [defended(ratios[0])]
+    return sum(ratios + others + terms, start=zeros), values, origins
 
 
 def defended(log_ratio: Tensor) -> Tensor:

@@ -29,14 +29,14 @@ class Draw(NamedTuple):
 
     Attributes:
         value: The site's value.
-        log_ratio: Log prior minus log proposal density, per element of the site's batch; ``None``
-            where the particles come from the prior itself.
+        log_ratios: Log prior minus log proposal density, per element of the site's batch, for each
+            density of a mixture; none where the particles come from the prior itself.
         origin: The noise from which the prior itself would have made the value; ``None`` where that
             is not known, or is the noise that was given.
     """
 
     value: Tensor
-    log_ratio: Tensor | None
+    log_ratios: tuple[Tensor, ...]
     origin: Tensor | None = None
 
 
@@ -110,11 +110,11 @@ class PriorProposal:
     def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
         noise = noise.to(float_type(fn, noise.dtype))
         if component is None:
-            return Draw(normal_transform(fn).draw(noise), None)
+            return Draw(normal_transform(fn).draw(noise), ())
         transform = normal_transform(fn.component_distribution)
         dim = noise.dim() - len(transform.noise_shape)
         value = transform.draw(noise.unsqueeze(dim))
-        return Draw(value.select(value.dim() - 1 - len(fn.event_shape), component), None)
+        return Draw(value.select(value.dim() - 1 - len(fn.event_shape), component), ())
 
 
 class ProgramProposal:
@@ -151,7 +151,7 @@ class ProgramProposal:
 
     def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
         source, value = self.distributions[name], self.values[name]
-        return Draw(value, fn.log_prob(value) - source.log_prob(value))
+        return Draw(value, (fn.log_prob(value) - source.log_prob(value),))
 
 
 def float_type(fn: Any, default: torch.dtype) -> torch.dtype:

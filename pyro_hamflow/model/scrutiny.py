@@ -7,6 +7,7 @@ nothing, find likelihood that the proposal's do not.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ _WANTED_VARIANCE = 4.0  # of estimates from the prior: twice as many particles g
 _FEWEST, _MOST = 32, 512
 _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than they gain
 _WORTH = 0.5
+_TAILS = (0.1, 0.4, 0.8)  # by which the noise of several modes is stretched
 
 
 class Look(NamedTuple):
@@ -141,7 +143,9 @@ def misses(
 def mend_proposal(
     marginal: Any, draws: list[dict[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
-    """Takes particles from the prior where a proposal that was left to be chosen misses something.
+    """Fits several modes where a proposal that was left to be chosen misses something.
+
+    Where these miss something, too, particles come from the prior.
 
     Arguments and results are those of :func:`misses`.
     """
@@ -150,9 +154,56 @@ def mend_proposal(
     said, variance = _misses(marginal, draws, args, kwargs)
     if said is None:
         return None
-    wanted = 2 ** math.ceil(math.log2(max(1.0, variance / _WANTED_VARIANCE)))
-    marginal.take_prior(min(max(wanted, _FEWEST), _MOST))
+    several = copy.copy(marginal)
+    fit_modes(several, draws[0], args, kwargs)
+    if _misses(several, draws, args, kwargs)[0] is None:
+        own = max(look(several, draw, args, kwargs).variance(1) for draw in draws)
+        if own < variance:
+            least = max(len(p.strata) for p in several.plan(*args, **kwargs).layouts.values())
+            marginal.take_modes(several, _enough(2 * least, own))
+            return (
+                f"{said}; Gaussians about several modes of each are fitted instead, with "
+                f"{marginal.settled_particles} particles."
+            )
+    marginal.take_prior(_number(variance))
     return f"{said}; particles come from the prior instead, {marginal.settled_particles} of each."
+
+
+def _number(variance: float) -> int:
+    """How many particles bring an estimate's variance from that with one to where it does well."""
+    wanted = 2 ** math.ceil(math.log2(max(1.0, variance / _WANTED_VARIANCE)))
+    return min(max(wanted, _FEWEST), _MOST)
+
+
+def _enough(least: int, variance: float) -> int:
+    """How many particles of Gaussian proposals bring the variance from that with one to one."""
+    wanted = 2 ** math.ceil(math.log2(max(2.0, least + variance)))
+    return min(wanted, max(_ENOUGH, 2 ** math.ceil(math.log2(least))))
+
+
+def fit_modes(
+    marginal: Any, pilot: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Fits a Gaussian proposal of several modes, with the tails that serve each element best.
+
+    Arguments:
+        marginal: A marginal model.
+        pilot: Constrained parameter values.
+        args: The model's arguments.
+        kwargs: Its keyword arguments.
+    """
+    marginal.fit_modes(pilot, args, kwargs)
+    plan = marginal.plan(*args, **kwargs)
+    groups = plan.structure.groups
+    sizes = [group.shape.numel() for group in groups]
+    errors = []
+    for tail in _TAILS:
+        one = plan.layouts[groups[0].name].example.new_tensor(tail)
+        marginal.stretch({group.name: one.expand(group.shape) for group in groups})
+        errors.append(look(marginal, pilot, args, kwargs).error.nan_to_num(nan=math.inf))
+    best = one.new_tensor(_TAILS)[torch.stack(errors).argmin(0)]
+    parts = zip(groups, best.split(sizes), strict=True)
+    marginal.stretch({group.name: part.reshape(group.shape) for group, part in parts})
 
 
 def _misses(
@@ -205,19 +256,22 @@ def refit_at(
     """
     plan = marginal.plan(*args, **kwargs)  # a look at the model, which is run for it
     count = max(layout.num_particles for layout in plan.layouts.values())
-    least = max(len(layout.strata) for layout in plan.layouts.values())
     other = marginal.refined(count, "iid")
     other.num_particles, other.points = marginal.num_particles, marginal.points
     with other.hold(plan.structure):
-        other.fit(*args, pilot=centre, **kwargs)
+        if other.finds_modes:
+            fit_modes(other, centre, args, kwargs)
+        else:
+            other.fit(*args, pilot=centre, **kwargs)
         before = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
         after = sorted(look(other, draw, args, kwargs).variance(1) for draw in draws)
         middle = len(draws) // 2
         if other.num_particles is None:
             # Those of the prior hardly count, and with one of the proposal's alone the logarithm
             # varies more than errors of many tell.
-            wanted = 2 ** math.ceil(math.log2(max(2.0, least + after[middle])))
-            other.settled_particles = min(wanted, _ENOUGH)
+            layouts = other.plan(*args, **kwargs).layouts.values()
+            least = max(len(layout.strata) for layout in layouts)
+            other.settled_particles = _enough(least, after[middle])
             other._layouts = {}
     gain = after[middle] / other.settled_particles < _WORTH * before[middle] / count
     return other if gain else None

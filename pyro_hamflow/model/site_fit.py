@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pyro_hamflow.model.laplace import WIDER, LikelihoodSite, Sites, apply, tightness
+from pyro_hamflow.model.laplace import WIDER, LikelihoodSite, Sites, Spread, apply, tightness
 from pyro_hamflow.model.layout import Block, Layout
+from pyro_hamflow.model.newton import gradients, maximise
 from pyro_hamflow.model.scores import Reference
 from pyro_hamflow.model.structure import Group, depth_of, plate_shape
 from pyro_hamflow.model.vectorize import Vectorized
 
-_NEWTON_STEPS = 30
 _AT_ONCE = 64  # parameter values that the model runs with at once
 _ASIDE = 1e-3  # prior standard deviations
 _NOTHING = 1e-5  # relative to the largest slope, what differences may leave of none
@@ -41,12 +41,14 @@ class Fitted(NamedTuple):
     """The sites of one group, and where they were fitted.
 
     Attributes:
-        sites: For each local site a site under its prior, and one under a wider prior.
+        sites: For each mode and local site a site under its prior, and one under a wider prior.
         mode: The coordinates where the joint density is highest, ``(*group.shape, dimension)``.
+        spread: How several modes share out each element, and their tails; none if one was sought.
     """
 
-    sites: Sites
+    sites: tuple[Sites, ...]
     mode: Tensor
+    spread: Spread | None = None
 
 
 class Joint(Protocol):
@@ -122,9 +124,37 @@ def fit_sites(
     narrow, mode = _fit(group, layout, joint, anchor, 1.0, near)
     narrow = {name: replace(site, near=held.get(name)) for name, site in narrow.items()}
     if near is not None:
-        return Fitted({name: (site, site) for name, site in narrow.items()}, mode)
+        return Fitted(({name: (site, site) for name, site in narrow.items()},), mode)
     wide, _ = _fit(group, layout, joint, anchor, WIDER, None)
-    return Fitted({name: (narrow[name], wide[name]) for name in layout.blocks}, mode)
+    return Fitted(({name: (narrow[name], wide[name]) for name in layout.blocks},), mode)
+
+
+def fit_modes(
+    group: Group,
+    layout: Layout,
+    joint: Joint,
+    anchor: Anchor,
+    places: Tensor,
+    spread: Spread,
+    held: dict[str, Reference],
+) -> Fitted:
+    """Fits the sites of one group about several modes of each element.
+
+    Under a wider prior a mode may not be there, or lead to another: sites serve for all priors.
+
+    Arguments:
+        group: The group.
+        layout: Its coordinates.
+        joint: The log joint density of its elements.
+        anchor: The parameters' values, and which of them the sites are to follow.
+        places: The modes, of shape ``(modes, *group.shape, dimension)``.
+        spread: Their shares and tails.
+        held: Where the coordinates of some sites are held, those of all modes.
+    """
+    fits = [_fit(group, layout, joint, anchor, 1.0, place)[0] for place in places]
+    modes = [{n: replace(site, near=held.get(n)) for n, site in fit.items()} for fit in fits]
+    sites = [{name: (site, site) for name, site in mode.items()} for mode in modes]
+    return Fitted(tuple(sites), places[0], spread)
 
 
 def keep_what_moves(anchor: Anchor, fits: dict[Any, Fitted]) -> tuple[Anchor, dict[Any, Fitted]]:
@@ -134,7 +164,8 @@ def keep_what_moves(anchor: Anchor, fits: dict[Any, Fitted]) -> tuple[Anchor, di
         anchor: What the sites follow.
         fits: The sites.
     """
-    sites = [s for fit in fits.values() for pair in fit.sites.values() for s in pair]
+    modes = [sites for fit in fits.values() for sites in fit.sites]
+    sites = [site for mode in modes for pair in mode.values() for site in pair]
     slopes = [site.slopes for site in sites if site.slopes is not None]
     if not slopes:
         return anchor, fits
@@ -147,10 +178,11 @@ def keep_what_moves(anchor: Anchor, fits: dict[Any, Fitted]) -> tuple[Anchor, di
         slopes = site.slopes if any(follows) else None
         return replace(site, slopes=None if slopes is None else slopes[..., kept])
 
-    shorter = {
-        key: fit._replace(sites={n: (shorten(a), shorten(b)) for n, (a, b) in fit.sites.items()})
-        for key, fit in fits.items()
-    }
+    def shorten_all(fit: Fitted) -> Fitted:
+        modes = ({n: (shorten(a), shorten(b)) for n, (a, b) in m.items()} for m in fit.sites)
+        return fit._replace(sites=tuple(modes))
+
+    shorter = {key: shorten_all(fit) for key, fit in fits.items()}
     followed = tuple(name for name, is_so in zip(anchor.followed, follows, strict=True) if is_so)
     return replace(anchor, followed=followed), shorter
 
@@ -178,9 +210,11 @@ def _fit(
             for name, (loc, precision) in priors.items()
         ]
         near = torch.cat(start, -1).detach()
-    v, hessian = _maximise(lambda v: evaluate(unpack(v))[0], near)
+    top = maximise(lambda v: evaluate(unpack(v))[0], near)
+    values, vectors = torch.linalg.eigh(top.curvature)
+    hessian = vectors @ (values.clamp(min=1e-6)[..., None] * vectors.mT)
     covariance = torch.linalg.inv(hessian)
-    v = v.requires_grad_()
+    v = top.place.requires_grad_()
     _, priors = evaluate(unpack(v))
     sites = {
         name: _site(block, group, v, covariance, *priors[name]) for name, block in blocks.items()
@@ -276,7 +310,7 @@ def _site(
     extra = vectors @ (values.clamp(min=0.0)[..., None] * vectors.mT)
     coupling = None
     if gain is not None:
-        slopes = _slopes(block.collect(loc, group), v)[..., before]
+        slopes = gradients(block.collect(loc, group), v)[..., before]
         rows = Block(0, columns * block.start, block.frames, torch.Size([width, block.start]))
         gain = rows.spread(gain.flatten(-2), group)
         slope = rows.spread(slopes.flatten(-2), group)
@@ -285,49 +319,3 @@ def _site(
     site = LikelihoodSite(tight, extra.detach(), extra.new_zeros(()), coupling)
     linear = _linear(block, group, v.detach(), site, loc.detach(), prior_precision)
     return replace(site, linear=linear)
-
-
-def _slopes(values: Tensor, v: Tensor) -> Tensor:
-    """The derivative of each element's values in its coordinates, ``(*, values, coordinates)``."""
-    rows = []
-    for i in range(values.shape[-1]):
-        row = None
-        if values.requires_grad:
-            (row,) = torch.autograd.grad(
-                values[..., i].sum(), v, retain_graph=True, allow_unused=True
-            )
-        rows.append(torch.zeros_like(v) if row is None else row)
-    return torch.stack(rows, -2)
-
-
-def _maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds each element's mode by damped Newton steps; returns it with the negative Hessian."""
-    damping = torch.full(v.shape[:-1], 1e-3, dtype=v.dtype, device=v.device)
-    value, gradient, hessian = _derivatives(log_joint, v)
-    eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-    for _ in range(_NEWTON_STEPS):
-        values, vectors = torch.linalg.eigh(hessian)
-        curvature = vectors @ (values.abs().clamp(min=1e-6)[..., None] * vectors.mT)
-        step = torch.linalg.solve(curvature + damping[..., None, None] * eye, gradient)
-        moved = v + step
-        new_value, new_gradient, new_hessian = _derivatives(log_joint, moved)
-        better = new_value >= value
-        damping = torch.where(better, damping * 0.2, damping * 10).clamp(1e-9, 1e9)
-        v = torch.where(better[..., None], moved, v)
-        gradient = torch.where(better[..., None], new_gradient, gradient)
-        hessian = torch.where(better[..., None, None], new_hessian, hessian)
-        value = torch.where(better, new_value, value)
-        if gradient.abs().max() < 1e-8:
-            break
-    values, vectors = torch.linalg.eigh(hessian)
-    return v, vectors @ (values.clamp(min=1e-6)[..., None] * vectors.mT)
-
-
-def _derivatives(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, gradients and negative Hessians of all elements at once."""
-    v = v.detach().requires_grad_()
-    value = log_joint(v)
-    (gradient,) = torch.autograd.grad(value.sum(), v, create_graph=True)
-    hessian = -_slopes(gradient, v)
-    hessian = 0.5 * (hessian + hessian.mT).detach()
-    return value.detach(), gradient.detach(), hessian.nan_to_num()

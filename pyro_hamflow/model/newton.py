@@ -1,0 +1,77 @@
+"""Modes of many elements at once, by Newton's method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_STEPS = 30
+
+
+class Top(NamedTuple):
+    """Where each element's search for a mode has ended.
+
+    Attributes:
+        place: Of shape ``(*elements, dimension)``.
+        value: The log joint density there.
+        gradient: Its gradient.
+        curvature: Minus its Hessian.
+    """
+
+    place: Tensor
+    value: Tensor
+    gradient: Tensor
+    curvature: Tensor
+
+
+def maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> Top:
+    """Finds a mode of each element by damped Newton steps.
+
+    Arguments:
+        log_joint: From coordinates to the log joint density of each element.
+        v: Where to begin, of shape ``(*elements, dimension)``.
+    """
+    damping = torch.full(v.shape[:-1], 1e-3, dtype=v.dtype, device=v.device)
+    value, gradient, hessian = _derivatives(log_joint, v)
+    eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    for _ in range(_STEPS):
+        values, vectors = torch.linalg.eigh(hessian)
+        curvature = vectors @ (values.abs().clamp(min=1e-6)[..., None] * vectors.mT)
+        step = torch.linalg.solve(curvature + damping[..., None, None] * eye, gradient)
+        moved = v + step
+        new_value, new_gradient, new_hessian = _derivatives(log_joint, moved)
+        better = new_value >= value
+        damping = torch.where(better, damping * 0.2, damping * 10).clamp(1e-9, 1e9)
+        v = torch.where(better[..., None], moved, v)
+        gradient = torch.where(better[..., None], new_gradient, gradient)
+        hessian = torch.where(better[..., None, None], new_hessian, hessian)
+        value = torch.where(better, new_value, value)
+        if gradient.abs().max() < 1e-8:
+            break
+    return Top(v, value, gradient, hessian)
+
+
+def _derivatives(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, gradients and negative Hessians of all elements at once."""
+    v = v.detach().requires_grad_()
+    value = log_joint(v)
+    (gradient,) = torch.autograd.grad(value.sum(), v, create_graph=True)
+    hessian = -gradients(gradient, v)
+    hessian = 0.5 * (hessian + hessian.mT).detach()
+    return value.detach(), gradient.detach(), hessian.nan_to_num()
+
+
+def gradients(values: Tensor, v: Tensor) -> Tensor:
+    """The derivative of each element's values in its coordinates, ``(*, values, coordinates)``."""
+    rows = []
+    for i in range(values.shape[-1]):
+        row = None
+        if values.requires_grad:
+            (row,) = torch.autograd.grad(
+                values[..., i].sum(), v, retain_graph=True, allow_unused=True
+            )
+        rows.append(torch.zeros_like(v) if row is None else row)
+    return torch.stack(rows, -2)
