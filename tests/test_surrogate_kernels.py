@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import pickle
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from pyro_hamflow import (
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.dynamics.training import Points, fit_energy
 from pyro_hamflow.mcmc import learner as learning
-from pyro_hamflow.mcmc import surrogate_costs, weighing
+from pyro_hamflow.mcmc import pseudo_marginal_kernels, surrogate_costs, weighing
 from pyro_hamflow.mcmc.hmc import HMCTransition
 from pyro_hamflow.mcmc.nuts import NUTSTransition
 from pyro_hamflow.mcmc.recorder import COMPILED, Recorder
@@ -117,6 +118,49 @@ def test_pseudo_marginal_run(kind, correction):
     refreshed = stats["n_densities"] > 1
     assert stats["refresh_rate"][refreshed].double().mean() > 0.3
     assert mcmc.draws.stats["acceptance_rate"].mean() > 0.3
+
+
+def fit_anew_at(iterations, monkeypatch):
+    """Has a kernel's estimator fitted anew at the end of windows, whatever its variance."""
+    calls = itertools.count()
+
+    def refit(model, *rest):
+        return copy.copy(model) if next(calls) in iterations else None
+
+    monkeypatch.setattr(pseudo_marginal_kernels, "_WANTED_VARIANCE", -1.0)
+    monkeypatch.setattr(pseudo_marginal_kernels, "refit_at", refit)
+    monkeypatch.setattr(pseudo_marginal_kernels, "mend_proposal", lambda *arguments: None)
+
+
+def test_what_is_known_of_another_estimate_is_forgotten(monkeypatch):
+    """An estimator is fitted anew in warm-up: only what follows is learned from."""
+    fit_anew_at({0, 1}, monkeypatch)
+    marginal = marginalize(latent, ["x"], num_particles=4)
+    kernel = learner(HNNNUTS, marginal, training_steps=60)
+    state = kernel.begin(4, 120, (Y,))
+    learners = [kernel._learner]
+    while kernel.warming:
+        state, _ = kernel.advance(state)
+        if kernel._learner is not learners[-1]:
+            learners.append(kernel._learner)
+            assert kernel._learner.recorder.num_gradients == 0
+            assert not kernel.report.trainings
+        assert kernel._learner.recorder.potential is kernel.potential
+        assert kernel.surrogate is not None or kernel._gathering
+    assert [found.begun for found in learners] == [0, 10, 20]
+    budgets = [training.points for training in kernel.report.trainings]
+    assert min(budgets) >= 100
+    assert kernel.report.following == "surrogate"
+    assert torch.isfinite(torch.tensor(kernel.max_pareto_k))
+
+
+def test_true_gradients_stay_chosen_when_the_estimator_is_fitted_anew(monkeypatch):
+    fit_anew_at({0, 1}, monkeypatch)
+    kernel = HNNNUTS(marginalize(latent, ["x"], num_particles=4))
+    run(kernel, Y, draws=5, warmup=100)
+    assert kernel.report.following == "true gradients"
+    assert kernel._learner is None
+    assert sum("true gradients are followed" in message for message in kernel.messages) == 1
 
 
 def test_energies_are_learned_unless_they_are_noisy():

@@ -83,6 +83,7 @@ class Learner:
         potential: The true one.
         lessons: What is learned.
         warmup_steps: Iterations of the warm-up.
+        begun: How many of them were over when it began to learn.
 
     Attributes:
         recorder: The true potential, which keeps what is found.
@@ -92,8 +93,11 @@ class Learner:
         refits: After which iterations the network is fitted again.
     """
 
-    def __init__(self, potential: Potential, lessons: Lessons, warmup_steps: int) -> None:
+    def __init__(
+        self, potential: Potential, lessons: Lessons, warmup_steps: int, begun: int = 0
+    ) -> None:
         self.recorder = Recorder(potential)
+        self.begun = begun
         self.lessons = lessons
         self.warmup_steps = warmup_steps
         self.network: PotentialNetwork | None = None
@@ -121,8 +125,9 @@ class Learner:
             iteration: That has just ended.
             star: How many iterations' proposals will be made together; no fit comes in between.
         """
-        full = iteration >= FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
-        if not full and iteration < _MOST_GATHER * self.warmup_steps:
+        since, left = iteration - self.begun, self.warmup_steps - self.begun
+        full = since >= FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
+        if not full and since < _MOST_GATHER * left:
             return False
         rounds = self.lessons.rounds
         explore = self.warmup_steps - iteration - round(_TRIAL_SHARE * self.warmup_steps)

@@ -150,7 +150,10 @@ class LearningKernel(WeighingKernel):
                 f"`surrogate` has dimension {given.dimension}: expected {potential.dimension}, as "
                 f"the model's sites {[site.name for site in potential.sites]} have"
             )
-        learner = Learner(potential, self.lessons, self._total)
+        if self.report.following == "true gradients":  # settled, whatever target they are of
+            return self._make_true(potential, position)
+        self._learner = None
+        learner = Learner(potential, self.lessons, self._total, self._iteration)
         with torch.random.fork_rng():  # so that a run that learns nothing is the plain kernel's
             reason = self._hopeless(learner, position)
         if reason is not None:
@@ -209,9 +212,14 @@ class LearningKernel(WeighingKernel):
         recorder.tuning, first = warmup.tuning, len(recorder.calls)
         state, info = super().advance(state)
         info = padded(info)
+        self.report.n_gradients += int(torch.as_tensor(info.n_gradients).sum())
+        if self._learner is not learner:  # the estimator was fitted anew, and so must all else be
+            self._gathering, self._trial = self._learner is not None, Trial()
+            if self._learner is not None:
+                self._learner.recorder.calls.clear()
+            return state, info
         recorder.settle(first, torch.as_tensor(info.n_steps))
         self._trial.note(info, 0.0)
-        self.report.n_gradients += int(torch.as_tensor(info.n_gradients).sum())
         if learner.forget_start(self._iteration):
             self._trial = Trial()
         if learner.knows_enough(self._iteration, self.num_proposals):
@@ -355,6 +363,8 @@ class LearningKernel(WeighingKernel):
     def _conclude(self, state: State) -> State:
         """The decision at the end of warm-up."""
         self._learning().recorder.calls.clear()
+        if self.potential.noise_sites:
+            self._examine(state)
         if not self._trial.infos:
             self._say("the surrogate that was given is followed, without a trial.")
             return self._settle(state)
