@@ -14,7 +14,7 @@ from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
 from pyro_hamflow.model import marginal as marginal_module
 from pyro_hamflow.model import pilot as pilot_module
 from pyro_hamflow.model import scrutiny as scrutiny_module
-from pyro_hamflow.model.scrutiny import Look, look, missed, misses
+from pyro_hamflow.model.scrutiny import Look, look, missed, misses, more_of_prior
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
 Y = torch.tensor([0.8, 1.5, 0.3, 2.0, 1.1, 0.2, 0.9, 1.7], dtype=torch.float64)
@@ -135,3 +135,21 @@ def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
     assert torch.equal(mcmc.get_samples()["beta"], first)
     monkeypatch.setattr(PseudoMarginal, "retuned", lambda kernel, state: state)
     assert run()[2] > 1.5 * noise
+
+
+def test_warm_up_takes_more_particles_of_the_prior_where_they_are_too_few():
+    x = torch.linspace(-1.0, 1.0, 40)
+    y = dist.Poisson((3.0 + x + 0.6 * torch.randn(40)).exp()).sample()
+    marginal = phf.marginalize(seizures, ["u"], proposal="prior")
+    kernel = phf.PseudoMarginalNUTS(marginal, max_tree_depth=3)
+    mcmc = phf.MCMC(kernel, 10, 120, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run(x, y)
+    assert marginal.settled_particles > 32
+    here = {"beta": torch.tensor([3.0, 1.0]).double(), "s": torch.tensor(0.6).double()}
+    few = phf.marginalize(seizures, ["u"], proposal="prior")
+    more = more_of_prior(few, [here], (x, y), {})
+    variances = [look(each, here, (x, y), {}).variance(1) for each in (few, more)]
+    assert variances[0] / 32 > 4.0
+    assert variances[1] / more.settled_particles <= 4.0 or more.settled_particles == 512
+    given = phf.marginalize(seizures, ["u"], num_particles=32, proposal="prior")
+    assert more_of_prior(given, [here], (x, y), {}) is None

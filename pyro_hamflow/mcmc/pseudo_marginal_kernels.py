@@ -18,7 +18,7 @@ from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, Refresh
 from pyro_hamflow.mcmc.transition import Info, State, Transition
 from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.scrutiny import look, mend_proposal, misses, refit_at
+from pyro_hamflow.model.scrutiny import look, mend_proposal, misses, more_of_prior, refit_at
 from pyro_hamflow.model.start import Strategy, find_start
 
 _REPLICATES = 32
@@ -103,13 +103,16 @@ class PseudoMarginal(HamiltonianKernel):
         """
         window, self._recent = self._recent, []
         model, potential = self.model, self.potential
-        if not isinstance(model, MarginalModel) or model.proposal != "laplace" or not window:
+        if not isinstance(model, MarginalModel) or callable(model.proposal) or not window:
             return state
         args, kwargs = potential.args, potential.kwargs
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
         with torch.random.fork_rng():
             better = None
-            if self._variance(state.position) > _WANTED_VARIANCE:
+            is_noisy = self._variance(state.position) > _WANTED_VARIANCE
+            if is_noisy and model.proposal == "prior":
+                better = more_of_prior(model, draws, args, kwargs)
+            elif is_noisy:
                 centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))
                 better = refit_at(model, centre, draws, args, kwargs)
             candidate = better or copy.copy(model)

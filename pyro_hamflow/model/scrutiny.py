@@ -169,6 +169,27 @@ def mend_proposal(
     return f"{said}; particles come from the prior instead, {marginal.settled_particles} of each."
 
 
+def more_of_prior(
+    marginal: Any, draws: list[dict[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A copy of a marginal model with more particles from the prior; none if it has enough.
+
+    Arguments:
+        marginal: The model, whose particles come from the prior.
+        draws: Constrained parameter values.
+        args: The model's arguments.
+        kwargs: Its keyword arguments.
+    """
+    layouts = marginal.plan(*args, **kwargs).layouts.values()
+    found = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
+    wanted = _number(found[len(found) // 2])
+    if marginal.num_particles or wanted <= max(layout.num_particles for layout in layouts):
+        return None
+    other = copy.copy(marginal)
+    other.take_prior(wanted)
+    return other
+
+
 def _number(variance: float) -> int:
     """How many particles bring an estimate's variance from that with one to where it does well."""
     wanted = 2 ** math.ceil(math.log2(max(1.0, variance / _WANTED_VARIANCE)))
