@@ -204,6 +204,23 @@ def test_function_and_transforms_of_a_model(runner):
     check(draws, *moments_of_scale())
 
 
+def test_function_that_compiles_itself_when_it_is_first_called():
+    """As those of Pyro's do with ``jit_compile``: it is not to find itself recorded meanwhile."""
+    compiled = []
+
+    def function(params):
+        if not compiled:
+            compiled.append(torch.jit.trace(bowl, (params,)))
+        return compiled[0](params)
+
+    start = {"z": torch.tensor([0.3, 1.0]), "w": torch.ones(2, 2)}
+    kernel = NUTS(potential_fn=function)
+    state = kernel.begin(2, 0, (), {}, start)
+    assert kernel.potential.fallback_reason is None
+    expected = [bowl({name: value[i] for name, value in start.items()}) for i in range(2)]
+    torch.testing.assert_close(state.evaluation.value, torch.stack(expected))
+
+
 def moments_of_scale():
     """Of the posterior of the scale, on a grid."""
     grid = torch.linspace(1e-3, 12.0, 20_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -65,11 +66,16 @@ class FunctionPotential(Potential):
             for name, site in sites.items():
                 pyro.sample(name, site)
 
+        with suppress(Exception):  # what it raises here, it raises when it is looked at
+            self._energy(self._example)  # what it compiles for itself, it compiles unobserved
         super().__init__(model, compile_graphs=compile_graphs)
 
-    def _value_of_run(self, trace: poutine.Trace, free: Mapping[str, Tensor]) -> Tensor:
+    def _energy(self, values: Mapping[str, Tensor]) -> Tensor:
         with poutine.block(), no_validation():  # sites of models that it runs are not ours
-            energy = torch.as_tensor(self.potential_fn(dict(free)))
+            return torch.as_tensor(self.potential_fn(dict(values)))
+
+    def _value_of_run(self, trace: poutine.Trace, free: Mapping[str, Tensor]) -> Tensor:
+        energy = self._energy(free)
         if energy.numel() != 1:
             raise ValueError(
                 f"`potential_fn` returned a tensor of shape {tuple(energy.shape)}: expected a "
