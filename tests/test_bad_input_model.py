@@ -325,6 +325,12 @@ def all_discrete(y):
         pyro.sample("y", dist.Normal(kind, 1.0), obs=y)
 
 
+def model_of_four(y):
+    with pyro.plate("subject", 4):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
 POTENTIALS = {
     "nothing latent": (nothing_latent, Y, "no continuous latent site, so that there is nothing"),
     "all discrete": (all_discrete, Y, r"the discrete sites \['kind'\] are summed out"),
@@ -334,6 +340,16 @@ POTENTIALS = {
         marginalize(model, ["x"], num_particles=2),
         with_nan(Y),
         r"data of observed site 'y' contain NaN \(1 of 4 values\)",
+    ),
+    "shape": (
+        model_of_four,
+        Y[:3],
+        r"data of observed site 'y' have shape \(3,\): expected \(4,\)",
+    ),
+    "shape, marginal": (
+        marginalize(model_of_four, ["x"], num_particles=2),
+        Y[:3],
+        r"data of observed site 'y' have shape \(3,\): expected \(4,\), that of its distribution",
     ),
     "subsampled": (subsampled, Y, r"plate 'subject' is subsampled \(2 of 4 elements\)"),
     "count": (count_parameter, Y, "latent site 'n' is a Poisson, discrete without finite support"),
@@ -409,7 +425,8 @@ NO_START = {
     "gradient": (steep, "the gradient of the log density is not finite"),
     "estimate": (
         marginalize(impossible_local, ["x"], num_particles=2, proposal="prior"),
-        "likelihood estimate 'x_log_likelihood' has log density (-inf|nan)",
+        "likelihood estimate 'x_log_likelihood' has log density (-inf|nan); 4 of 4 data of "
+        r"observed site 'y' lie outside its support, IntegerGreaterThan\(lower_bound=0\)",
     ),
 }
 

@@ -24,6 +24,7 @@ from pyro_hamflow.model.connectivity import (
     ValueReadError,
     trace_owners,
 )
+from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.fingerprint import Fingerprint, explained, take_fingerprint
 from pyro_hamflow.model.grouping import check_site, describe_plates, group_sites
 from pyro_hamflow.model.rounding import warn_of_rounding
@@ -38,7 +39,6 @@ from pyro_hamflow.model.structure import (
     outline,
     plate_nesting,
     plate_shape,
-    refuse_nan,
     refuse_subsampling,
     run_with,
     vectorized_frames,
@@ -140,7 +140,7 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        trace = explained(lambda: run_with(model, lambda msg: None, *args, **kwargs))
+        trace = explained(lambda: fitting(run_with(model, lambda msg: None, *args, **kwargs)))
         refuse_subsampling(trace)
         refuse_nan(trace)
         warn_of_rounding(trace)

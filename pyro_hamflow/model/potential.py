@@ -20,6 +20,7 @@ from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
 from pyro_hamflow.model.capture import Program
+from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.enumeration import refuse_branches, sum_out
 from pyro_hamflow.model.failures import first_that_works
 from pyro_hamflow.model.fingerprint import Fingerprint, explained, take_fingerprint
@@ -40,7 +41,6 @@ from pyro_hamflow.model.structure import (
     is_latent,
     outline,
     plate_nesting,
-    refuse_nan,
     refuse_subsampling,
     run_with,
 )
@@ -176,7 +176,7 @@ class Potential(Programs):
 
         def run(seed: int) -> poutine.Trace:
             torch.manual_seed(seed)
-            return run_with(self._original, lambda msg: None, *self.args, **self.kwargs)
+            return fitting(run_with(self._original, lambda msg: None, *self.args, **self.kwargs))
 
         with torch.random.fork_rng():
             return explained(lambda: first_that_works(run, range(_SEEDS)))

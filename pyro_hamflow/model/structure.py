@@ -14,7 +14,6 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.supports import base_of, first_value
@@ -131,41 +130,6 @@ def refuse_subsampling(trace: poutine.Trace) -> None:
                     f"plate '{name}' is subsampled ({part} of {size} elements): expected all of "
                     "its elements, since a density of part of the data is not the posterior's"
                 )
-
-
-def refuse_nan(trace: poutine.Trace) -> None:
-    """Raises a ValueError if data that count are not numbers; says what to write instead."""
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not site["is_observed"] or is_deterministic(site):
-            continue
-        value = site["value"]
-        if not isinstance(value, Tensor) or not value.isnan().any():
-            continue
-        with no_validation():
-            if not log_density(site).isnan().any():
-                continue
-        count = int(value.isnan().sum())
-        raise ValueError(
-            f"the data of observed site '{name}' contain NaN ({count} of {value.numel()} "
-            f"values): expected numbers, or {_mask_over_missing(site)}"
-        )
-
-
-def _mask_over_missing(site: Any) -> str:
-    """What to write for a site whose data are incomplete."""
-    fn, entries = site["fn"], "~data.isnan()"
-    if not fn.event_dim:
-        return f"`poutine.mask(mask={entries})` around the site"
-    whole = bool(site["value"].isnan().flatten(-fn.event_dim).any(-1).eq(True).all())
-    events = f"`poutine.mask` over whole events, by a mask of shape {tuple(fn.batch_shape)}"
-    if isinstance(fn, Independent):
-        return f"`.mask({entries})` on the distribution before its `.to_event`"
-    if whole or fn.batch_shape == torch.Size():
-        events = "the marginal distribution of the entries that are seen"
-    return (
-        f"{events}; entries of a joint distribution may be latent sites under "
-        "`.mask(False)`, put in place by `torch.where` before the whole is observed"
-    )
 
 
 def log_density(site: Any) -> Tensor:

@@ -95,9 +95,8 @@ class StickBreaking(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         broken, left = self._logs(x)
-        return torch.cat([broken, left[..., -1:]], -1).softmax(
-            -1
-        )  # which sum to one but for rounding
+        logs = torch.cat([broken, left[..., -1:]], -1)
+        return logs.softmax(-1)  # they sum to one but for rounding
 
     def _inverse(self, y: Tensor) -> Tensor:
         left = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
