@@ -225,17 +225,17 @@ PRIORS = {
         "prior",
         "prior of local site 'x' .*LKJCholesky is no known",
     ),
-    "not Gaussian": (
-        dist.Gamma(2.0, 1.0),
+    "no transform for laplace": (
+        dist.VonMises(0.0, 1.0),
         "laplace",
-        "prior of local site 'x' is a Gamma: proposal 'laplace'",
+        "prior of local site 'x' is a VonMises: proposal 'laplace'",
     ),
-    "mixture of no Gaussians": (
+    "mixture without transforms": (
         dist.MixtureSameFamily(
-            dist.Categorical(torch.ones(2)), dist.Gamma(torch.ones(2), torch.ones(2))
+            dist.Categorical(torch.ones(2)), dist.VonMises(torch.ones(2), torch.ones(2))
         ),
         "laplace",
-        "prior of local site 'x' is a Gamma: proposal 'laplace'",
+        "prior of local site 'x' is a VonMises: proposal 'laplace'",
     ),
     "misses a site": (None, _proposal(), "does not sample local site 'x'"),
     "another site": (None, _proposal("w"), "samples site 'w', which is not integrated out"),
