@@ -165,6 +165,45 @@ def test_moves_in_python_leave_the_posterior_as_it_is():
     assert abs(float(scores.square().mean()) - 1.0) < 4.0 * 1.5 / num_chains**0.5
 
 
+def grouped():
+    """A covariance for each group: one that is none leaves the whole row without a density."""
+    with pyro.plate("group", 2):
+        r = pyro.sample("r", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(r)
+        covariance = torch.stack([torch.stack([one, r], -1), torch.stack([r, one], -1)], -2)
+        law = dist.MultivariateNormal(torch.zeros(2), covariance_matrix=covariance)
+        with pyro.plate("row", 3):
+            pyro.sample("y", law, obs=Y[:, None].expand(3, 2, 2))
+
+
+def by_precision():
+    r = pyro.sample("r", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    precision = torch.stack(
+        [torch.stack([r[0].exp(), r[1]]), torch.stack([r[1], 1.0 + 0.0 * r[0]])]
+    )
+    law = dist.MultivariateNormal(torch.zeros(2), precision_matrix=precision)
+    pyro.sample("y", law.expand([3]).to_event(1), obs=Y)
+
+
+def by_eigenvalues():
+    r = pyro.sample("r", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    matrix = torch.stack([torch.stack([r[0].exp(), r[1]]), torch.stack([r[1], 1.0 + 0.0 * r[0]])])
+    values, vectors = torch.linalg.eigh(matrix)
+    pyro.factor("f", -1.5 * values.log().sum() - 0.5 * ((Y @ vectors).square() / values).sum())
+
+
+@pytest.mark.parametrize("model", [grouped, by_precision, by_eigenvalues])
+def test_rows_without_a_density_in_models_of_several_kinds(model):
+    potential = Potential(model)
+    rows = torch.tensor([[0.2, 0.1], [0.1, 2.0], [-0.3, 0.4], [0.0, -3.0]], dtype=torch.float64)
+    value, slope, _ = potential.gradients(rows, torch.zeros(4, 0))
+    assert potential.fallback_reason is None
+    assert value.isfinite().tolist() == [True, False, True, False]
+    for row in (0, 2):
+        expected = potential._one("gradient")(rows[row], torch.zeros(0))
+        torch.testing.assert_close((value[row], slope[row]), expected)
+
+
 def refusing(error, low=-0.5):
     """A model that raises where r lies below a bound, as it does at draws from its prior."""
 
