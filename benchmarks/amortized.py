@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.report import Row, Table, met
 from benchmarks.surrogate import ours
 from pyro_hamflow import HNNNUTS, NUTS, AmortizedSurrogate, learn_surrogate
-from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
+from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
 
 ABOUT = "Amortised surrogates: one training for all patients"
 HOURS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)

@@ -12,8 +12,8 @@ from pyro.ops.integrator import potential_grad
 from benchmarks.models import schools_data, schools_noncentred
 from benchmarks.report import Row, Table, met
 from benchmarks.timing import nothing_compiled, ratio, seconds, side_by_side
-from pyro_hamflow.model.capture import Program
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import Program
 
 ABOUT = "Gradients: eight schools, non-centred"
 _CHAINS = (1, 16, 64, 1024)

@@ -21,8 +21,8 @@ from benchmarks.models import (
 from benchmarks.report import Row, Table, met
 from benchmarks.timing import nothing_compiled, ratio, seconds
 from pyro_hamflow import HMC, MCMC, PseudoMarginalHMC
-from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
-from pyro_hamflow.mcmc.transition import Info, State
+from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
+from pyro_hamflow.mcmc.transitions.base import Info, State
 
 ABOUT = "Kernels: the whole time of sampling, per gradient"
 _GOAL_SCHOOLS, _GOAL_GLMM = 1.5, 1.15

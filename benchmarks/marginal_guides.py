@@ -24,7 +24,7 @@ from pyro_hamflow import (
     importance_sample,
     marginalize,
 )
-from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from tests.targets import glmm
 
 ABOUT = "Guides of marginalised models"

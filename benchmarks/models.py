@@ -14,7 +14,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 from pyro_hamflow import PseudoMarginalHMC, marginalize
-from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.potential import Potential
 from tests.targets import glmm, glmm_data, wide_proposal
 from tests.zoo import SCHOOLS_SIGMA, SCHOOLS_Y

@@ -12,8 +12,8 @@ from benchmarks import models
 from benchmarks.report import Row, Table
 from benchmarks.timing import seconds, side_by_side
 from pyro_hamflow import NUTS
-from pyro_hamflow.mcmc.nuts import NUTSTransition, TreeBuilder
-from pyro_hamflow.mcmc.tree import Point
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition, TreeBuilder
+from pyro_hamflow.mcmc.transitions.trajectory import Point
 
 ABOUT = "NUTS: where the time goes"
 

@@ -26,8 +26,8 @@ from pyro_hamflow import (
     PseudoMarginalNUTS,
     marginalize,
 )
-from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
-from pyro_hamflow.mcmc.record import Draws
+from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
 from tests.targets import glmm
 
 ABOUT = "Learned energies: effective draws, training included"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._inductor.utils import fresh_cache
 
-from pyro_hamflow.model.capture import compile_graph
+from pyro_hamflow.programs.capture import compile_graph
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, Any]:

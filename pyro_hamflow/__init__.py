@@ -1,29 +1,25 @@
 """Hamiltonian inference with learned parts, for Pyro."""
 
-from pyro_hamflow.dynamics.energies import PotentialNetwork
-from pyro_hamflow.dynamics.kinetic import (
-    LearnedGaussianKinetic,
-    NeuralKinetic,
-    RelativisticKinetic,
-)
-from pyro_hamflow.dynamics.training import GradientMatching, TrajectoryMatching
 from pyro_hamflow.flows.bases import SoftUniform
 from pyro_hamflow.flows.fit import fit_flow, fit_guide
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
 from pyro_hamflow.flows.losses import ForwardKL, ReverseKL
-from pyro_hamflow.mcmc.amortized import AmortizedSurrogate, learn_surrogate
-from pyro_hamflow.mcmc.flow_mh import FlowMH
-from pyro_hamflow.mcmc.kernels import HMC, NUTS
-from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginalHMC, PseudoMarginalNUTS
-from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, EllipticalSliceRefresh
-from pyro_hamflow.mcmc.runner import MCMC
-from pyro_hamflow.mcmc.surrogate_kernels import HNNHMC, HNNNUTS
-from pyro_hamflow.model.marginal import marginalize, noise
-from pyro_hamflow.model.quality import EstimatorQuality, estimator_quality
-from pyro_hamflow.results.importance import ImportanceSamples, importance_sample
+from pyro_hamflow.marginal.marginalize import marginalize, noise
+from pyro_hamflow.marginal.quality import EstimatorQuality, estimator_quality
+from pyro_hamflow.mcmc.kernels.flow import FlowMH
+from pyro_hamflow.mcmc.kernels.hmc_nuts import HMC, NUTS
+from pyro_hamflow.mcmc.kernels.hnn import HNNHMC, HNNNUTS
+from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginalHMC, PseudoMarginalNUTS
+from pyro_hamflow.mcmc.mcmc import MCMC
+from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh, EllipticalSliceRefresh
+from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic, RelativisticKinetic
 from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
+from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
+from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate, learn_surrogate
+from pyro_hamflow.surrogates.losses import GradientMatching, TrajectoryMatching
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 __version__ = "0.1.0"
 

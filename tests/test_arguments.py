@@ -21,11 +21,11 @@ from pyro_hamflow import (
     PseudoMarginalHMC,
     PseudoMarginalNUTS,
 )
-from pyro_hamflow.dynamics.energies import PotentialNetwork
-from pyro_hamflow.dynamics.training import GradientMatching, TrajectoryMatching
 from pyro_hamflow.flows.bases import SoftUniform
 from pyro_hamflow.flows.losses import ReverseKL
-from pyro_hamflow.mcmc.refresh import CorrelatedRefresh
+from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh
+from pyro_hamflow.surrogates.losses import GradientMatching, TrajectoryMatching
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 NAN, INF = math.nan, math.inf
 KERNELS = (HMC, NUTS, PseudoMarginalHMC, PseudoMarginalNUTS, HNNHMC, HNNNUTS)

@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow.model.capture import batch, capture
 from pyro_hamflow.model.potential import Potential, with_slopes
+from pyro_hamflow.programs.capture import batch, capture
 
 TIMES = torch.linspace(0.0, 2.0, 6, dtype=torch.float64)
 OBSERVED = torch.tensor([True, False, True, True, False, True, False, True])

@@ -22,8 +22,8 @@ import scipy.stats
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.mcmc.refresh import Blocks
-from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
 
 GROUPS = 5
 TOGETHER = 20  # data sets in one run

@@ -11,12 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow import MCMC, NUTS
-from pyro_hamflow.dynamics.energies import PotentialNetwork
-from pyro_hamflow.mcmc.hmc import HMCTransition
-from pyro_hamflow.mcmc.per_leaf import JudgedDensity
-from pyro_hamflow.mcmc.pseudo_marginal import JointTransition
-from pyro_hamflow.mcmc.surrogate import SurrogateDensity
-from pyro_hamflow.model.capture import (
+from pyro_hamflow.marginal.marginalize import marginalize
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import (
     batch,
     capture,
     first_result,
@@ -24,9 +23,9 @@ from pyro_hamflow.model.capture import (
     largest_tensor,
     loop,
 )
-from pyro_hamflow.model.marginal import marginalize
-from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.recording import _BINDINGS
+from pyro_hamflow.programs.graph_recorder import _BINDINGS
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
+from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity
 
 
 def counts(y):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyro_hamflow.dynamics.conditional_gaussian import ConditionalGaussian
+from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian
 
 
 def test_density_is_that_of_mean_and_root():

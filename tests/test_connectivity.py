@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pyro_hamflow.model import owner_rules
-from pyro_hamflow.model.connectivity import NONE, SEVERAL, ValueReadError, trace_owners
+from pyro_hamflow.programs import owner_rules
+from pyro_hamflow.programs.connectivity import NONE, SEVERAL, ValueReadError, trace_owners
 
 N = 6
 WEIGHTS = torch.tensor([0.7, 0.0, -1.3, 0.4, 0.0, 2.0]).double()

@@ -11,9 +11,9 @@ import torch
 
 from pyro_hamflow import HMC, MCMC, NUTS
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.metric import Metric, first_scales
-from pyro_hamflow.mcmc.warmup import WarmUp
-from pyro_hamflow.mcmc.watch import Watch
+from pyro_hamflow.mcmc.adaptation.metric import Metric, first_scales
+from pyro_hamflow.mcmc.adaptation.watch import Watch
+from pyro_hamflow.mcmc.adaptation.window import WarmUp
 from pyro_hamflow.model.potential import Potential
 from tests.test_warmup import outcome
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.model import particles as particles_module
-from pyro_hamflow.model.layout import PRIOR_SHARE, Layout
+from pyro_hamflow.marginal import particles as particles_module
+from pyro_hamflow.marginal.noise_layout import PRIOR_SHARE, Layout
 
 GRID = torch.linspace(-12.0, 12.0, 4001, dtype=torch.float64)
 HERE = {"mean": torch.tensor(0.4, dtype=torch.float64)}

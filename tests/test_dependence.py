@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
-from pyro_hamflow.model import analysis
+from pyro_hamflow.marginal import dependence as analysis
 from tests.test_marginal import assert_unbiased, estimates
 
 SUBJECT = torch.tensor([3, 0, 0, 2, 1, 1, 1, 4, 4, 0])  # ragged, and in no order

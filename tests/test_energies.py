@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.integrators import leapfrog_step
-from pyro_hamflow.dynamics.training import (
+from pyro_hamflow.networks.training import fit_energy
+from pyro_hamflow.surrogates.losses import (
     GradientMatching,
     Points,
     Trajectories,
     TrajectoryMatching,
-    fit_energy,
 )
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from tests.laws import assert_order, assert_reversible, assert_volume_preserving
 
 SIZES = {

@@ -21,16 +21,17 @@ import torch
 from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh, marginalize, noise
 from pyro_hamflow.dynamics import integrators
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc import hmc, nuts, pseudo_marginal, tree
-from pyro_hamflow.mcmc import refresh as refresh_module
-from pyro_hamflow.mcmc.hmc import HMCTransition
-from pyro_hamflow.mcmc.nuts import JointNUTSTransition, NUTSTransition
-from pyro_hamflow.mcmc.pseudo_marginal import ConditionalTransition, JointTransition
-from pyro_hamflow.mcmc.refresh import Blocks
-from pyro_hamflow.mcmc.transition import Decision, State, Tuning, select, select_evaluation
-from pyro_hamflow.model import particles as particles_module
-from pyro_hamflow.model.layout import Stratum
-from pyro_hamflow.model.points import lattice
+from pyro_hamflow.marginal import particles as particles_module
+from pyro_hamflow.marginal.noise_layout import Stratum
+from pyro_hamflow.marginal.points import lattice
+from pyro_hamflow.mcmc.transitions import hmc, nuts, pseudo_marginal
+from pyro_hamflow.mcmc.transitions import noise_refresh as refresh_module
+from pyro_hamflow.mcmc.transitions import trajectory as tree
+from pyro_hamflow.mcmc.transitions.base import Decision, State, Tuning, select, select_evaluation
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
+from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
+from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition, JointTransition
 from pyro_hamflow.model.potential import Potential
 from tests.laws import assert_invariant
 

@@ -9,12 +9,12 @@ import torch
 
 from pyro_hamflow import HMC, MCMC, NUTS
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.hmc import HMCTransition
-from pyro_hamflow.mcmc.transition import Tuning
-from pyro_hamflow.model import recording
-from pyro_hamflow.model.capture import batch, capture
-from pyro_hamflow.model.failures import first_that_works
+from pyro_hamflow.mcmc.transitions.base import Tuning
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs import graph_recorder as recording
+from pyro_hamflow.programs.capture import batch, capture
+from pyro_hamflow.programs.failures import first_that_works
 from tests.laws import scores
 
 Y = torch.tensor([[1.0, 0.5], [-0.5, 0.2], [0.3, 0.9]], dtype=torch.float64)

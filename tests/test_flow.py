@@ -18,10 +18,10 @@ from pyro_hamflow import (
     SoftUniform,
     fit_flow,
 )
-from pyro_hamflow.dynamics.fields import PerceptronField
 from pyro_hamflow.dynamics.integrators import leapfrog, leapfrog_step
-from pyro_hamflow.dynamics.networks import ScalarNetwork
 from pyro_hamflow.flows.bases import standard_normal
+from pyro_hamflow.networks.fields import PerceptronField
+from pyro_hamflow.networks.perceptron import ScalarNetwork
 from tests.laws import assert_volume_preserving
 
 DIMENSION = 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_hamflow import MCMC, AutoNeuralHamiltonianFlow, FlowMH, marginalize, to_inference_data
-from pyro_hamflow.mcmc.flow_mh import FlowMHTransition
+from pyro_hamflow.mcmc.transitions.independence import FlowMHTransition
 from tests.targets import effects
 from tests.test_exactness import (
     HMC_TARGETS,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import special
 
-from pyro_hamflow.model import gamma_quantile as module
-from pyro_hamflow.model.gamma_quantile import gamma_quantile, solve
+from pyro_hamflow.marginal import gamma_quantile as module
+from pyro_hamflow.marginal.gamma_quantile import gamma_quantile, solve
 
 SHAPES = torch.logspace(-3, 6, 91, dtype=torch.float64)[:, None]
 NOISE = torch.linspace(-8.0, 8.0, 161, dtype=torch.float64)

@@ -113,7 +113,7 @@ def test_long_runs_agree_with_quadrature(kernel, num_particles, num_samples, met
 
 
 def test_a_biased_sampler_is_noticed(monkeypatch):
-    from pyro_hamflow.model.marginal import MarginalModel
+    from pyro_hamflow.marginal.marginalize import MarginalModel
 
     honest = MarginalModel.estimate
 

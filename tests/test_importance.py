@@ -20,7 +20,7 @@ from pyro_hamflow import (
     marginalize,
     to_inference_data,
 )
-from pyro_hamflow.results import importance
+from pyro_hamflow.smc import importance
 from tests.targets import effects
 from tests.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 

@@ -17,11 +17,11 @@ from pyro.optim import Adam
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_hamflow import marginalize, noise
-from pyro_hamflow.model import particles as particles_module
-from pyro_hamflow.model.laplace import LikelihoodSite
-from pyro_hamflow.model.layout import Layout
+from pyro_hamflow.marginal import particles as particles_module
+from pyro_hamflow.marginal.noise_layout import Layout
+from pyro_hamflow.marginal.proposals.laplace import LikelihoodSite
+from pyro_hamflow.marginal.proposals.user import ProgramProposal
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.proposals import ProgramProposal
 from tests.targets import glmm, glmm_data, wide_proposal
 
 REPLICATES = 4000

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pyro_hamflow import HMC, MCMC, NUTS, to_inference_data
+from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.messages import report
-from pyro_hamflow.mcmc.record import Draws
 from pyro_hamflow.model.sites import Site
 
 REAL = torch.float64

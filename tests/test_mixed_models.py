@@ -13,7 +13,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 import pyro_hamflow as phf
-from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from tests.mixed_models import MIXED_MODELS
 from tests.mixed_models.importance import find_mode, posterior
 from tests.mixed_models.priors import normal

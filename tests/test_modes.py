@@ -11,9 +11,9 @@ import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 
 import pyro_hamflow as phf
-from pyro_hamflow.model import modes as modes_module
-from pyro_hamflow.model.mixture_proposal import MixtureProposal
-from pyro_hamflow.model.scrutiny import fit_modes, look
+from pyro_hamflow.marginal import modes as modes_module
+from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
+from pyro_hamflow.marginal.scrutiny import fit_modes, look
 from tests.test_defence import (
     HERE,
     PRIORS,

@@ -12,8 +12,8 @@ import torch.distributions as torch_dist
 from scipy import stats
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_hamflow.model.normal_transform import normal_transform
-from pyro_hamflow.model.points import lattice, noise_count, place_points
+from pyro_hamflow.marginal.normal_transform import normal_transform
+from pyro_hamflow.marginal.points import lattice, noise_count, place_points
 
 P_VALUE = 6e-5  # of a deviation of four standard errors
 

@@ -11,8 +11,8 @@ import torch
 
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize, noise
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.nuts import JointNUTSTransition, NUTSTransition
-from pyro_hamflow.mcmc.transition import DIVERGENCE, Tuning
+from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Tuning
+from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.model.potential import Potential
 
 CHAINS = 48

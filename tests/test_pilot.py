@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.model import pilot as pilot_module
+from pyro_hamflow.marginal import pilot as pilot_module
 
 
 def counts(x, y):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 
-from pyro_hamflow.model import programs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
+from pyro_hamflow.programs import program_cache as programs
 from tests.zoo import ZOO, eight_schools, learned_parameter
 
 CHAINS = 3
@@ -310,6 +310,6 @@ def test_density_is_the_beginning_of_the_gradient(monkeypatch):
     potential = Potential(many_data, (torch.randn(20),))
     position, noise = potential.vectors(3)
     value, _ = potential.program("gradient", 3)(position, noise)
-    monkeypatch.setattr("pyro_hamflow.model.programs.capture", None)
-    monkeypatch.setattr("pyro_hamflow.model.programs.batch", None)
+    monkeypatch.setattr("pyro_hamflow.programs.program_cache.capture", None)
+    monkeypatch.setattr("pyro_hamflow.programs.program_cache.batch", None)
     assert torch.equal(potential.value(position, noise), value)

@@ -26,7 +26,7 @@ from torch.distributions import transforms
 
 import pyro_hamflow as phf
 from pyro_hamflow import HMC, MCMC, NUTS
-from pyro_hamflow.mcmc.mass import mass_form
+from pyro_hamflow.mcmc.adaptation.mass import mass_form
 from pyro_hamflow.model.sites import Site
 from tests.laws import scores
 

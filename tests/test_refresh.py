@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh, marginalize, noise
-from pyro_hamflow.mcmc.refresh import Blocks
-from pyro_hamflow.mcmc.transition import select
+from pyro_hamflow.mcmc.transitions.base import select
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
 from pyro_hamflow.model.potential import Potential
 
 CHAINS = 3

@@ -11,9 +11,11 @@ import torch
 from torch.distributions import biject_to
 
 import pyro_hamflow as phf
-from pyro_hamflow.model import laplace, particles, proposals
-from pyro_hamflow.model.normal_transform import normal_transform
-from pyro_hamflow.model.scores import reference, score_form
+from pyro_hamflow.marginal import particles
+from pyro_hamflow.marginal.normal_transform import normal_transform
+from pyro_hamflow.marginal.proposals import base as proposals
+from pyro_hamflow.marginal.proposals import laplace
+from pyro_hamflow.marginal.scores import reference, score_form
 from tests.mixed_models import MIXED_MODELS
 
 GRID = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)  # unconstrained

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.mcmc.pseudo_marginal_kernels import PseudoMarginal
-from pyro_hamflow.model import marginal as marginal_module
-from pyro_hamflow.model import pilot as pilot_module
-from pyro_hamflow.model import scrutiny as scrutiny_module
-from pyro_hamflow.model.scrutiny import Look, look, missed, misses, more_of_prior
+from pyro_hamflow.marginal import marginalize as marginal_module
+from pyro_hamflow.marginal import pilot as pilot_module
+from pyro_hamflow.marginal import scrutiny as scrutiny_module
+from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses, more_of_prior
+from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginal
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
 Y = torch.tensor([0.8, 1.5, 0.3, 2.0, 1.1, 0.2, 0.9, 1.7], dtype=torch.float64)

@@ -14,9 +14,9 @@ import torch
 import xarray
 
 from pyro_hamflow import HMC, NUTS, PseudoMarginalNUTS, marginalize
-from pyro_hamflow.model.analysis import Run
-from pyro_hamflow.model.fingerprint import take_fingerprint
+from pyro_hamflow.marginal.dependence import Run
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.fingerprint import take_fingerprint
 from tests.test_marginal import assert_unbiased, estimates
 
 Y = [0.3, 1.2, -1.0, 0.4]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.model.laplace import LikelihoodSite
+from pyro_hamflow.marginal.proposals.laplace import LikelihoodSite
 from pyro_hamflow.model.potential import Potential
 
 TIMES = torch.tensor([-0.5, 0.2, 1.3], dtype=torch.float64)

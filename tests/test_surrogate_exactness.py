@@ -10,23 +10,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow.dynamics.energies import PotentialNetwork
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.dynamics.training import Points, fit_energy
-from pyro_hamflow.mcmc import endpoint as endpoint_module
-from pyro_hamflow.mcmc.endpoint import EndpointTransition, spread
-from pyro_hamflow.mcmc.hmc import HMCTransition
-from pyro_hamflow.mcmc.nuts import NUTSTransition
-from pyro_hamflow.mcmc.per_leaf import (
-    JudgedDensity,
-    PerLeafConditionalTransition,
-    PerLeafTransition,
-    TrustRegion,
-)
-from pyro_hamflow.mcmc.refresh import CorrelatedRefresh, EllipticalSliceRefresh
-from pyro_hamflow.mcmc.surrogate import SurrogateDensity
-from pyro_hamflow.mcmc.transition import Tuning
+from pyro_hamflow.mcmc.transitions import multiple_proposal as endpoint_module
+from pyro_hamflow.mcmc.transitions.base import Tuning
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.multiple_proposal import EndpointTransition, spread
+from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh, EllipticalSliceRefresh
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
+from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition, PerLeafTransition
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.networks.training import fit_energy
+from pyro_hamflow.surrogates.losses import Points
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
+from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity, TrustRegion
 from tests.laws import assert_invariant
 from tests.test_exactness import CHAINS, DEPTH, MOST_POINTS, make_target, skewed, skewed_draws
 

@@ -28,18 +28,21 @@ from pyro_hamflow import (
     marginalize,
 )
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.dynamics.training import Points, fit_energy
-from pyro_hamflow.mcmc import learner as learning
-from pyro_hamflow.mcmc import pseudo_marginal_kernels, surrogate_costs, weighing
-from pyro_hamflow.mcmc.hmc import HMCTransition
-from pyro_hamflow.mcmc.nuts import NUTSTransition
-from pyro_hamflow.mcmc.recorder import COMPILED, Recorder
-from pyro_hamflow.mcmc.refresh import CorrelatedRefresh
-from pyro_hamflow.mcmc.surrogate_costs import Trial
-from pyro_hamflow.mcmc.transition import Info, State, Tuning
+from pyro_hamflow.mcmc.adaptation import verdict as weighing
+from pyro_hamflow.mcmc.kernels import pseudo_marginal as pseudo_marginal_kernels
+from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.networks.training import fit_energy
 from pyro_hamflow.results.inference_data import to_inference_data
+from pyro_hamflow.surrogates import costs as surrogate_costs
+from pyro_hamflow.surrogates import learner as learning
+from pyro_hamflow.surrogates.costs import Trial
+from pyro_hamflow.surrogates.gradient_log import COMPILED, Recorder
+from pyro_hamflow.surrogates.losses import Points
 from tests.laws import assert_invariant, scores
 from tests.test_exactness import SLOPE, Y, make_target
 from tests.test_nuts import latent

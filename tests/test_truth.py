@@ -11,7 +11,7 @@ import torch
 from pyro.infer.reparam import LocScaleReparam
 
 import pyro_hamflow as phf
-from pyro_hamflow.mcmc import tree
+from pyro_hamflow.mcmc.transitions import trajectory as tree
 from tests.laws import scores
 from tests.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch.distributions import Distribution
 
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.programs.validation import no_validation
 
 X = torch.linspace(-1.0, 1.0, 6)
 

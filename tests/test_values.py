@@ -13,8 +13,8 @@ import pytest
 import scipy.special
 import torch
 
-from pyro_hamflow.model.capture import capture
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import capture
 
 SEEN = torch.tensor([True, False])
 

@@ -10,9 +10,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow.model.marginal import marginalize
+from pyro_hamflow.marginal.marginalize import marginalize
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.vectorize import Vectorized
+from pyro_hamflow.programs.vectorize import Vectorized
 
 Y = torch.tensor([[0.5, 1.0, -0.3], [-1.0, 0.2, 0.8]])
 COUNTS = torch.tensor([[3.0, 0.0, 7.0], [1.0, 4.0, 5.0]])

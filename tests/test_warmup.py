@@ -12,9 +12,9 @@ import torch
 
 from pyro_hamflow import HMC, PseudoMarginalHMC, marginalize
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.metric import Covariance
-from pyro_hamflow.mcmc.transition import Info, State
-from pyro_hamflow.mcmc.warmup import DualAveraging, WarmUp, mass_windows
+from pyro_hamflow.mcmc.adaptation.metric import Covariance
+from pyro_hamflow.mcmc.adaptation.window import DualAveraging, WarmUp, mass_windows
+from pyro_hamflow.mcmc.transitions.base import Info, State
 from pyro_hamflow.model.recovery import Evaluation
 
 SCALES = torch.tensor([0.1, 1.0, 5.0]).double()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_hamflow.dynamics.networks import perceptron
+from pyro_hamflow.networks.perceptron import perceptron
 
 _HALF_LOG = 0.5 * math.log(2.0 * math.pi)
 

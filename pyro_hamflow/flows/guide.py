@@ -16,14 +16,14 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
-from pyro_hamflow.dynamics.kinetic import LearnedGaussianKinetic, LearnedKinetic
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow, PhaseDistribution
 from pyro_hamflow.flows.start import PriorDistribution, laplace, seeded_potential
-from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, constrain, split, stack_sites
 from pyro_hamflow.model.supports import is_circular
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, LearnedKinetic
+from pyro_hamflow.programs.validation import no_validation
 
 _STARTS = ("laplace", "prior")
 _PILOT_DRAWS = 1000

@@ -23,11 +23,12 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_hamflow.checks import number, positive, whole
-from pyro_hamflow.dynamics.kinetic import LearnedGaussianKinetic, LearnedKinetic, VectorField
-from pyro_hamflow.dynamics.motion import follow
-from pyro_hamflow.dynamics.networks import ScalarNetwork
+from pyro_hamflow.dynamics.kinetic import VectorField
 from pyro_hamflow.flows.bases import map_tensors, standard_normal
 from pyro_hamflow.flows.encoder import Encoder, StandardMomenta
+from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, LearnedKinetic
+from pyro_hamflow.networks.perceptron import ScalarNetwork
+from pyro_hamflow.networks.trajectory import follow
 
 
 class DensityEstimate(NamedTuple):

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
-from pyro_hamflow.model.structure import run_with
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.model.trace import run_with
+from pyro_hamflow.programs.validation import no_validation
 
 _ROUNDS = 20
 _STEPS = 25

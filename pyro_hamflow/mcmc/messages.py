@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.record import Draws
+from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.sites import Site
 
 _FEWEST = 50  # draws of each chain that can be judged

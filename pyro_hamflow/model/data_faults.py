@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_hamflow.model.structure import is_deterministic, log_density
 from pyro_hamflow.model.supports import support_of
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.model.trace import is_deterministic, log_density
+from pyro_hamflow.programs.validation import no_validation
 
 
 def fitting(trace: poutine.Trace) -> poutine.Trace:

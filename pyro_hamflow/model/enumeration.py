@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pyro_hamflow.model.structure import is_latent
+from pyro_hamflow.model.trace import is_latent
 
 
 def sum_out(site: Any) -> dict[str, Any]:

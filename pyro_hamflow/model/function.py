@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.programs.validation import no_validation
 
 PotentialFunction = Callable[[dict[str, Tensor]], Tensor]
 

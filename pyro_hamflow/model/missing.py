@@ -14,7 +14,6 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
-from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pyro_hamflow.model.supports import point_of
@@ -102,23 +101,3 @@ def _harmless(name: str, fn: Any, value: Tensor, counts: Tensor) -> Tensor:
     median = torch.where(median.isfinite(), median, point)
     inside = support.check(median)
     return torch.where(inside.reshape(inside.shape + (1,) * support.event_dim), median, point)
-
-
-def without_gaps_in_constants(graph: GraphModule) -> GraphModule:
-    """A graph whose constants have numbers in place of NaN: medians of their columns.
-
-    A result that is a number although constants are not does not depend on what is missing, and
-    stays what it was.
-    """
-    constants = torch.nn.Module()
-    for name, value in graph.named_buffers():
-        constants.register_buffer(name, _closed(value) if value.is_floating_point() else value)
-    return GraphModule(constants, graph.graph)
-
-
-def _closed(value: Tensor) -> Tensor:
-    if not value.isnan().any():
-        return value
-    columns = value.nanmedian(0).values if value.dim() else value
-    columns = torch.where(columns.isnan(), value.nanmedian(), columns).nan_to_num(1.0)
-    return torch.where(value.isnan(), columns, value)

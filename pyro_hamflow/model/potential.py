@@ -19,14 +19,10 @@ import torch
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
-from pyro_hamflow.model.capture import Program
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.enumeration import refuse_branches, sum_out
-from pyro_hamflow.model.failures import first_that_works
-from pyro_hamflow.model.fingerprint import Fingerprint, explained, take_fingerprint
-from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.missing import without_gaps
-from pyro_hamflow.model.programs import Programs
 from pyro_hamflow.model.recovery import Evaluation, pick_particles
 from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.sites import (
@@ -36,7 +32,8 @@ from pyro_hamflow.model.sites import (
     split,
     stack_sites,
 )
-from pyro_hamflow.model.structure import (
+from pyro_hamflow.model.supports import is_discrete
+from pyro_hamflow.model.trace import (
     SetValues,
     is_latent,
     outline,
@@ -44,9 +41,12 @@ from pyro_hamflow.model.structure import (
     refuse_subsampling,
     run_with,
 )
-from pyro_hamflow.model.supports import is_discrete
 from pyro_hamflow.model.unused import find_unused, with_own_prior
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.failures import first_that_works
+from pyro_hamflow.programs.fingerprint import Fingerprint, explained, take_fingerprint
+from pyro_hamflow.programs.program_cache import Programs
+from pyro_hamflow.programs.validation import no_validation
 
 # Where the model is looked at: at the first where its numbers allow it.
 _FACTORS = (0.3, 0.1, 0.03, -0.3, 1.0, -1.0, 2.0, 0.0)  # times a fixed random position

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
-from pyro_hamflow.model.proposals import float_type
+from pyro_hamflow.model.float_type import float_type
 from pyro_hamflow.model.sites import Site, split
-from pyro_hamflow.model.structure import is_deterministic
+from pyro_hamflow.model.trace import is_deterministic
 
 _FAR = 0.2  # of a coordinate, over which a density may change by a part that matters
 _SHARE = 5e-4  # of the draws

@@ -9,12 +9,12 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.data_faults import describe_impossible
-from pyro_hamflow.model.marginal import MarginalModel
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.structure import run_with
 from pyro_hamflow.model.supports import support_of
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.model.trace import run_with
+from pyro_hamflow.programs.validation import no_validation
 
 Strategy = Callable[[Any], Tensor]
 

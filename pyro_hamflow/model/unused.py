@@ -19,9 +19,9 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
-from pyro_hamflow.model.connectivity import NONE, ValueReadError, trace_owners
 from pyro_hamflow.model.missing import entries_that_count
 from pyro_hamflow.model.supports import base_of
+from pyro_hamflow.programs.connectivity import NONE, ValueReadError, trace_owners
 
 Values = dict[str, Tensor]
 _BOUNDED = (

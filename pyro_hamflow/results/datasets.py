@@ -10,7 +10,7 @@ import torch
 import xarray
 from torch import Tensor
 
-from pyro_hamflow.model.structure import Frames, is_deterministic, vectorized_frames
+from pyro_hamflow.model.trace import Frames, is_deterministic, vectorized_frames
 from pyro_hamflow.results.names import Names
 
 _DRAWN = ("chain", "draw")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.structure import is_computed, is_latent, run_with
+from pyro_hamflow.model.trace import is_computed, is_latent, run_with
 from pyro_hamflow.results.rows import Rows
 
 

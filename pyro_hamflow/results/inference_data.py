@@ -15,9 +15,9 @@ import torch
 import xarray
 from torch import Tensor
 
-from pyro_hamflow.mcmc.record import Draws
-from pyro_hamflow.model.marginal import MarginalModel
-from pyro_hamflow.model.structure import is_computed, is_latent, run_with, vectorized_frames
+from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.model.trace import is_computed, is_latent, run_with, vectorized_frames
 from pyro_hamflow.results.datasets import Array, Datasets, array_of, to_numpy
 from pyro_hamflow.results.deterministic import deterministic_values
 from pyro_hamflow.results.names import Names

@@ -5,8 +5,8 @@ weights from any number of points. But the particles of that draw themselves tel
 have put them. In terms of its normal noise u, of density :math:`\varphi`, the estimate of an
 element is the mean of its weights f(u). With the mean m of u under :math:`f \varphi` and twice its
 covariance, :math:`L L^\top`, most new points are :math:`m + L z`, and one in eight is z as it was.
-Every u is shared out between the two kinds, as in :mod:`~pyro_hamflow.model.laplace`: both are
-weighed by
+Every u is shared out between the two kinds, as in :mod:`~pyro_hamflow.marginal.proposals.laplace`:
+both are weighed by
 
 .. math:: f(u) \, \frac{\varphi(u)}
                        {(1 - \epsilon) \, N(u; m, L L^\top) + \epsilon \, \varphi(u)},
@@ -32,12 +32,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_hamflow.model.layout import Layout
-from pyro_hamflow.model.marginal import MarginalModel
-from pyro_hamflow.model.particles import Estimate
-from pyro_hamflow.model.points import place_points
+from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.marginal.noise_layout import Layout
+from pyro_hamflow.marginal.particles import Estimate
+from pyro_hamflow.marginal.points import place_points
+from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.structure import Group, plate_shape
+from pyro_hamflow.model.trace import plate_shape
 from pyro_hamflow.results.terms import Term, densities
 
 _ONE_IN = 8  # points stays where it was

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.model.capture import Program
-from pyro_hamflow.model.marginal import MarginalModel
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.structure import is_latent
+from pyro_hamflow.model.trace import is_latent
+from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.results.moved import MovedPoints, gather, movable
 from pyro_hamflow.results.rows import Rows
 from pyro_hamflow.results.terms import Term, densities, find_terms

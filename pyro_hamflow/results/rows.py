@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.model.capture import Program, batch, capture, largest_tensor
+from pyro_hamflow.programs.capture import Program, batch, capture, largest_tensor
 
 _ROWS = 1000  # at once, at most
 _ELEMENTS = 2**18  # of a tensor, beyond which memory is what takes the time

@@ -12,10 +12,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.hamiltonian_kernel import HamiltonianKernel
-from pyro_hamflow.mcmc.record import Draws
-from pyro_hamflow.mcmc.runner import MCMC
-from pyro_hamflow.results.importance import ImportanceSamples
+from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
+from pyro_hamflow.mcmc.mcmc import MCMC
+from pyro_hamflow.smc.importance import ImportanceSamples
 
 
 class Run:

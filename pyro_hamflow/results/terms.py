@@ -18,7 +18,7 @@ import pyro.poutine as poutine
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from pyro_hamflow.model.structure import (
+from pyro_hamflow.model.trace import (
     Frames,
     depth_of,
     is_computed,
@@ -26,7 +26,7 @@ from pyro_hamflow.model.structure import (
     plate_shape,
     vectorized_frames,
 )
-from pyro_hamflow.model.validation import no_validation
+from pyro_hamflow.programs.validation import no_validation
 
 
 @dataclass(frozen=True)

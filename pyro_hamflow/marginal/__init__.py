@@ -1,0 +1,1 @@
+"""Likelihood estimates with explicit noise: local latent variables integrated out."""

@@ -1,0 +1,250 @@
+"""How the noise of one estimate is shared out among its sites and particles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from itertools import product
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from pyro_hamflow.marginal.points import noise_count
+from pyro_hamflow.marginal.proposals.base import Proposal, component_count
+from pyro_hamflow.marginal.structure import Group
+from pyro_hamflow.model.trace import (
+    Frames,
+    depth_of,
+    is_latent,
+    log_density,
+    plate_shape,
+    vectorized_frames,
+)
+
+Components = tuple[tuple[str, int], ...]  # that of each site with a mixture prior
+
+PRIOR_SHARE = 0.01  # of the prior in the mixture that all particles are weighed by
+_PER_PRIOR_PARTICLE = 8  # of which one comes from the prior
+
+
+@dataclass(frozen=True)
+class Block:
+    """One site's share of an element's coordinates: ``start`` to ``stop``.
+
+    Attributes:
+        start: Its first coordinate.
+        stop: One past its last.
+        frames: The plates around the site.
+        event: The shape of the coordinates of one element of the site's batch.
+    """
+
+    start: int
+    stop: int
+    frames: Frames
+    event: torch.Size
+
+    def spread(self, coordinates: Tensor, group: Group) -> Tensor:
+        """Brings an element's coordinates into the shape of the site.
+
+        Arguments:
+            coordinates: Of shape ``(*group.shape, dimension)``.
+            group: The group that the site belongs to.
+
+        Returns:
+            Of shape ``(*batch, *event)``, plates at their own dimensions.
+        """
+        order = group.frames + self._inner(group)
+        part = coordinates[..., self.start : self.stop]
+        part = part.reshape([frame.size for frame in order] + list(self.event))
+        ranks = sorted(range(len(order)), key=lambda i: order[i].dim)
+        part = part.permute([*ranks, *range(len(order), part.dim())])
+        return part.reshape(self._batch_shape() + list(self.event))
+
+    def collect(self, values: Tensor, group: Group) -> Tensor:
+        """The inverse of :meth:`spread`, for values of shape ``(*batch, *event)``."""
+        order = group.frames + self._inner(group)
+        values = values.expand(self._batch_shape() + list(self.event))
+        by_dim = sorted(order, key=lambda frame: frame.dim)
+        values = values.reshape([frame.size for frame in by_dim] + list(self.event))
+        ranks = [by_dim.index(frame) for frame in order]
+        values = values.permute([*ranks, *range(len(order), values.dim())])
+        return values.reshape(list(group.shape) + [self.stop - self.start])
+
+    def gather(self, values: Tensor, group: Group) -> Tensor:
+        """What :meth:`collect` does, with the plates left where they are.
+
+        Arguments:
+            values: Of shape ``(*enumerated, *batch, *event)``.
+            group: The group that the site belongs to.
+
+        Returns:
+            Of shape ``(*enumerated, *batch, stop - start)``, plates inside the group's of size one.
+        """
+        inner, rank = self._inner(group), len(self.event)
+        full = torch.Size(self._batch_shape()) + self.event
+        values = values.expand(torch.broadcast_shapes(values.shape, full))
+        last = range(-rank - len(inner), -rank)
+        values = values.movedim([frame.dim - rank for frame in inner], list(last))
+        values = values.flatten(-rank - len(inner))
+        for frame in reversed(inner):
+            values = values.unsqueeze(frame.dim - 1)
+        return values
+
+    def _inner(self, group: Group) -> Frames:
+        return tuple(frame for frame in self.frames if frame not in group.frames)
+
+    def _batch_shape(self) -> list[int]:
+        return plate_shape(self.frames, depth_of(self.frames))
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Particles that share the components of their mixture priors, and where they come from.
+
+    Attributes:
+        components: The component of each site with a mixture prior.
+        count: How many particles.
+        share: How much they count beside those of the same components from elsewhere.
+        from_prior: Whether they come from the prior, to defend another proposal.
+        mode: Otherwise, about which of an element's modes they lie.
+    """
+
+    components: Components
+    count: int
+    share: float = 1.0
+    from_prior: bool = False
+    mode: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other particles of the same components come from elsewhere."""
+        return self.share < 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The noise of one group: which coordinates serve which site, and which particles.
+
+    Attributes:
+        blocks: The share of each site.
+        dimension: How many coordinates an element has.
+        strata: The particles; those of the same components follow one another.
+        points: ``"iid"`` or ``"rqmc"``.
+        example: A tensor of the noise's type and device: the type that all latent sites have, and
+            the densities of the group's own, by promotion.
+    """
+
+    blocks: dict[str, Block]
+    dimension: int
+    strata: tuple[Stratum, ...]
+    points: str
+    example: Tensor
+
+    @property
+    def num_particles(self) -> int:
+        """How many particles each element has."""
+        return sum(stratum.count for stratum in self.strata)
+
+    @cached_property
+    def log_factors(self) -> Tensor:
+        """By what the weight of each particle enters the sum over all, ``(particles,)``."""
+        factors = [math.log(s.share / s.count) for s in self.strata for _ in range(s.count)]
+        return torch.tensor(factors).to(self.example)
+
+    @cached_property
+    def from_prior(self) -> Tensor:
+        """Whether each particle comes from the prior to defend another proposal."""
+        flags = [s.from_prior for s in self.strata for _ in range(s.count)]
+        return torch.tensor(flags, device=self.example.device)
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """The mode that each particle lies about; for those from the prior, the number of modes."""
+        rows = []
+        for s in self.strata:
+            alike = sum(t.components == s.components and not t.from_prior for t in self.strata)
+            rows += s.count * [alike if s.from_prior else s.mode]
+        return torch.tensor(rows, device=self.example.device)
+
+    def noise_shape(self, group: Group) -> torch.Size:
+        vectors = sum(noise_count(self.points, stratum.count) for stratum in self.strata)
+        return torch.Size([vectors, *group.shape, self.dimension])
+
+    def split(self, noise: Tensor) -> list[Tensor]:
+        """The noise of each stratum."""
+        return list(noise.split([noise_count(self.points, s.count) for s in self.strata]))
+
+
+def lay_out(
+    group: Group,
+    trace: poutine.Trace,
+    proposal: Proposal,
+    num_particles: int | None,
+    points: str,
+    modes: Mapping[Components, int],
+) -> Layout:
+    """Counts the coordinates of a group's sites and shares its particles among mixture components.
+
+    Without a number of particles, there are as many as the proposal needs to serve well, and one
+    for each component of the mixture priors; with several modes one for each of these, too.
+
+    Arguments:
+        group: The group.
+        trace: A run of the model.
+        proposal: Where particles come from.
+        num_particles: How many there are, if that is known.
+        points: ``"iid"`` or ``"rqmc"``.
+        modes: How many the proposal has for each choice of components; one if not given.
+
+    Raises:
+        ValueError: If there are fewer particles than components.
+    """
+    blocks: dict[str, Block] = {}
+    start = 0
+    choices: list[list[tuple[str, int]]] = []
+    for name in group.sites:
+        site: Any = trace.nodes[name]
+        frames = vectorized_frames(site)
+        splits = component_count(site["fn"]) if frames == group.frames else None
+        event = proposal.noise_shape(name, site["fn"], splits)
+        inner = [frame.size for frame in frames if frame not in group.frames]
+        stop = start + torch.Size(inner).numel() * event.numel()
+        blocks[name] = Block(start, stop, frames, event)
+        start = stop
+        if splits is not None and proposal.stratified:
+            choices.append([(name, component) for component in range(splits)])
+    combinations = list(product(*choices))
+    fewest = sum(modes.get(tuple(components), 1) for components in combinations)
+    if num_particles is None:
+        num_particles = max(proposal.enough_particles, len(combinations) + sum(modes.values()))
+    if num_particles < fewest:
+        raise ValueError(
+            f"`num_particles` is {num_particles}: expected at least {fewest}, one for "
+            f"each component of the mixture priors of {list(group.sites)}"
+        )
+    share, rest = divmod(num_particles, len(combinations))
+    strata: list[Stratum] = []
+    for i, components in enumerate(combinations):
+        strata += _from_both(components, share + (i < rest), proposal, modes.get(components, 1))
+    sites = [site for site in trace.nodes.values() if is_latent(site)]
+    tensors = [site["value"] for site in sites if site["value"].is_floating_point()]
+    tensors += [log_density(trace.nodes[name]) for name in group.sites]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    example = torch.zeros((), dtype=dtype, device=tensors[0].device)
+    return Layout(blocks, start, tuple(strata), points, example)
+
+
+def _from_both(components: Components, count: int, proposal: Proposal, modes: int) -> list[Stratum]:
+    """Particles from a proposal, and some from the prior where the proposal needs defence."""
+    few, share = 0, 1.0
+    if proposal.is_defended and count > modes:
+        few, share = max(1, count // _PER_PRIOR_PARTICLE), 1.0 - PRIOR_SHARE
+    each, rest = divmod(count - few, modes)
+    strata = [Stratum(components, each + (k < rest), share, mode=k) for k in range(modes)]
+    if few:
+        strata.append(Stratum(components, few, PRIOR_SHARE, from_prior=True))
+    return strata

@@ -1,0 +1,211 @@
+"""Where the estimated posterior is highest: sites are fitted there, and chains start there.
+
+The estimate times the prior is climbed with the noise held, so that it is a smooth function. A
+proposal that was fitted elsewhere makes the estimate noisy, which mostly means too low, so that the
+climb would lead back there: it is fitted anew at every point. The gradient of the estimate with the
+proposal held is that of the marginal posterior, up to the estimate's noise (Fisher's identity), and
+the climb ends where it vanishes. Nothing here has to be exact: warm-up fits the proposal once more,
+at draws of the posterior.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.supports import is_discrete, middle, transform_of
+from pyro_hamflow.model.trace import run_with
+
+# Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
+# points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
+_PARTICLES = 16
+_STEPS = 100
+_TRIALS = 12
+_MEMORY = 20
+_STARTS = 3
+_FIRST_LENGTH = 1.0  # the longest change of an unconstrained coordinate at first; then it grows
+_SLACK = 0.01  # by which the potential may rise where its slope falls: gradients are approximate
+_NEAR = 0.05  # posterior standard deviations
+_RADIUS = 2.0  # of the box that other kernels start in, too
+
+
+class Pilot(NamedTuple):
+    """Parameter values of high posterior density.
+
+    Attributes:
+        values: Constrained values of the parameters.
+        distance: How far the top may be, in posterior standard deviations.
+    """
+
+    values: dict[str, Tensor]
+    distance: float
+
+
+class Top(NamedTuple):
+    """Where a climb ended; see :class:`Pilot`."""
+
+    position: Tensor
+    value: float
+    distance: float
+
+
+def find_pilot(
+    marginal: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    start: dict[str, Tensor] | None = None,
+) -> Pilot:
+    """Climbs the estimated posterior to its top, fitting the likelihood sites on the way.
+
+    Few particles do, however many the marginal model has. A climb that does not come to rest is
+    followed by others, from random places as far from zero as other kernels' chains start.
+
+    Arguments:
+        marginal: A marginal model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        start: Unconstrained values to start from; near zero if not given.
+    """
+    plan = marginal.plan(*args, **kwargs)
+    layouts = plan.layouts.values()
+    least = max(len(layout.strata) for layout in layouts)
+    most = max(layout.num_particles for layout in layouts)
+    count = max(least, min(most, _PARTICLES))
+    # Whatever the particles come from later, here they had better know the data.
+    proposal = marginal.proposal if callable(marginal.proposal) else "auto"
+    rough = type(marginal)(marginal.model, marginal.sites, count, proposal, "iid")
+    with torch.random.fork_rng(), rough.hold(plan.structure):
+        torch.manual_seed(0)
+        trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
+        somewhere = {}
+        for name in plan.structure.parameters:
+            site = trace.nodes[name]
+            if not is_discrete(name, site):
+                transform = transform_of(name, site["fn"])
+                free = transform.inv(site["value"])
+                somewhere[name] = middle(transform, free)
+        rough.follow(somewhere, *args, **kwargs)  # so that the model can run at all
+        potential = Potential(rough, args, kwargs, separate_noise=True)
+        noise = _even_noise(rough.plan(*args, **kwargs), potential)
+
+        def gradient(position: Tensor) -> tuple[float, Tensor]:
+            try:
+                rough.follow(potential.constrain(position), *args, **kwargs)
+                position = position.detach().requires_grad_()
+                value = potential.value_of_one(position, noise)
+                (slope,) = torch.autograd.grad(value, position)
+            except (RuntimeError, ValueError):  # as of a matrix that is not positive definite there
+                return math.inf, torch.zeros_like(position)
+            return float(value.detach()), slope
+
+        tops: list[Top] = []
+        for trial in range(_STARTS if potential.dimension else 0):
+            # Not zero itself, which may be a saddle, as it is for mixtures.
+            position = 0.1 * torch.randn(potential.dimension).to(potential.example)
+            if trial:
+                position = _RADIUS * (2.0 * torch.rand(potential.dimension) - 1.0).to(position)
+            elif start is not None:
+                for part in potential.sites:  # one of another shape is refused later, by name
+                    given = start.get(part.name)
+                    if given is not None and given.shape == part.shape:
+                        position[part.start : part.stop] = given.to(position).reshape(-1)
+            tops.append(climb(gradient, position))
+            if tops[-1].distance <= _NEAR:
+                break
+    if not tops:
+        return Pilot({}, 0.0)
+    best = min(tops, key=lambda top: top.value if math.isfinite(top.value) else math.inf)
+    return Pilot(potential.constrain(best.position), best.distance)
+
+
+def _even_noise(plan: Any, potential: Potential) -> Tensor:
+    """Noise whose points lie evenly, symmetric about zero.
+
+    The score of an element is nearly linear over its particles where data are many. Independent
+    particles miss its mean by far more than a posterior standard deviation then; these do not.
+    """
+    noise = potential.draw_noise(1)[0]
+    sites = {site.name: site for site in potential.noise_sites}
+    for group in plan.structure.groups:
+        layout, site = plan.layouts[group.name], sites[f"{group.name}_noise"]
+        parts = []
+        for stratum in layout.strata:
+            level = (torch.arange(stratum.count, dtype=torch.float64) + 0.5) / stratum.count
+            points = torch.special.ndtri(level)
+            points = points / points.square().mean().sqrt().clamp(min=1e-9)
+            half, order = stratum.count // 2, []
+            for _ in range(layout.dimension):  # Latin, and each point with its opposite
+                pick = torch.randperm(half)
+                pick = torch.where(torch.rand(half) < 0.5, pick, stratum.count - 1 - pick)
+                middle = torch.arange(half, stratum.count - half)
+                order.append(torch.cat([pick, middle, stratum.count - 1 - pick]))
+            even = points[torch.stack(order, -1)]
+            parts.append(even.reshape(-1, *[1] * len(group.shape), layout.dimension))
+        shape = layout.noise_shape(group)
+        noise[site.start : site.stop] = torch.cat(parts).expand(shape).reshape(-1).to(noise)
+    return noise
+
+
+def climb(gradient: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Top:
+    """Minimises a potential by L-BFGS.
+
+    It has come to rest when a full step would lead by less than a small part of a posterior
+    standard deviation, as the inverse curvature found on the way tells, twice in a row.
+
+    Arguments:
+        gradient: From a position to the potential and its gradient.
+        start: Where to begin.
+    """
+    position = start
+    value, slope = gradient(position)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    distance, rests, longest = math.inf, 0, _FIRST_LENGTH
+    for _ in range(_STEPS):
+        if not (math.isfinite(value) and bool(slope.isfinite().all())):
+            break
+        step = -_newton(pairs, slope)
+        distance = math.sqrt(float(-(slope @ step)))
+        rests = rests + 1 if pairs and distance <= _NEAR else 0
+        if rests == 2:
+            break
+        step = step * min(1.0, longest / max(float(step.abs().max()), 1e-300))
+        fall = float(-(slope @ step))
+        for _ in range(_TRIALS):
+            new = position + step
+            new_value, new_slope = gradient(new)
+            if new_value <= value - 1e-4 * fall and bool(new_slope.isfinite().all()):
+                break
+            if new_value <= value + _SLACK and abs(float(new_slope @ step)) <= 0.9 * fall:
+                break
+            step, fall, longest = 0.3 * step, 0.3 * fall, 0.3 * float(step.abs().max())
+        else:
+            if not pairs:
+                break
+            pairs = []
+            continue
+        longest = max(longest, 2.0 * float(step.abs().max()))
+        change = new - position, new_slope - slope
+        if float(change[0] @ change[1]) > 1e-10 * float(change[1].square().sum()):
+            pairs = [*pairs, change][-_MEMORY:]
+        position, value, slope = new, new_value, new_slope
+    return Top(position, value, distance)
+
+
+def _newton(pairs: list[tuple[Tensor, Tensor]], slope: Tensor) -> Tensor:
+    """The slope times the inverse curvature that pairs of steps and slopes' changes tell of."""
+    result, shares = slope.clone(), []
+    for step, change in reversed(pairs):
+        share = (step @ result) / (step @ change)
+        result = result - share * change
+        shares.append(share)
+    if pairs:
+        step, change = pairs[-1]
+        result = result * (step @ change) / (change @ change)
+    for (step, change), share in zip(pairs, reversed(shares), strict=True):
+        result = result + step * (share - (change @ result) / (step @ change))
+    return result

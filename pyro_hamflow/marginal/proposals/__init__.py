@@ -1,0 +1,1 @@
+"""Where the particles of a likelihood estimate come from: one file for each way."""

@@ -1,0 +1,141 @@
+r"""Priors that are no Gaussians, in coordinates in which they are.
+
+Every continuous prior is a transform of normal noise, :math:`x = g_\theta(z)`, so z is a coordinate
+in which it is Gaussian: its normal score. The likelihood, which stays where it is in x, moves in z
+with the prior's parameters. Where sites of a likelihood were fitted at parameters
+:math:`\theta_0`, at the value :math:`x_0`, the coordinate
+
+.. math:: v = z_0 + (z - z_\theta(x_0))\,
+    \frac{z_{\theta_0}'(x_0)}{z_\theta'(x_0)}
+
+is used instead. The prior of v is Gaussian for all parameters, and near :math:`x_0` the coordinate
+is the same function of x for all of them, so that the likelihood hardly moves in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributions as torch_dist
+from torch import Tensor
+
+from pyro_hamflow.marginal.gamma_quantile import gamma_score
+from pyro_hamflow.marginal.normal_transform import NormalTransform, folded, has, normal_transform
+
+Score = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_FURTHEST = 20.0  # of the logarithm by which a prior stretches
+
+
+class Reference(NamedTuple):
+    """Where a coordinate is held.
+
+    Attributes:
+        value: A value of the site, of its batch and event shape.
+        score: Its normal score under the prior of the fit.
+        log_slope: The logarithm of the score's slope there.
+    """
+
+    value: Tensor
+    score: Tensor
+    log_slope: Tensor
+
+
+class ScoreForm(NamedTuple):
+    """A prior as a transform of independent normal coordinates.
+
+    Attributes:
+        transform: The map from noise, and its inverse.
+        loc: The means of the coordinates, ``(*batch, k)``.
+        scale: Their standard deviations, ``(*batch, k)``.
+    """
+
+    transform: NormalTransform
+    loc: Tensor
+    scale: Tensor
+
+    def value(self, v: Tensor) -> Tensor:
+        """The site's value at coordinates ``(*batch, k)``."""
+        z = (v - self.loc) / self.scale
+        return self.transform.draw(z.reshape(z.shape[: z.dim() - 1] + self.transform.noise_shape))
+
+
+def score_form(fn: Any, example: Tensor, near: Reference | None) -> ScoreForm:
+    """Writes a prior as a transform of normal noise.
+
+    Arguments:
+        fn: The prior.
+        example: A tensor of its type and device.
+        near: Where the coordinate is held; if not given, it is the normal score itself.
+
+    Raises:
+        ValueError: If no such transform is known.
+    """
+    transform = normal_transform(fn)
+    shape = fn.batch_shape + transform.noise_shape
+    loc, scale = example.new_zeros(shape), example.new_ones(shape)
+    known = _score(fn)
+    if near is not None and known is not None:
+        score, log_slope = known(near.value)
+        scale = (near.log_slope - log_slope).clamp(-_FURTHEST, _FURTHEST).exp()
+        loc = near.score - scale * score
+    flat = fn.batch_shape + torch.Size([transform.noise_shape.numel()])
+    return ScoreForm(transform, loc.expand(shape).reshape(flat), scale.expand(shape).reshape(flat))
+
+
+def reference(fn: Any, value: Tensor) -> Reference | None:
+    """Holds the coordinate of a prior at a value; none where it cannot be held."""
+    score = _score(fn)
+    return score and Reference(value, *(part.detach() for part in score(value)))
+
+
+def _score(fn: Any) -> Score | None:
+    """The normal score of values and the logarithm of its slope, elementwise.
+
+    Both have first derivatives, in the distribution's parameters too. ``None`` where the
+    distribution is no map of one number for each of its own, or its inverse is not known.
+    """
+    if isinstance(fn, torch_dist.Independent):
+        return _score(fn.base_dist)
+    if isinstance(fn, torch_dist.TransformedDistribution) and not folded(fn):
+        return _transformed(fn)
+    if isinstance(fn, torch_dist.Gamma):
+        return lambda x: _with_slope(fn, x, gamma_score(fn.concentration, x * fn.rate))
+    if isinstance(fn, (torch_dist.StudentT, torch_dist.Beta)) or fn.event_shape or not has(fn.cdf):
+        return None
+
+    def score(x: Tensor) -> tuple[Tensor, Tensor]:
+        edge = torch.finfo(x.dtype).eps
+        return _with_slope(fn, x, torch.special.ndtri(fn.cdf(x).clamp(edge, 1 - edge)))
+
+    return score
+
+
+def _transformed(fn: torch_dist.TransformedDistribution) -> Score | None:
+    inner = _score(fn.base_dist)
+    if inner is None or any(part.domain.event_dim for part in fn.transforms):
+        return None
+
+    def score(x: Tensor) -> tuple[Tensor, Tensor]:
+        log_slope = torch.zeros_like(x)
+        for part in reversed(fn.transforms):
+            before = part.inv(x)
+            log_slope = log_slope - part.log_abs_det_jacobian(before, x)
+            x = before
+        z, inner_slope = inner(x)
+        return z, inner_slope + log_slope
+
+    return score
+
+
+def _with_slope(fn: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """A score and its slope, which grows towards a support's ends and is infinite beyond.
+
+    So a likelihood that lies beyond the support of a prior leaves no site in its coordinates.
+    """
+    log_density = fn.log_prob(x)
+    log_density = torch.where(log_density == -torch.inf, torch.inf, log_density)
+    return z, log_density + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)

@@ -1,0 +1,79 @@
+"""Whether warm-up has converged, by its last window."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.transitions.base import Info
+
+_LARGEST_RHAT = 1.1
+_LARGEST_SHARE = 0.05  # of trees cut
+_LARGEST_CHANGE = 2.0  # of the step size
+_FEWEST = 10  # iterations in a piece of the window
+
+
+class Watch:
+    """Looks at one window of iterations, piece by piece.
+
+    Arguments:
+        before: How many iterations there are until it begins.
+        length: How many it has.
+    """
+
+    def __init__(self, before: int, length: int) -> None:
+        self.length = length
+        self._done = -before
+        self._means: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._counts: list[int] = []
+        self._sizes: list[float] = []
+        self._limited = self._ended = 0
+
+    def update(self, position: Tensor, info: Info, step_size: float) -> None:
+        """Takes in one iteration of all chains; those before the window are passed over."""
+        self._done += 1
+        if self._done <= 0:
+            return
+        pieces = 2 if len(position) > 1 else 4
+        piece = min((self._done - 1) * pieces // self.length, pieces - 1)
+        rows = position.detach().double()
+        if piece == len(self._means):
+            self._means.append(torch.zeros_like(rows))
+            self._sums.append(torch.zeros_like(rows))
+            self._counts.append(0)
+        self._counts[piece] += 1
+        shift = rows - self._means[piece]
+        self._means[piece] += shift / self._counts[piece]
+        self._sums[piece] += shift * (rows - self._means[piece])
+        self._sizes.append(step_size)
+        if info.reached_max_treedepth is not None:
+            self._limited += int(info.reached_max_treedepth.sum())
+            self._ended += len(position)
+
+    def rhat(self) -> Tensor:
+        """Split R-hat of each coordinate: pieces of all chains are compared with each other."""
+        count = min(self._counts)
+        within = torch.cat([total / (count - 1) for total in self._sums]).mean(0)
+        between = torch.cat(self._means).var(0)
+        return ((count - 1) / count + between / within).sqrt()
+
+    def doubts(self) -> list[str]:
+        """Why the window does not convince, in words; nothing if it does."""
+        doubts = []
+        if min(self._counts, default=0) >= _FEWEST:
+            worst = float(self.rhat().nan_to_num(nan=torch.inf).max())
+            if worst > _LARGEST_RHAT:
+                doubts.append(f"its draws disagree (R-hat {worst:.2f})")
+        if self._limited > _LARGEST_SHARE * self._ended:
+            share = self._limited / self._ended
+            doubts.append(f"{share:.0%} of its trajectories reached `max_tree_depth`")
+        quarter = len(self._sizes) // 8
+        if quarter:
+            late, last = self._sizes[-2 * quarter : -quarter], self._sizes[-quarter:]
+            change = sum(map(math.log, last)) / quarter - sum(map(math.log, late)) / quarter
+            if abs(change) > math.log(_LARGEST_CHANGE):
+                doubts.append("the step size still " + ("rises" if change > 0.0 else "falls"))
+        return doubts

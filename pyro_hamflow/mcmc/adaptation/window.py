@@ -1,0 +1,223 @@
+"""Warm-up: what is learned before draws are kept, pooled over all chains.
+
+Step size by dual averaging on the mean acceptance probability of all chains; inverse mass from the
+covariance of their positions, in windows of doubling length. When warm-up ends, both are frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.adaptation.metric import Metric
+from pyro_hamflow.mcmc.adaptation.watch import Watch
+from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
+
+_BEFORE, _FIRST_WINDOW = 5, 5
+_LARGEST_STEP = 1e3
+
+
+class DualAveraging:
+    """Finds the step size at which the acceptance probability has a given mean.
+
+    Arguments:
+        step_size: Where to start.
+        target: The mean acceptance probability wanted.
+
+    References:
+        | The No-U-Turn Sampler (Hoffman and Gelman, 2014), section 3.2
+        | https://arxiv.org/abs/1111.4246
+    """
+
+    def __init__(self, step_size: float, target: float) -> None:
+        self.target = target
+        self._centre = math.log(10.0 * step_size)
+        self._count = 0
+        self._gap = 0.0
+        self._average = 0.0
+        self.step_size = step_size
+
+    def update(self, acceptance_rate: float) -> None:
+        """Takes in the acceptance probability that the current step size led to."""
+        self._count += 1
+        weight = 1.0 / (self._count + 10.0)
+        self._gap = (1 - weight) * self._gap + weight * (self.target - acceptance_rate)
+        log_size = self._centre - math.sqrt(self._count) / 0.05 * self._gap
+        decay = self._count**-0.75
+        self._average = decay * log_size + (1 - decay) * self._average
+        self.step_size = min(math.exp(log_size), _LARGEST_STEP)
+
+    def final(self) -> float:
+        """The averaged step size, to be used from now on."""
+        return math.exp(self._average) if self._count else self.step_size
+
+
+def mass_windows(warmup_steps: int) -> list[int]:
+    """The iterations at whose end the mass is updated: windows of doubling length.
+
+    The first iterations, which find a first step size, and the last 10 per cent (50 iterations, if
+    there are enough), which settle the step size, lie outside the windows.
+
+    Example:
+        >>> mass_windows(500)
+        [10, 20, 40, 80, 160, 450]
+    """
+    stop = warmup_steps - max(warmup_steps // 10, min(50, warmup_steps // 5))
+    return _windows(_BEFORE, stop)
+
+
+def _windows(start: int, stop: int) -> list[int]:
+    """The ends of windows of doubling length between two iterations."""
+    ends, length = [], _FIRST_WINDOW
+    while start + length <= stop:
+        # The last window takes what is left when its successor would not fit.
+        end = start + length if start + 3 * length <= stop else stop
+        ends.append(end)
+        start, length = end, 2 * length
+    return ends
+
+
+class WarmUp:
+    """Tunes step size and mass over the warm-up iterations, and says when it has done so.
+
+    Where it may go on for longer than ``warmup_steps``, the last window decides: unless chains
+    agree by then, and nothing that is tuned is still on its way, another follows, which makes the
+    warm-up twice as long.
+
+    Arguments:
+        step_size: The first step size.
+        kinetic: The first kinetic energy.
+        warmup_steps: How many iterations there will be, at least.
+        target: The mean acceptance probability wanted.
+        adapt_step_size: Whether to tune the step size.
+        adapt_mass: Whether to tune the mass.
+        most_steps: How many iterations there may be, as many as must be if not given.
+        shaped: Gives a covariance the structure that the inverse mass is to have.
+
+    Attributes:
+        tuning: What is found so far.
+        warmup_steps: How many iterations there will be, as far as is known.
+        doubts: Why the last window did not convince, in words; empty if it did.
+        has_gone_on: Whether there were more iterations than at least.
+    """
+
+    def __init__(
+        self,
+        step_size: float,
+        kinetic: GaussianKinetic,
+        warmup_steps: int,
+        *,
+        target: float,
+        adapt_step_size: bool,
+        adapt_mass: bool,
+        most_steps: int | None = None,
+        shaped: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.tuning = Tuning(step_size, kinetic)
+        self.warmup_steps = warmup_steps
+        self.target = target
+        self.adapt_step_size = adapt_step_size
+        self.adapt_mass = adapt_mass
+        self._shaped = shaped
+        self.doubts: list[str] = []
+        self.has_gone_on = False
+        self._most_steps = max(warmup_steps, most_steps or 0)
+        self._windows = mass_windows(warmup_steps)
+        self._opening = int(0.15 * warmup_steps)
+        self._averaging = DualAveraging(step_size, target)
+        self._metric = self._new_metric()
+        self._done = 0
+        self._watch = self._new_watch()
+
+    @property
+    def finished(self) -> bool:
+        return self._done >= self.warmup_steps
+
+    @property
+    def remaining(self) -> int:
+        """How many iterations are to come, as far as is known."""
+        return max(0, self.warmup_steps - self._done)
+
+    @property
+    def opening(self) -> bool:
+        """Whether the chains are still on their way to the typical set."""
+        return self._done < self._opening
+
+    def restart(self, step_size: float) -> None:
+        """Begins the search for the step size anew, from a reasonable one."""
+        self._averaging = DualAveraging(step_size, self.target)
+        self.tuning = self.tuning._replace(step_size=step_size)
+
+    def update(self, state: State, info: Info) -> bool:
+        """Takes in the outcome of one iteration; says whether the mass has changed."""
+        self._done += 1
+        if self.adapt_step_size:
+            self._set_pace(info.acceptance_rate)
+            self._averaging.update(float(info.acceptance_rate.mean()))
+        changed = self.adapt_mass and self._update_mass(state)
+        if self._watch is not None:
+            self._watch.update(state.position, info, self.tuning.step_size)
+            if self.finished:
+                self._judge()
+        if self.adapt_step_size:
+            size = self._averaging.final() if self.finished else self._averaging.step_size
+            self.tuning = self.tuning._replace(step_size=size)
+        return changed
+
+    def _update_mass(self, state: State) -> bool:
+        """Takes in positions and their gradients; at the end of a window they make a new mass."""
+        if not self._windows:
+            return False
+        dimension = state.position.shape[1]
+        self._metric.update(state.position, state.gradient[:, :dimension])
+        if self._done != self._windows[0]:
+            return False
+        self._windows.pop(0)
+        if self._metric.count > 2:
+            inverse_mass = self._metric.inverse_mass(self.tuning.kinetic.inverse_mass)
+            if self._shaped is not None:
+                inverse_mass = self._shaped(inverse_mass)
+            self.tuning = self.tuning._replace(kinetic=GaussianKinetic(inverse_mass))
+        self._metric = self._new_metric()
+        return True
+
+    def _judge(self) -> None:
+        """Looks at the last window; goes on for another if it did not convince."""
+        assert self._watch is not None
+        self.doubts = self._watch.doubts()
+        if not self.doubts or self.warmup_steps >= self._most_steps:
+            return
+        self.has_gone_on = True
+        start, self.warmup_steps = self._done, min(2 * self._done, self._most_steps)
+        length = self.warmup_steps - start
+        stop = self.warmup_steps - max(length // 10, min(50, length // 5))
+        self._windows = [start + (stop - start) // 3, stop]
+        self._watch = self._new_watch()
+
+    def _new_watch(self) -> Watch | None:
+        """What is looked at in the end: the last window of the mass, and all that follows."""
+        if self._most_steps == self.warmup_steps and not self._done:
+            return None
+        start = self._windows[-2] if len(self._windows) > 1 else self._done
+        return Watch(start - self._done, self.warmup_steps - start)
+
+    def _set_pace(self, acceptance_rate: Tensor) -> None:
+        """Slows chains down that would not move, as out in the tails, until the opening is over.
+
+        The step that suits most chains may be too long for one that started badly: tuned on the
+        mean of all, it would stay where it is for ever.
+        """
+        pace = None
+        if self.opening:
+            old = self.tuning.pace
+            old = torch.ones_like(acceptance_rate) if old is None else old
+            pace = (old * torch.exp(acceptance_rate - self.target)).clamp(max=1.0)
+        self.tuning = self.tuning._replace(pace=pace)
+
+    def _new_metric(self) -> Metric:
+        inverse_mass = self.tuning.kinetic.inverse_mass
+        return Metric(len(inverse_mass), dense=inverse_mass.dim() == 2)

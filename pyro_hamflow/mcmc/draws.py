@@ -1,0 +1,115 @@
+"""What a run keeps of each draw."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.transitions.base import Info, State
+
+
+@dataclass
+class Record:
+    """Draws and their statistics, one entry of each list per iteration.
+
+    Attributes:
+        position: Positions, each of shape ``(chains, dimension)``.
+        stats: Statistics by their ArviZ names, of shape ``(chains,)`` or one number for all.
+        local: Recovered values of each local site.
+    """
+
+    position: list[Tensor] = field(default_factory=list)
+    stats: dict[str, list[Any]] = field(default_factory=dict)
+    local: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def append(self, state: State, info: Info, step_size: float | None) -> None:
+        """Keeps one iteration of all chains, and its step size if it has one."""
+        value = state.evaluation.value
+        stats: dict[str, Any] = {
+            "lp": -value,
+            "energy": info.energy,
+            "energy_error": info.energy_error,
+            "acceptance_rate": info.acceptance_rate,
+            "diverging": info.diverging,
+            "accepted": info.accepted,
+            "n_steps": info.n_steps,
+            "n_gradients": info.n_gradients,
+            "n_densities": info.n_densities,
+        }
+        if step_size is not None:
+            stats["step_size"] = step_size
+        estimates = state.evaluation.log_likelihoods
+        if estimates:
+            sums = [part.double().reshape(len(part), -1).sum(-1) for part in estimates.values()]
+            stats["log_likelihood_estimate"] = torch.stack(sums).sum(0)
+        for name in (
+            "refresh_rate",
+            "tree_depth",
+            "reached_max_treedepth",
+            "surrogate_accepted",
+            "surrogate_error",
+        ):
+            if (stat := getattr(info, name)) is not None:
+                stats[name] = stat
+        self.position.append(state.position)
+        for name, stat in stats.items():
+            self.stats.setdefault(name, []).append(stat)
+        for name, part in state.evaluation.local.items():
+            self.local.setdefault(name, []).append(part)
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)} draws>"
+
+    def stacked(self) -> Draws:
+        """All draws as tensors, chains and draws first, on the CPU."""
+        chains = len(self.position[0])
+
+        def stack(parts: list[Any]) -> Tensor:
+            if not isinstance(parts[0], Tensor):
+                dtype = torch.float64 if isinstance(parts[0], float) else torch.long
+                return torch.tensor(parts, dtype=dtype).expand(chains, -1).clone()
+            return torch.stack(parts, 1).detach().cpu()
+
+        return Draws(
+            stack(self.position),
+            {name: stack(parts) for name, parts in self.stats.items()},
+            {name: stack(parts) for name, parts in self.local.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A record as tensors of shape ``(chains, draws, *)``; see :class:`Record` for the parts."""
+
+    position: Tensor
+    stats: dict[str, Tensor]
+    local: dict[str, Tensor]
+
+    @staticmethod
+    def join(parts: list[Draws]) -> Draws:
+        """The draws of several chains, cut to the shortest.
+
+        A statistic that some chains do not have, as where each has chosen its own method, is NaN.
+        """
+        length = min(part.position.shape[1] for part in parts)
+
+        def cat(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([tensor[:, :length] for tensor in tensors])
+
+        def stat(name: str, part: Draws) -> Tensor:
+            missing = torch.full(part.position.shape[:2], math.nan, dtype=torch.float64)
+            return part.stats.get(name, missing)
+
+        names = dict.fromkeys(name for part in parts for name in part.stats)
+        return Draws(
+            cat([part.position for part in parts]),
+            {name: cat([stat(name, part) for part in parts]) for name in names},
+            {name: cat([part.local[name] for part in parts]) for name in parts[0].local},
+        )

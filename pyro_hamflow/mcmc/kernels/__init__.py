@@ -1,0 +1,1 @@
+"""What users name: a model joined to transitions and a warm-up."""

@@ -1,0 +1,383 @@
+"""How chains are run: warm-up, draws, progress, and what is kept."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import arviz
+import numpy as np
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer.mcmc.util import select_samples
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_hamflow.checks import flag, whole
+from pyro_hamflow.mcmc.draws import Draws, Record
+from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel, meaningless
+from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.model.rounding import describe_ends
+
+_LARGEST_SEED = 2**32 - 1  # that NumPy takes
+_LONGEST = 4  # times the fewest iterations of warm-up
+_METHODS = ("vectorized", "sequential")
+
+
+class MCMC:
+    """Runs a kernel, with the surface of :class:`pyro.infer.MCMC`, vectorised chains, statistics.
+
+    A run that is interrupted from the keyboard keeps the draws it has made. What its statistics
+    mean for the result is told at the end, in a sentence each, and nothing if all is well.
+
+    Arguments:
+        kernel: One of this package's kernels.
+        num_samples: Draws of each chain that are kept.
+        warmup_steps: Iterations before them, in which the kernel is tuned. If not given, as many as
+            it takes: chains that move at once are tuned on together and need fewer, so at least
+            100, and 600 shared among them; and up to four times that, until the last half of them
+            has converged. After a run, the number that was made.
+        initial_params: Unconstrained starting values, chains first (with one chain, the chain
+            dimension may be left out); found near the pilot or near zero if not given.
+        num_chains: How many chains.
+        hook_fn: Called as ``hook_fn(kernel, params, stage, i)`` after each iteration, with
+            unconstrained values (chains first, where several move at once) and the stage,
+            ``"Warmup"`` or ``"Sample"``; of chains that run one after the other, ``"Warmup [0]"``.
+        mp_context: Has no meaning here, where chains share a process.
+        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+        disable_validation: Whether the model is run without the checks of its distributions. If
+            not, it is run with them once before sampling, at a draw from the prior; if None, where
+            Pyro's own setting says so.
+        transforms: The kernel's ``transforms``, where it has none of its own.
+        save_params: The sites that draws, diagnostics and summary are of; all if not given.
+        chain_method: ``"vectorized"`` moves all chains at once and tunes on all of them;
+            ``"sequential"`` runs one after the other.
+        seed: Makes a run repeat itself; torch's current random state is used if not given.
+        save_warmup: Whether to keep the draws of the warm-up too.
+
+    Raises:
+        TypeError: If the kernel is none of this package's, or starting values have no names.
+        ValueError: If a number lies outside its range, or a kernel of a ``potential_fn`` has no
+            starting values.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> mcmc = MCMC(HMC(model), num_samples=100, num_chains=2, seed=0, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples(group_by_chain=True)["x"].shape
+        torch.Size([2, 100])
+    """
+
+    def __init__(
+        self,
+        kernel: HamiltonianKernel,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        initial_params: Mapping[str, Tensor] | None = None,
+        num_chains: int = 1,
+        hook_fn: Callable[..., None] | None = None,
+        mp_context: str | None = None,
+        disable_progbar: bool = False,  # noqa: FBT001, FBT002  # Pyro's order, up to the star
+        disable_validation: bool | None = True,  # noqa: FBT001, FBT002
+        transforms: Mapping[str, Any] | None = None,
+        save_params: Sequence[str] | None = None,
+        *,
+        chain_method: str = "vectorized",
+        seed: int | None = None,
+        save_warmup: bool = False,
+    ) -> None:
+        if not isinstance(kernel, HamiltonianKernel):
+            raise TypeError(
+                f"`kernel` is a {type(kernel).__name__}: expected a kernel of pyro_hamflow; other "
+                "kernels run in pyro.infer.MCMC"
+            )
+        for name, number, least in (
+            ("num_samples", num_samples, 1),
+            ("warmup_steps", 0 if warmup_steps is None else warmup_steps, 0),
+            ("num_chains", num_chains, 1),
+        ):
+            whole(name, number, least)
+        if seed is not None:
+            whole("seed", seed, 0, _LARGEST_SEED)
+        flag("save_warmup", save_warmup)
+        flag("disable_progbar", disable_progbar)
+        if hook_fn is not None and not callable(hook_fn):
+            raise TypeError(f"`hook_fn` is {hook_fn!r}: expected a function")
+        if not isinstance(initial_params, Mapping | None):
+            raise TypeError(
+                f"`initial_params` is {initial_params!r}: expected values of each site by name"
+            )
+        if chain_method not in _METHODS:
+            raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
+        if kernel.model is None and initial_params is None:
+            raise ValueError(
+                "`initial_params` is None: expected values to start from, as the names and shapes "
+                "of the parameters of `potential_fn` are theirs"
+            )
+        meaningless("mp_context", given=mp_context is not None)
+        if transforms is not None:
+            kernel.transform_by(transforms)
+        self.kernel = kernel
+        self.num_samples = num_samples
+        self.num_chains = num_chains
+        self.initial_params = initial_params
+        self.chain_method = chain_method
+        pooled = num_chains if chain_method == "vectorized" else 1
+        self._fewest_warmup_steps = 100 + math.ceil(600 / pooled)
+        self._given_warmup_steps = warmup_steps
+        self.warmup_steps = self._planned_warmup_steps
+        self.seed = seed
+        self.save_warmup = save_warmup
+        self.hook_fn = hook_fn
+        self.disable_progbar = disable_progbar
+        self.disable_validation = disable_validation
+        self.save_params = save_params
+        self.interrupted = False
+        self.messages: list[str] = []
+        self.report: dict[str, Any] = {}
+        self.sampling_time = 0.0
+        self.warmup_time = 0.0
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._draws: Draws | None = None
+        self._warmup_draws: Draws | None = None
+        self._samples: dict[str, Tensor] | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Warms up and draws.
+
+        Arguments:
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: Before any sampling, if model, data or starting values have faults.
+        """
+        if self.seed is not None:
+            pyro.set_rng_seed(self.seed)
+        self._args, self._kwargs = args, kwargs
+        self._validate()
+        self._draws = self._warmup_draws = self._samples = None
+        self.interrupted = False
+        self._heard: list[str] = []
+        self.warmup_steps = self._planned_warmup_steps
+        self.sampling_time = self.warmup_time = 0.0
+        vectorized = self.chain_method == "vectorized"
+        batches = 1 if vectorized else self.num_chains
+        finished: list[tuple[Record, Record]] = []
+        for chain in range(batches):
+            warm, kept = Record(), Record()
+            try:
+                self._run_batch(None if vectorized else chain, warm, kept)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                warnings.warn(
+                    f"interrupted: {len(kept)} of {self.num_samples} draws were made and are kept",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._heard += [m for m in self.kernel.messages if m not in self._heard]
+            if len(kept):
+                finished.append((warm, kept))
+            if self.interrupted:
+                break
+        if not finished:
+            raise KeyboardInterrupt("interrupted before the first draw")
+        if len(finished[-1][1]) * len(finished) < self.num_samples * (len(finished) - 1):
+            finished.pop()  # a chain just begun: all would be cut to its length
+        self._draws = Draws.join([kept.stacked() for _, kept in finished])
+        if self.save_warmup and all(len(warm) for warm, _ in finished):
+            self._warmup_draws = Draws.join([warm.stacked() for warm, _ in finished])
+        self._tell()
+
+    def _validate(self) -> None:
+        """Runs the model once with the checks of its distributions, if that is wanted."""
+        model, wanted = self.kernel.model, self.disable_validation is False
+        if model is None or not (
+            wanted or (self.disable_validation is None and is_validation_enabled())
+        ):
+            return
+        with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled():
+            poutine.trace(model).get_trace(*self._args, **self._kwargs).compute_log_prob()
+
+    @property
+    def _planned_warmup_steps(self) -> int:
+        given = self._given_warmup_steps
+        return self._fewest_warmup_steps if given is None else given
+
+    def _run_batch(self, chain: int | None, warm: Record, kept: Record) -> None:
+        """Runs all chains at once, or one of them."""
+        kernel = self.kernel
+        num_chains = self.num_chains if chain is None else 1
+        initial = self._initial(chain)
+        kernel.planned_draws = self.num_samples
+        planned, given = self._planned_warmup_steps, self._given_warmup_steps
+        kernel.most_warmup_steps = None if given is not None else _LONGEST * planned
+        began = time.perf_counter()
+        state = kernel.begin(num_chains, planned, self._args, self._kwargs, initial)
+        self._refuse_unknown_sites()
+        self.warmup_time += time.perf_counter() - began
+        label = "" if chain is None or self.num_chains == 1 else f" [{chain}]"
+        hidden = self.disable_progbar or "CI" in os.environ
+        with tqdm(total=planned + self.num_samples, disable=hidden, desc="Warmup" + label) as bar:
+            iteration = drawn = 0
+            while drawn < self.num_samples:
+                began = time.perf_counter()
+                warming = kernel.warming
+                state, info = kernel.advance(state)
+                record = warm if warming else kept
+                if self.save_warmup or not warming:
+                    record.append(state, info, kernel.step_size)
+                if self.hook_fn is not None:
+                    stage = ("Warmup" if warming else "Sample") + label
+                    moved = state.position if num_chains > 1 else state.position[0]
+                    params = kernel.potential.unravel(moved)
+                    self.hook_fn(kernel, params, stage, iteration if warming else drawn)
+                iteration, drawn = iteration + warming, drawn + (not warming)
+                total = iteration + kernel.warmup_left + self.num_samples
+                if total != bar.total:
+                    bar.total = total
+                if not hidden and ((iteration + drawn) % max(1, total // 200) == 0):
+                    bar.set_postfix(kernel.progress(info, kept), refresh=False)
+                bar.update()
+                if warming:
+                    self.warmup_time += time.perf_counter() - began
+                else:
+                    self.sampling_time += time.perf_counter() - began
+                if warming and not kernel.warming:
+                    bar.set_description("Sample" + label)
+            self.warmup_steps = max(iteration, self.warmup_steps)
+
+    def _refuse_unknown_sites(self) -> None:
+        names = [site.name for site in self.kernel.potential.sites]
+        unknown = sorted(set(self.save_params or ()) - set(names))
+        if unknown:
+            raise ValueError(f"`save_params` names {unknown}: expected names of the sites {names}")
+
+    def _initial(self, chain: int | None) -> Mapping[str, Tensor] | None:
+        if self.initial_params is None:
+            return None
+        values = {n: torch.as_tensor(v) for n, v in self.initial_params.items()}
+        if self.num_chains == 1 and self.kernel.model is None:
+            return {n: v[None] for n, v in values.items()}
+        if self.num_chains == 1:
+            shapes = self.kernel.site_shapes(self._args, self._kwargs)
+            return {n: v[None] if v.shape == shapes.get(n) else v for n, v in values.items()}
+        for name, value in values.items():
+            if value.dim() == 0 or value.shape[0] != self.num_chains:
+                raise ValueError(
+                    f"`initial_params` of site '{name}' has shape {tuple(value.shape)}: expected "
+                    f"a first dimension of {self.num_chains}, one entry for each chain"
+                )
+        return values if chain is None else {n: v[chain : chain + 1] for n, v in values.items()}
+
+    def _tell(self) -> None:
+        """Says in a sentence each what the run's statistics mean for its result."""
+        potential = self.kernel.potential
+        found = report(self.draws, potential.sites)
+        rest = (
+            potential.describe_failures(found.values["divergences"]),
+            describe_ends(potential.sites, self.draws.position),
+        )
+        self.messages = self._heard + found.messages + [sentence for sentence in rest if sentence]
+        self.report = found.values
+        if not self.disable_progbar and "CI" not in os.environ:
+            for message in self.messages:
+                tqdm.write(message, file=sys.stderr)
+
+    @property
+    def draws(self) -> Draws:
+        """All draws with their statistics, as tensors."""
+        if self._draws is None:
+            raise RuntimeError("there are no draws yet: call `run` first")
+        return self._draws
+
+    @property
+    def warmup_draws(self) -> Draws | None:
+        """The same of the warm-up, where it was saved."""
+        return self._warmup_draws
+
+    def get_samples(
+        self,
+        num_samples: int | None = None,
+        group_by_chain: bool = False,  # noqa: FBT001, FBT002  # Pyro's surface
+    ) -> dict[str, Tensor]:
+        """The draws of the model's parameters, in their supports.
+
+        Arguments:
+            num_samples: How many to pick at random, with replacement; all if not given.
+            group_by_chain: Whether to keep the chain dimension.
+        """
+        samples = self._constrained()
+        if num_samples is None:  # sites without elements included
+            return samples if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
+        return select_samples(samples, num_samples, group_by_chain)
+
+    def _constrained(self) -> dict[str, Tensor]:
+        """The draws that were asked for, in the sites' supports."""
+        if self._samples is None:
+            potential = self.kernel.potential
+            samples = potential.constrain(self.draws.position.to(potential.example.device))
+            self._samples = {name: samples[name] for name in self.save_params or samples}
+        return dict(self._samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the draws in the supports, which the kernel's maps lead to in this process alone."""
+        if self._draws is not None:
+            self._constrained()
+        return self.__dict__.copy()
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Effective sample sizes and R-hat of each site, by ArviZ, and divergences.
+
+        R-hat of a single chain compares its halves.
+        """
+        result: dict[str, Any] = {}
+        for name, value in self.get_samples(group_by_chain=True).items():
+            values = value.detach().cpu().numpy()
+            half = values.shape[1] // 2
+            parts = values
+            if len(values) == 1:
+                parts = values[0, : 2 * half].reshape(2, half, *values.shape[2:])
+            with np.errstate(invalid="ignore", divide="ignore"):  # chains that never moved
+                found = {
+                    "n_eff": arviz.ess(arviz.convert_to_dataset({name: values})),
+                    "r_hat": arviz.rhat(arviz.convert_to_dataset({name: parts})),
+                }
+            result[name] = {key: torch.as_tensor(part[name].values) for key, part in found.items()}
+        stats = self.draws.stats
+        result["divergences"] = {
+            f"chain {i}": flags.nonzero().flatten().tolist()
+            for i, flags in enumerate(stats["diverging"])
+        }
+        result["acceptance rate"] = {
+            f"chain {i}": float(rates.mean()) for i, rates in enumerate(stats["acceptance_rate"])
+        }
+        return result
+
+    def summary(self, prob: float = 0.9, **keywords: Any) -> Any:
+        """Prints ArviZ's summary of the parameters, as Pyro prints its own, and returns it.
+
+        Arguments:
+            prob: The mass of the intervals of highest density.
+            keywords: Passed to :func:`arviz.summary`.
+
+        Returns:
+            A data frame; none if there are no parameters.
+        """
+        samples = {k: v.cpu().numpy() for k, v in self.get_samples(group_by_chain=True).items()}
+        if not samples:
+            return None
+        mass = "hdi_prob" if int(arviz.__version__.split(".")[0]) < 1 else "ci_prob"
+        table = arviz.summary(arviz.convert_to_dataset(samples), **{mass: prob} | keywords)
+        divergences = int(self.draws.stats["diverging"].sum())
+        tqdm.write(f"{table.to_string()}\nNumber of divergences: {divergences}")
+        return table

@@ -1,0 +1,1 @@
+"""Moves that leave a target exactly invariant: one file for each."""

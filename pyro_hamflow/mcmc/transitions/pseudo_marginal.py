@@ -1,0 +1,153 @@
+r"""Pseudo-marginal Hamiltonian Monte Carlo, in two exact ways.
+
+The target is the extended density :math:`p(\theta)\, \hat p(y \mid \theta, u)\, N(u; 0, I)`, whose
+marginal in :math:`\theta` is the exact posterior because the estimate is unbiased. *Joint* moves
+follow the gradient of its logarithm in parameters and noise together. *Conditional* moves follow it
+in the parameters, the noise held, and then refresh the noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.integrators import Phase, drift, kick_and_drift
+from pyro_hamflow.mcmc.transitions.base import (
+    Info,
+    ParameterTransition,
+    State,
+    Tuning,
+    draw_level,
+    metropolis,
+    select,
+    select_evaluation,
+)
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import Program
+
+
+class JointTransition:
+    """Moves parameters and noise together, by the splitting integrator.
+
+    Arguments:
+        potential: The target.
+        num_chains: How many chains.
+
+    Invariant:
+        The extended density of parameters and noise, exactly, for every number of particles.
+
+    References:
+        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021)
+        | https://arxiv.org/abs/1607.02516
+    """
+
+    def __init__(self, potential: Potential, num_chains: int) -> None:
+        self.potential = potential
+        self.num_chains = num_chains
+        self._gradients = potential.graph("gradients", num_chains)
+
+    def begin(self, position: Tensor, noise: Tensor) -> State:
+        evaluation = self.potential.evaluate(position, noise)
+        return State(position, noise, torch.zeros_like(position), evaluation)
+
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        kinetic = tuning.kinetic
+        mass = kinetic.inverse_mass
+        size = tuning.step_sizes(state.position)[:, None]
+        start = Phase(
+            state.position,
+            kinetic.sample(self.num_chains),
+            state.noise,
+            torch.randn_like(state.noise),
+        )
+        advance = self._advance(mass)
+        phase = drift(start, mass, 0.5 * size)
+        for step in range(num_steps):
+            time = size if step < num_steps - 1 else 0.5 * size
+            phase = Phase(*advance(*phase, mass, size, time))
+        evaluation = self.potential.evaluate(phase.z, phase.u)
+        before = state.evaluation.value.double()
+        kinetic_before = kinetic.energy(start.r).double()
+        kinetic_after = kinetic.energy(phase.r).double()
+        error = (evaluation.value.double() - before) + (kinetic_after - kinetic_before)
+        error = error + _half_square_gain(phase.u, start.u) + _half_square_gain(phase.p, start.p)
+        decision = metropolis(error, draw_level(self.num_chains, error.device))
+        accepted = decision.accepted
+        kept = select_evaluation(accepted, evaluation, state.evaluation)
+        moved = State(
+            select(accepted, phase.z, state.position),
+            select(accepted, phase.u, state.noise),
+            state.gradient,
+            kept,
+        )
+        energy = kept.value.double() + torch.where(accepted, kinetic_after, kinetic_before)
+        info = Info(
+            *decision, energy=energy, n_steps=num_steps, n_gradients=num_steps, n_densities=1
+        )
+        return moved, info
+
+    def _advance(self, inverse_mass: Tensor) -> Program:
+        """A kick and the drift after it as one program."""
+
+        def advance(
+            z: Tensor, r: Tensor, u: Tensor, p: Tensor, mass: Tensor, size: Tensor, time: Tensor
+        ) -> tuple[Tensor, ...]:
+            return tuple(kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time))
+
+        position, noise = self.potential.vectors(self.num_chains)
+        size = position.new_ones(len(position), 1)
+        examples = (position, position, noise, noise, inverse_mass, size, size)
+        return self.potential.accelerate("splitting", advance, *examples)
+
+
+def _half_square_gain(new: Tensor, old: Tensor) -> Tensor:
+    """Half the gain in the sum of squares, from differences, in float64."""
+    return 0.5 * ((new - old) * (new + old)).double().sum(-1)
+
+
+class ConditionalTransition:
+    """Moves parameters with the noise held, then refreshes the noise.
+
+    Arguments:
+        inner: The move of the parameters.
+        refresh: The move of the noise.
+
+    Invariant:
+        The extended density of parameters and noise, exactly, for every number of particles: both
+        halves leave it so.
+
+    References:
+        | Pseudo-marginal slice sampling (Murray, Graham, 2016)
+        | https://arxiv.org/abs/1510.02958
+    """
+
+    def __init__(self, inner: ParameterTransition, refresh: Refresh) -> None:
+        self.potential = inner.potential
+        self.inner = inner
+        self.refresh = refresh
+        self.blocks = Blocks(inner.potential)
+
+    def begin(self, position: Tensor, noise: Tensor) -> State:
+        state = self.inner.begin(position, noise)
+        return state._replace(evaluation=self.potential.evaluate(position, noise))
+
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        moved, info = self.inner.step(state, tuning, num_steps)
+        position = moved.position
+        here = self.potential.evaluate(position, moved.noise)
+        noise, evaluation, share, count = self.refresh(
+            self.blocks,
+            moved.noise,
+            here,
+            lambda proposed: self.potential.evaluate(position, proposed),
+        )
+        changed = State(position, noise, moved.gradient, evaluation)
+        fresh = self.inner.refreshed(changed, tuning)
+        info = info._replace(
+            energy=info.energy + (fresh.evaluation.value - here.value).double(),
+            n_gradients=info.n_gradients + 1,
+            n_densities=info.n_densities + 1 + count,
+            refresh_rate=share,
+        )
+        return fresh, info

@@ -1,0 +1,1 @@
+"""Small networks with closed-form gradients, and how they are trained."""

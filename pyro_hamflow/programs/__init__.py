@@ -1,0 +1,1 @@
+"""Python functions as flat programs: recorded, captured, batched, compiled, run."""

@@ -1,0 +1,302 @@
+"""Tensor programs, captured once and replayed without Python.
+
+A gradient of a small Pyro model costs milliseconds, nearly all of it spent in Python: handlers,
+distributions, autograd. The arithmetic takes microseconds. :func:`capture` runs a function once and
+records the tensor operations it performs, those of its autograd calls included, as one flat graph;
+:func:`batch` gives every argument a leading chain dimension; :func:`compile_graph` turns the graph
+into machine code. What a captured program returns at new inputs is what the function would return,
+as long as the function's control flow does not depend on the values of its inputs.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_hamflow.programs.graph_recorder import FailAt, PureRecorder, Recorder
+from pyro_hamflow.programs.rules import BATCHED, PURE, UNFAILING
+
+Program = Callable[..., Any]
+
+
+_LARGE = 30_000  # numbers in a tensor, from which on it is slower to compute than to pretend
+
+_EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
+_COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each operation of it
+
+_MOST_CHECKS = 20  # of factorisations that are made to fail, one at a time; more are in loops
+
+_OPTIONS = {
+    # Checks of the inputs' strides cost more than a small gradient does.
+    "size_asserts": False,
+    "alignment_asserts": False,
+    # Short loops, as over the visits of a subject, are vectorised too: a quarter faster.
+    "cpp.enable_tiling_heuristics": False,
+    # Parts that are joined are written where they belong, not selected at every element.
+    "max_pointwise_cat_inputs": 0,
+}
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Makes graphs without looking for garbage: nearly all of the many new objects stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_collecting_later()
+def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphModule:
+    """Records the tensor operations of a function as a flat graph.
+
+    In-place operations are replaced by pure ones, and what depends on no argument (the data's
+    share of the work) is computed now, once. Where the function would raise because a matrix does
+    not allow what is asked of it, as a Cholesky factor, the graph gives NaN; what can fail so, it
+    names in ``meta["fallible"]``.
+
+    Arguments:
+        function: Any function of tensors; it may call :func:`torch.autograd.grad`.
+        examples: Arguments to run it with, of the shapes and types it will be called with.
+        live: Whether gradients of the graph's results shall be those of the function's, also in
+            tensors that it gets from elsewhere; otherwise these are constants.
+
+    Returns:
+        The graph as a module with the same arguments and results.
+
+    Raises:
+        RuntimeError: If Python asks for values or shapes that depend on the arguments, if the
+            function catches such a failure, or if a live graph would lose gradients of its own.
+
+    Example:
+        >>> square = capture(lambda x: x * x, torch.tensor(3.0))
+        >>> square(torch.tensor(5.0))
+        tensor(25.)
+    """
+    # Tracing tells arguments apart by identity: one tensor given twice would be one argument.
+    examples = tuple(example.clone() for example in examples)
+    recorder, simple = Recorder(UNFAILING, live=live), PureRecorder(PURE, live=live)
+    # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
+    with torch.autograd.grad_mode._force_original_view_tracking(True):
+        result = recorder.record(function, *examples)
+    if live and _has_gradient_of_its_own(result, recorder.constants()):
+        raise RuntimeError("a function with a gradient of its own cannot be recorded by its value")
+    for number, name in itertools.islice(recorder.fallible.items(), _MOST_CHECKS):
+        if _goes_on(function, examples, number):
+            raise RuntimeError(f"the function goes on in another way where {name} fails")
+    with torch.no_grad():
+        simple.record(torch.func.functionalize(recorder.replay), *examples)
+    graph = simple.module()
+    graph.meta["fallible"] = set(recorder.fallible.values())
+    return graph
+
+
+def _goes_on(function: Program, examples: tuple[Tensor, ...], number: int) -> bool:
+    """Whether a function catches the failure of a factorisation, and so has more than one way."""
+    try:
+        with FailAt(number):
+            function(*examples)
+    except Exception:  # as it is or as another
+        return False
+    return True
+
+
+def _has_gradient_of_its_own(result: Any, constants: Iterable[Tensor]) -> bool:
+    """Whether a :class:`torch.autograd.Function` stands between constants and a result."""
+    seen: set[Any] = {None, *(constant.grad_fn for constant in constants)}
+    waiting = [part.grad_fn for part in tree_leaves(result)]
+    while waiting:
+        if (node := waiting.pop()) not in seen:
+            if isinstance(node, BackwardCFunction):
+                return True
+            seen.add(node)
+            waiting += [source for source, _ in node.next_functions]
+    return False
+
+
+@_collecting_later()
+def batch(graph: Program, *examples: Tensor) -> GraphModule:
+    """Gives every argument and result of a program a leading batch dimension.
+
+    Arguments:
+        graph: The program for one element.
+        examples: Arguments with the leading dimension; the result serves this batch size alone.
+
+    Returns:
+        The batched graph.
+    """
+    with warnings.catch_warnings():
+        # An operation without a batching rule is looped over: slower, and as right.
+        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
+        if not isinstance(graph, GraphModule) or largest_tensor(graph) * len(examples[0]) > _LARGE:
+            # Shapes alone are traced: nothing of the batch's size is computed, or held.
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            examples = tuple(fake.from_tensor(example) for example in examples)
+        try:
+            return _record_batched(torch.func.vmap(graph, randomness="different"), *examples)
+        except RuntimeError:  # torch's for an operation that it cannot batch
+            if not isinstance(graph, GraphModule):
+                raise
+            return _record_batched(_ByOperation(graph).run, *examples)
+
+
+def _record_batched(function: Program, *examples: Tensor) -> GraphModule:
+    recorder = PureRecorder(BATCHED)
+    recorder.record(torch.func.functionalize(function), *examples)
+    return recorder.module()
+
+
+class _ByOperation(Interpreter):
+    """Runs a graph for a batch, one operation after the other: row by row where it must be.
+
+    All its nodes have a batch dimension but the constants.
+    """
+
+    def run_node(self, node: Node) -> Any:
+        if node.op == "output":
+            rows = len(next(iter(self.env.values())))
+
+            def batched(part: Node) -> Any:
+                value = self.env[part]
+                return value.expand(rows, *value.shape) if part.op == "get_attr" else value
+
+            return map_arg(node.args[0], batched)
+        if node.op != "call_function" or node.target is operator.getitem:
+            return super().run_node(node)
+        moving = [source for source in node.all_input_nodes if source.op != "get_attr"]
+
+        def one(*parts: Tensor) -> Any:
+            known = dict(zip(moving, parts, strict=True))
+            get = lambda source: known[source] if source in known else self.env[source]  # noqa: E731
+            args, kwargs = map_arg((node.args, node.kwargs), get)
+            return cast(Program, node.target)(*args, **kwargs)
+
+        return over_rows(one, *(self.env[source] for source in moving))
+
+
+def over_rows(function: Program, *inputs: Tensor) -> Any:
+    """Applies a function to each row of its arguments, at once where its operations allow it."""
+    try:
+        return torch.func.vmap(function, randomness="different")(*inputs)
+    except RuntimeError:
+        return row_by_row(function, *inputs)
+
+
+def row_by_row(function: Program, *inputs: Tensor) -> Any:
+    """Applies a function to one row of its arguments after the other, and stacks the results."""
+    results = [function(*row) for row in zip(*inputs, strict=True)]
+    return tree_map(lambda *parts: torch.stack(parts), *results)
+
+
+def batched_graph(graph: GraphModule, *inputs: Tensor) -> Any:
+    """Runs a graph for a batch, as a whole if its operations allow it."""
+    try:
+        return torch.func.vmap(graph, randomness="different")(*inputs)
+    except RuntimeError:  # torch's for an operation that it cannot batch
+        return _ByOperation(graph).run(*inputs)
+
+
+@_collecting_later()
+def first_result(graph: GraphModule) -> GraphModule:
+    """A program's first result alone, without what only the others need.
+
+    It takes one argument more than the program, and does nothing with it.
+    """
+    shorter = Graph()
+    results = cast(tuple[Node, ...], shorter.graph_copy(graph.graph, {}))
+    with shorter.inserting_before(next(n for n in shorter.nodes if n.op != "placeholder")):
+        shorter.placeholder("ignored")
+    shorter.output((results[0],))
+    shorter.eliminate_dead_code()
+    return GraphModule(graph, shorter)
+
+
+def calls_to_pay(graph: GraphModule) -> float:
+    """How many calls take as long as to compile the graph, roughly.
+
+    By the number of its operations and of the numbers that they make, not by a clock, so that what
+    is compiled in a run is compiled when it is repeated.
+    """
+    sizes = _sizes(graph)
+    seconds = _EACH * len(sizes) + _NUMBER * sum(sizes)
+    return (_COMPILER + _COMPILED_EACH * len(sizes)) / max(seconds, _EACH)
+
+
+def largest_tensor(graph: GraphModule) -> int:
+    """How many numbers the largest tensor has that a captured program makes on its way."""
+    return max(_sizes(graph), default=1) or 1
+
+
+def _sizes(graph: GraphModule) -> list[int]:
+    """How many numbers each operation makes."""
+    made = [n for n in graph.graph.nodes if n.op == "call_function" and "kind" in n.meta]
+    return [node.meta["kind"][0].numel() for node in made]
+
+
+def in_blocks(program: Program, rows: int) -> Program:
+    """Runs a program of so many rows for a multiple of them, one block after the other."""
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        blocks = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
+        results = zip(*(program(*block) for block in blocks), strict=True)
+        return tuple(torch.cat(parts) for parts in results)
+
+    return run
+
+
+def loop(function: Program) -> Program:
+    """Runs a program of one chain for each of many; what :func:`batch` does, without a graph."""
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return row_by_row(function, *inputs)
+
+    return run
+
+
+def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
+    """Compiles a graph to machine code, or returns it as it is where no compiler works.
+
+    Arguments:
+        graph: The graph.
+        examples: Arguments of the shapes it will be called with.
+
+    Returns:
+        A function of the same arguments and results.
+    """
+    try:
+        import torch._inductor as inductor  # here, for it takes a second to import
+
+        dense: list[Any] = [example.contiguous() for example in examples]
+        with torch.no_grad():
+            with inductor.config.patch(_OPTIONS):
+                compiled = inductor.compile(graph, dense)
+            compiled(*dense)
+    except Exception as error:  # the compiler's failures have many types; none may end a run
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"Compilation failed ({reason[:200]}); sampling goes on without it, more slowly.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return graph
+
+    def run(*inputs: Tensor) -> Any:
+        return compiled(*[tensor.contiguous() for tensor in inputs])
+
+    return run

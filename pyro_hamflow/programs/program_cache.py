@@ -1,0 +1,299 @@
+"""Programs of one chain, made to serve many.
+
+A program is captured once, for one chain, and checked against the function that it was captured
+from; for each number of chains that asks for it, it is batched, and compiled where that is asked
+for and pays. Where any of this fails, the function itself runs, more slowly, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pyro_hamflow.programs.capture import (
+    Program,
+    batch,
+    calls_to_pay,
+    capture,
+    compile_graph,
+    first_result,
+    in_blocks,
+    largest_tensor,
+    loop,
+)
+from pyro_hamflow.programs.failures import Failures, first_line
+from pyro_hamflow.programs.gaps import without_gaps_in_constants
+from pyro_hamflow.programs.validation import no_validation
+
+_CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
+_ROUNDING, _FAR = 1e-4, 30.0  # of a position, in tolerances; of its results, in moves of them
+_CACHED = 2**16  # numbers in a tensor
+
+
+class Programs(ABC):
+    """Batched programs of functions of a position, a noise vector and more.
+
+    Arguments:
+        compile_graphs: Whether to compile what is captured.
+
+    Attributes:
+        example: A scalar of the type and on the device of all tensors.
+        fallback_reason: Why nothing could be captured, if so.
+        failures: Where the model failed when it was run in Python.
+        fallible: What in captured programs can fail, and gives NaN where it does.
+    """
+
+    example: Tensor
+
+    def __init__(self, *, compile_graphs: bool) -> None:
+        self.compile_graphs = compile_graphs
+        self.fallback_reason: str | None = None
+        self.failures = Failures()
+        self.fallible: set[str] = set()
+        self._looped = False
+        self._graphs: dict[tuple[Any, ...], Program] = {}
+        self._compiled: dict[tuple[Any, ...], Program] = {}
+        self._calls_to_pay: dict[tuple[Any, ...], float] = {}
+        self._most_rows: dict[str, float] = {}
+        self._base_graphs: dict[str, GraphModule] = {}
+
+    @abstractmethod
+    def _one(self, kind: str) -> Program:
+        """A function of one chain's vectors."""
+
+    @abstractmethod
+    def _examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
+        """Arguments to capture a kind's program with, chains first."""
+
+    @abstractmethod
+    def _known(self, kind: str) -> tuple[Tensor, ...]:
+        """Arguments of one chain that a kind's function is known to work with."""
+
+    @abstractmethod
+    def _from_middle(self, factor: float, position: Tensor) -> Tensor:
+        """A position in this direction from the middle of those that functions are looked at."""
+
+    @abstractmethod
+    def _begins_gradient(self, kind: str) -> bool:
+        """Whether a kind's results are the first of the gradient's."""
+
+    def program(self, kind: str, num_chains: int, calls: float = math.inf) -> Program:
+        """A batched program, compiled if asked for.
+
+        Arguments:
+            kind: ``"gradients"``, ``"gradient"`` (in the position alone) or ``"evaluate"``.
+            num_chains: How many chains it serves.
+            calls: How many are foreseen: it is not compiled for a few.
+        """
+        rows = self.rows_at_once(kind, num_chains)
+        if rows < num_chains:
+            return in_blocks(self.program(kind, rows, calls * num_chains / rows), rows)
+        return self._final(
+            (kind, num_chains),
+            self.graph(kind, num_chains),
+            calls,
+            lambda: self._examples(kind, num_chains),
+        )
+
+    def rows_at_once(self, kind: str, num_chains: int) -> int:
+        """For how many chains a program runs at once: what it makes should stay in a cache.
+
+        For all of them where no divisor of their number comes near to what a cache holds.
+        """
+        if kind not in self._most_rows:
+            base = self._base("gradient" if self._is_part_of_gradient(kind) else kind)
+            if base is None or self.example.is_cuda:
+                self._most_rows[kind] = math.inf
+            else:
+                self._most_rows[kind] = max(1, _CACHED // largest_tensor(base))
+        most = self._most_rows[kind]
+        rows = max(n for n in range(1, num_chains + 1) if num_chains % n == 0 and n <= most)
+        return rows if 2 * rows >= most else num_chains
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        """The same program before compilation, to build larger programs from."""
+        key = (kind, num_chains)
+        if key not in self._graphs:
+            self._graphs[key] = self._batch(kind, num_chains)
+        return self._graphs[key]
+
+    def _is_part_of_gradient(self, kind: str) -> bool:
+        """Whether a kind's program is the beginning of the gradient's, which was captured."""
+        return "gradient" in self._base_graphs and self._begins_gradient(kind)
+
+    def _batch(self, kind: str, num_chains: int) -> Program:
+        if self._is_part_of_gradient(kind):
+            gradient = self.graph("gradient", num_chains)
+            if isinstance(gradient, GraphModule):
+                return first_result(gradient)
+        base = self._base(kind)
+        if base is None:
+            return loop(self._tolerant(kind, self._one(kind)))
+        try:
+            # Where the program of one chain was captured, which not every point may allow.
+            examples = self._examples(kind, 1)
+            return batch(base, *(e.expand(num_chains, *e.shape[1:]).clone() for e in examples))
+        except RuntimeError as error:  # torch's for an operation that it cannot batch
+            self._looped = True
+            warnings.warn(
+                "The model's graph could not be batched, so it runs once for each chain, more "
+                f"slowly. The reason: {first_line(error)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return loop(self._tolerant(kind, base))
+
+    def _tolerant(self, kind: str, program: Program) -> Program:
+        """A program of one chain for which a position where it fails has no density."""
+
+        def failed() -> tuple[Tensor, ...]:
+            value, *rest = program(*self._known(kind))
+            return torch.full_like(value, torch.inf), *(torch.zeros_like(part) for part in rest)
+
+        return self.failures.tolerate(program, failed)
+
+    def accelerate(
+        self, name: str, function: Program, *examples: Tensor, calls: float = math.inf
+    ) -> Program:
+        """Captures a function around :meth:`graph` programs, once, and compiles it if asked for.
+
+        Arguments:
+            name: What the function does; with the examples' shapes it tells functions apart.
+            function: The function.
+            examples: Arguments of the shapes that it will be called with.
+            calls: How many are foreseen, as in :meth:`program`.
+        """
+        looped = self._looped and not self.compile_graphs  # each chain would be written out
+        if self.fallback_reason is not None or looped:
+            return function
+        key = key_of(name, *examples)
+        if key not in self._graphs:
+            self._graphs[key] = capture(function, *examples)
+        return self._final(key, self._graphs[key], calls, lambda: examples)
+
+    def forget(self, part: str) -> None:
+        """Frees the programs that :meth:`accelerate` made under names that end so."""
+        for programs in (self._graphs, self._compiled, self._calls_to_pay):
+            for key in list(programs):
+                if key[0].endswith(part):
+                    programs.pop(key, None)
+
+    def _final(
+        self,
+        key: tuple[Any, ...],
+        graph: Program,
+        calls: float,
+        examples: Callable[[], tuple[Tensor, ...]],
+    ) -> Program:
+        """A graph, or what was compiled of it if that is asked for and pays."""
+        if not self.compile_graphs or not isinstance(graph, GraphModule):
+            return graph
+        if key not in self._calls_to_pay:
+            self._calls_to_pay[key] = calls_to_pay(graph)
+        if calls <= self._calls_to_pay[key]:
+            return graph
+        if key not in self._compiled:
+            self._compiled[key] = compile_graph(graph, *examples())
+        return self._compiled[key]
+
+    def _base(self, kind: str) -> GraphModule | None:
+        """The captured program of one chain, or ``None`` where the model cannot be captured."""
+        if self.fallback_reason is not None:
+            return None
+        known = self._base_graphs
+        if kind not in known:
+            examples = [example[0] for example in self._examples(kind, 1)]
+            try:
+                with no_validation():
+                    graph = capture(self._one(kind), *examples)
+                self.fallible |= graph.meta["fallible"]
+                self._check(kind, graph)
+                graph = self._without_gaps(kind, graph)
+            except Exception as error:  # whatever a model's own code may raise while it is traced
+                self.fallback_reason = first_line(error)
+                warnings.warn(
+                    "The model could not be captured as a graph, so each chain runs it in Python, "
+                    f"many times more slowly. The reason: {self.fallback_reason}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return None
+            known[kind] = graph
+        return known[kind]
+
+    def _check(self, kind: str, graph: GraphModule) -> None:
+        """Compares a graph with the model at a few points, on all sides of zero.
+
+        They may differ by rounding, which is judged by moving the point by as much. Where the model
+        fails, the graph may give any value but a finite one.
+        """
+        tolerance, one = _tolerance(graph), self._one(kind)
+        for position, *others in self._points(kind):
+            captured = graph(position, *others)
+            try:
+                same = _all_equal(captured, one(position, *others), tolerance)
+                if not same:
+                    moves = (1.0 - _ROUNDING * tolerance, 1.0 + _ROUNDING * tolerance)
+                    near = [one(move * position, *others) for move in moves]
+                    same = all(map(_lies_about, captured, *near))
+            except Exception:  # whatever a model's own code may raise
+                same = not bool(captured[0].isfinite())
+            if not same:
+                raise ValueError(
+                    "the graph and the model disagree at another point, as they do when "
+                    "the model's control flow depends on its latent variables"
+                )
+
+    def _without_gaps(self, kind: str, graph: GraphModule) -> GraphModule:
+        """Closes gaps in covariates where they make a gradient no number, and nothing else."""
+        value, *slopes = graph(*[example[0] for example in self._examples(kind, 1)])
+        if value.isnan() or not any(slope.isnan().any() for slope in slopes):
+            return graph
+        closed = without_gaps_in_constants(graph)
+        tolerance = _tolerance(graph)
+        for examples in self._points(kind):
+            old = graph(*examples)
+            new = [
+                torch.where(b.isnan(), b, a) for a, b in zip(closed(*examples), old, strict=True)
+            ]
+            if not _all_equal(new, old, tolerance):
+                return graph
+        return closed
+
+    def _points(self, kind: str) -> Iterator[tuple[Tensor, ...]]:
+        """Arguments of one chain at a few points."""
+        position, noise, *uniform = (part[0] for part in self._examples(kind, 1))
+        for factor in _CHECKS:
+            yield self._from_middle(factor, position), factor * noise, *uniform
+        yield self._known(kind)
+
+
+def _tolerance(graph: GraphModule) -> float:
+    """How near to each other results are that differ by rounding, in the coarsest of its types."""
+    kinds = {node.meta["kind"][1] for node in graph.graph.nodes if "kind" in node.meta}
+    return 1e-11 if {k for k in kinds if k.is_floating_point} <= {torch.float64} else 1e-3
+
+
+def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
+    return all(
+        torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _lies_about(captured: Tensor, low: Tensor, high: Tensor) -> bool:
+    """Whether a result is no further from two others than they are from each other, by far."""
+    spread = (high - low).abs().max()
+    return bool(((captured - low).abs().max() <= _FAR * spread).all())
+
+
+def key_of(name: str, *examples: Tensor) -> tuple[Any, ...]:
+    """What tells a function of this name for arguments of these shapes from others."""
+    return (name, *(tuple(example.shape) for example in examples))

@@ -1,0 +1,1 @@
+"""Learned energies for all data sets of a model."""

@@ -1,0 +1,234 @@
+"""How a kernel learns an energy in its warm-up: what it gathers, when and how it fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.checks import whole
+from pyro_hamflow.mcmc.transitions.base import State
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.networks.training import Training, fit_energy
+from pyro_hamflow.surrogates.costs import affordable_steps, training_seconds
+from pyro_hamflow.surrogates.gradient_log import Recorder
+from pyro_hamflow.surrogates.losses import (
+    GradientMatching,
+    Loss,
+    Points,
+    Trajectories,
+    TrajectoryMatching,
+)
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
+
+FEWEST_GATHER, _MOST_GATHER = 12, 0.3  # iterations, and of those of warm-up
+_POINTS_PER_DIMENSION = 60
+_TRIAL_SHARE = 0.15
+_MOST_POINTS = 20_000
+_FEWEST_STEPS = 200  # of the optimiser, that teach something
+_PASSING = 0.4  # of the steps, in all trainings but the last
+_REACH, _ABOUT = 1.8, 0.3  # of the distance from the centre, of the scale
+_SHRINKAGE, _FLOOR = 10.0, 1e-6
+_FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What is learned, from how much, and how often.
+
+    Arguments:
+        hidden: The widths of the network's hidden layers.
+        outputs: How many outputs of it are summed.
+        loss: What is made small in training; gradients and energies are matched if not given.
+        training_points: How many true gradients are gathered, over all chains, before the first
+            training; 60 for each dimension, and 120, if not given.
+        training_steps: The most steps of the optimiser in each training.
+        rounds: How often the network is sent ahead and fitted again.
+
+    Raises:
+        ValueError: If a number lies outside its range.
+    """
+
+    hidden: tuple[int, ...]
+    outputs: int
+    loss: Loss | None
+    training_points: int | None
+    training_steps: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        with torch.random.fork_rng():
+            self.network(1)  # refuses bad sizes
+        for name, number, least in (
+            ("training_points", 1 if self.training_points is None else self.training_points, 1),
+            ("training_steps", self.training_steps, 1),
+            ("rounds", self.rounds, 0),
+        ):
+            whole(name, number, least)
+
+    def network(self, dimension: int) -> PotentialNetwork:
+        """One that knows nothing."""
+        return PotentialNetwork(dimension, hidden=self.hidden, outputs=self.outputs)
+
+
+class Learner:
+    """Keeps what true gradients find in a warm-up, and fits networks to it.
+
+    Arguments:
+        potential: The true one.
+        lessons: What is learned.
+        warmup_steps: Iterations of the warm-up.
+        begun: How many of them were over when it began to learn.
+
+    Attributes:
+        recorder: The true potential, which keeps what is found.
+        network: The latest; none before the first fit.
+        covariance: Of the points that it was fitted to.
+        training_steps: The most of the next fit.
+        refits: After which iterations the network is fitted again.
+    """
+
+    def __init__(
+        self, potential: Potential, lessons: Lessons, warmup_steps: int, begun: int = 0
+    ) -> None:
+        self.recorder = Recorder(potential)
+        self.begun = begun
+        self.lessons = lessons
+        self.warmup_steps = warmup_steps
+        self.network: PotentialNetwork | None = None
+        self.covariance: Tensor | None = None
+        self.training_steps = lessons.training_steps
+        self.refits: list[int] = []
+
+    @property
+    def wanted(self) -> int:
+        """How many true gradients are gathered before the first fit."""
+        enough = _POINTS_PER_DIMENSION * (self.recorder.dimension + 2)
+        return self.lessons.training_points or enough
+
+    def forget_start(self, iteration: int) -> bool:
+        """Forgets what was found where chains came from; whether it was all there is."""
+        early = iteration <= FEWEST_GATHER // 3
+        if early:
+            self.recorder.calls.clear()
+        return early
+
+    def knows_enough(self, iteration: int, star: int) -> bool:
+        """Whether the first fit is due; if so, the iterations of the others are set.
+
+        Arguments:
+            iteration: That has just ended.
+            star: How many iterations' proposals will be made together; no fit comes in between.
+        """
+        since, left = iteration - self.begun, self.warmup_steps - self.begun
+        full = since >= FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
+        if not full and since < _MOST_GATHER * left:
+            return False
+        rounds = self.lessons.rounds
+        explore = self.warmup_steps - iteration - round(_TRIAL_SHARE * self.warmup_steps)
+        stars = max(explore, 0) // star
+        ends = {stars * (i + 1) // rounds for i in range(rounds)} - {0}
+        self.refits = [iteration + star * end for end in sorted(ends)]
+        return True
+
+    def is_last(self, iteration: int) -> bool:
+        """Whether no fit comes after this iteration."""
+        return iteration >= max([0, *self.refits])
+
+    @property
+    def verdict(self) -> int:
+        """After which iteration it is seen whether the trial should be of another kind."""
+        return (max([0, *self.refits]) + self.warmup_steps) // 2
+
+    def look_about(self, star: list[State], refresh: Refresh) -> tuple[int, int]:
+        """Looks at true gradients about draws along the network, and further out.
+
+        Where a network errs in the tails, it holds draws there for long: what it learns from has
+        to lie where draws are held, and to reach further than they do.
+
+        Arguments:
+            star: The draws, as states of all chains.
+            refresh: The move of the noise: it has to suit the positions, or the gradients' mean
+                would be that of another density.
+
+        Returns:
+            How many gradients and densities it took for each chain.
+        """
+        assert self.network is not None
+        position = torch.cat([state.position for state in star])
+        noise = torch.cat([state.noise for state in star])
+        centre, seen, count = position.mean(0), position.clone(), 0
+        seen[::2] += (_REACH - 1.0) * (position[::2] - centre)
+        seen += _ABOUT * torch.randn_like(seen) @ self.network.root.mT
+        if noise.shape[1]:
+            evaluate = partial(self.recorder.evaluate, seen)
+            blocks = Blocks(self.recorder.potential)
+            noise, *_, count = refresh(blocks, noise, evaluate(noise), evaluate)
+            count += 1
+        self.recorder.graph("gradient", len(seen))(seen, noise)
+        return len(star), len(star) * count
+
+    def fit(self, *, passing: bool) -> Training:
+        """Fits the network to all that is known.
+
+        Arguments:
+            passing: Whether it will be fitted again, so that fewer steps will do.
+
+        Raises:
+            ValueError: If there is too little.
+            torch.linalg.LinAlgError: If it cannot be whitened.
+        """
+        loss, network, rate = self.lessons.loss, self.network, _LATER_RATE
+        if loss is None and self.recorder.noise_dimension:
+            # The noise of an energy is shared by a whole trajectory: it would be learned by heart.
+            loss = GradientMatching(energy_weight=0.0)
+        points, held_out = self.recorder.points(_MOST_POINTS)
+        self.covariance = _spread(points.position)
+        examples: Points | Trajectories = points
+        if isinstance(loss, TrajectoryMatching):
+            examples, held_out = self.recorder.trajectories(loss.num_steps, _MOST_POINTS), None
+        if network is None:
+            rate = _FIRST_RATE
+            network = self.lessons.network(self.recorder.dimension).to(self.recorder.example)
+            network.whiten_by(points.position)
+        steps = math.ceil(_PASSING * self.training_steps) if passing else self.training_steps
+        training = fit_energy(
+            network, examples, held_out=held_out, loss=loss, steps=steps, learning_rate=rate
+        )
+        self.network = network
+        return training
+
+    def too_dear(self, ahead: float) -> str | None:
+        """Why training would take too long, beside the draws' true gradients, if so.
+
+        Where a full training would, it is cut short.
+
+        Arguments:
+            ahead: The seconds that the draws' true gradients will take.
+        """
+        lessons, potential = self.lessons, self.recorder.potential
+        each = training_seconds(potential, lessons.hidden) * (1 + lessons.rounds)
+        self.training_steps = min(lessons.training_steps, affordable_steps(ahead, each))
+        if self.training_steps >= min(lessons.training_steps, _FEWEST_STEPS):
+            return None
+        return (
+            f"the draws' gradients will take {ahead:.2g} seconds, and training would take "
+            f"{each * lessons.training_steps:.2g}"
+        )
+
+
+def _spread(position: Tensor) -> Tensor:
+    """The covariance of positions, shrunk towards its diagonal.
+
+    Points of a few trajectories hardly leave a plane, and nothing could move out of it.
+    """
+    count, dimension = position.shape
+    covariance = position.double().mT.cov().reshape(dimension, dimension)
+    diagonal = covariance.diag().diag()
+    floor = _FLOOR * covariance.diag().mean() * torch.eye(dimension).to(covariance)
+    share = count / (count + _SHRINKAGE * dimension)
+    return (share * covariance + (1.0 - share) * diagonal + floor).to(position)
