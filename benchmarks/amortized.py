@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.report import Row, Table, met
 from benchmarks.surrogate import ours
 from pyro_hamflow import HNNNUTS, NUTS, AmortizedSurrogate, learn_surrogate
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
+from pyro_hamflow.mcmc.kernels.base import Kernel
 
 ABOUT = "Amortised surrogates: one training for all patients"
 HOURS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
@@ -96,9 +96,7 @@ def measure(*, quick: bool) -> list[Table]:
     ]
 
 
-def _run(
-    kernel: HamiltonianKernel, y: Tensor, draws: int, warmup: int | None
-) -> tuple[Row, np.ndarray]:
+def _run(kernel: Kernel, y: Tensor, draws: int, warmup: int | None) -> tuple[Row, np.ndarray]:
     row, kept = ours(kernel, (y,), draws=draws, warmup=warmup)
     row["in all, s"] = row["before, s"] + row["sampling, s"]
     row["gradients in all"] = 1000 * row["smallest ESS"] / row["ESS per 1,000 gradients"]
@@ -110,7 +108,7 @@ def _run(
 
 def _samplers(
     surrogate: AmortizedSurrogate, **settings: Any
-) -> dict[str, tuple[HamiltonianKernel, int | None]]:
+) -> dict[str, tuple[Kernel, int | None]]:
     """Each with its warm-up."""
     return {
         "NUTS": (NUTS(patient, **settings), None),

@@ -74,7 +74,7 @@ def _times(found: Check, *, quick: bool) -> Row:
     point = potential.unravel(found.positions[0])
     functions = {"Pyro": lambda: potential_grad(found.stock, point)}
     for chains in _CHAINS:
-        program = potential.program("gradient", chains)
+        program = potential.programs.program("gradient", chains)
         positions = found.positions[:1].expand(chains, -1).contiguous()
         noise = potential.draw_noise(chains)
         functions[str(chains)] = lambda p=program, z=positions, u=noise: p(z, u)

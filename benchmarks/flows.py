@@ -198,10 +198,6 @@ class ZukoGuide(nn.Module):
         log_det = self.scale_tril.diagonal().log().sum()
         return self.loc + x @ self.scale_tril.mT, log_density - log_det
 
-    @torch.no_grad()
-    def propose(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.draw(count)
-
 
 FLOWS = {
     "RealNVP": lambda d, w: zuko.flows.RealNVP(d, transforms=4, hidden_features=(w, w)),

@@ -19,9 +19,9 @@ from benchmarks.models import (
     schools_noncentred,
 )
 from benchmarks.report import Row, Table, met
-from benchmarks.timing import nothing_compiled, ratio, seconds
+from benchmarks.timing import nothing_compiled, ratio, seconds, until_compiled
 from pyro_hamflow import HMC, MCMC, PseudoMarginalHMC
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
+from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import Info, State
 
 ABOUT = "Kernels: the whole time of sampling, per gradient"
@@ -39,12 +39,12 @@ class Pacer:
     """
 
     block: int
-    halt: Callable[[HamiltonianKernel], None]
+    halt: Callable[[Kernel], None]
     blocks: list[float] = field(default_factory=list)
     _count: int = -1
     _resumed: float = 0.0
 
-    def between(self, kernel: HamiltonianKernel) -> None:
+    def between(self, kernel: Kernel) -> None:
         """To be called before each draw."""
         self._count += 1
         if self._count % self.block:
@@ -62,7 +62,7 @@ class _Paced:
 
     def advance(self, state: State) -> tuple[State, Info]:
         kernel: Any = self
-        if kernel._running()[0].finished:
+        if not kernel.warming:
             self.pacer.between(kernel)
         return super().advance(state)  # type: ignore[misc]
 
@@ -150,7 +150,8 @@ def _pace(
     def halt(kernel: Any) -> None:
         potential = kernel.potential
         vectors = potential.vectors(chains)
-        program = potential.program(kind, chains)
+        program = potential.programs.program(kind, chains)
+        until_compiled(program, *vectors)
         gradient_times.append(_per_call(lambda: program(*vectors)))
         density_times.append(_per_call(lambda: potential.evaluate(*vectors)))
 

@@ -140,7 +140,7 @@ def _growth(*, quick: bool) -> Table:
 
 def _gradient_time(sizes: dict[str, int], *, quick: bool) -> float:
     potential = glmm_potential(sizes["particles"], sizes["subjects"])
-    program: Callable[..., Any] = potential.program("gradients", sizes["chains"])
+    program: Callable[..., Any] = potential.programs.program("gradients", sizes["chains"])
     inputs = potential.vectors(sizes["chains"])
     times = side_by_side(
         {"gradient": lambda: program(*inputs)}, rounds=3 if quick else 9, share=0.02

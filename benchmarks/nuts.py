@@ -16,7 +16,7 @@ from benchmarks.diagnostics import largest_rhat, largest_score, smallest_ess
 from benchmarks.report import Row, Table, met
 from benchmarks.timing import nothing_compiled, seconds
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalHMC, PseudoMarginalNUTS, marginalize
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
+from pyro_hamflow.mcmc.kernels.base import Kernel
 from tests.reference.make_glmm import Marginal, make_data, prior_sd
 from tests.targets import glmm
 
@@ -50,7 +50,7 @@ def quality(run: Run) -> Row:
 
 
 def our_run(
-    kernel: HamiltonianKernel,
+    kernel: Kernel,
     arguments: tuple[Any, ...],
     *,
     chains: int,

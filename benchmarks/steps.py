@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.report import Row, Table
-from benchmarks.timing import seconds, side_by_side
+from benchmarks.timing import seconds, side_by_side, until_compiled
 from pyro_hamflow import NUTS
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition, TreeBuilder
 from pyro_hamflow.mcmc.transitions.trajectory import Point
@@ -67,10 +67,11 @@ def _profile(
             mean.append(float(info.n_steps.double().mean()))
 
     whole = seconds(sample)[0] / sum(longest)
-    warm, transition = kernel._running()
+    transition, tuning = kernel.phase.transition, kernel.phase.tuning
     assert isinstance(transition, NUTSTransition)
-    step = _step(transition._builder, state, warm.tuning)
-    gradient = kernel.potential.program("gradient", chains)
+    step = _step(transition._builder, state, tuning)
+    gradient = kernel.potential.programs.program("gradient", chains)
+    until_compiled(gradient, state.position, state.noise)
     times = side_by_side(
         {"step": step, "gradient": lambda: gradient(state.position, state.noise)},
         rounds=3 if quick else 15,
@@ -91,4 +92,5 @@ def _step(builder: TreeBuilder, state: Any, tuning: Any) -> Callable[[], Any]:
     start = Point(state.position.mT, still, state.gradient.mT)
     tensors, settings = builder._prepare(start, state.evaluation.value, state.noise, tuning, 1)
     program = builder._accelerate(tensors, settings)
+    until_compiled(program, *tensors, *settings, builder._level)
     return lambda: program(*tensors, *settings, builder._level)

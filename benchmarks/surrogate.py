@@ -27,7 +27,7 @@ from pyro_hamflow import (
     marginalize,
 )
 from pyro_hamflow.mcmc.draws import Draws
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
+from pyro_hamflow.mcmc.kernels.base import Kernel
 from tests.targets import glmm
 
 ABOUT = "Learned energies: effective draws, training included"
@@ -55,7 +55,7 @@ def rosenbrock(dimension: int) -> None:
 
 
 def ours(
-    kernel: HamiltonianKernel,
+    kernel: Kernel,
     arguments: tuple[Any, ...],
     *,
     draws: int,
@@ -131,7 +131,7 @@ def _lynx(*, quick: bool) -> Table:
     draws, arguments = 100 if quick else 1000, (pelts(),)
     start = lynx_starts(4)
     learning: dict[str, Any] = {"num_proposals": 48, "rounds": 1, "training_steps": 600}
-    kernels: dict[str, Callable[[], HamiltonianKernel]] = {
+    kernels: dict[str, Callable[[], Kernel]] = {
         "HNNHMC": lambda: HNNHMC(
             lotka_volterra, num_transitions=5, training_points=450, **learning
         ),
@@ -181,7 +181,7 @@ def _lynx(*, quick: bool) -> Table:
 
 def _rosenbrock(dimension: int, *, quick: bool) -> Table:
     draws = 100 if quick else 500
-    kernels: dict[str, HamiltonianKernel] = {
+    kernels: dict[str, Kernel] = {
         "HNNNUTS": HNNNUTS(rosenbrock, fallback=False, num_transitions=5),
         "NUTS": NUTS(rosenbrock),
     }
@@ -221,7 +221,7 @@ def _glmm(*, quick: bool) -> Table:
             training_steps=2000,
         )
 
-    kernels: dict[str, tuple[Callable[[], HamiltonianKernel], int | None]] = {
+    kernels: dict[str, tuple[Callable[[], Kernel], int | None]] = {
         "HNNHMC, 8 particles": (learned_kernel, 500),
         "HNNNUTS": (lambda: HNNNUTS(plain, jit_compile=compiled), None),
         "PseudoMarginalNUTS": (lambda: PseudoMarginalNUTS(plain, jit_compile=compiled), None),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch._inductor.utils import fresh_cache
 
-from pyro_hamflow.programs.capture import compile_graph
+from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.compilation import SelfCompiling, compile_graph
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -50,6 +51,14 @@ def side_by_side(
 def ratio(above: list[float], below: list[float]) -> float:
     """The median of the ratios of two functions' seconds, each ratio within one round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def until_compiled(program: Program, *inputs: Any) -> float:
+    """Calls a program until it has compiled itself, if it does; the seconds of that call."""
+    last = 0.0
+    while isinstance(program, SelfCompiling) and not program.is_compiled:
+        last = seconds(lambda: program(*inputs))[0]
+    return last
 
 
 @contextmanager

@@ -115,6 +115,27 @@ def positive_definite(name: str, value: Any) -> Tensor:
     return value
 
 
+def fills(name: str, value: object, protocol: type) -> None:
+    """Refuses what lacks methods of a protocol.
+
+    Arguments:
+        name: Of the argument.
+        value: What was given for it.
+        protocol: Whose methods are called.
+
+    Raises:
+        TypeError: If any is missing.
+    """
+    parts = [vars(part) for part in reversed(protocol.__mro__)]
+    wanted = dict.fromkeys(method for part in parts for method in part if method[0] != "_")
+    lacking = [f"`{method}`" for method in wanted if not callable(getattr(value, method, None))]
+    if lacking:
+        raise TypeError(
+            f"`{name}` is a {type(value).__name__}: expected a {protocol.__name__}, whose methods "
+            f"{', '.join(lacking)} it lacks"
+        )
+
+
 def finite(name: str, network: nn.Module) -> None:
     """Refuses a network that has lost its numbers.
 

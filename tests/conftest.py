@@ -8,7 +8,8 @@ import pyro
 import pytest
 import torch
 
-from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs import compilation
+from pyro_hamflow.programs.program_cache import ProgramCache
 
 
 def pytest_addoption(parser):
@@ -26,7 +27,17 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def uncaptured(monkeypatch):
     """Transitions run as they are written, so that parts of them can be spoilt."""
-    monkeypatch.setattr(Potential, "accelerate", lambda self, name, function, *_, **__: function)
+
+    def as_written(self, owner, name, function, *examples):
+        return function
+
+    monkeypatch.setattr(ProgramCache, "accelerate", as_written)
+
+
+@pytest.fixture
+def compiled_at_once(monkeypatch):
+    """Programs compile themselves at their first call, where that is asked for."""
+    monkeypatch.setattr(compilation, "_PATIENCE", 0.0)
 
 
 @pytest.fixture(autouse=True)

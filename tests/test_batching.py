@@ -210,7 +210,7 @@ def test_models_that_write_in_place_are_batched(model):
     potential = Potential(model)
     position, noise = potential.vectors(3)
     value, slope, _ = potential.gradients(position, noise)
-    assert potential.fallback_reason is None and not potential._looped
+    assert potential.programs.fallback_reason is None and not potential.programs._looped
     for row, one, slope_of_one in zip(position, value, slope, strict=True):
         expected, expected_slope = potential._one("gradient")(row, noise[0])
         torch.testing.assert_close(one, expected)
@@ -221,4 +221,4 @@ def test_what_is_computed_in_single_precision_is_judged_by_it():
     potential = Potential(process, (TIMES.float(),))
     assert potential.example.dtype == torch.float64
     potential.gradients(*potential.vectors(2))
-    assert potential.fallback_reason is None
+    assert potential.programs.fallback_reason is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_hamflow.dynamics.integrators import leapfrog_step
-from pyro_hamflow.networks.training import fit_energy
+from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import (
     GradientMatching,
     Points,
@@ -125,7 +125,7 @@ def trained(loss=None, steps=800, points=None, **sizes):
     network = PotentialNetwork(3, **({"hidden": (32, 32)} | sizes))
     if isinstance(points, Points):
         network.whiten_by(points.position)
-    return network, fit_energy(network, points, loss=loss, steps=steps, learning_rate=1e-2)
+    return network, fit_energy(network, points, loss=loss, num_steps=steps, learning_rate=1e-2)
 
 
 def leapfrogs(count=400, steps=5):
@@ -151,9 +151,9 @@ def test_energy_is_learned(outputs):
         learned, learned_slope = network.value_and_gradient(z)
     assert (learned - value).std() < 0.1 * value.std()
     assert (learned_slope - slope).square().mean() < 0.02 * slope.square().mean()
-    assert training.best == min(training.held_out) < 0.1 * training.held_out[0]
+    assert training.best_loss == min(training.checks) < 0.1 * training.checks[0]
     assert training.energy_error == pytest.approx(float((learned - value).std()), abs=0.1)
-    assert 0 < training.steps <= training.budget == 800
+    assert 0 < training.best_step <= len(training.losses) <= training.budget == 800
     assert training.points == 1500 and training.seconds > 0
 
 
@@ -167,7 +167,7 @@ def test_far_from_zero_no_digits_are_lost():
         gradient=points.gradient / scale,
     )
     (_, plain), (network, training) = trained(), trained(points=moved)
-    assert training.best < 1.5 * plain.best
+    assert training.best_loss < 1.5 * plain.best_loss
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
 
 
@@ -176,7 +176,7 @@ def test_points_too_large_for_single_precision_are_left_out():
     points.gradient[::10] *= 1e30
     network, training = trained(points=points)
     assert training.points == 1350
-    assert training.best < 0.1 * training.held_out[0]
+    assert training.best_loss < 0.1 * training.checks[0]
 
 
 def test_points_held_out_teach_nothing():
@@ -186,11 +186,11 @@ def test_points_held_out_teach_nothing():
     torch.manual_seed(2)
     network = PotentialNetwork(3, hidden=(32, 32))
     training = fit_energy(
-        network, points._replace(gradient=wrong), held_out=out, steps=800, patience=800
+        network, points._replace(gradient=wrong), held_out=out, num_steps=800, patience=800
     )
     z = torch.randn(500, 3)
     value, slope = bent(z)
-    assert training.best > 10.0
+    assert training.best_loss > 10.0
     assert (network.value_and_gradient(z)[1] - slope).square().mean() < 0.2
 
 
@@ -220,12 +220,12 @@ def test_training_stops_early_and_keeps_the_best():
     points = bent_points(300)
     noise = points._replace(gradient=torch.randn(300, 3), value=torch.randn(300))
     network, training = trained(points=noise, steps=5000)
-    assert training.steps < 3000
-    assert training.best < training.held_out[-1]
+    assert training.stopped_early and len(training.losses) < 3000
+    assert training.best_loss < training.checks[-1]
     with torch.no_grad():
         block = torch.arange(300) // 16
         out = noise.pick(block % 10 == 9)
-        assert float(GradientMatching()(network, out)) == pytest.approx(training.best)
+        assert float(GradientMatching()(network, out)) == pytest.approx(training.best_loss)
 
 
 def test_flow_of_a_trained_network_conserves_energy():

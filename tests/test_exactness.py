@@ -317,7 +317,7 @@ def check(target, transition, *, step=None, moves=2):
     before = target.quantities(position, u, None if local is None else x)
     assert_invariant(before, target.quantities(state.position, state.noise, local))
     assert 0.2 < min(rates) < 0.98, "the moves are too good or too bad for the check to have power"
-    assert info.tree_depth is None or len(depths) > 2, "trajectories of few lengths only"
+    assert "tree_depth" not in info.further or len(depths) > 2, "trajectories of few lengths only"
     value = target.potential.value(state.position, state.noise)
     assert torch.allclose(value, state.evaluation.value, rtol=1e-10, atol=1e-10)
     gradient = transition.begin(state.position, state.noise).gradient
@@ -337,7 +337,7 @@ def setting(target, transition):
 
 def depths_of(info):
     """The depths of trajectories that occurred."""
-    return set() if info.tree_depth is None else set(info.tree_depth.tolist())
+    return set() if "tree_depth" not in info.further else set(info.further["tree_depth"].tolist())
 
 
 def joint(target):
@@ -345,7 +345,8 @@ def joint(target):
 
 
 def conditional(target, refresh):
-    return ConditionalTransition(HMCTransition(target.potential, CHAINS), refresh)
+    inner = HMCTransition(target.potential, CHAINS)
+    return ConditionalTransition(inner, refresh, Blocks(target.potential))
 
 
 def conditional_hmc(target):
@@ -357,9 +358,8 @@ def joint_nuts(target):
 
 
 def conditional_nuts(target):
-    return ConditionalTransition(
-        NUTSTransition(target.potential, CHAINS, DEPTH), CorrelatedRefresh()
-    )
+    inner = NUTSTransition(target.potential, CHAINS, DEPTH)
+    return ConditionalTransition(inner, CorrelatedRefresh(), Blocks(target.potential))
 
 
 def test_invariance_joint(target):
@@ -414,7 +414,7 @@ def check_known(name, mass, transition, step_size, num_steps, *, step=None, move
         depths |= depths_of(info)
     assert_invariant({"theta": position}, {"theta": state.position})
     assert 0.3 < info.acceptance_rate.mean().item() < 0.98
-    assert info.tree_depth is None or len(depths) > 2, "trajectories of few lengths only"
+    assert "tree_depth" not in info.further or len(depths) > 2, "trajectories of few lengths only"
     fresh = transition.begin(state.position, state.noise)
     assert torch.allclose(fresh.evaluation.value, state.evaluation.value, rtol=1e-10)
     assert torch.allclose(fresh.gradient, state.gradient, rtol=1e-10, atol=1e-10)
@@ -774,7 +774,7 @@ def test_spoilt_nuts_is_found_out(spoil, uncaptured, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", FAINT)
-def test_faintly_spoilt_nuts_is_found_out(spoil, monkeypatch):
+def test_faintly_spoilt_nuts_is_found_out(spoil, uncaptured, monkeypatch):
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
         check_nuts("skewed", "diagonal", 0.6, moves=4, chains=10 * CHAINS)

@@ -59,11 +59,11 @@ ROWS = torch.tensor([[0.2], [1.5], [-0.3], [torch.nan]], dtype=torch.float64)
 def test_only_rows_that_fail_have_no_density():
     potential = Potential(correlated)
     value, slope, _ = potential.gradients(ROWS, torch.zeros(4, 0))
-    assert potential.fallback_reason is None
-    assert potential.fallible == {"linalg.cholesky"}
+    assert potential.programs.fallback_reason is None
+    assert potential.programs.fallible == {"linalg.cholesky"}
     assert value.isnan().tolist() == [False, True, False, True]
     for row in (0, 2):
-        expected = potential._one("gradient")(ROWS[row], torch.zeros(0))
+        expected = potential.function("gradient")(ROWS[row], torch.zeros(0))
         torch.testing.assert_close((value[row], slope[row]), expected)
     evaluated = potential.value(ROWS, torch.zeros(4, 0))
     torch.testing.assert_close(evaluated, value, equal_nan=True)
@@ -77,7 +77,7 @@ def test_in_python_as_well_and_failures_are_counted():
     torch.testing.assert_close(
         value[[0, 2]], Potential(correlated).value(ROWS[[0, 2]], torch.zeros(2, 0))
     )
-    failures = potential.failures
+    failures = potential.programs.failures
     assert (failures.count, failures.calls) == (1, 3)
     assert failures.position.tolist() == [1.5] and "linalg.cholesky" in failures.reason
     said = potential.describe_failures(0)
@@ -144,7 +144,7 @@ def test_draws_against_a_grid():
     error = 4.0 * spread / float(summary["ess_bulk"].iloc[0]) ** 0.5
     assert abs(float(r.mean()) - mean) < error
     assert abs(float(r.std()) - spread) < error
-    assert kernel.potential.fallback_reason is None
+    assert kernel.potential.programs.fallback_reason is None
     assert any("linalg.cholesky fails have no density" in message for message in mcmc.messages)
 
 
@@ -157,7 +157,7 @@ def test_moves_in_python_leave_the_posterior_as_it_is():
     transition = HMCTransition(potential, num_chains)
     tuning = Tuning(0.7, GaussianKinetic(torch.ones(1, dtype=torch.float64)))
     state, info = transition.step(transition.begin(start, start[:, :0]), tuning, 2)
-    assert potential.failures.count > 20 and info.diverging.sum() > 10
+    assert potential.programs.failures.count > 20 and info.diverging.sum() > 10
     assert 0.3 < info.accepted.double().mean() < 0.9
     mean, spread = moments_on_grid()
     scores = (state.position - mean) / spread
@@ -280,6 +280,6 @@ def test_faults_of_the_model_itself_are_raised_as_they_are():
 
     potential = Potential(correlated)
     with pytest.raises(KeyboardInterrupt):
-        potential.failures.tolerate(interrupted, tuple)()
+        potential.programs.failures.tolerate(interrupted, tuple)()
     with pytest.raises(TypeError):
         first_that_works(lambda point: 1 / 0 if point else [] + point, [1, 0, 2])

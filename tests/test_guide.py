@@ -28,7 +28,9 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 
 from pyro_hamflow import (
+    MCMC,
     AutoNeuralHamiltonianFlow,
+    FlowMH,
     ForwardKL,
     ReverseKL,
     fit_guide,
@@ -36,7 +38,6 @@ from pyro_hamflow import (
     marginalize,
     noise,
 )
-from pyro_hamflow.flows.fit import train
 from pyro_hamflow.flows.losses import Objective
 from pyro_hamflow.flows.start import PriorDistribution
 from pyro_hamflow.model.potential import Potential
@@ -209,7 +210,7 @@ def test_weights_of_traces_are_those_of_importance_sampling():
     model_trace = poutine.trace(poutine.replay(mixed, trace)).get_trace(Y)
     by_trace = model_trace.log_prob_sum() - trace.log_prob_sum()
     torch.manual_seed(5)
-    position, log_ratio = guide.propose(1)
+    position, log_ratio = guide.draw(1)
     value = Potential(mixed, (Y,)).value(position, position.new_zeros(1, 0))
     torch.testing.assert_close((-value - log_ratio)[0], by_trace)
 
@@ -290,7 +291,7 @@ def test_saved_guide_is_loaded(start, called, tmp_path):
     results = []
     for one in (guide, fresh):
         torch.manual_seed(0)
-        results.append(one.propose(6))
+        results.append(one.draw(6))
     torch.testing.assert_close(*results)
 
 
@@ -418,7 +419,7 @@ def two_modes():
 
 
 def share_right(guide):
-    return float((guide.propose(4000)[0] > 0).double().mean())
+    return float((guide.draw(4000)[0] > 0).double().mean())
 
 
 def test_losses_differ_in_the_modes_they_find():
@@ -450,34 +451,6 @@ def test_annealing_finds_a_mode_that_plain_training_misses():
     assert abs(share_right(guide) - 0.5) < 0.1
 
 
-def test_training_keeps_the_best_state_stops_early_and_counts_what_it_skips():
-    module = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(module.weight)
-    calls = []
-
-    def loss(progress):
-        calls.append(progress)
-        value = module.weight.sum().square()
-        if len(calls) == 7:
-            return value * math.nan
-        return value if len(calls) <= 40 else value + 100.0 * len(calls)
-
-    fit = train(
-        module,
-        loss,
-        settled=lambda progress: True,
-        num_steps=400,
-        learning_rate=0.02,
-        patience=0.1,
-        disable_progbar=True,
-    )
-    assert fit.num_skipped == 1 and bool(fit.losses[6].isnan())
-    assert fit.stopped_early and len(fit.losses) < 400
-    assert fit.best_step == 40 and fit.best_loss < 0.5
-    after = module.weight.item()
-    assert abs(after**2 - float(fit.losses[39])) < 0.05
-
-
 def test_steps_without_numbers_change_nothing():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -487,6 +460,82 @@ def test_steps_without_numbers_change_nothing():
     fit = fit_guide(model, guide, num_steps=50, num_particles=4, seed=0)
     assert 0 < fit.num_skipped <= 50
     assert all(bool(p.isfinite().all()) for p in guide.parameters())
+
+
+# --- guides of others ---------------------------------------------------------------------------
+
+
+class Gaussian(torch.nn.Module):
+    """A guide by hand, of one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(1))
+        self.log_scale = torch.nn.Parameter(torch.zeros(1))
+
+    def prepare(self, *args):
+        pass
+
+    def draw(self, count):
+        position = self.loc + self.log_scale.exp() * torch.randn(count, 1)
+        return position, self.log_ratio(position)
+
+    def log_ratio(self, position):
+        return dist.Normal(self.loc, self.log_scale.exp()).log_prob(position).sum(-1)
+
+
+def posterior(y):
+    precision = len(y) + 0.25
+    return dist.Normal(y.sum() / precision, precision**-0.5)
+
+
+@pytest.mark.parametrize("loss", ["reverse", "forward"])
+def test_guide_by_hand_is_trained_and_corrected(loss):
+    exact, guide = posterior(Y), Gaussian()
+    losses = {"reverse": ReverseKL(), "forward": ForwardKL({"mean": exact.sample((20_000,))})}
+    settings = {"num_steps": 600, "num_particles": 1000, "learning_rate": 2e-2, "seed": 0}
+    fit = fit_guide(conjugate, guide, Y, loss=losses[loss], **settings)
+    assert abs(guide.loc - exact.mean) < 0.03
+    assert abs(guide.log_scale - exact.stddev.log()) < 0.03
+    bound = -evidence(Y) if loss == "reverse" else float(exact.entropy())
+    assert abs(fit.best_loss - bound) < 0.03
+    found = importance_sample(conjugate, guide, Y, num_samples=2000, seed=0)
+    assert abs(found.log_evidence - evidence(Y)) < 0.01
+    mcmc = MCMC(FlowMH(conjugate, guide), 500, 0, disable_progbar=True)
+    mcmc.run(Y)
+    assert abs(mcmc.get_samples()["mean"].mean() - exact.mean) < 4 * exact.stddev / math.sqrt(500)
+
+
+def test_guides_that_lack_something_are_refused():
+    class Silent(Gaussian):
+        log_ratio = None
+
+    class Column(Gaussian):
+        def draw(self, count):
+            position, log_density = super().draw(count)
+            return position, log_density[:, None]
+
+    class Telling(Gaussian):
+        def draw(self, count):
+            position = torch.zeros(count, 1)
+            return position, position[:, 0]
+
+        def log_ratio(self, position):
+            return super().log_ratio(position)[:, None]
+
+    with pytest.raises(TypeError, match="a Silent: expected a TrainableGuide, .* `log_ratio` it"):
+        fit_guide(conjugate, Silent(), Y)
+    with pytest.raises(TypeError, match="a DensityGuide, whose methods `log_ratio` it lacks"):
+        FlowMH(conjugate, Silent())
+    for use in (fit_guide, importance_sample):
+        with pytest.raises(
+            ValueError, match=r"log densities of shape \(\d+, 1\): expected \(\d+,\)"
+        ):
+            use(conjugate, Column(), Y)
+    with pytest.raises(ValueError, match=r"tells log densities of shape \(64, 1\)"):
+        fit_guide(conjugate, Telling(), Y, loss=ForwardKL({"mean": Y}))
+    with pytest.raises(ValueError, match=r"tells log densities of shape \(1, 1\)"):
+        MCMC(FlowMH(conjugate, Telling()), 5, 0, disable_progbar=True).run(Y)
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -513,7 +562,9 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"`start` has event shape \(2,\): expected \(1,\)"):
         AutoNeuralHamiltonianFlow(conjugate, start=wrong)(Y)
     guide = AutoNeuralHamiltonianFlow(conjugate, **SMALL)
-    with pytest.raises(TypeError, match="`guide` is a AutoNormal"):
+    with pytest.raises(
+        TypeError, match="a AutoNormal: expected .* `prepare`, `draw`, `log_ratio` it"
+    ):
         fit_guide(conjugate, AutoNormal(conjugate), Y)
     for name in ("num_steps", "num_particles", "learning_rate", "patience"):
         with pytest.raises(ValueError, match=f"`{name}` is 0: expected (a positive|1 or more)"):

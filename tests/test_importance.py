@@ -72,7 +72,7 @@ class Gaussian:
     def prepare(self, *args):
         pass
 
-    def propose(self, count):
+    def draw(self, count):
         position, p = self.position.sample((count, 1)), self.momentum.sample((count,))
         log_density = self.position.log_prob(position)[:, 0] + self.momentum.log_prob(p)
         if not self.forget:
@@ -165,7 +165,7 @@ def test_nine_modes_from_one():
     found = importance_sample(nine_modes, guide, num_samples=10_000, seed=0)
     assert abs(found.log_evidence) < 3 * found.log_evidence_error < 0.3
     assert found.log_evidence_error < 0.1 and found.pareto_k < 0.7
-    drawn = guide.propose(5000)[0]  # not corrected
+    drawn = guide.draw(5000)[0].detach()  # not corrected
     grid = torch.tensor([-2.5, 0.0, 2.5])
     nearest = torch.cdist(drawn, torch.cartesian_prod(grid, grid)).argmin(1)
     shares = torch.bincount(nearest, minlength=9) / 5000
@@ -262,7 +262,7 @@ def test_draws_do_not_depend_on_how_many_are_evaluated_at_once(monkeypatch):
     whole = importance_sample(conjugate, Gaussian(), Y, num_samples=1100, seed=3)
     monkeypatch.setattr(importance, "_ELEMENTS", 7 * len(Y))
     pieces = importance_sample(conjugate, Gaussian(), Y, num_samples=1100, seed=3)
-    assert {size for _, size in pieces.potential._graphs} == {1, 7}
+    assert {size for _, size in pieces.potential.programs._graphs} == {1, 7}
     torch.testing.assert_close(pieces.position, whole.position)
     torch.testing.assert_close(pieces.log_weights, whole.log_weights)
 

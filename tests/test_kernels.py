@@ -45,13 +45,13 @@ def _captured(kernel):
 
 def hmc(**settings):
     kernel = HMC(plain_model, **settings)
-    kernel._potential = _captured(HMC)
+    kernel.source._potential = _captured(HMC)
     return kernel
 
 
 def pseudo_marginal(**settings):
     kernel = PseudoMarginalHMC(MARGINAL, **settings)
-    kernel._potential = _captured(PseudoMarginalHMC)
+    kernel.source._potential = _captured(PseudoMarginalHMC)
     return kernel
 
 
@@ -205,8 +205,8 @@ def test_unmoved_params_keep_state(make):
     first = kernel.sample(kernel.initial_params)
     state = kernel._state
     calls = []
-    begin = kernel._transition.begin
-    kernel._transition.begin = lambda *args: calls.append(args) or begin(*args)
+    begin = kernel.phase.transition.begin
+    kernel.phase.transition.begin = lambda *args: calls.append(args) or begin(*args)
     kernel.sample({name: value.clone() for name, value in first.items()})
     assert not calls
     assert kernel._state is not state

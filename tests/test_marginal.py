@@ -649,8 +649,8 @@ def test_captured_estimate_agrees_with_model(model, sites, proposal):
     marginal = marginalize(model, sites, num_particles=4, proposal=proposal, points="rqmc")
     marginal.fit(Y, pilot=AT)
     potential = Potential(marginal, (Y,), separate_noise=True)
-    graph = potential._base("gradients")
-    assert potential.fallback_reason is None
+    graph = potential.programs.base("gradients")
+    assert potential.programs.fallback_reason is None
     position, u = torch.randn(potential.dimension), torch.randn(potential.noise_dimension)
     point = [position.requires_grad_(), u.requires_grad_()]
     value = potential.value_of_one(*point)

@@ -22,7 +22,7 @@ def _gradients(model, *args):
     potential = Potential(model, args)
     position, noise = potential.vectors(3)
     result = potential.gradients(0.5 * position, noise)
-    assert potential.fallback_reason is None
+    assert potential.programs.fallback_reason is None
     return result[:2]
 
 

@@ -188,7 +188,7 @@ def test_trajectories_are_the_recursive_ones(step_size, mass, monkeypatch):
         lambda r: root.mT @ r,
         monkeypatch,
     )
-    depths = set(info.tree_depth.tolist())
+    depths = set(info.further["tree_depth"].tolist())
     assert len(depths) > 2, "trajectories of few lengths only"
     assert step_size < 1 or info.diverging.any()
 
@@ -225,7 +225,7 @@ def test_joint_trajectories_are_the_recursive_ones(step_size, monkeypatch):
     info = run_both(transition, state, tuning, step, hamiltonian, whiten, monkeypatch)
     assert info.n_steps.max() <= math.pi / step_size, "the noise turned by more than half a circle"
     assert (info.n_steps == 2 ** int(math.log2(math.pi / step_size + 1)) - 1).any()
-    assert not info.reached_max_treedepth.any()
+    assert not info.further["reached_max_treedepth"].any()
 
 
 # --- edges --------------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def test_depth_is_limited():
     state = transition.begin(position, position[:, :0])
     _, info = transition.step(state, Tuning(1e-4, GaussianKinetic(torch.ones(3))), 1023)
     assert (info.n_steps == 7).all()
-    assert (info.tree_depth == 3).all()
-    assert info.reached_max_treedepth.all()
+    assert (info.further["tree_depth"] == 3).all()
+    assert info.further["reached_max_treedepth"].all()
 
 
 def test_one_step_is_a_limit_too():
@@ -268,7 +268,7 @@ def test_broken_numbers_are_counted():
 @pytest.mark.parametrize(
     ("kind", "dtype"), [(NUTSTransition, torch.float32), (JointNUTSTransition, torch.float64)]
 )
-def test_compiled_is_eager(kind, dtype):
+def test_compiled_is_eager(kind, dtype, compiled_at_once):
     """With the same random numbers the compiled program makes the same trajectories."""
     torch.set_default_dtype(dtype)
     marginal = marginalize(latent, ["x"], num_particles=2)

@@ -43,8 +43,8 @@ def _close(first, second, tolerance):
 
 def test_capture_agrees_with_model(case):
     _, potential, position = case
-    graph = potential._base("gradients")
-    assert potential.fallback_reason is None
+    graph = potential.programs.base("gradients")
+    assert potential.programs.fallback_reason is None
     for row in position:
         value, slope, _ = graph(row, torch.zeros(0))
         plain_value, plain_slope = _eager(potential, row)
@@ -68,7 +68,7 @@ def test_every_program_gives_the_same_potential():
     values, slopes, noise_slopes = potential.gradients(position, nothing)
     assert noise_slopes.shape == (CHAINS, 0)
     assert _close(potential.value(position, nothing), values, 1e-13)
-    again, slopes_again = potential.program("gradient", CHAINS)(position, nothing)
+    again, slopes_again = potential.programs.program("gradient", CHAINS)(position, nothing)
     assert _close(again, values, 1e-13)
     assert _close(slopes_again, slopes, 1e-13)
 
@@ -79,7 +79,7 @@ def test_potential_agrees_with_pyro(case):
     for row in position[:2]:
         values = potential.unravel(row)
         assert values.keys() == transforms.keys()
-        captured, _, _ = potential._base("gradients")(row, torch.zeros(0))
+        captured, _, _ = potential.programs.base("gradients")(row, torch.zeros(0))
         assert _close(captured, potential_fn(values).detach(), 1e-10)
 
 
@@ -166,7 +166,7 @@ def test_control_flow_falls_back_to_model(model):
     position = torch.tensor([[0.9], [-0.8], [1.7]])
     with pytest.warns(RuntimeWarning, match="could not be captured as a graph.*The reason: .+"):
         values, slopes, _ = potential.gradients(position, torch.zeros(3, 0))
-    assert potential.fallback_reason
+    assert potential.programs.fallback_reason
     for value, slope, row in zip(values, slopes, position, strict=True):
         plain_value, plain_slope = _eager(potential, row)
         assert torch.equal(value, plain_value)
@@ -197,7 +197,7 @@ def tiny(y):
     pyro.sample("y", dist.Normal(a.sin(), 1.0), obs=y)
 
 
-def test_compiled_potential_agrees_with_captured():
+def test_compiled_potential_agrees_with_captured(compiled_at_once):
     y = torch.tensor(0.7)
     plain, compiled = Potential(tiny, (y,)), Potential(tiny, (y,), compile_graphs=True)
     position = torch.tensor([[0.9], [-0.8], [1.7]])
@@ -209,7 +209,7 @@ def test_compiled_potential_agrees_with_captured():
         assert torch.allclose(part, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_failure_of_the_compiler_is_survived(monkeypatch):
+def test_failure_of_the_compiler_is_survived(monkeypatch, compiled_at_once):
     import torch._inductor
 
     def fail(*args, **kwargs):
@@ -257,7 +257,7 @@ def test_draws_of_the_global_generator_are_left_alone():
     potential = Potential(eight_schools)
     assert torch.equal(torch.rand(2), expected)
     torch.manual_seed(3)
-    potential._base("gradients")
+    potential.programs.base("gradients")
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -295,21 +295,21 @@ def many_data(y):
 def test_large_programs_run_in_blocks():
     potential = Potential(many_data, (torch.randn(20_000),))
     position, noise = potential.vectors(6)
-    assert potential.rows_at_once("gradient", 6) == 3
-    assert potential.rows_at_once("gradient", 4) == 2
-    assert potential.rows_at_once("gradient", 7) == 7
-    value, slope = potential.program("gradient", 6)(position, noise)
+    assert potential.programs.rows_at_once("gradient", 6) == 3
+    assert potential.programs.rows_at_once("gradient", 4) == 2
+    assert potential.programs.rows_at_once("gradient", 7) == 7
+    value, slope = potential.programs.program("gradient", 6)(position, noise)
     torch.testing.assert_close((value, slope), potential.graph("gradient", 6)(position, noise))
     torch.testing.assert_close(potential.value(position, noise), value)
     small = Potential(many_data, (torch.randn(20),))
-    assert small.rows_at_once("gradient", 64) == 64
+    assert small.programs.rows_at_once("gradient", 64) == 64
 
 
 def test_density_is_the_beginning_of_the_gradient(monkeypatch):
     """Where the gradient's program is there, the density's is taken out of it."""
     potential = Potential(many_data, (torch.randn(20),))
     position, noise = potential.vectors(3)
-    value, _ = potential.program("gradient", 3)(position, noise)
+    value, _ = potential.programs.program("gradient", 3)(position, noise)
     monkeypatch.setattr("pyro_hamflow.programs.program_cache.capture", None)
     monkeypatch.setattr("pyro_hamflow.programs.program_cache.batch", None)
     assert torch.equal(potential.value(position, noise), value)

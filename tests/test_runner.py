@@ -47,7 +47,7 @@ def _captured():
 def _kernel(**settings):
     """A kernel whose model is captured once for all tests."""
     kernel = HMC(model, **settings)
-    kernel._potential = _captured()
+    kernel.source._potential = _captured()
     return kernel
 
 

@@ -14,7 +14,7 @@ from pyro_hamflow.marginal import marginalize as marginal_module
 from pyro_hamflow.marginal import pilot as pilot_module
 from pyro_hamflow.marginal import scrutiny as scrutiny_module
 from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses, more_of_prior
-from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginal
+from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
 Y = torch.tensor([0.8, 1.5, 0.3, 2.0, 1.1, 0.2, 0.9, 1.7], dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
     first = mcmc.get_samples()["beta"]
     mcmc.run(x, y)  # from the estimator that the pilot left, not from the tuned one
     assert torch.equal(mcmc.get_samples()["beta"], first)
-    monkeypatch.setattr(PseudoMarginal, "retuned", lambda kernel, state: state)
+    monkeypatch.setattr(EstimatorTuning, "retuned", lambda tuning, state: None)
     assert run()[2] > 1.5 * noise
 
 

@@ -24,7 +24,7 @@ def run(model, num_samples=100):
     pyro.set_rng_seed(3)
     mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=150, num_chains=CHAINS)
     mcmc.run()
-    assert mcmc.kernel.potential.fallback_reason is None
+    assert mcmc.kernel.potential.programs.fallback_reason is None
     return mcmc.get_samples(group_by_chain=True)
 
 

@@ -14,12 +14,19 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.transitions import multiple_proposal as endpoint_module
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
-from pyro_hamflow.mcmc.transitions.multiple_proposal import EndpointTransition, spread
-from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh, EllipticalSliceRefresh
+from pyro_hamflow.mcmc.transitions.multiple_proposal import (
+    MultipleProposalTransition,
+    resample_systematically,
+)
+from pyro_hamflow.mcmc.transitions.noise_refresh import (
+    Blocks,
+    CorrelatedRefresh,
+    EllipticalSliceRefresh,
+)
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition, PerLeafTransition
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.networks.training import fit_energy
+from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity, TrustRegion
@@ -50,7 +57,7 @@ def fitted(potential, position, *, steps, temper=1.0, shift=0.0):
     wrong = points._replace(
         position=position + shift, value=temper * points.value, gradient=temper * points.gradient
     )
-    fit_energy(network, wrong, steps=steps, learning_rate=1e-2)
+    fit_energy(network, wrong, num_steps=steps, learning_rate=1e-2)
     return network
 
 
@@ -93,12 +100,13 @@ def endpoint(
 ):
     density = SurrogateDensity(potential, network)
     density.level.fill_(level)
-    return EndpointTransition(
+    return MultipleProposalTransition(
         potential,
         density,
         lambda rows: KINDS[kind](density, rows),
         chains,
         refresh,
+        Blocks(potential),
         num_transitions=num_transitions,
         num_proposals=STAR,
     )
@@ -106,7 +114,7 @@ def endpoint(
 
 def per_leaf(potential, network, kind, chains=CHAINS, *, trust=EVERYWHERE):
     density = JudgedDensity(potential, network, trust)
-    return PerLeafTransition(potential, density, KINDS[kind](density, chains))
+    return PerLeafTransition(density, KINDS[kind](density, chains))
 
 
 # --- bias on a mixture of two normals -----------------------------------------------------------
@@ -146,7 +154,7 @@ def mixture():
     points = points._replace(value=points.value + tilt[:, 0], gradient=points.gradient + slope)
     network = PotentialNetwork(1, hidden=(16,))
     network.whiten_by(position)
-    fit_energy(network, points, steps=500, learning_rate=1e-2)
+    fit_energy(network, points, num_steps=500, learning_rate=1e-2)
     return potential, network
 
 
@@ -257,7 +265,7 @@ def check(transition, step_size, *, num_steps=4, moves=2, least=0.2):
         assert_invariant({"theta": position}, {"theta": state.position})
     assert least < info.acceptance_rate.mean().item() < 0.995
     assert (state.position != position).any(-1).double().mean() > 0.3
-    value = transition.potential.value(state.position, state.noise)
+    value = transition.target.evaluate(state.position, state.noise).value
     assert torch.allclose(value, state.evaluation.value, rtol=1e-10, atol=1e-10)
     return info
 
@@ -297,7 +305,7 @@ def latent_network(name):
     network.whiten_by(position)
     usual = (value - value.median()).abs() < 20.0  # weights of a Gaussian site are unbounded
     points = Points(position, value, slope, position[:, :0]).pick(usual)
-    fit_energy(network, points, steps=300, learning_rate=1e-2)
+    fit_energy(network, points, num_steps=300, learning_rate=1e-2)
     with torch.no_grad():
         network.slope += 0.5  # too good a network would hide what a correction is for
     return network
@@ -330,8 +338,9 @@ def test_invariance_endpoint_with_noise(name, refresh):
 
 @pytest.mark.parametrize("name", ["prior-8", "by_hand-1"])
 def test_invariance_per_leaf_with_noise(name):
-    leaf = per_leaf(make_target(name).potential, latent_network(name), "hmc")
-    check_latent(name, PerLeafConditionalTransition(leaf, FRESH))
+    potential = make_target(name).potential
+    leaf = per_leaf(potential, latent_network(name), "hmc")
+    check_latent(name, PerLeafConditionalTransition(leaf, FRESH, Blocks(potential)))
 
 
 def test_a_star_is_known_when_its_first_draw_comes():
@@ -368,12 +377,12 @@ def test_impossible_proposals_are_never_drawn():
 
 def weigh(monkeypatch, spoilt):
     """Other weights, made by a function of the honest ones and their arguments."""
-    honest = EndpointTransition.log_weights
+    honest = MultipleProposalTransition.log_weights
 
     def log_weights(self, value, learned):
         return spoilt(lambda *energies: honest(self, *energies), value, learned)
 
-    monkeypatch.setattr(EndpointTransition, "log_weights", log_weights)
+    monkeypatch.setattr(MultipleProposalTransition, "log_weights", log_weights)
 
 
 def forget_surrogate(monkeypatch):
@@ -397,20 +406,22 @@ def forget_present(monkeypatch):
 
 def stay_in_the_centre(monkeypatch):
     """Proposals about where the chain is, which then is unlike the others."""
-    honest = EndpointTransition.lead
+    honest = MultipleProposalTransition.lead
 
     def lead(self, inner, position, tuning, num_steps):
         journey = honest(self, inner, position, tuning, num_steps)
         return journey._replace(position=position) if inner is self.to_centre else journey
 
-    monkeypatch.setattr(EndpointTransition, "lead", lead)
+    monkeypatch.setattr(MultipleProposalTransition, "lead", lead)
 
 
 def read_in_order(monkeypatch):
     """Draws in the order of the candidates, so that the last of them comes last too often."""
-    monkeypatch.setattr(
-        endpoint_module, "spread", lambda weights, count: spread(weights, count).sort(-1).values
-    )
+
+    def in_order(weights, count):
+        return resample_systematically(weights, count).sort(-1).values
+
+    monkeypatch.setattr(endpoint_module, "resample_systematically", in_order)
 
 
 def shrink_noise(monkeypatch):
@@ -432,7 +443,7 @@ def test_spoilt_endpoint_is_found_out(spoil, monkeypatch):
 def test_picks_come_as_often_as_their_weights_say():
     torch.manual_seed(0)
     weights = torch.tensor([[0.5, 0.3, 0.0, 0.2]], dtype=torch.float64)
-    picks = spread(weights.expand(20_000, 4), 4)
+    picks = resample_systematically(weights.expand(20_000, 4), 4)
     share = torch.nn.functional.one_hot(picks, 4).double()
     assert torch.allclose(share.mean(0), weights.expand(4, 4), atol=0.015)  # of each by itself
     assert ((share.sum(1) - 4 * weights).abs() < 1.0).all()  # and of all together

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import arviz
@@ -28,20 +29,19 @@ from pyro_hamflow import (
     marginalize,
 )
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.adaptation import verdict as weighing
-from pyro_hamflow.mcmc.kernels import pseudo_marginal as pseudo_marginal_kernels
-from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
+from pyro_hamflow.mcmc.adaptation import learning as phases
+from pyro_hamflow.mcmc.adaptation import verdict
+from pyro_hamflow.mcmc.adaptation.verdict import Costs, Trial
+from pyro_hamflow.mcmc.transitions.base import Info, Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
-from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.recovery import Evaluation
-from pyro_hamflow.networks.training import fit_energy
 from pyro_hamflow.results.inference_data import to_inference_data
-from pyro_hamflow.surrogates import costs as surrogate_costs
 from pyro_hamflow.surrogates import learner as learning
-from pyro_hamflow.surrogates.costs import Trial
-from pyro_hamflow.surrogates.gradient_log import COMPILED, Recorder
+from pyro_hamflow.surrogates.costs import COMPILED
+from pyro_hamflow.surrogates.fit import fit_energy
+from pyro_hamflow.surrogates.gradient_log import GradientLog, Motion
 from pyro_hamflow.surrogates.losses import Points
 from tests.laws import assert_invariant, scores
 from tests.test_exactness import SLOPE, Y, make_target
@@ -101,7 +101,7 @@ def test_losses_to_choose(loss):
     kernel = learner(HNNNUTS, loss=loss, training_steps=400)
     run(kernel)
     assert kernel.report.acceptance > 0.7
-    assert kernel.report.trainings[-1].best < 0.05
+    assert kernel.report.trainings[-1].best_loss < 0.05
 
 
 def test_per_leaf_run():
@@ -130,9 +130,9 @@ def fit_anew_at(iterations, monkeypatch):
     def refit(model, *rest):
         return copy.copy(model) if next(calls) in iterations else None
 
-    monkeypatch.setattr(pseudo_marginal_kernels, "_WANTED_VARIANCE", -1.0)
-    monkeypatch.setattr(pseudo_marginal_kernels, "refit_at", refit)
-    monkeypatch.setattr(pseudo_marginal_kernels, "mend_proposal", lambda *arguments: None)
+    monkeypatch.setattr(estimator_module, "_WANTED_VARIANCE", -1.0)
+    monkeypatch.setattr(estimator_module, "refit_at", refit)
+    monkeypatch.setattr(estimator_module, "mend_proposal", lambda *arguments: None)
 
 
 def test_what_is_known_of_another_estimate_is_forgotten(monkeypatch):
@@ -169,16 +169,16 @@ def test_true_gradients_stay_chosen_when_the_estimator_is_fitted_anew(monkeypatc
 def test_energies_are_learned_unless_they_are_noisy():
     """The noise of an estimate is shared by a whole trajectory: energies would teach it."""
     torch.manual_seed(0)
-    lessons = learning.Lessons((4,), 1, None, None, 60, 0)
+    settings = learning.TrainingSettings((4,), 1, None, None, 60, 0)
     for model, args, noisy in ((bowl, (), False), (marginalize(latent, ["x"]), (Y,), True)):
         potential = Potential(model, args, separate_noise=True)
-        learner = learning.Learner(potential, lessons, 100)
-        gradient = learner.recorder.graph("gradient", 40)
-        gradient(*potential.vectors(40))
+        learner = learning.Learner(potential, settings, 100)
+        position, noise = potential.vectors(40)
+        learner.log.add(position, *potential.gradients(position, noise)[:2])
         learned = []
         for shift in (0.0, torch.linspace(-1.0, 1.0, 40)):
-            call = learner.recorder.calls[0]
-            learner.recorder.calls[0] = call._replace(value=call.value + shift)
+            entry = learner.log.entries[0]
+            learner.log.entries[0] = entry._replace(value=entry.value + shift)
             learner.network = None
             torch.manual_seed(1)
             learner.fit(passing=False)
@@ -213,28 +213,54 @@ def test_what_is_held_out_is_so_in_every_training(chains, monkeypatch):
 
 
 @pytest.mark.parametrize("captured", [True, False])
-@pytest.mark.parametrize("make", [HMCTransition, lambda *args: NUTSTransition(*args, 10)])
-def test_keeping_what_is_found_changes_no_trajectory(make, captured):
+@pytest.mark.parametrize(
+    "make", [HMCTransition, lambda target, chains, see: NUTSTransition(target, chains, 10, see)]
+)
+def test_observing_changes_no_trajectory(make, captured):
     potential = Potential(bowl)
     if not captured:
-        potential.fallback_reason = "as a model may have one"
-    recorder = Recorder(potential)
+        potential.programs.fallback_reason = "as a model may have one"
+    log = GradientLog()
     position, tuning = torch.randn(4, 2), Tuning(0.3, GaussianKinetic(torch.ones(2)))
-    ends, asked = [], 1
-    for target in (potential, recorder):
+    ends, steps = [], []
+    for observe in (None, log.observe):
         torch.manual_seed(0)
-        inner = make(target, 4)
+        inner = make(potential, 4, observe)
         state = inner.begin(position, position[:, :0])
         for _ in range(3):
             state, info = inner.step(state, tuning, 7)
-            asked += int(torch.as_tensor(info.n_steps).max()) * (target is recorder)
+            steps.append(torch.as_tensor(info.n_steps))
         ends.append(state)
     assert torch.equal(ends[0].position, ends[1].position)
     assert torch.equal(ends[0].gradient, ends[1].gradient)
-    for call in recorder.calls:
-        value, slope, _ = potential.gradients(call.position, position[:, :0])
-        torch.testing.assert_close((call.value, call.gradient), (value, slope))
-    assert len(recorder.calls) == asked > 4
+    for entry in log.entries:
+        value, slope, _ = potential.gradients(entry.position, position[:, :0])
+        torch.testing.assert_close((entry.value, entry.gradient), (value, slope))
+    assert len(log.entries) == sum(int(count.max()) for count in steps[3:]) > 4
+    wanted = torch.stack([entry.wanted for entry in log.entries]).sum(0)
+    assert (wanted == sum(count + torch.zeros(4) for count in steps[3:])).all()
+
+
+@pytest.mark.parametrize("kind", ["hmc", "nuts"])
+def test_observed_neighbours_are_a_step_apart(kind):
+    """Three of them tell each other: the second difference of positions is the kick between."""
+    potential, log = Potential(bowl), GradientLog()
+    position = torch.randn(4, 2)
+    tuning = Tuning(0.2, GaussianKinetic(torch.tensor([1.0, 0.3])))
+    nuts = kind == "nuts"
+    inner = NUTSTransition(potential, 4, 10, log.observe) if nuts else None
+    inner = inner or HMCTransition(potential, 4, log.observe)
+    log.motion = Motion(tuning.step_sizes(position), tuning.kinetic.inverse_mass)
+    state = inner.begin(position, position[:, :0])
+    for _ in range(5):
+        state, _ = inner.step(state, tuning, 1023 if nuts else 7)
+    rows, sizes, mass = log.trajectories(3, 10_000)
+    assert len(rows) >= 20 and rows.shape[1:] == (4, 2)
+    for n in (1, 2):
+        second = rows[:, n + 1] - 2.0 * rows[:, n] + rows[:, n - 1]
+        slope = potential.gradients(rows[:, n], rows[:, n, :0])[1]
+        kick = sizes[:, None].square() * (slope[:, None] @ mass)[:, 0]
+        torch.testing.assert_close(second, -kick, rtol=1e-6, atol=1e-9)
 
 
 def test_hmc_gathers_by_trajectories_that_turn_back():
@@ -335,9 +361,9 @@ def test_steps_refused_at_the_leaves_are_not_those_of_true_gradients(monkeypatch
 
     def costs(*_, **__):
         dear = kernel.report.correction == "per leaf"
-        return weighing.Costs(mine=100.0 if dear else 5.0, per_leaf=1.0, true=30.0)
+        return Costs(mine=100.0 if dear else 5.0, per_leaf=1.0, true=30.0)
 
-    monkeypatch.setattr(weighing, "costs_of", costs)
+    monkeypatch.setattr(phases, "costs_of", costs)
     stats = run(kernel, warmup=240).draws.stats
     assert kernel.report.correction == "per leaf"
     assert kernel.report.following == "true gradients"
@@ -353,9 +379,9 @@ def test_correction_is_chosen_by_what_it_costs(slope, chosen, monkeypatch):
 
     def costs(*_, **__):
         refused = slope > 0.0 and kernel.report.correction == "endpoint"
-        return weighing.Costs(mine=30.0 if refused else 8.0, per_leaf=1.0, true=90.0)
+        return Costs(mine=30.0 if refused else 8.0, per_leaf=1.0, true=90.0)
 
-    monkeypatch.setattr(weighing, "costs_of", costs)
+    monkeypatch.setattr(phases, "costs_of", costs)
     stats = run(kernel, draws=20, warmup=160).draws.stats
     assert kernel.settings["correction"] == kernel.report.correction == chosen
     per_draw = stats["n_steps"] if chosen == "per leaf" else 1
@@ -390,23 +416,27 @@ def record_of(moved):
 
 
 @pytest.mark.parametrize(("compiled", "mine"), [(False, 0.1), (True, 0.02 + 8 * COMPILED * 0.01)])
-def test_a_trial_costs_what_draws_will(compiled, mine, monkeypatch):
+def test_a_trial_costs_what_draws_will(compiled, mine):
     """Eight densities of 10 milliseconds in each iteration, that a compiler will make faster."""
-    monkeypatch.setattr(surrogate_costs, "_density", lambda *_: 0.01)
-    potential = SimpleNamespace(compile_graphs=compiled, noise_dimension=0)
-    recorder = SimpleNamespace(potential=potential, seconds_later=lambda chains: 1.0)
+    later = COMPILED if compiled else 1.0
+    programs = SimpleNamespace(compile_graphs=compiled)
+    clock = SimpleNamespace(
+        potential=SimpleNamespace(programs=programs, noise_dimension=0),
+        seconds=lambda kind, chains: 0.01,
+        seconds_later=lambda kind, chains: 1.0 if kind == "gradient" else later * 0.01,
+    )
     trial = Trial()
     for seconds in (0.01, 0.1, 2.0):
         trial.note(record_of(torch.ones(4) > 0)._replace(n_densities=8), seconds)
-    settings = {"star": 1, "calls": 0.0, "length": 8.0, "steps": 8.0, "true_share": 0.0}
-    costs = surrogate_costs.costs_of(trial, recorder, **settings)
+    settings = {"num_proposals": 1, "length": 8.0, "steps": 8.0, "true_share": 0.0}
+    costs = verdict.costs_of(trial, clock, **settings)
     assert costs.mine == pytest.approx(mine)
-    assert costs.true == 8.0 + (COMPILED if compiled else 1.0) * 0.02
+    assert costs.true == 8.0 + later * 0.02
 
 
 def test_a_surrogate_has_to_promise_twice_its_cost():
-    assert surrogate_costs.not_worth_it(0.9, 0.5, true=5.0, mine=1.0) is None
-    reason = surrogate_costs.not_worth_it(0.9, 0.5, true=3.0, mine=1.0)
+    assert verdict.not_worth_it(0.9, 0.5, true=5.0, mine=1.0) is None
+    reason = verdict.not_worth_it(0.9, 0.5, true=3.0, mine=1.0)
     assert reason is not None and reason.startswith("90% of the surrogate's proposals")
 
 
@@ -497,7 +527,7 @@ def test_moments_of_rosenbrock(dimension, correction):
     points = Points(position, value, slope, position[:, :0])
     network = PotentialNetwork(dimension)
     network.whiten_by(position)
-    fit_energy(network, points, steps=600, learning_rate=1e-2)
+    fit_energy(network, points, num_steps=600, learning_rate=1e-2)
     make = endpoint if correction == "endpoint" else per_leaf
     transition = make(potential, network, "nuts", chains)
     state = transition.begin(position, position[:, :0])
@@ -550,21 +580,26 @@ def test_noise_suits_the_positions_that_are_learned_from(monkeypatch):
     target = make_target("prior-2")
     position, noise, _ = target.draws()
     monkeypatch.setattr(learning, "_ABOUT", 1.0)
-    lessons = HNNHMC(target.model).lessons
-    pupil = learning.Learner(target.potential, lessons, warmup_steps=100)
+    settings = HNNHMC(target.model).choices.training
+    pupil = learning.Learner(target.potential, settings, warmup_steps=100)
     pupil.network = PotentialNetwork(2)
-    state = State(position, noise, torch.zeros_like(position), Evaluation(position[:, 0], {}, {}))
+    blocks = Blocks(target.potential)
 
     def bias(refresh):
-        counts = pupil.look_about([state], refresh)
-        call = pupil.recorder.calls[-1]
-        seen = call.position.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(exact_energy(seen).sum(), seen)
-        return counts, (call.gradient - slope).mean(0).abs().max()
+        def at(position, noise):
+            evaluate = partial(target.potential.evaluate, position)
+            noise, *_, count = refresh(blocks, noise, evaluate(noise), evaluate)
+            return noise, count
 
-    counts, refreshed = bias(CorrelatedRefresh())
+        count = pupil.look_about(position, noise, at)
+        entry = pupil.log.entries[-1]
+        seen = entry.position.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(exact_energy(seen).sum(), seen)
+        return count, (entry.gradient - slope).mean(0).abs().max()
+
+    count, refreshed = bias(CorrelatedRefresh())
     _, held = bias(lambda blocks, noise, current, evaluate: (noise, current, None, 0))
-    assert counts == (1, 2)
+    assert count == 1
     assert refreshed < 0.3 * held, (refreshed, held)
 
 

@@ -65,7 +65,7 @@ def test_distributions_made_before_the_run_are_captured(model):
     potential = Potential(model)
     position, noise = potential.vectors(3)
     computed = potential.gradients(position, noise)
-    assert potential.fallback_reason is None
+    assert potential.programs.fallback_reason is None
     for row, value in zip(position, computed[0], strict=True):
         free, values = potential.unravel(row), potential.constrain(row)
         expected = (

@@ -160,4 +160,4 @@ def test_models_that_cannot_be_captured_run_in_python_with_the_reason(model, rea
         value, _, _ = potential.gradients(position, noise)
     for row, one in zip(position, value, strict=True):
         torch.testing.assert_close(one, potential.value_of_one(row, noise[0]).detach())
-    assert potential.failures.count == 0
+    assert potential.programs.failures.count == 0

@@ -144,4 +144,4 @@ def test_models_that_write_in_place_are_marginalised(model, proposal):
     position, noise = potentials[0].vectors(3)
     for part, other in zip(*(p.gradients(position, noise) for p in potentials), strict=True):
         torch.testing.assert_close(part, other, rtol=1e-6, atol=1e-6)
-    assert potentials[0].fallback_reason is None and not potentials[0]._looped
+    assert potentials[0].programs.fallback_reason is None and not potentials[0].programs._looped

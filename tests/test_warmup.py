@@ -36,7 +36,7 @@ def outcome(position, gradient=None, rate=0.8, **stats):
     chains = len(position)
     gradient = position if gradient is None else gradient
     zero, no = torch.zeros(chains), torch.zeros(chains, dtype=torch.bool)
-    info = Info(~no, torch.full((chains,), rate), zero, no, zero, 1, 1, 0, **stats)
+    info = Info(~no, torch.full((chains,), rate), zero, no, zero, 1, 1, 0, stats)
     return State(position, position[:, :0], gradient, Evaluation(zero, {}, {})), info
 
 
@@ -116,7 +116,7 @@ def test_chains_in_two_modes_keep_the_scale_of_each():
     for _ in range(200):
         state, _ = kernel.advance(state)
     assert state.position.sign().sum() == 0, "a chain has crossed: the test is of no use"
-    assert 0.8 < kernel.kinetic.inverse_mass.item() < 1.25
+    assert 0.8 < kernel.phase.tuning.kinetic.inverse_mass.item() < 1.25
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -149,7 +149,7 @@ def test_mass_finds_posterior_scales(full_mass):
     state = kernel.begin(32, 300)
     for _ in range(300):
         state, _ = kernel.advance(state)
-    found = kernel.kinetic.inverse_mass
+    found = kernel.phase.tuning.kinetic.inverse_mass
     found = found.diagonal() if full_mass else found
     assert torch.allclose(found.sqrt(), SCALES, rtol=0.1)
 
@@ -159,7 +159,7 @@ def test_identity_mass_stays():
     state = kernel.begin(4, 100)
     for _ in range(100):
         state, _ = kernel.advance(state)
-    assert torch.equal(kernel.kinetic.inverse_mass, torch.ones(3))
+    assert torch.equal(kernel.phase.tuning.kinetic.inverse_mass, torch.ones(3))
 
 
 # --- schedule -----------------------------------------------------------------------------------
@@ -220,13 +220,13 @@ def test_tuning_is_frozen_after_warmup(make, warmup_steps):
     state = kernel.begin(8, warmup_steps, initial_params={site: 0.1 * torch.randn(shape)})
     for _ in range(warmup_steps):
         state, _ = kernel.advance(state)
-    size, mass = kernel.step_size, kernel.kinetic.inverse_mass.clone()
-    tuning = kernel._warmup.tuning
+    size, mass = kernel.step_size, kernel.phase.tuning.kinetic.inverse_mass.clone()
+    tuning = kernel.phase.tuning
     for _ in range(20):
         state, _ = kernel.advance(state)
     assert kernel.step_size == size
-    assert torch.equal(kernel.kinetic.inverse_mass, mass)
-    assert kernel._warmup.tuning is tuning
+    assert torch.equal(kernel.phase.tuning.kinetic.inverse_mass, mass)
+    assert kernel.phase.tuning is tuning
 
 
 def test_number_of_steps_does_not_depend_on_state():
@@ -263,7 +263,7 @@ def test_mass_is_dense_where_that_is_cheap(dimension, dense):
 
     kernel = HMC(model)
     kernel.begin(2, 10)
-    assert kernel.kinetic.inverse_mass.dim() == (2 if dense else 1)
+    assert kernel.phase.tuning.kinetic.inverse_mass.dim() == (2 if dense else 1)
 
 
 def steep():
@@ -279,7 +279,7 @@ def distance_after_warmup():
     state = kernel.begin(16, 100, initial_params={"x": start})
     for _ in range(100):
         state, _ = kernel.advance(state)
-    assert kernel._warmup.tuning.pace is None
+    assert kernel.phase.tuning.pace is None
     return state.position.abs().max().item()
 
 

@@ -79,8 +79,8 @@ print(*mcmc.messages, sep="\n")
 # %%
 for training in kernel.report.trainings:
     print(
-        f"{training.points} points, {training.steps} steps in {training.seconds:.1f} s: loss "
-        f"{training.best:.3f}, energy error {training.energy_error:.2f}"
+        f"{training.points} points, {len(training.losses)} steps in {training.seconds:.1f} s: loss "
+        f"{training.best_loss:.3f}, energy error {training.energy_error:.2f}"
     )
 stats = mcmc.draws.stats
 spent = kernel.report.n_gradients + int(stats["n_gradients"].sum())

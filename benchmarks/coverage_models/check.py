@@ -62,7 +62,7 @@ def check(case: Case, *, compile_graphs: bool = False) -> Check:
             _difference(value, slope, potential, stock, position)
             for value, slope, position in zip(values, slopes, positions, strict=True)
         ]
-    captured = potential.fallback_reason is None
+    captured = potential.programs.fallback_reason is None
     batched = captured and isinstance(program, GraphModule)
     return Check(potential, stock, positions, captured, batched, max(errors))
 

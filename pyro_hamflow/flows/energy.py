@@ -30,13 +30,13 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, noise: Tensor, potential: Potential) -> Tensor:
-        program = potential.program("gradient", len(position))
-        value, slope = program(position.detach(), noise)
-        ctx.save_for_backward(slope)
+        program = potential.programs.program("gradient", len(position))
+        value, gradient = program(position.detach(), noise)
+        ctx.save_for_backward(gradient)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return cotangent[:, None] * slope, None, None
+        (gradient,) = ctx.saved_tensors
+        return cotangent[:, None] * gradient, None, None

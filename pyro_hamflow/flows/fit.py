@@ -1,61 +1,46 @@
-"""Training of flows and guides: one loop for all."""
+"""Fits of guides to models, and of flows to samples."""
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hamflow.checks import positive, whole
-from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
+from pyro_hamflow.checks import fills, positive, whole
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
-from pyro_hamflow.flows.losses import Loss, Objective, ReverseKL
+from pyro_hamflow.flows.losses import GuideLoss, Objective, ReverseKL
+from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.networks.training import Trainable, Training, train
 
-_WINDOWS = 40  # over how many parts of the training losses are averaged and compared
+_WINDOWS = 40  # parts of a training, whose mean losses are compared
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a training went.
+class TrainableGuide(DensityGuide, Trainable, Protocol):
+    """A guide that :func:`fit_guide` trains, and that corrections take as well.
 
-    Attributes:
-        losses: The loss of each step, NaN where it was skipped.
-        best_step: After which step the state that was kept was reached.
-        best_loss: The mean loss of the window of steps that ended there.
-        num_skipped: How many steps were skipped, since loss or gradient was no finite number.
-        stopped_early: Whether it ended before all steps were taken, for want of progress.
-        seconds: How long it took.
+    It has the methods of a torch module, ``parameters``, ``state_dict`` and ``load_state_dict``,
+    and three more:
+
+    - ``prepare(*args, **kwargs)`` sees the model's arguments, after which its parameters are there.
+    - ``draw(num_samples)`` gives positions of all parameters on the real line, of shape
+      ``(num_samples, dimension)``, and the log density of each, of shape ``(num_samples,)``.
+      Gradients flow through both. Where it draws something more beside, such as momenta, see
+      :class:`~pyro_hamflow.model.guides.Guide`.
+    - ``log_ratio(position)`` gives the log density of positions ``(positions, dimension)``, of
+      shape ``(positions,)``, through which gradients flow too.
     """
-
-    losses: Tensor
-    best_step: int
-    best_loss: float
-    num_skipped: int
-    stopped_early: bool
-    seconds: float
-
-    def __repr__(self) -> str:
-        return (
-            f"Fit(best_loss={self.best_loss:.4f} at step {self.best_step} of {len(self.losses)}, "
-            f"num_skipped={self.num_skipped}, stopped_early={self.stopped_early}, "
-            f"seconds={self.seconds:.1f})"
-        )
 
 
 def fit_guide(
     model: Callable[..., Any],
-    guide: AutoNeuralHamiltonianFlow,
+    guide: TrainableGuide,
     *args: Any,
-    loss: Loss = ReverseKL(),  # noqa: B008  # frozen
+    loss: GuideLoss = ReverseKL(),  # noqa: B008  # frozen
     num_steps: int = 2000,
     num_particles: int = 64,
     learning_rate: float = 5e-3,
@@ -64,7 +49,7 @@ def fit_guide(
     jit_compile: bool = False,
     disable_progbar: bool = False,
     **kwargs: Any,
-) -> Fit:
+) -> Training:
     """Trains a guide by Adam, its learning rate falling to nothing along a cosine.
 
     The model is captured once, its gradients are those of the samplers, so that a step costs little
@@ -73,7 +58,8 @@ def fit_guide(
 
     Arguments:
         model: The Pyro model.
-        guide: The guide, changed in place.
+        guide: An :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills the
+            protocol :class:`TrainableGuide`; changed in place.
         args: The model's arguments.
         loss: What to minimise: :class:`ReverseKL`, hot first or not, or :class:`ForwardKL`.
         num_steps: How many steps at most.
@@ -89,8 +75,10 @@ def fit_guide(
         How it went. The guide is left in the best state that it had.
 
     Raises:
-        TypeError: If the guide is of another kind.
-        ValueError: If a number lies outside its range, or the model has one of the faults that
+        TypeError: If the guide lacks a method of the protocol; Pyro's own guides do, and train with
+            :class:`pyro.infer.SVI`.
+        ValueError: If a number lies outside its range, the guide's draws are of other shapes than
+            the protocol's, or the model has one of the faults that
             :class:`~pyro_hamflow.model.potential.Potential` lists.
 
     Example:
@@ -102,18 +90,14 @@ def fit_guide(
         >>> fit.num_skipped
         0
     """
-    if not isinstance(guide, AutoNeuralHamiltonianFlow):
-        raise TypeError(
-            f"`guide` is a {type(guide).__name__}: expected an AutoNeuralHamiltonianFlow; other "
-            "guides train with pyro.infer.SVI"
-        )
+    fills("guide", guide, TrainableGuide)
     whole("num_particles", num_particles, 1)
     if seed is not None:
         torch.manual_seed(seed)
     potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
     guide.prepare(*args, **kwargs)
     objective = Objective(guide, potential, num_particles)
-    return train(
+    return _train(
         guide,
         lambda progress: loss(objective, progress),
         settled=loss.settled,
@@ -134,7 +118,7 @@ def fit_flow(
     patience: float = 0.5,
     seed: int | None = None,
     disable_progbar: bool = False,
-) -> Fit:
+) -> Training:
     r"""Fits a flow to samples, by the bound of their log density.
 
     Arguments:
@@ -178,7 +162,7 @@ def fit_flow(
         picked = torch.randint(len(samples), (batch_size,), device=samples.device)
         return -flow.log_ratio(samples[picked]).mean()
 
-    return train(
+    return _train(
         flow,
         loss,
         settled=lambda progress: True,
@@ -189,8 +173,8 @@ def fit_flow(
     )
 
 
-def train(
-    module: nn.Module,
+def _train(
+    module: Trainable,
     loss: Callable[[float], Tensor],
     *,
     settled: Callable[[float], bool],
@@ -198,61 +182,20 @@ def train(
     learning_rate: float,
     patience: float,
     disable_progbar: bool,
-) -> Fit:
-    """Minimises a loss, keeps the best state, skips steps that are no numbers, stops when done.
-
-    Arguments:
-        module: Whose parameters to change.
-        loss: From the share of the steps that are done to the loss.
-        settled: Whether losses at that share can be compared with later ones.
-        num_steps: How many steps at most.
-        learning_rate: The first learning rate.
-        patience: Which share of all steps may pass without progress.
-        disable_progbar: Whether to show no progress bar.
-    """
+) -> Training:
+    """Minimises a loss; the state kept is the one before which the mean loss was least."""
     whole("num_steps", num_steps, 1)
     positive("learning_rate", learning_rate)
     positive("patience", patience, infinite=True)
-    began = time.perf_counter()
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, learning_rate, fused=True)
-    window = max(1, num_steps // _WINDOWS)
-    best, best_step, best_loss = copy.deepcopy(module.state_dict()), 0, math.inf
-    losses: list[float] = []
-    skipped, stopped = 0, False
     hidden = disable_progbar or "CI" in os.environ
     with tqdm(total=num_steps, disable=hidden, desc="Fit") as bar:
-        for step in range(num_steps):
-            progress = step / num_steps
-            rate = 0.5 * learning_rate * (1.0 + math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
-            value = loss(progress)
-            if bool(value.isfinite()):
-                value.backward()
-                slopes = [p.grad.flatten() for p in parameters if p.grad is not None]
-                good = bool(torch.cat(slopes).isfinite().all())
-            else:
-                good = False
-            if good:
-                optimizer.step()
-            skipped += not good
-            losses.append(float(value.detach()) if good else math.nan)
-            bar.update()
-            if (step + 1) % window:
-                continue
-            recent = [number for number in losses[-window:] if not math.isnan(number)]
-            mean = sum(recent) / len(recent) if recent else math.inf
-            bar.set_postfix(loss=f"{mean:.4f}", skipped=skipped, refresh=False)
-            if not settled(progress):
-                continue
-            if mean < best_loss:
-                best, best_step, best_loss = copy.deepcopy(module.state_dict()), step + 1, mean
-            elif step + 1 - best_step > patience * num_steps:
-                stopped = True
-                break
-    if math.isfinite(best_loss):
-        module.load_state_dict(best)
-    elapsed = time.perf_counter() - began
-    return Fit(torch.tensor(losses), best_step, best_loss, skipped, stopped, elapsed)
+        return train(
+            module,
+            loss,
+            measure=lambda progress, mean: mean if settled(progress) else None,
+            num_steps=num_steps,
+            learning_rate=learning_rate,
+            check_every=max(1, num_steps // _WINDOWS),
+            patience=patience * num_steps,
+            bar=bar,
+        )

@@ -13,38 +13,28 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
-from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow, PhaseDistribution
-from pyro_hamflow.flows.start import PriorDistribution, laplace, seeded_potential
+from pyro_hamflow.flows.guided_sites import (
+    is_noise,
+    refuse_angles,
+    refuse_local_subsampling,
+    stays_out,
+)
+from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
+from pyro_hamflow.flows.phases import PhaseDistribution
+from pyro_hamflow.flows.standardised import StandardisedFlow, standardised
+from pyro_hamflow.flows.start import find_start
 from pyro_hamflow.marginal.marginalize import MarginalModel
-from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, constrain, split, stack_sites
-from pyro_hamflow.model.supports import is_circular
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, LearnedKinetic
 from pyro_hamflow.programs.validation import no_validation
 
 _STARTS = ("laplace", "prior")
-_PILOT_DRAWS = 1000
-_FREEDOM = 20.0
 _NUMBERS = count(1)
 
 
-def _stays_out(msg: Any) -> bool:
-    """Whether a site is none of the flow's: observed, noise, or summed out by enumeration."""
-    return prototype_hide_fn(msg) or _is_noise(msg) or _is_enumerable(msg)
-
-
-def _is_noise(msg: Any) -> bool:
-    return bool(msg["infer"].get("noise", False))
-
-
-def _is_enumerable(msg: Any) -> bool:
-    return bool(getattr(msg["fn"], "has_enumerate_support", False))
-
-
-class AutoNeuralHamiltonianFlow(AutoContinuous):
+class AutoNeuralHamiltonianFlow(StandardisedFlow, AutoContinuous):
     r"""A guide that moves positions from a Gaussian, or from the prior, by Hamiltonian motion.
 
     Trains by :func:`~pyro_hamflow.fit_guide`, or as any guide does: with :class:`pyro.infer.SVI` or
@@ -100,7 +90,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
         True
     """
 
-    _prototype_hide_fn = staticmethod(_stays_out)
+    _prototype_hide_fn = staticmethod(stays_out)
 
     def __init__(
         self,
@@ -158,7 +148,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        (model,) = self._plain_model
+        (model,), (start,) = self._plain_model, self._start
         pilot = None
         if isinstance(model, MarginalModel):
             with torch.enable_grad():
@@ -166,19 +156,24 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
                 pilot = model.pilot(args, kwargs)
         with torch.no_grad(), poutine.block(), no_validation():
             whole = poutine.trace(model).get_trace(*args, **kwargs)
-            _refuse_local_subsampling(whole)
-            _refuse_angles(whole)
+            refuse_local_subsampling(whole)
+            refuse_angles(whole)
             super()._setup_prototype(*args, **kwargs)
             position = self._init_loc()
             if pilot is not None:
                 free = [site.transform.inv(pilot[site.name]) for site in self._sites()]
                 position = torch.cat([part.reshape(-1) for part in free]).to(position)
         self._noise_sites = {
-            name: site for name, site in whole.iter_stochastic_nodes() if _is_noise(site)
+            name: site for name, site in whole.iter_stochastic_nodes() if is_noise(site)
         }
+        saved = None
         try:
+            if self._waiting is not None:
+                saved = tuple(self._waiting[name].to(position) for name in ("loc", "scale_tril"))
             with torch.enable_grad():
-                loc, scale_tril, base = self._find_start(position, args, kwargs)
+                loc, scale_tril, base = find_start(
+                    start, model, args, kwargs, self._sites(), position, saved
+                )
         except Exception:
             self.prototype_trace = None  # as if it had never been called
             raise
@@ -189,40 +184,17 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
             waiting, self._waiting = self._waiting, None
             self.load_state_dict(waiting)
 
-    def _find_start(
-        self, position: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Centre and scale of the flow's coordinates, and the base in them."""
-        (start,), (model,) = self._start, self._plain_model
-        saved = None
-        if self._waiting is not None:
-            saved = tuple(self._waiting[name].to(position) for name in ("loc", "scale_tril"))
-        if start == "laplace":
-            freedom = position.new_full((len(position),), _FREEDOM)
-            loc, scale_tril = saved or laplace(self._potential(args, kwargs), position)
-            return loc, scale_tril, dist.StudentT(freedom).to_event(1)
-        given = PriorDistribution(model, args, kwargs) if start == "prior" else start
-        if tuple(given.event_shape) != (len(position),):
-            raise ValueError(
-                f"`start` has event shape {tuple(given.event_shape)}: expected ({len(position)},), "
-                f"for the sites {list(self._unconstrained_shapes)}"
-            )
-        draws = given.sample((_PILOT_DRAWS,)).to(position)
-        low, middle, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84]).to(draws), 0)
-        loc, scale_tril = saved or (middle, torch.diag(0.5 * (high - low)))
-        return loc, scale_tril, _standardised(given, loc, scale_tril.diagonal())
+    @property
+    def dimension(self) -> int:
+        """How many parameters there are on the real line."""
+        if self.prototype_trace is None:
+            raise RuntimeError("the guide has not seen its model yet: call `prepare` first")
+        return len(self.loc)
 
-    def _potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Tensor]:
-        """The potential of one position."""
-        (model,) = self._plain_model
-        with torch.random.fork_rng(), poutine.block(), no_validation():
-            torch.manual_seed(0)
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-        if any(_is_part(frame) for frame in _frames(trace.nodes.values())):
-            return seeded_potential(model, args, kwargs, self._sites())
-        potential = Potential(model, args, kwargs, separate_noise=True)
-        noise = potential.vectors(1)[1][0]
-        return lambda position: potential.value_of_one(position, noise)
+    def _sites(self) -> list[Site]:
+        """The parameters as parts of a position."""
+        nodes: Any = self.prototype_trace.nodes  # type: ignore[attr-defined]
+        return stack_sites(nodes, list(self._unconstrained_shapes))
 
     # --- what Pyro calls ------------------------------------------------------------------------
 
@@ -234,7 +206,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
         q, p = phase.chunk(2, -1)
         if poutine.get_mask() is not False:
             # A factor, but without a warning where the guide is called by hand.
-            surplus = flow.end_momenta.log_density(q, p) + self._log_det()
+            surplus = flow.end_momenta.log_density(q, p) + self.log_volume()
             nothing = dist.Delta(torch.zeros_like(surplus), log_density=-surplus)
             pyro.sample(f"_{self._pyro_name}_momenta", nothing, infer={"is_auxiliary": True})
         return self.to_position(q)
@@ -275,7 +247,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
             kwargs: The model's keyword arguments.
         """
         self.prepare(*args, **kwargs)
-        position, _ = self.propose(num_samples)
+        position, _ = self.draw(num_samples)
         levels = torch.as_tensor(quantiles).to(position)
         sites = self._sites()
         values = constrain(sites, split(sites, position))
@@ -284,54 +256,6 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The median of each site, by Monte Carlo."""
         return {n: v[0] for n, v in self.quantiles([0.5], *args, **kwargs).items()}
-
-    # --- what corrections ask for ---------------------------------------------------------------
-
-    @property
-    def dimension(self) -> int:
-        """How many parameters there are on the real line."""
-        if self.prototype_trace is None:
-            raise RuntimeError("the guide has not seen its model yet: call `prepare` first")
-        return len(self.loc)
-
-    def draw(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        r"""Positions on the real line, and the log density that their weights divide by.
-
-        That is :math:`\log M(q, p) - \log r(p \mid q)` of the phase drawn: over it, weights
-        :math:`p(\theta, y)` have the evidence as their mean. Gradients flow through both.
-
-        Returns:
-            Positions of shape ``(num_samples, dimension)``, and one number for each.
-        """
-        q, p, log_density = self.flow.draw_phase((num_samples,))
-        log_ratio = log_density - self.flow.end_momenta.log_density(q, p)
-        return self.to_position(q), log_ratio - self._log_det()
-
-    @torch.no_grad()
-    def propose(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """What :meth:`draw` returns, without gradients."""
-        return self.draw(num_samples)
-
-    def log_ratio(self, position: Tensor) -> Tensor:
-        """The same log density at given positions, with momenta drawn from r(p | q)."""
-        return self.flow.log_ratio(self.standardise(position)) - self._log_det()
-
-    def standardise(self, position: Tensor) -> Tensor:
-        """Positions ``(*, dimension)`` in the flow's coordinates."""
-        centred = (position - self.loc).mT
-        return torch.linalg.solve_triangular(self.scale_tril, centred, upper=False).mT
-
-    def _sites(self) -> list[Site]:
-        """The parameters as parts of a position."""
-        nodes: Any = self.prototype_trace.nodes  # type: ignore[attr-defined]
-        return stack_sites(nodes, list(self._unconstrained_shapes))
-
-    def to_position(self, q: Tensor) -> Tensor:
-        """Positions on the real line, from the flow's coordinates ``(*, dimension)``."""
-        return self.loc + q @ self.scale_tril.mT
-
-    def _log_det(self) -> Tensor:
-        return self.scale_tril.diagonal().log().sum()
 
     # --- saving and copying ---------------------------------------------------------------------
 
@@ -344,7 +268,7 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
         (start,) = self._start
         if start != "laplace":
             given = self.flow.base.base_dist
-            self.flow.base = _standardised(given, self.loc, self.scale_tril.diagonal())
+            self.flow.base = standardised(given, self.loc, self.scale_tril.diagonal())
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -361,42 +285,3 @@ class AutoNeuralHamiltonianFlow(AutoContinuous):
             copied.__dict__[name] = value if shared else copy.deepcopy(value, memo)
         copied._take_new_name()
         return copied
-
-
-def _standardised(base: Any, loc: Tensor, scale: Tensor) -> Any:
-    """A base in the flow's coordinates."""
-    transform = dist.transforms.AffineTransform(-loc / scale, 1.0 / scale, event_dim=1)
-    return dist.TransformedDistribution(base, [transform])
-
-
-def _frames(sites: Iterable[Any]) -> Iterable[Any]:
-    for site in sites:
-        yield from site.get("cond_indep_stack", ())
-
-
-def _is_part(frame: Any) -> bool:
-    return frame.full_size is not None and frame.size != frame.full_size
-
-
-def _refuse_angles(trace: poutine.Trace) -> None:
-    """Raises a ValueError if a latent site is an angle: a flow on the line has no such target."""
-    for name, site in trace.iter_stochastic_nodes():
-        if is_circular(site["fn"]):
-            raise ValueError(
-                f"latent site '{name}' is an angle ({type(site['fn']).__name__}): expected sites "
-                "on the real line, such as two normal ones whose `torch.atan2` is the angle"
-            )
-
-
-def _refuse_local_subsampling(trace: poutine.Trace) -> None:
-    """Raises a ValueError if the parameters themselves change with the part of the data seen."""
-    for name, site in trace.iter_stochastic_nodes():
-        for frame in site["cond_indep_stack"]:
-            if _is_part(frame):
-                raise ValueError(
-                    f"latent site '{name}' lies in plate '{frame.name}', which is subsampled "
-                    f"({frame.size} of {frame.full_size} elements): expected all of its elements, "
-                    "since the flow would take those of one part for those of another; integrate "
-                    "the site out with `marginalize`, or leave it to an AutoNormal in an "
-                    "AutoGuideList"
-                )

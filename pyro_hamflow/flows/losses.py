@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_hamflow.checks import between
 from pyro_hamflow.flows.energy import energy
-from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
+from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 
 
@@ -25,15 +25,13 @@ class Objective:
         num_particles: From how many draws each is estimated.
     """
 
-    def __init__(
-        self, guide: AutoNeuralHamiltonianFlow, potential: Potential, num_particles: int
-    ) -> None:
+    def __init__(self, guide: DensityGuide, potential: Potential, num_particles: int) -> None:
         self.guide, self.potential, self.num_particles = guide, potential, num_particles
         self._flat: list[tuple[Mapping[str, Tensor], Tensor]] = []
 
     def reverse(self, inverse_temperature: float = 1.0) -> Tensor:
         """Minus the evidence bound, of the posterior to the power of an inverse temperature."""
-        position, log_density = self.guide.draw(self.num_particles)
+        position, log_density = draw_from(self.guide, self.potential, self.num_particles)
         noise = self.potential.draw_noise(self.num_particles)
         return (log_density + inverse_temperature * energy(self.potential, position, noise)).mean()
 
@@ -45,11 +43,11 @@ class Objective:
             self._flat.append((draws, known[0]))
         positions = known[0]
         picked = torch.randint(len(positions), (self.num_particles,), device=positions.device)
-        return -self.guide.log_ratio(positions[picked]).mean()
+        return -log_ratio_at(self.guide, positions[picked]).mean()
 
 
-class Loss(Protocol):
-    """What training minimises."""
+class GuideLoss(Protocol):
+    """What the training of a guide minimises."""
 
     def __call__(self, objective: Objective, progress: float) -> Tensor:
         """The loss.

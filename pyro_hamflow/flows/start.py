@@ -1,4 +1,4 @@
-"""Where guides start: a Laplace approximation of the posterior, or the prior."""
+"""Where guides start: a Laplace approximation of the posterior, the prior, or a distribution."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import constraints
@@ -15,14 +16,60 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_hamflow.flows.energy import energy
+from pyro_hamflow.flows.guided_sites import sees_part
+from pyro_hamflow.flows.standardised import standardised
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import run_with
 from pyro_hamflow.programs.validation import no_validation
 
+_PILOT_DRAWS = 1000
+_FREEDOM = 20.0
 _ROUNDS = 20
 _STEPS = 25
 _FLATTEST = 1e-6  # the least curvature that counts as one
+
+
+def find_start(
+    start: Any,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sites: list[Site],
+    position: Tensor,
+    saved: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor, Any]:
+    """Centre and scale of a flow's coordinates, and the base in them.
+
+    Arguments:
+        start: ``"laplace"``, ``"prior"`` or a distribution of positions.
+        model: A Pyro model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        sites: Its latent sites as parts of a position.
+        position: Where the search for the mode begins, of shape ``(dimension,)``.
+        saved: Centre and scale, where they are known.
+
+    Returns:
+        The centre, the scale as a lower triangle, and a distribution.
+
+    Raises:
+        ValueError: If the distribution is of another dimension.
+    """
+    if start == "laplace":
+        freedom = position.new_full((len(position),), _FREEDOM)
+        loc, scale_tril = saved or laplace(potential_of_one(model, args, kwargs, sites), position)
+        return loc, scale_tril, dist.StudentT(freedom).to_event(1)
+    given = PriorDistribution(model, args, kwargs) if start == "prior" else start
+    if tuple(given.event_shape) != (len(position),):
+        raise ValueError(
+            f"`start` has event shape {tuple(given.event_shape)}: expected ({len(position)},), "
+            f"for the sites {[site.name for site in sites]}"
+        )
+    draws = given.sample((_PILOT_DRAWS,)).to(position)
+    low, middle, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84]).to(draws), 0)
+    loc, scale_tril = saved or (middle, torch.diag(0.5 * (high - low)))
+    return loc, scale_tril, standardised(given, loc, scale_tril.diagonal())
 
 
 def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,10 +108,10 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
     return best, (triangle * triangle.diagonal().sign()).to(best)
 
 
-def seeded_potential(
+def potential_of_one(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], sites: list[Site]
 ) -> Callable[[Tensor], Tensor]:
-    """The potential of one position as a model with subsampled data tells it of a fixed part.
+    """The potential of one position; where data are subsampled, as a fixed part of them tells it.
 
     Arguments:
         model: A Pyro model.
@@ -72,7 +119,19 @@ def seeded_potential(
         kwargs: Its keyword arguments.
         sites: The latent sites as parts of a flat vector.
     """
+    with torch.random.fork_rng(), poutine.block(), no_validation():
+        torch.manual_seed(0)
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    if sees_part(trace):
+        return _seeded_potential(model, args, kwargs, sites)
+    potential = Potential(model, args, kwargs, separate_noise=True)
+    noise = potential.vectors(1)[1][0]
+    return lambda position: potential.value_of_one(position, noise)
 
+
+def _seeded_potential(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], sites: list[Site]
+) -> Callable[[Tensor], Tensor]:
     def value_of(position: Tensor) -> Tensor:
         free = split(sites, position)
         values = constrain(sites, free)

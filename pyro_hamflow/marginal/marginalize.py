@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -265,6 +265,15 @@ class MarginalModel:
             return Run(self.model, args, kwargs, structure.values).look().key == structure.key
         except Exception:  # whatever a model's own code may raise at values of other shapes
             return False
+
+    @property
+    def model_of_data(self) -> Model:
+        """The model whose observed sites are those of the data."""
+        return self.model
+
+    def holding(self, *args: Any, **kwargs: Any) -> Callable[[], AbstractContextManager[None]]:
+        """What :meth:`hold` does with the structure that the model has for these arguments."""
+        return partial(self.hold, self.plan(*args, **kwargs).structure)
 
     @contextmanager
     def hold(self, structure: Structure) -> Iterator[None]:

@@ -46,15 +46,7 @@ class Record:
         if estimates:
             sums = [part.double().reshape(len(part), -1).sum(-1) for part in estimates.values()]
             stats["log_likelihood_estimate"] = torch.stack(sums).sum(0)
-        for name in (
-            "refresh_rate",
-            "tree_depth",
-            "reached_max_treedepth",
-            "surrogate_accepted",
-            "surrogate_error",
-        ):
-            if (stat := getattr(info, name)) is not None:
-                stats[name] = stat
+        stats |= info.further
         self.position.append(state.position)
         for name, stat in stats.items():
             self.stats.setdefault(name, []).append(stat)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from pyro_hamflow.checks import flag, whole
 from pyro_hamflow.mcmc.draws import Draws, Record
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel, meaningless
+from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.model.rounding import describe_ends
 
@@ -78,7 +78,7 @@ class MCMC:
 
     def __init__(
         self,
-        kernel: HamiltonianKernel,
+        kernel: Kernel,
         num_samples: int,
         warmup_steps: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
@@ -94,7 +94,7 @@ class MCMC:
         seed: int | None = None,
         save_warmup: bool = False,
     ) -> None:
-        if not isinstance(kernel, HamiltonianKernel):
+        if not isinstance(kernel, Kernel):
             raise TypeError(
                 f"`kernel` is a {type(kernel).__name__}: expected a kernel of pyro_hamflow; other "
                 "kernels run in pyro.infer.MCMC"
@@ -117,7 +117,7 @@ class MCMC:
             )
         if chain_method not in _METHODS:
             raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
-        if kernel.model is None and initial_params is None:
+        if kernel.source.potential_fn is not None and initial_params is None:
             raise ValueError(
                 "`initial_params` is None: expected values to start from, as the names and shapes "
                 "of the parameters of `potential_fn` are theirs"

@@ -83,10 +83,10 @@ class FunctionPotential(Potential):
             )
         return energy.reshape(())
 
-    def _from_middle(self, factor: float, position: Tensor) -> Tensor:
+    def from_middle(self, factor: float, position: Tensor) -> Tensor:
         """Around the example, about which the function is known to work."""
         middle = self.ravel({name: value[None] for name, value in self._example.items()}, 1)[0]
-        return middle + super()._from_middle(factor, position)
+        return middle + super().from_middle(factor, position)
 
     @property
     def transforms(self) -> dict[str, Any]:

@@ -8,10 +8,8 @@ of these two, batched over chains: captured as graphs where possible, run as Pyt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import pyro.poutine as poutine
@@ -19,7 +17,6 @@ import torch
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
-from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.enumeration import refuse_branches, sum_out
 from pyro_hamflow.model.missing import without_gaps
@@ -45,7 +42,7 @@ from pyro_hamflow.model.unused import find_unused, with_own_prior
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.programs.failures import first_that_works
 from pyro_hamflow.programs.fingerprint import Fingerprint, explained, take_fingerprint
-from pyro_hamflow.programs.program_cache import Programs
+from pyro_hamflow.programs.program_cache import ProgramCache
 from pyro_hamflow.programs.validation import no_validation
 
 # Where the model is looked at: at the first where its numbers allow it.
@@ -53,7 +50,7 @@ _FACTORS = (0.3, 0.1, 0.03, -0.3, 1.0, -1.0, 2.0, 0.0)  # times a fixed random p
 _SEEDS = 20  # draws from the priors
 
 
-class Potential(Programs):
+class Potential:
     r"""The potential energy :math:`U(\theta, u) = -\log p(\theta, y \mid u)` of a Pyro model.
 
     :math:`\theta` stacks the latent sites on the real line (the transforms' Jacobians included),
@@ -101,15 +98,15 @@ class Potential(Programs):
         transforms: Mapping[str, Any] | None = None,
         max_plate_nesting: int | None = None,
     ) -> None:
-        super().__init__(compile_graphs=compile_graphs)
+        self.programs = ProgramCache(self, compile_graphs=compile_graphs)
         self.model = self._original = model
         self.args = args
         self.kwargs = dict(kwargs or {})
         self.separate_noise = separate_noise
         plain = self._trace_plainly()
         self._hold: Callable[[], AbstractContextManager[None]] = nullcontext
-        if isinstance(model, MarginalModel):  # which looks at itself each time that it runs
-            self._hold = partial(model.hold, model.plan(*args, **self.kwargs).structure)
+        if hasattr(model, "holding"):  # it looks at itself each time that it runs
+            self._hold = model.holding(*args, **self.kwargs)
         refuse_subsampling(plain)
         refuse_nan(plain)
         warn_of_rounding(plain)
@@ -215,7 +212,9 @@ class Potential(Programs):
             log_joint = add_jacobians(log_joint, self.sites, free)
         return -log_joint
 
-    def _one(self, kind: str) -> Program:
+    def function(self, kind: str) -> Program:
+        """What a kind of program does for one chain: gradients, gradient, or evaluation."""
+
         def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
@@ -262,13 +261,13 @@ class Potential(Programs):
         Returns:
             Potentials of shape ``(chains,)``; gradients of the shapes of position and noise.
         """
-        return self.program("gradients", len(position))(position, noise)
+        return self.programs.program("gradients", len(position))(position, noise)
 
     def value(self, position: Tensor, noise: Tensor) -> Tensor:
         """The potential of every chain, of shape ``(chains,)``; arguments as :meth:`gradients`."""
         return self.evaluate(position, noise).value
 
-    def evaluate(self, position: Tensor, noise: Tensor, *, calls: float = math.inf) -> Evaluation:
+    def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
         """The potential of every chain, and the local sites that belong to it.
 
         A particle picked by its weight, given parameters and noise from their joint posterior, is a
@@ -277,11 +276,10 @@ class Potential(Programs):
         Arguments:
             position: Of shape ``(chains, dimension)``.
             noise: Of shape ``(chains, noise_dimension)``.
-            calls: How many are foreseen, as in :meth:`program`.
         """
         shape = (len(position), self.num_choices)
         uniform = torch.rand(shape, dtype=position.dtype, device=position.device)
-        value, *rest = self.program("evaluate", len(position), calls)(position, noise, uniform)
+        value, *rest = self.programs.program("evaluate", len(position))(position, noise, uniform)
         local, log_likelihoods = {}, {}
         for estimate in self.estimates:
             log_likelihoods[estimate.group.name] = rest.pop(0)
@@ -289,20 +287,24 @@ class Potential(Programs):
                 local[name] = rest.pop(0)
         return Evaluation(value, log_likelihoods, local)
 
-    def _examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
+    def examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
+        """Arguments to capture a kind's program with, chains first."""
         vectors = self.vectors(num_chains)
         if kind == "evaluate":
             return *vectors, torch.full((num_chains, self.num_choices), 0.4).to(self.example)
         return vectors
 
-    def _known(self, kind: str) -> tuple[Tensor, ...]:
-        position, *others = (example[0] for example in self._examples(kind, 1))
-        return self._from_middle(self._factor, position), *others
+    def known_to_work(self, kind: str) -> tuple[Tensor, ...]:
+        """Arguments of one chain at which the model has run."""
+        position, *others = (example[0] for example in self.examples(kind, 1))
+        return self.from_middle(self._factor, position), *others
 
-    def _from_middle(self, factor: float, position: Tensor) -> Tensor:
+    def from_middle(self, factor: float, position: Tensor) -> Tensor:
+        """A position in this direction from the middle of those that the model is looked at."""
         return factor * position
 
-    def _begins_gradient(self, kind: str) -> bool:
+    def begins_gradient(self, kind: str) -> bool:
+        """Whether a kind computes the potential alone, as the gradient does first."""
         return kind == "evaluate" and not self.estimates
 
     def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
@@ -325,7 +327,7 @@ class Potential(Programs):
             return self._value_of_run(trace, free), outlines
 
         position, noise = (part[0] for part in self.vectors(1))
-        return take_fingerprint(run, self._from_middle(self._factor, position), noise)
+        return take_fingerprint(run, self.from_middle(self._factor, position), noise)
 
     def _look_twice(self, factor: float) -> tuple[Fingerprint, Fingerprint]:
         """What the model does in two runs at one point, so many times the fixed random one."""
@@ -357,12 +359,11 @@ class Potential(Programs):
         self.args, self.kwargs = args, dict(kwargs)
         try:
             with torch.random.fork_rng():
-                if isinstance(self._original, MarginalModel):
-                    structure = self._original.plan(*args, **kwargs).structure
-                    self._hold = partial(self._original.hold, structure)
+                if hasattr(self._original, "holding"):
+                    self._hold = self._original.holding(*args, **kwargs)
                 if self._key is not None and self._look().key == self._key:
                     self.plain_trace = self._trace_plainly()
-                    self.failures.clear()
+                    self.programs.failures.clear()
                     return True
         except Exception:  # whatever a model's own code may raise at values of other shapes
             pass
@@ -375,7 +376,7 @@ class Potential(Programs):
         Arguments:
             diverging: How many transitions have diverged, as those do that meet such a position.
         """
-        failures = self.failures
+        failures = self.programs.failures
         if failures.position is not None:
             values = {n: v.tolist() for n, v in self.constrain(failures.position).items()}
             return (
@@ -383,13 +384,25 @@ class Potential(Programs):
                 f"therefore have no density. It first said: {failures.reason} "
                 f"That was at {values}."[:600]
             )
-        if self.fallible and diverging:
+        if self.programs.fallible and diverging:
+            what = " or ".join(sorted(self.programs.fallible))
             return (
-                f"Positions where {' or '.join(sorted(self.fallible))} fails have no density, and "
-                "transitions that meet one diverge: if there should be none, add a little to the "
-                "diagonal of the matrix."
+                f"Positions where {what} fails have no density, and transitions that meet one "
+                "diverge: if there should be none, add a little to the diagonal of the matrix."
             )
         return None
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        """A kind's batched program, to build larger programs from."""
+        return self.programs.graph(kind, num_chains)
+
+    def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
+        """Captures a function around :meth:`graph` programs, once; compiled if that is asked for.
+
+        Arguments are those of
+        :meth:`~pyro_hamflow.programs.program_cache.ProgramCache.accelerate`.
+        """
+        return self.programs.accelerate(self, name, function, *examples)
 
     # --- names and vectors ----------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.data_faults import describe_impossible
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import support_of
@@ -111,10 +110,11 @@ def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
         kind = "observed site" if site["is_observed"] else "site"
         kind = "likelihood estimate" if "estimate" in site["infer"] else kind
         faults.append(f"{kind} '{name}' has log density {worst.item()}")
-    if faults and isinstance(potential.model, MarginalModel):  # which hides the data's own sites
-        model, args, kwargs = potential.model.model, potential.args, potential.kwargs
+    hidden = getattr(potential.model, "model_of_data", None)  # of one that hides the data's sites
+    if faults and hidden is not None:
+        args, kwargs = potential.args, potential.kwargs
         with torch.random.fork_rng():
-            plain = run_with(model, lambda msg: None, *args, **kwargs)
+            plain = run_with(hidden, lambda msg: None, *args, **kwargs)
         faults[-1] += describe_impossible(plain)
     if not faults and not bool(whole.isfinite()):
         return f"the log density is {whole.item()}"

@@ -125,9 +125,9 @@ class PerceptronField(Field):
         outputs = [torch.cat([x, -x]) if self.symmetric else x]
         for weight, bias in zip(weights, biases, strict=True):
             outputs.append(_tanh_layer(outputs[-1], weight, bias))
-        adjoints = [_slope(outputs[-1]).mul_(parameters[0])]
+        adjoints = [_derivative(outputs[-1]).mul_(parameters[0])]
         for weight, output in zip(weights[:0:-1], outputs[-2:0:-1], strict=True):
-            adjoints.append((adjoints[-1] @ weight).mul_(_slope(output)))
+            adjoints.append((adjoints[-1] @ weight).mul_(_derivative(output)))
         adjoints.reverse()
         value = _narrow_product(adjoints[0], weights[0])
         if self.symmetric:
@@ -159,8 +159,8 @@ class PerceptronField(Field):
         outputs, adjoints = kept
         weights, _, stiffness = self._split(parameters)
         by_weights, by_biases, by_stiffness = self._split(sums)
-        # Slopes are not kept: to fetch them from afar would cost more than to make them again.
-        slopes = [_slope(output) for output in outputs[1:]]
+        # Derivatives are not kept: to fetch them from afar would cost more than to make them again.
+        derivatives = [_derivative(output) for output in outputs[1:]]
         # Along the adjoints, which the gradient was made of, from the first layer to the last.
         incoming = torch.cat([0.5 * cotangent, -0.5 * cotangent]) if self.symmetric else cotangent
         bent = []
@@ -168,9 +168,9 @@ class PerceptronField(Field):
             by_weights[i].mT.addmm_(incoming.mT, adjoints[i])
             along = incoming @ weights[i].mT
             bent.append(along * adjoints[i])
-            incoming = along.mul_(slopes[i])
+            incoming = along.mul_(derivatives[i])
         sums[0].add_(incoming.sum(0))
-        # And back along the layers, whose slopes have changed with their inputs.
+        # And back along the layers, whose derivatives have changed with their inputs.
         outgoing = bent[-1].mul_(outputs[-1]).mul_(-2.0)
         if by_energy is not None:  # whose own way back the adjoints are
             by_energy = torch.cat([0.5 * by_energy] * 2) if self.symmetric else by_energy
@@ -180,7 +180,7 @@ class PerceptronField(Field):
             by_weights[i].mT.addmm_(outputs[i].mT, outgoing)
             by_biases[i].add_(outgoing.sum(0))
             if i > 0:
-                outgoing = (outgoing @ weights[i]).mul_(slopes[i - 1])
+                outgoing = (outgoing @ weights[i]).mul_(derivatives[i - 1])
                 outgoing.addcmul_(bent[i - 1], outputs[i], value=-2.0)
         outgoing = _narrow_product(outgoing, weights[0])
         if self.symmetric:
@@ -232,6 +232,6 @@ def _narrow_product(x: Tensor, weight: Tensor) -> Tensor:
     return linear(x, weight.mT.contiguous())
 
 
-def _slope(output: Tensor) -> Tensor:
+def _derivative(output: Tensor) -> Tensor:
     """The derivative of the hyperbolic tangent, from its value."""
     return torch.addcmul(output.new_ones(()), output, output, value=-1)

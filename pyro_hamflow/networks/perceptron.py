@@ -87,8 +87,8 @@ class ScalarNetwork(nn.Module):
             return self.field().energy_and_field(x)
         if not self.symmetric:
             return self._value_and_gradient(x)
-        (value, slope), (other, back) = self._value_and_gradient(x), self._value_and_gradient(-x)
-        return 0.5 * (value + other), 0.5 * (slope - back)
+        (value, gradient), (other, back) = self._value_and_gradient(x), self._value_and_gradient(-x)
+        return 0.5 * (value + other), 0.5 * (gradient - back)
 
     def _value(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -102,10 +102,10 @@ class ScalarNetwork(nn.Module):
             x = tanh(layer(x))
             outputs.append(x)
         last = self.last.sum(0)
-        slope = last
+        gradient = last
         for layer, output in zip(reversed(layers), reversed(outputs), strict=True):
-            slope = (slope * (1.0 - output.square())) @ layer.weight
-        return x @ last, slope
+            gradient = (gradient * (1.0 - output.square())) @ layer.weight
+        return x @ last, gradient
 
 
 class _Tanh(nn.Module):

@@ -1,143 +1,125 @@
-"""Training a learned energy on energies and gradients of the true one."""
+"""Training: one loop for all that is learned."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from pyro_hamflow.surrogates.losses import GradientMatching, Loss, Points, Trajectories
-from pyro_hamflow.surrogates.potential_network import PotentialNetwork
-
-BLOCK, HELD_OUT = 16, 10  # neighbours, which are alike; one such block of so many is held out
-_CHECK = 50
-_BATCH = 256
+from tqdm.auto import tqdm
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Training:
-    """What a training took and reached.
+    """How a training went.
 
     Attributes:
-        budget: The most steps of the optimiser.
-        steps: Those that were made.
-        points: How many points were known, those held out included.
+        budget: The most steps that it could take.
+        losses: The loss of each step that it took, NaN where it was skipped.
+        checks: What was measured at each check, the first before any step; NaN where nothing was.
+        best_step: After which step the state that was kept was reached.
+        best_loss: What was measured there, the least of all.
+        num_skipped: How many steps were skipped, since loss or gradient was no finite number.
+        stopped_early: Whether it ended before all steps were taken, for want of progress.
         seconds: How long it took.
-        losses: The training loss at every check.
-        held_out: The loss on points held out at every check.
-        best: The smallest of these, which is that of the weights kept.
-        energy_error: The standard deviation of the energy's error on points held out.
     """
 
     budget: int
-    points: int
-    steps: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
-    best: float = math.inf
-    energy_error: float = math.nan
+    losses: Tensor = field(repr=False)
+    checks: list[float] = field(repr=False)
+    best_step: int
+    best_loss: float
+    num_skipped: int
+    stopped_early: bool
+    seconds: float
 
 
-def fit_energy(
-    network: PotentialNetwork,
-    points: Points | Trajectories,
+class Trainable(Protocol):
+    """What can be trained; any torch module is."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimiser changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The present state."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Goes back to a state that was kept."""
+
+
+def train(
+    module: Trainable,
+    loss: Callable[[float], Tensor],
     *,
-    held_out: Tensor | None = None,
-    loss: Loss | None = None,
-    steps: int = 2000,
-    learning_rate: float = 5e-3,
-    patience: int = 10,
+    measure: Callable[[float, float], float | None],
+    num_steps: int,
+    learning_rate: float,
+    check_every: int,
+    patience: float,
+    bar: tqdm[Any] | None = None,
 ) -> Training:
-    """Trains a network in place, and leaves it with the weights that were best on points held out.
+    """Minimises a loss by Adam, the learning rate falling to nothing along a cosine.
 
-    A copy of the network in whitened coordinates is trained, in single precision, which is several
-    times as fast, and precise enough: a network is off by more than that. Points whose numbers are
-    too large for it are left out.
+    The state that measured best is the one it ends with. Steps whose loss or gradient is no finite
+    number are skipped.
 
     Arguments:
-        network: The energy.
-        points: What is known of the true energy: points, or whole trajectories.
-        held_out: Which of them are held out; if not given, one block of neighbours, which are
-            alike, in ten. A network that is trained again forgets slowly what it knows: what was
-            held out once has to be so again, or it would look better than anything new.
-        loss: From that copy and points to what is to be made small; gradients and energies are
-            matched if not given.
-        steps: The most steps of the optimiser.
-        learning_rate: Of its first steps; it decays to nothing.
-        patience: After how many checks without progress to stop.
-
-    Returns:
-        What it took and reached.
-
-    Raises:
-        ValueError: If there are fewer points than two blocks, or any that are not finite.
+        module: What to train, in place.
+        loss: From the share of the steps that are done to the loss.
+        measure: What tells states apart, the less the better: from the share of the steps at the
+            last one, and the mean loss since the last check, infinite if there is none. ``None``
+            where it cannot be compared with what comes later.
+        num_steps: How many steps at most.
+        learning_rate: The first learning rate.
+        check_every: After how many steps to measure.
+        patience: How many steps may pass without progress before it stops.
+        bar: A progress bar that is told of each step.
     """
-    if not all(bool(part.isfinite().all()) for part in points):
-        raise ValueError("some of the points are not finite: expected finite energies, gradients")
     began = time.perf_counter()
-    student = copy.deepcopy(network).float().train()
-    student.forget_whitening()
-    lessons = type(points)(*(part.float() for part in points.whitened(network)))
-    moderate = [part.square().flatten(1).sum(-1).isfinite() for part in lessons if part.dim() > 1]
-    kept = torch.stack(moderate).all(0)
-    points, lessons = points.pick(kept), lessons.pick(kept)
-    count = len(points.position)
-    if count < 2 * BLOCK:
-        raise ValueError(f"there are {count} points: expected {2 * BLOCK} or more to train on")
-    measure: Loss = loss or GradientMatching()
-    if held_out is None:
-        block = torch.arange(count, device=points.position.device) // BLOCK
-        out = block % HELD_OUT == min(int(block.max()), HELD_OUT - 1)
-    else:
-        out = held_out[kept]
-    test, known = lessons.pick(out), lessons.pick(~out)
-    training = Training(steps, count)
-    weights = dict(student.named_parameters())
-    best = _copied(weights)
-    optimiser = torch.optim.Adam(student.parameters(), learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
-    size = min(_BATCH, len(known.position))
-    order, at, since = torch.randperm(len(known.position)), 0, 0
-    for step in range(steps + 1):
-        if step % _CHECK == 0 or step == steps:
-            with torch.no_grad():
-                current = float(measure(student, test))
-            training.held_out.append(current)
-            since += 1
-            if current < training.best:
-                training.best, since = current, 0
-                best = _copied(weights)
-            if since > patience or step == steps:
-                break
-        if at + size > len(order):
-            order, at = torch.randperm(len(order)), 0
-        error = measure(student, known.pick(order[at : at + size].to(out.device)))
-        at += size
-        if not bool(error.isfinite()):
-            break  # the best weights so far are kept
-        optimiser.zero_grad(set_to_none=True)
-        error.backward()
-        optimiser.step()
-        schedule.step()
-        training.steps += 1
-        if training.steps % _CHECK == 0:
-            training.losses.append(float(error.detach()))
-    network.load_state_dict(best, strict=False)
-    if isinstance(points, Points):
-        training.energy_error = _energy_error(network, points.pick(out))
-    training.seconds = time.perf_counter() - began
-    return training
-
-
-def _copied(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in weights.items()}
-
-
-@torch.no_grad()
-def _energy_error(network: PotentialNetwork, points: Points) -> float:
-    return float((network(points.position, points.context) - points.value).std(correction=0))
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, learning_rate, fused=True)
+    best, best_step, best_loss = copy.deepcopy(module.state_dict()), 0, math.inf
+    losses: list[float] = []
+    checks: list[float] = []
+    progress, skipped, stopped = 0.0, 0, False
+    for step in range(num_steps + 1):
+        if step % check_every == 0:
+            recent = [number for number in losses[-check_every:] if not math.isnan(number)]
+            mean = sum(recent) / len(recent) if recent else math.inf
+            measured = measure(progress, mean)
+            checks.append(math.nan if measured is None else measured)
+            if bar is not None:
+                bar.set_postfix(loss=f"{mean:.4f}", skipped=skipped, refresh=False)
+            if measured is not None and measured < best_loss:
+                best, best_step, best_loss = copy.deepcopy(module.state_dict()), step, measured
+            elif measured is not None and step - best_step > patience:
+                stopped = True
+        if stopped or step == num_steps:
+            break
+        progress = step / num_steps
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * learning_rate * (1.0 + math.cos(math.pi * progress))
+        optimizer.zero_grad()
+        value = loss(progress)
+        good = bool(value.isfinite())
+        if good:
+            value.backward()
+            gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+            good = bool(torch.cat(gradients).isfinite().all())
+        if good:
+            optimizer.step()
+        skipped += not good
+        losses.append(float(value.detach()) if good else math.nan)
+        if bar is not None:
+            bar.update()
+    if math.isfinite(best_loss):
+        module.load_state_dict(best)
+    seconds = time.perf_counter() - began
+    return Training(
+        num_steps, torch.tensor(losses), checks, best_step, best_loss, skipped, stopped, seconds
+    )

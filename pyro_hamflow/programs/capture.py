@@ -3,9 +3,10 @@
 A gradient of a small Pyro model costs milliseconds, nearly all of it spent in Python: handlers,
 distributions, autograd. The arithmetic takes microseconds. :func:`capture` runs a function once and
 records the tensor operations it performs, those of its autograd calls included, as one flat graph;
-:func:`batch` gives every argument a leading chain dimension; :func:`compile_graph` turns the graph
-into machine code. What a captured program returns at new inputs is what the function would return,
-as long as the function's control flow does not depend on the values of its inputs.
+:func:`batch` gives every argument a leading chain dimension;
+:mod:`~pyro_hamflow.programs.compilation` turns the graph into machine code. What a captured program
+returns at new inputs is what the function would return, as long as the function's control flow does
+not depend on the values of its inputs.
 """
 
 from __future__ import annotations
@@ -34,20 +35,7 @@ Program = Callable[..., Any]
 
 _LARGE = 30_000  # numbers in a tensor, from which on it is slower to compute than to pretend
 
-_EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
-_COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each operation of it
-
 _MOST_CHECKS = 20  # of factorisations that are made to fail, one at a time; more are in loops
-
-_OPTIONS = {
-    # Checks of the inputs' strides cost more than a small gradient does.
-    "size_asserts": False,
-    "alignment_asserts": False,
-    # Short loops, as over the visits of a subject, are vectorised too: a quarter faster.
-    "cpp.enable_tiling_heuristics": False,
-    # Parts that are joined are written where they belong, not selected at every element.
-    "max_pointwise_cat_inputs": 0,
-}
 
 
 @contextmanager
@@ -227,23 +215,12 @@ def first_result(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, shorter)
 
 
-def calls_to_pay(graph: GraphModule) -> float:
-    """How many calls take as long as to compile the graph, roughly.
-
-    By the number of its operations and of the numbers that they make, not by a clock, so that what
-    is compiled in a run is compiled when it is repeated.
-    """
-    sizes = _sizes(graph)
-    seconds = _EACH * len(sizes) + _NUMBER * sum(sizes)
-    return (_COMPILER + _COMPILED_EACH * len(sizes)) / max(seconds, _EACH)
-
-
 def largest_tensor(graph: GraphModule) -> int:
     """How many numbers the largest tensor has that a captured program makes on its way."""
-    return max(_sizes(graph), default=1) or 1
+    return max(sizes_made(graph), default=1) or 1
 
 
-def _sizes(graph: GraphModule) -> list[int]:
+def sizes_made(graph: GraphModule) -> list[int]:
     """How many numbers each operation makes."""
     made = [n for n in graph.graph.nodes if n.op == "call_function" and "kind" in n.meta]
     return [node.meta["kind"][0].numel() for node in made]
@@ -265,38 +242,5 @@ def loop(function: Program) -> Program:
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         return row_by_row(function, *inputs)
-
-    return run
-
-
-def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
-    """Compiles a graph to machine code, or returns it as it is where no compiler works.
-
-    Arguments:
-        graph: The graph.
-        examples: Arguments of the shapes it will be called with.
-
-    Returns:
-        A function of the same arguments and results.
-    """
-    try:
-        import torch._inductor as inductor  # here, for it takes a second to import
-
-        dense: list[Any] = [example.contiguous() for example in examples]
-        with torch.no_grad():
-            with inductor.config.patch(_OPTIONS):
-                compiled = inductor.compile(graph, dense)
-            compiled(*dense)
-    except Exception as error:  # the compiler's failures have many types; none may end a run
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(
-            f"Compilation failed ({reason[:200]}); sampling goes on without it, more slowly.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return graph
-
-    def run(*inputs: Tensor) -> Any:
-        return compiled(*[tensor.contiguous() for tensor in inputs])
 
     return run

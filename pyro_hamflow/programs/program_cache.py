@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,14 +20,13 @@ from torch.fx import GraphModule
 from pyro_hamflow.programs.capture import (
     Program,
     batch,
-    calls_to_pay,
     capture,
-    compile_graph,
     first_result,
     in_blocks,
     largest_tensor,
     loop,
 )
+from pyro_hamflow.programs.compilation import SelfCompiling
 from pyro_hamflow.programs.failures import Failures, first_line
 from pyro_hamflow.programs.gaps import without_gaps_in_constants
 from pyro_hamflow.programs.validation import no_validation
@@ -35,72 +34,76 @@ from pyro_hamflow.programs.validation import no_validation
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
 _ROUNDING, _FAR = 1e-4, 30.0  # of a position, in tolerances; of its results, in moves of them
 _CACHED = 2**16  # numbers in a tensor
+_MOST_PROGRAMS = 128  # of one owner, beyond which its oldest are forgotten
+
+Key = tuple[Any, ...]
 
 
-class Programs(ABC):
-    """Batched programs of functions of a position, a noise vector and more.
-
-    Arguments:
-        compile_graphs: Whether to compile what is captured.
+class ChainFunctions(Protocol):
+    """Functions of one chain's vectors, by their kinds: what a cache makes programs of.
 
     Attributes:
         example: A scalar of the type and on the device of all tensors.
+    """
+
+    example: Tensor
+
+    def function(self, kind: str) -> Program:
+        """The function of a kind, of one chain's vectors."""
+
+    def examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
+        """Arguments to capture a kind's program with, chains first."""
+
+    def known_to_work(self, kind: str) -> tuple[Tensor, ...]:
+        """Arguments of one chain that a kind's function is known to work with."""
+
+    def from_middle(self, factor: float, position: Tensor) -> Tensor:
+        """A position in this direction from the middle of those that functions are looked at."""
+
+    def begins_gradient(self, kind: str) -> bool:
+        """Whether a kind's results are the first of the gradient's."""
+
+
+class ProgramCache:
+    """Batched programs of functions of a position, a noise vector and more.
+
+    Arguments:
+        functions: The functions.
+        compile_graphs: Whether to compile what is captured.
+
+    Attributes:
         fallback_reason: Why nothing could be captured, if so.
         failures: Where the model failed when it was run in Python.
         fallible: What in captured programs can fail, and gives NaN where it does.
     """
 
-    example: Tensor
-
-    def __init__(self, *, compile_graphs: bool) -> None:
+    def __init__(self, functions: ChainFunctions, *, compile_graphs: bool) -> None:
+        self.functions = functions
         self.compile_graphs = compile_graphs
         self.fallback_reason: str | None = None
         self.failures = Failures()
         self.fallible: set[str] = set()
         self._looped = False
-        self._graphs: dict[tuple[Any, ...], Program] = {}
-        self._compiled: dict[tuple[Any, ...], Program] = {}
-        self._calls_to_pay: dict[tuple[Any, ...], float] = {}
-        self._most_rows: dict[str, float] = {}
         self._base_graphs: dict[str, GraphModule] = {}
+        self._most_rows: dict[str, float] = {}
+        self._graphs: dict[tuple[str, int], Program] = {}
+        self._programs: dict[tuple[str, int], Program] = {}
+        self._owned: WeakKeyDictionary[object, dict[Key, Program]] = WeakKeyDictionary()
 
-    @abstractmethod
-    def _one(self, kind: str) -> Program:
-        """A function of one chain's vectors."""
-
-    @abstractmethod
-    def _examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
-        """Arguments to capture a kind's program with, chains first."""
-
-    @abstractmethod
-    def _known(self, kind: str) -> tuple[Tensor, ...]:
-        """Arguments of one chain that a kind's function is known to work with."""
-
-    @abstractmethod
-    def _from_middle(self, factor: float, position: Tensor) -> Tensor:
-        """A position in this direction from the middle of those that functions are looked at."""
-
-    @abstractmethod
-    def _begins_gradient(self, kind: str) -> bool:
-        """Whether a kind's results are the first of the gradient's."""
-
-    def program(self, kind: str, num_chains: int, calls: float = math.inf) -> Program:
-        """A batched program, compiled if asked for.
+    def program(self, kind: str, num_chains: int) -> Program:
+        """A batched program, which compiles itself if that is asked for.
 
         Arguments:
-            kind: ``"gradients"``, ``"gradient"`` (in the position alone) or ``"evaluate"``.
+            kind: One of the functions' kinds.
             num_chains: How many chains it serves.
-            calls: How many are foreseen: it is not compiled for a few.
         """
         rows = self.rows_at_once(kind, num_chains)
         if rows < num_chains:
-            return in_blocks(self.program(kind, rows, calls * num_chains / rows), rows)
-        return self._final(
-            (kind, num_chains),
-            self.graph(kind, num_chains),
-            calls,
-            lambda: self._examples(kind, num_chains),
-        )
+            return in_blocks(self.program(kind, rows), rows)
+        key = kind, num_chains
+        if key not in self._programs:
+            self._programs[key] = self._final(self.graph(kind, num_chains))
+        return self._programs[key]
 
     def rows_at_once(self, kind: str, num_chains: int) -> int:
         """For how many chains a program runs at once: what it makes should stay in a cache.
@@ -108,8 +111,8 @@ class Programs(ABC):
         For all of them where no divisor of their number comes near to what a cache holds.
         """
         if kind not in self._most_rows:
-            base = self._base("gradient" if self._is_part_of_gradient(kind) else kind)
-            if base is None or self.example.is_cuda:
+            base = self.base("gradient" if self._is_part_of_gradient(kind) else kind)
+            if base is None or self.functions.example.is_cuda:
                 self._most_rows[kind] = math.inf
             else:
                 self._most_rows[kind] = max(1, _CACHED // largest_tensor(base))
@@ -126,19 +129,19 @@ class Programs(ABC):
 
     def _is_part_of_gradient(self, kind: str) -> bool:
         """Whether a kind's program is the beginning of the gradient's, which was captured."""
-        return "gradient" in self._base_graphs and self._begins_gradient(kind)
+        return "gradient" in self._base_graphs and self.functions.begins_gradient(kind)
 
     def _batch(self, kind: str, num_chains: int) -> Program:
         if self._is_part_of_gradient(kind):
             gradient = self.graph("gradient", num_chains)
             if isinstance(gradient, GraphModule):
                 return first_result(gradient)
-        base = self._base(kind)
+        base = self.base(kind)
         if base is None:
-            return loop(self._tolerant(kind, self._one(kind)))
+            return loop(self._tolerant(kind, self.functions.function(kind)))
         try:
             # Where the program of one chain was captured, which not every point may allow.
-            examples = self._examples(kind, 1)
+            examples = self.functions.examples(kind, 1)
             return batch(base, *(e.expand(num_chains, *e.shape[1:]).clone() for e in examples))
         except RuntimeError as error:  # torch's for an operation that it cannot batch
             self._looped = True
@@ -154,65 +157,53 @@ class Programs(ABC):
         """A program of one chain for which a position where it fails has no density."""
 
         def failed() -> tuple[Tensor, ...]:
-            value, *rest = program(*self._known(kind))
+            value, *rest = program(*self.functions.known_to_work(kind))
             return torch.full_like(value, torch.inf), *(torch.zeros_like(part) for part in rest)
 
         return self.failures.tolerate(program, failed)
 
-    def accelerate(
-        self, name: str, function: Program, *examples: Tensor, calls: float = math.inf
-    ) -> Program:
-        """Captures a function around :meth:`graph` programs, once, and compiles it if asked for.
+    def accelerate(self, owner: object, name: str, function: Program, *examples: Tensor) -> Program:
+        """Captures a function around :meth:`graph` programs, once; compiled if that is asked for.
 
         Arguments:
-            name: What the function does; with the examples' shapes it tells functions apart.
+            owner: Whose function it is; with it the program is forgotten.
+            name: What the function does; with the examples' shapes it tells its functions apart.
             function: The function.
             examples: Arguments of the shapes that it will be called with.
-            calls: How many are foreseen, as in :meth:`program`.
         """
         looped = self._looped and not self.compile_graphs  # each chain would be written out
         if self.fallback_reason is not None or looped:
             return function
+        programs = self._owned.setdefault(owner, {})
         key = key_of(name, *examples)
-        if key not in self._graphs:
-            self._graphs[key] = capture(function, *examples)
-        return self._final(key, self._graphs[key], calls, lambda: examples)
+        if key not in programs:
+            if len(programs) >= _MOST_PROGRAMS:
+                programs.pop(next(iter(programs)))
+            programs[key] = self._final(capture(function, *examples))
+        return programs[key]
 
-    def forget(self, part: str) -> None:
-        """Frees the programs that :meth:`accelerate` made under names that end so."""
-        for programs in (self._graphs, self._compiled, self._calls_to_pay):
-            for key in list(programs):
-                if key[0].endswith(part):
-                    programs.pop(key, None)
+    def start_counting(self) -> None:
+        """Has programs count their calls anew, so that a run compiles what its repetition does."""
+        for programs in (self._programs, *self._owned.values()):
+            for program in programs.values():
+                if isinstance(program, SelfCompiling):
+                    program.start_counting()
 
-    def _final(
-        self,
-        key: tuple[Any, ...],
-        graph: Program,
-        calls: float,
-        examples: Callable[[], tuple[Tensor, ...]],
-    ) -> Program:
-        """A graph, or what was compiled of it if that is asked for and pays."""
-        if not self.compile_graphs or not isinstance(graph, GraphModule):
-            return graph
-        if key not in self._calls_to_pay:
-            self._calls_to_pay[key] = calls_to_pay(graph)
-        if calls <= self._calls_to_pay[key]:
-            return graph
-        if key not in self._compiled:
-            self._compiled[key] = compile_graph(graph, *examples())
-        return self._compiled[key]
+    def _final(self, graph: Program) -> Program:
+        if self.compile_graphs and isinstance(graph, GraphModule):
+            return SelfCompiling(graph)
+        return graph
 
-    def _base(self, kind: str) -> GraphModule | None:
+    def base(self, kind: str) -> GraphModule | None:
         """The captured program of one chain, or ``None`` where the model cannot be captured."""
         if self.fallback_reason is not None:
             return None
         known = self._base_graphs
         if kind not in known:
-            examples = [example[0] for example in self._examples(kind, 1)]
+            examples = [example[0] for example in self.functions.examples(kind, 1)]
             try:
                 with no_validation():
-                    graph = capture(self._one(kind), *examples)
+                    graph = capture(self.functions.function(kind), *examples)
                 self.fallible |= graph.meta["fallible"]
                 self._check(kind, graph)
                 graph = self._without_gaps(kind, graph)
@@ -234,7 +225,7 @@ class Programs(ABC):
         They may differ by rounding, which is judged by moving the point by as much. Where the model
         fails, the graph may give any value but a finite one.
         """
-        tolerance, one = _tolerance(graph), self._one(kind)
+        tolerance, one = _tolerance(graph), self.functions.function(kind)
         for position, *others in self._points(kind):
             captured = graph(position, *others)
             try:
@@ -253,7 +244,7 @@ class Programs(ABC):
 
     def _without_gaps(self, kind: str, graph: GraphModule) -> GraphModule:
         """Closes gaps in covariates where they make a gradient no number, and nothing else."""
-        value, *slopes = graph(*[example[0] for example in self._examples(kind, 1)])
+        value, *slopes = graph(*[example[0] for example in self.functions.examples(kind, 1)])
         if value.isnan() or not any(slope.isnan().any() for slope in slopes):
             return graph
         closed = without_gaps_in_constants(graph)
@@ -269,10 +260,10 @@ class Programs(ABC):
 
     def _points(self, kind: str) -> Iterator[tuple[Tensor, ...]]:
         """Arguments of one chain at a few points."""
-        position, noise, *uniform = (part[0] for part in self._examples(kind, 1))
+        position, noise, *uniform = (part[0] for part in self.functions.examples(kind, 1))
         for factor in _CHECKS:
-            yield self._from_middle(factor, position), factor * noise, *uniform
-        yield self._known(kind)
+            yield self.functions.from_middle(factor, position), factor * noise, *uniform
+        yield self.functions.known_to_work(kind)
 
 
 def _tolerance(graph: GraphModule) -> float:
@@ -294,6 +285,6 @@ def _lies_about(captured: Tensor, low: Tensor, high: Tensor) -> bool:
     return bool(((captured - low).abs().max() <= _FAR * spread).all())
 
 
-def key_of(name: str, *examples: Tensor) -> tuple[Any, ...]:
+def key_of(name: str, *examples: Tensor) -> Key:
     """What tells a function of this name for arguments of these shapes from others."""
     return (name, *(tuple(example.shape) for example in examples))

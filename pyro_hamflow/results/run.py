@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.draws import Draws
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
+from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.mcmc import MCMC
 from pyro_hamflow.smc.importance import ImportanceSamples
 
@@ -41,7 +41,7 @@ class Run:
             self.draws = _picked(result)
             return
         kernel = getattr(result, "kernel", None)
-        if not isinstance(kernel, HamiltonianKernel):
+        if not isinstance(kernel, Kernel):
             raise TypeError(
                 f"the result is a {type(result).__name__} without a kernel of pyro_hamflow: "
                 "expected an MCMC object that ran one"

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_hamflow.checks import fills, whole
 from pyro_hamflow.marginal.pareto import psislw
-from pyro_hamflow.mcmc.transitions.independence import Proposal
+from pyro_hamflow.model.guides import Guide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import largest_tensor
 
@@ -140,7 +141,7 @@ class ImportanceSamples:
 
 def importance_sample(
     model: Callable[..., Any],
-    guide: Proposal,
+    guide: Guide,
     *args: Any,
     num_samples: int = 10_000,
     seed: int | None = None,
@@ -160,7 +161,7 @@ def importance_sample(
     Arguments:
         model: The Pyro model.
         guide: An :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills the
-            protocol :class:`~pyro_hamflow.mcmc.transitions.independence.Proposal`.
+            protocol :class:`~pyro_hamflow.model.guides.Guide`.
         args: The model's arguments.
         num_samples: How many draws.
         seed: Makes the draws repeat themselves; torch's current random state if not given.
@@ -172,7 +173,7 @@ def importance_sample(
         Draws and weights. ``pareto_k`` says whether to trust them.
 
     Raises:
-        TypeError: If the guide makes no proposals.
+        TypeError: If the guide lacks a method of the protocol.
         ValueError: If there are fewer than 2 draws, the guide is of another dimension, or the model
             has one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
 
@@ -193,13 +194,8 @@ def importance_sample(
         >>> abs(found.log_evidence - float(exact)) < 5 * found.log_evidence_error
         True
     """
-    if not hasattr(guide, "propose"):
-        raise TypeError(
-            f"`guide` is a {type(guide).__name__}: expected an AutoNeuralHamiltonianFlow, or a "
-            "guide with methods `prepare` and `propose`"
-        )
-    if num_samples < 2:
-        raise ValueError(f"`num_samples` is {num_samples}: expected 2 or more")
+    fills("guide", guide, Guide)
+    whole("num_samples", num_samples, 2)
     if seed is not None:
         torch.manual_seed(seed)
     potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
@@ -231,14 +227,9 @@ def _together(potential: Potential) -> int:
     return max(1, min(_BATCH, _ELEMENTS // largest_tensor(graph)))
 
 
-def _weigh(potential: Potential, guide: Proposal, count: int, at_once: int) -> Any:
+def _weigh(potential: Potential, guide: Guide, count: int, at_once: int) -> Any:
     """Draws, their log weights, and what belongs to them."""
-    position, log_density = guide.propose(count)
-    if tuple(position.shape) != (count, potential.dimension):
-        raise ValueError(
-            f"`guide` proposes positions of shape {tuple(position.shape)}: expected "
-            f"{(count, potential.dimension)}, for the sites {[s.name for s in potential.sites]}"
-        )
+    position, log_density = draw_from(guide, potential, count)
     pieces = []
     for part in position.split(at_once):
         # All pieces are of one size, for which there is a program.

@@ -1,185 +1,82 @@
-"""What learning costs, measured."""
+"""What gradients, densities and learning cost, measured."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.transitions.base import Info
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.networks.training import Training, fit_energy
-from pyro_hamflow.surrogates.gradient_log import COMPILED, Recorder, synchronize, timed
+from pyro_hamflow.programs.compilation import SelfCompiling
+from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 _BATCH, _STEPS = 256, 20
 _MOST_LOST = 0.1  # of the time that true gradients would take, spent in vain
-_DOUBT = 2.0  # by which a surrogate has to promise more: a short trial sees few of the long stays
+COMPILED = 0.15  # of an uncompiled program's time
 
 
-@dataclass
-class SurrogateReport:
-    """How a surrogate came about, and what it is good for.
-
-    Attributes:
-        trainings: What each training took and reached, the first, and each after a refill of data.
-        n_gradients: True gradients spent on its data, over all chains.
-        acceptance: The mean acceptance rate in the trial's second half.
-        true_seconds: Of an iteration along true gradients, measured.
-        surrogate_seconds: Of an iteration of the surrogate, measured.
-        correction: ``"endpoint"`` or ``"per leaf"``: where the surrogate is judged.
-        following: ``"surrogate"`` or ``"true gradients"``: what the draws follow.
-        reason: Why, in a sentence.
-    """
-
-    trainings: list[Training] = field(default_factory=list)
-    n_gradients: int = 0
-    acceptance: float = math.nan
-    true_seconds: float = math.nan
-    surrogate_seconds: float = math.nan
-    correction: str = "endpoint"
-    following: str = "surrogate"
-    reason: str = ""
+def synchronize(example: Tensor) -> None:
+    """Waits for a device that computes behind Python's back, before time is read."""
+    if example.is_cuda:
+        torch.cuda.synchronize(example.device)
 
 
-class Trial:
-    """Iterations of a transition, as they were measured.
-
-    Attributes:
-        infos: What happened in each.
-        times: Seconds of each.
-    """
-
-    def __init__(self) -> None:
-        self.infos: list[Info] = []
-        self.times: list[float] = []
-
-    def note(self, info: Info, seconds: float) -> None:
-        """Takes in an iteration."""
-        self.infos.append(info)
-        self.times.append(seconds)
-
-    def mean(self, count: str) -> float:
-        """Of a count of each iteration, that of the chain with the most."""
-        found = [float(torch.as_tensor(getattr(info, count)).max()) for info in self.infos]
-        return statistics.fmean(found) if found else 1.0
-
-    def seconds(self, star: int) -> float:
-        """Of an iteration, where each so many share what the first of them does.
-
-        Such groups do the same work: the fastest counts, and one that was cut short is taken for
-        whole. Single iterations differ, and their median counts.
-        """
-        groups = range(0, max(1, len(self.times) - star + 1), star)
-        sums = [sum(self.times[i : i + star]) for i in groups]
-        return min(sums) / star if star > 1 else statistics.median(sums)
-
-    @property
-    def rate(self) -> float:
-        """The mean acceptance probability in the second half."""
-        rates = [info.acceptance_rate for info in self.infos[len(self.infos) // 2 :]]
-        return float(torch.stack(rates).mean()) if rates else math.nan
-
-    @property
-    def efficiency(self) -> float:
-        """What a draw is worth beside one of a chain that never stays where it is.
-
-        A chain that forgets all when it moves has an autocorrelation time of the mean length of
-        its stays, as a draw sees it: long stays hold more draws. This tells chains that stay
-        everywhere a little from those that stay for long somewhere, which acceptance does not.
-        """
-        stays = torch.stack([info.accepted for info in self.infos]).long().cumsum(0)
-        lengths = torch.stack([(stays == stay).sum(0) for stay in range(len(stays) + 1)])
-        return float(lengths.sum() / lengths.square().sum())
+def timed(function: Callable[..., Any], *inputs: Tensor) -> float:
+    """The seconds that a call takes, the fastest of three after a first."""
+    function(*inputs)
+    best = math.inf
+    for _ in range(3):
+        synchronize(inputs[0])
+        began = time.perf_counter()
+        function(*inputs)
+        synchronize(inputs[0])
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
-class Costs(NamedTuple):
-    """Seconds of an iteration of each kind, all chains together, measured or foreseen.
-
-    Attributes:
-        mine: Of the one that was tried.
-        per_leaf: Of one that is judged at every point.
-        true: Of one along true gradients.
-    """
-
-    mine: float
-    per_leaf: float
-    true: float
-
-
-def costs_of(
-    trial: Trial,
-    recorder: Recorder,
-    *,
-    star: int,
-    calls: float,
-    length: float,
-    steps: float,
-    true_share: float,
-) -> Costs:
-    """What a trial cost, and what the alternatives would.
+class Clock:
+    """The seconds that a potential's programs take, measured once.
 
     Arguments:
-        trial: What was tried.
-        recorder: The true potential.
-        star: How many iterations' proposals were made and judged together.
-        calls: For how many calls the densities' program was made.
-        length: How many steps that took, one after the other.
-        steps: Of a trajectory, in the alternatives.
-        true_share: How often true gradients are followed all the same.
+        potential: The potential.
     """
-    potential = recorder.potential
-    chains = len(trial.infos[-1].accepted)
-    gradient, density = recorder.seconds_later(chains), _density(potential, chains, 0.0)
-    judging = _density(potential, chains * star, calls)
-    asked, judged = trial.mean("n_gradients") * gradient, trial.mean("n_densities")
-    walked = max(trial.seconds(star) - (asked + judged * judging) / star, 0.0)
-    each = walked * star / length
-    if potential.compile_graphs:
-        density, each = COMPILED * density, COMPILED * each
-    if star == 1:  # as it will be in the draws
-        judging = density
-    noisy = bool(potential.noise_dimension)  # which is then refreshed, the gradient computed again
-    mine = walked + (asked + judged * judging) / star
-    per_leaf = steps * (density + each) + 3.0 * noisy * density
-    true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
-    return Costs(mine + true_share * true, per_leaf, true)
 
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+        self._seconds: dict[tuple[str, int, bool], float] = {}
 
-def _density(potential: Potential, rows: int, calls: float) -> float:
-    """The seconds that so many densities take, all at once, by a program for so many calls."""
-    return timed(partial(potential.evaluate, calls=calls), *potential.vectors(rows))
+    def seconds(self, kind: str, num_chains: int) -> float:
+        """What a kind of program takes for so many chains, as it is."""
+        return self._measured(kind, num_chains)[0]
+
+    def seconds_later(self, kind: str, num_chains: int) -> float:
+        """What it would take if it were compiled, where that is asked for and not done yet."""
+        seconds, waits = self._measured(kind, num_chains)
+        return seconds * (COMPILED if waits else 1.0)
+
+    def _measured(self, kind: str, num_chains: int) -> tuple[float, bool]:
+        """The seconds, and whether the program is still to be compiled."""
+        programs = self.potential.programs
+        rows = programs.rows_at_once(kind, num_chains)
+        program = programs.program(kind, rows)
+        waits = isinstance(program, SelfCompiling) and not program.is_compiled
+        key = kind, rows, waits
+        if key not in self._seconds:
+            self._seconds[key] = timed(program, *self.potential.examples(kind, rows))
+        return self._seconds[key] * num_chains / rows, waits
 
 
 def affordable_steps(ahead: float, each: float) -> int:
     """How many steps of training cost little beside the seconds of gradients that are ahead."""
     return int(_MOST_LOST * ahead / each)
-
-
-def not_worth_it(acceptance: float, efficiency: float, true: float, mine: float) -> str | None:
-    """Why true gradients are worth more than the surrogate, if so.
-
-    Arguments:
-        acceptance: Of the surrogate's proposals.
-        efficiency: What a draw of the surrogate is worth, beside one along true gradients.
-        true: Seconds of an iteration along these.
-        mine: Seconds of one of the surrogate's.
-    """
-    if efficiency * true > _DOUBT * mine:
-        return None
-    return (
-        f"{acceptance:.0%} of the surrogate's proposals were accepted, at {1e3 * mine:.2g} "
-        f"milliseconds each, where an iteration along true gradients takes {1e3 * true:.2g}"
-    )
 
 
 def training_seconds(potential: Potential, hidden: Sequence[int]) -> float:
@@ -195,5 +92,5 @@ def training_seconds(potential: Potential, hidden: Sequence[int]) -> float:
             begins.append(time.perf_counter())
             return matching(network, points)
 
-        fit_energy(network, points, loss=noted, steps=_STEPS)
+        fit_energy(network, points, loss=noted, num_steps=_STEPS)
     return statistics.median(b - a for a, b in pairwise(begins[_STEPS // 2 :]))

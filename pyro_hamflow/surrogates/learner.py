@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.checks import whole
-from pyro_hamflow.mcmc.transitions.base import State
-from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.networks.training import Training, fit_energy
-from pyro_hamflow.surrogates.costs import affordable_steps, training_seconds
-from pyro_hamflow.surrogates.gradient_log import Recorder
+from pyro_hamflow.surrogates.costs import Clock, affordable_steps, training_seconds
+from pyro_hamflow.surrogates.fit import EnergyTraining, fit_energy
+from pyro_hamflow.surrogates.gradient_log import GradientLog
 from pyro_hamflow.surrogates.losses import (
+    EnergyLoss,
     GradientMatching,
-    Loss,
     Points,
     Trajectories,
     TrajectoryMatching,
@@ -35,9 +33,12 @@ _REACH, _ABOUT = 1.8, 0.3  # of the distance from the centre, of the scale
 _SHRINKAGE, _FLOOR = 10.0, 1e-6
 _FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
 
+# From positions and noise to noise that suits the positions, and how many densities it took.
+RefreshAt = Callable[[Tensor, Tensor], tuple[Tensor, int]]
+
 
 @dataclass(frozen=True)
-class Lessons:
+class TrainingSettings:
     """What is learned, from how much, and how often.
 
     Arguments:
@@ -55,7 +56,7 @@ class Lessons:
 
     hidden: tuple[int, ...]
     outputs: int
-    loss: Loss | None
+    loss: EnergyLoss | None
     training_points: int | None
     training_steps: int
     rounds: int
@@ -80,59 +81,68 @@ class Learner:
 
     Arguments:
         potential: The true one.
-        lessons: What is learned.
+        settings: What is learned.
         warmup_steps: Iterations of the warm-up.
-        begun: How many of them were over when it began to learn.
 
     Attributes:
-        recorder: The true potential, which keeps what is found.
+        potential: The true one.
+        log: What its gradients have found.
+        clock: What its programs take.
         network: The latest; none before the first fit.
         covariance: Of the points that it was fitted to.
         training_steps: The most of the next fit.
+        begun: How many iterations were over when it began to learn.
         refits: After which iterations the network is fitted again.
     """
 
-    def __init__(
-        self, potential: Potential, lessons: Lessons, warmup_steps: int, begun: int = 0
-    ) -> None:
-        self.recorder = Recorder(potential)
-        self.begun = begun
-        self.lessons = lessons
+    def __init__(self, potential: Potential, settings: TrainingSettings, warmup_steps: int) -> None:
+        self.potential = potential
+        self.log = GradientLog()
+        self.clock = Clock(potential)
+        self.begun = 0
+        self.settings = settings
         self.warmup_steps = warmup_steps
         self.network: PotentialNetwork | None = None
         self.covariance: Tensor | None = None
-        self.training_steps = lessons.training_steps
+        self.training_steps = settings.training_steps
         self.refits: list[int] = []
+
+    def begin_anew(self, potential: Potential, iteration: int) -> None:
+        """Forgets what gradients have found, for they were those of another potential."""
+        self.potential, self.begun = potential, iteration
+        self.clock = Clock(potential)
+        self.log.entries.clear()
 
     @property
     def wanted(self) -> int:
         """How many true gradients are gathered before the first fit."""
-        enough = _POINTS_PER_DIMENSION * (self.recorder.dimension + 2)
-        return self.lessons.training_points or enough
+        enough = _POINTS_PER_DIMENSION * (self.potential.dimension + 2)
+        return self.settings.training_points or enough
 
     def forget_start(self, iteration: int) -> bool:
         """Forgets what was found where chains came from; whether it was all there is."""
         early = iteration <= FEWEST_GATHER // 3
         if early:
-            self.recorder.calls.clear()
+            self.log.entries.clear()
         return early
 
-    def knows_enough(self, iteration: int, star: int) -> bool:
+    def knows_enough(self, iteration: int, num_proposals: int) -> bool:
         """Whether the first fit is due; if so, the iterations of the others are set.
 
         Arguments:
             iteration: That has just ended.
-            star: How many iterations' proposals will be made together; no fit comes in between.
+            num_proposals: How many iterations' proposals will be made together; no fit comes in
+                between.
         """
         since, left = iteration - self.begun, self.warmup_steps - self.begun
-        full = since >= FEWEST_GATHER and self.recorder.num_gradients >= self.wanted
+        full = since >= FEWEST_GATHER and self.log.num_gradients >= self.wanted
         if not full and since < _MOST_GATHER * left:
             return False
-        rounds = self.lessons.rounds
+        rounds = self.settings.rounds
         explore = self.warmup_steps - iteration - round(_TRIAL_SHARE * self.warmup_steps)
-        stars = max(explore, 0) // star
-        ends = {stars * (i + 1) // rounds for i in range(rounds)} - {0}
-        self.refits = [iteration + star * end for end in sorted(ends)]
+        sets = max(explore, 0) // num_proposals
+        ends = {sets * (i + 1) // rounds for i in range(rounds)} - {0}
+        self.refits = [iteration + num_proposals * end for end in sorted(ends)]
         return True
 
     def is_last(self, iteration: int) -> bool:
@@ -144,35 +154,36 @@ class Learner:
         """After which iteration it is seen whether the trial should be of another kind."""
         return (max([0, *self.refits]) + self.warmup_steps) // 2
 
-    def look_about(self, star: list[State], refresh: Refresh) -> tuple[int, int]:
+    def look_about(self, position: Tensor, noise: Tensor, refresh: RefreshAt) -> int:
         """Looks at true gradients about draws along the network, and further out.
 
         Where a network errs in the tails, it holds draws there for long: what it learns from has
         to lie where draws are held, and to reach further than they do.
 
         Arguments:
-            star: The draws, as states of all chains.
-            refresh: The move of the noise: it has to suit the positions, or the gradients' mean
-                would be that of another density.
+            position: The draws, of shape ``(draws, dimension)``.
+            noise: Their noise, of shape ``(draws, noise_dimension)``.
+            refresh: The move of the noise at other positions: it has to suit them, or the
+                gradients' mean would be that of another density.
 
         Returns:
-            How many gradients and densities it took for each chain.
+            How many densities it took for each draw, beside one gradient.
+
+        Raises:
+            RuntimeError: If no network has been fitted yet.
         """
-        assert self.network is not None
-        position = torch.cat([state.position for state in star])
-        noise = torch.cat([state.noise for state in star])
+        if self.network is None:
+            raise RuntimeError("there is no network yet: call `fit` first")
         centre, seen, count = position.mean(0), position.clone(), 0
         seen[::2] += (_REACH - 1.0) * (position[::2] - centre)
         seen += _ABOUT * torch.randn_like(seen) @ self.network.root.mT
         if noise.shape[1]:
-            evaluate = partial(self.recorder.evaluate, seen)
-            blocks = Blocks(self.recorder.potential)
-            noise, *_, count = refresh(blocks, noise, evaluate(noise), evaluate)
-            count += 1
-        self.recorder.graph("gradient", len(seen))(seen, noise)
-        return len(star), len(star) * count
+            noise, count = refresh(seen, noise)
+        value, gradient = self.potential.programs.program("gradient", len(seen))(seen, noise)
+        self.log.add(seen, value, gradient)
+        return count
 
-    def fit(self, *, passing: bool) -> Training:
+    def fit(self, *, passing: bool) -> EnergyTraining:
         """Fits the network to all that is known.
 
         Arguments:
@@ -182,22 +193,27 @@ class Learner:
             ValueError: If there is too little.
             torch.linalg.LinAlgError: If it cannot be whitened.
         """
-        loss, network, rate = self.lessons.loss, self.network, _LATER_RATE
-        if loss is None and self.recorder.noise_dimension:
+        loss, network, rate = self.settings.loss, self.network, _LATER_RATE
+        if loss is None and self.potential.noise_dimension:
             # The noise of an energy is shared by a whole trajectory: it would be learned by heart.
             loss = GradientMatching(energy_weight=0.0)
-        points, held_out = self.recorder.points(_MOST_POINTS)
+        points, held_out = self.log.points(_MOST_POINTS)
         self.covariance = _spread(points.position)
         examples: Points | Trajectories = points
         if isinstance(loss, TrajectoryMatching):
-            examples, held_out = self.recorder.trajectories(loss.num_steps, _MOST_POINTS), None
+            examples, held_out = self.log.trajectories(loss.num_steps, _MOST_POINTS), None
         if network is None:
             rate = _FIRST_RATE
-            network = self.lessons.network(self.recorder.dimension).to(self.recorder.example)
+            network = self.settings.network(self.potential.dimension).to(self.potential.example)
             network.whiten_by(points.position)
-        steps = math.ceil(_PASSING * self.training_steps) if passing else self.training_steps
+        num_steps = math.ceil(_PASSING * self.training_steps) if passing else self.training_steps
         training = fit_energy(
-            network, examples, held_out=held_out, loss=loss, steps=steps, learning_rate=rate
+            network,
+            examples,
+            held_out=held_out,
+            loss=loss,
+            num_steps=num_steps,
+            learning_rate=rate,
         )
         self.network = network
         return training
@@ -210,14 +226,14 @@ class Learner:
         Arguments:
             ahead: The seconds that the draws' true gradients will take.
         """
-        lessons, potential = self.lessons, self.recorder.potential
-        each = training_seconds(potential, lessons.hidden) * (1 + lessons.rounds)
-        self.training_steps = min(lessons.training_steps, affordable_steps(ahead, each))
-        if self.training_steps >= min(lessons.training_steps, _FEWEST_STEPS):
+        settings, potential = self.settings, self.potential
+        each = training_seconds(potential, settings.hidden) * (1 + settings.rounds)
+        self.training_steps = min(settings.training_steps, affordable_steps(ahead, each))
+        if self.training_steps >= min(settings.training_steps, _FEWEST_STEPS):
             return None
         return (
             f"the draws' gradients will take {ahead:.2g} seconds, and training would take "
-            f"{each * lessons.training_steps:.2g}"
+            f"{each * settings.training_steps:.2g}"
         )
 
 

@@ -34,8 +34,8 @@ class Points(NamedTuple):
 
     def whitened(self, network: PotentialNetwork) -> Points:
         """The same in a network's whitened coordinates, energies about zero."""
-        position, slope = network.whitened(self.position), self.gradient @ network.root
-        return Points(position, self.value - self.value.mean(), slope, self.context)
+        position, gradient = network.whitened(self.position), self.gradient @ network.root
+        return Points(position, self.value - self.value.mean(), gradient, self.context)
 
 
 class Trajectories(NamedTuple):
@@ -63,7 +63,7 @@ class Trajectories(NamedTuple):
         )
 
 
-Loss = Callable[[PotentialNetwork, Any], Tensor]
+EnergyLoss = Callable[[PotentialNetwork, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class GradientMatching:
         between("energy_weight", self.energy_weight, 0.0, math.inf, ends="low")
 
     def __call__(self, network: PotentialNetwork, points: Points) -> Tensor:
-        value, slope = network.of_whitened(network.whitened(points.position), points.context)
+        value, gradient = network.of_whitened(network.whitened(points.position), points.context)
         true = points.gradient @ network.root
         size = true.square().sum(-1)
         weight = 1.0 / (1.0 + size / (4.0 * size.median() + network.dimension))
         weight = weight / weight.mean()
-        loss = (weight[:, None] * (slope - true).square()).mean()
+        loss = (weight[:, None] * (gradient - true).square()).mean()
         if self.energy_weight:
             error = value - points.value
             error = error - (weight * error).mean()
@@ -126,8 +126,8 @@ class TrajectoryMatching:
         scale = size[:, None]
         loss = true.new_zeros(())
         for n in range(2, true.shape[1]):
-            slope = network.value_and_gradient(here)[1]
-            kick = scale.square() * (slope[:, None] @ mass)[:, 0]
+            gradient = network.value_and_gradient(here)[1]
+            kick = scale.square() * (gradient[:, None] @ mass)[:, 0]
             before, here = here, 2.0 * here - before - kick
             miss = (here - true[:, n]) @ network.inverse_root.mT
             change = here - before - true[:, n] + true[:, n - 1]

@@ -1,126 +1,161 @@
-"""Whether a learned energy pays: what a kernel measures of it, and what follows from that."""
+"""Whether a learned energy pays: what is measured of it, and what follows from that."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
 
-from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginal
-from pyro_hamflow.mcmc.transitions.multiple_proposal import EndpointTransition
-from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
-from pyro_hamflow.surrogates.costs import Costs, SurrogateReport, Trial, costs_of, not_worth_it
-from pyro_hamflow.surrogates.learner import Learner
-from pyro_hamflow.surrogates.potential_network import PotentialNetwork
-from pyro_hamflow.surrogates.targets import JudgedDensity
+from pyro_hamflow.mcmc.transitions.base import Info
+from pyro_hamflow.surrogates.costs import COMPILED, Clock
+from pyro_hamflow.surrogates.fit import EnergyTraining
 
-_FEWEST_WARMUP = 60
-_GUESSED_STEPS = 16
+_DOUBT = 2.0  # by which a surrogate has to promise more: a short trial sees few of the long stays
 
 
-class WeighingKernel(PseudoMarginal):
-    """A kernel that can tell whether its surrogate is worth more than true gradients.
-
-    It asks four times: before anything is gathered, before the first training, at each training
-    after that, and at the end of warm-up.
+@dataclass
+class SurrogateReport:
+    """How a surrogate came about, and what it is good for.
 
     Attributes:
-        report: What was measured.
+        trainings: What each training took and reached, the first, and each after a refill of data.
+        n_gradients: True gradients spent on its data, over all chains.
+        acceptance: The mean acceptance rate in the trial's second half.
+        true_seconds: Of an iteration along true gradients, measured.
+        surrogate_seconds: Of an iteration of the surrogate, measured.
+        correction: ``"endpoint"`` or ``"per leaf"``: where the surrogate is judged.
+        following: ``"surrogate"`` or ``"true gradients"``: what the draws follow.
+        reason: Why, in a sentence.
     """
 
-    correction: str
-    fallback: bool
-    given: PotentialNetwork | AmortizedSurrogate | None
-    report: SurrogateReport
-    _judged: JudgedDensity | None
-    _learner: Learner | None
-    _total: int
-    _trial: Trial
-    _steps: float
-    true_share: float
+    trainings: list[EnergyTraining] = field(default_factory=list)
+    n_gradients: int = 0
+    acceptance: float = math.nan
+    true_seconds: float = math.nan
+    surrogate_seconds: float = math.nan
+    correction: str = "endpoint"
+    following: str = "surrogate"
+    reason: str = ""
 
-    def _hopeless(self, learner: Learner, position: Tensor) -> str | None:
-        """Why not even to begin, if so."""
-        total, fewest = self._total, _FEWEST_WARMUP
-        if self.given is None and total < fewest:
-            if not self.fallback:
-                raise ValueError(
-                    f"`warmup_steps` is {total}: expected {fewest} or more, to learn a surrogate in"
-                )
-            return f"nothing can be learned in {total} iterations of warm-up, below {fewest}"
-        if not self.fallback or self.given is not None:
-            return None
-        seconds = learner.recorder.seconds_later(len(position))
-        return learner.too_dear(_GUESSED_STEPS * seconds * self._draws_ahead())
 
-    def _too_dear(self, chains: int) -> str | None:
-        """Why not to train after all, if so."""
-        if not self.fallback:
-            return None
-        learner = self._learning()
-        seconds = learner.recorder.seconds_later(chains) * self._trial.mean("n_steps")
-        return learner.too_dear(seconds * self._draws_ahead())
+class Trial:
+    """Iterations of a transition, as they were measured.
 
-    def _not_worth_it(self, hope: float = 1.0) -> str | None:
-        """Why the surrogate is worth less than true gradients, by what was measured, if so.
+    Attributes:
+        infos: What happened in each.
+        times: Seconds of each.
+    """
 
-        Arguments:
-            hope: How many times as good it may become.
+    def __init__(self) -> None:
+        self.infos: list[Info] = []
+        self.times: list[float] = []
+
+    def note(self, info: Info, seconds: float) -> None:
+        """Takes in an iteration."""
+        self.infos.append(info)
+        self.times.append(seconds)
+
+    def mean(self, count: str) -> float:
+        """The mean over iterations of a count, which is that of the chain with the most."""
+        found = [float(torch.as_tensor(getattr(info, count)).max()) for info in self.infos]
+        return statistics.fmean(found) if found else 1.0
+
+    def seconds(self, num_proposals: int) -> float:
+        """Of an iteration, where so many share what the first of them does.
+
+        Such groups do the same work: the fastest counts, and one that was cut short is taken for
+        whole. Single iterations differ, and their median counts.
         """
-        report, costs = self.report, self._costs()
-        report.true_seconds, report.surrogate_seconds = costs.true, costs.mine
-        return self._loses_by(costs, hope) if self.fallback else None
+        count = num_proposals
+        groups = range(0, max(1, len(self.times) - count + 1), count)
+        sums = [sum(self.times[i : i + count]) for i in groups]
+        return min(sums) / count if count > 1 else statistics.median(sums)
 
-    def _loses_by(self, costs: Costs, hope: float = 1.0) -> str | None:
-        """Why these costs speak for true gradients, if so."""
-        endpoint = isinstance(self._running()[1], EndpointTransition)
-        efficiency = self._trial.efficiency if endpoint else 1.0
-        return not_worth_it(self._trial.rate, hope * efficiency, costs.true, costs.mine)
+    @property
+    def rate(self) -> float:
+        """The mean acceptance probability in the second half."""
+        rates = [info.acceptance_rate for info in self.infos[len(self.infos) // 2 :]]
+        return float(torch.stack(rates).mean()) if rates else math.nan
 
-    def _leaves_promise_more(self) -> bool:
-        """Whether a correction at every point would be worth it, were nothing refused then.
+    @property
+    def efficiency(self) -> float:
+        """What a draw is worth beside one of a chain that never stays where it is.
 
-        Where that at the endpoint is, it is kept.
+        A chain that forgets all when it moves has an autocorrelation time of the mean length of
+        its stays, as a draw sees it: long stays hold more draws. This tells chains that stay
+        everywhere a little from those that stay for long somewhere, which acceptance does not.
         """
-        if self.correction != "auto" or not self.fallback:
-            return False
-        costs = self._costs()
-        if self._loses_by(costs) is None:
-            return False
-        return not_worth_it(1.0, 1.0, costs.true, costs.per_leaf) is None
+        stays = torch.stack([info.accepted for info in self.infos]).long().cumsum(0)
+        lengths = torch.stack([(stays == stay).sum(0) for stay in range(len(stays) + 1)])
+        return float(lengths.sum() / lengths.square().sum())
 
-    def _costs(self) -> Costs:
-        steps, transition = self._steps_of_trajectory(), self._running()[1]
-        star, length, true_share = 1, steps, 0.0
-        calls = 0.0 if self._judged is None else self._judged.calls
-        if isinstance(transition, EndpointTransition):
-            star, calls = transition.num_proposals, transition.num_stars
-            length = 2 * transition.num_transitions * steps
-            true_share = 0.0 if self._learning().recorder.recording else self.true_share / star
-        return costs_of(
-            self._trial,
-            self._learning().recorder,
-            star=star,
-            calls=calls,
-            length=length,
-            steps=steps,
-            true_share=true_share,
-        )
 
-    def _steps_of_trajectory(self) -> float:
-        """Of the latest whose number of steps was not changed by a correction at each of them."""
-        transition = self._running()[1]
-        if not self._trial.infos:
-            return _GUESSED_STEPS
-        if isinstance(transition, EndpointTransition):
-            legs = transition.num_transitions * (1.0 + 1.0 / transition.num_proposals)
-            return self._trial.mean("n_steps") / legs
-        return self._trial.mean("n_steps") if math.isnan(self._steps) else self._steps
+class Costs(NamedTuple):
+    """Seconds of an iteration of each kind, all chains together, measured or foreseen.
 
-    def _draws_ahead(self) -> int:
-        planned = self.planned_draws
-        return 2 * self._total if planned is None else planned
+    Attributes:
+        mine: Of the one that was tried.
+        per_leaf: Of one that is judged at every point.
+        true: Of one along true gradients.
+    """
 
-    def _learning(self) -> Learner:
-        assert self._learner is not None
-        return self._learner
+    mine: float
+    per_leaf: float
+    true: float
+
+
+def costs_of(
+    trial: Trial,
+    clock: Clock,
+    *,
+    num_proposals: int,
+    length: float,
+    steps: float,
+    true_share: float,
+) -> Costs:
+    """What a trial cost, and what the alternatives would.
+
+    Arguments:
+        trial: What was tried.
+        clock: What the true potential's programs take.
+        num_proposals: How many iterations' proposals were made and judged together.
+        length: How many steps that took, one after the other.
+        steps: Of a trajectory, in the alternatives.
+        true_share: How often true gradients are followed all the same.
+    """
+    potential, chains = clock.potential, len(trial.infos[-1].accepted)
+    gradient = clock.seconds_later("gradient", chains)
+    density = clock.seconds_later("evaluate", chains)
+    judging = clock.seconds("evaluate", chains * num_proposals)
+    asked, judged = trial.mean("n_gradients") * gradient, trial.mean("n_densities")
+    walked = max(trial.seconds(num_proposals) - (asked + judged * judging) / num_proposals, 0.0)
+    each = walked * num_proposals / length
+    if potential.programs.compile_graphs:
+        each *= COMPILED
+    if num_proposals == 1:  # as it will be in the draws
+        judging = density
+    noisy = bool(potential.noise_dimension)  # which is then refreshed, the gradient computed again
+    mine = walked + (asked + judged * judging) / num_proposals
+    per_leaf = steps * (density + each) + 3.0 * noisy * density
+    true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
+    return Costs(mine + true_share * true, per_leaf, true)
+
+
+def not_worth_it(acceptance: float, efficiency: float, true: float, mine: float) -> str | None:
+    """Why true gradients are worth more than the surrogate, if so.
+
+    Arguments:
+        acceptance: Of the surrogate's proposals.
+        efficiency: What a draw of the surrogate is worth, beside one along true gradients.
+        true: Seconds of an iteration along these.
+        mine: Seconds of one of the surrogate's.
+    """
+    if efficiency * true > _DOUBT * mine:
+        return None
+    return (
+        f"{acceptance:.0%} of the surrogate's proposals were accepted, at {1e3 * mine:.2g} "
+        f"milliseconds each, where an iteration along true gradients takes {1e3 * true:.2g}"
+    )

@@ -49,8 +49,9 @@ class Watch:
         self._means[piece] += shift / self._counts[piece]
         self._sums[piece] += shift * (rows - self._means[piece])
         self._sizes.append(step_size)
-        if info.reached_max_treedepth is not None:
-            self._limited += int(info.reached_max_treedepth.sum())
+        limited = info.further.get("reached_max_treedepth")
+        if limited is not None:
+            self._limited += int(limited.sum())
             self._ended += len(position)
 
     def rhat(self) -> Tensor:

@@ -11,20 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel
-from pyro_hamflow.mcmc.transitions.base import (
-    select,
-)
-from pyro_hamflow.mcmc.transitions.independence import FlowMHTransition, IndependenceProposal
+from pyro_hamflow.checks import fills
+from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.mcmc.kernels.base import Kernel
+from pyro_hamflow.mcmc.transitions.base import select
+from pyro_hamflow.mcmc.transitions.independence import FlowMHTransition
+from pyro_hamflow.model.guides import DensityGuide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import fault
 
 _TRIES = 100
 
 
-class FlowMH(HamiltonianKernel):
+class FlowMH(Kernel):
     """Independence Metropolis from a frozen guide, all chains at once.
 
     Its moves jump between modes, as far as the guide covers them; no gradient is evaluated. It runs
@@ -34,12 +36,12 @@ class FlowMH(HamiltonianKernel):
     Arguments:
         model: A Pyro model.
         guide: A trained :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills
-            the protocol :class:`IndependenceProposal`. It must not be trained further while draws
-            are made.
+            the protocol :class:`~pyro_hamflow.model.guides.DensityGuide`. It must not be trained
+            further while draws are made.
         jit_compile: Whether to compile the model's density to machine code.
 
     Raises:
-        TypeError: If the model is not callable, or the guide makes no proposals.
+        TypeError: If the model is not callable, or the guide lacks a method of the protocol.
         ValueError: When run, if the guide is of another dimension than the model, or the model has
             one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
 
@@ -62,24 +64,11 @@ class FlowMH(HamiltonianKernel):
         torch.Size([100])
     """
 
-    separate_noise = True
-
     def __init__(
-        self, model: Callable[..., Any], guide: IndependenceProposal, *, jit_compile: bool = False
+        self, model: Callable[..., Any], guide: DensityGuide, *, jit_compile: bool = False
     ) -> None:
-        if not hasattr(guide, "propose") or not hasattr(guide, "log_ratio"):
-            raise TypeError(
-                f"`guide` is a {type(guide).__name__}: expected an AutoNeuralHamiltonianFlow, or a "
-                "guide with methods `prepare`, `propose` and `log_ratio`"
-            )
-        super().__init__(
-            model,
-            step_size=1.0,
-            adapt_step_size=False,
-            full_mass=False,
-            adapt_mass_matrix=False,
-            jit_compile=jit_compile,
-        )
+        fills("guide", guide, DensityGuide)
+        super().__init__(ModelTarget(model, separate_noise=True, jit_compile=jit_compile))
         self._guide = guide
 
     def prepare(
@@ -90,46 +79,36 @@ class FlowMH(HamiltonianKernel):
     ) -> Potential:
         potential = super().prepare(args, kwargs, initial_params)
         self._guide.prepare(*args, **kwargs)
-        width = self._guide.propose(1)[0].shape[-1]
-        if width != potential.dimension:
-            raise ValueError(
-                f"`guide` proposes {width} parameters: expected {potential.dimension}, for the "
-                f"sites {[site.name for site in potential.sites]}"
-            )
+        self._draw(potential, 1)  # refuses a guide of another model
         return potential
 
-    def _start(
-        self, potential: Potential, num_chains: int, initial_params: Mapping[str, Tensor] | None
+    @torch.no_grad()
+    def _draw(self, potential: Potential, num_chains: int) -> Tensor:
+        return draw_from(self._guide, potential, num_chains)[0]
+
+    def start(
+        self, num_chains: int, initial_params: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
+        """From draws of the guide, unless told where."""
         if initial_params is not None:
-            return super()._start(potential, num_chains, initial_params)
-        position, noise = self._guide.propose(num_chains)[0], potential.draw_noise(num_chains)
+            return super().start(num_chains, initial_params)
+        potential = self.potential
+        position, noise = self._draw(potential, num_chains), potential.draw_noise(num_chains)
         for _ in range(_TRIES):
             good = potential.value(position, noise).isfinite()
             if good.all():
                 return position, noise
-            position = select(good, position, self._guide.propose(num_chains)[0])
+            position = select(good, position, self._draw(potential, num_chains))
             noise = select(good, noise, potential.draw_noise(num_chains))
         bad = int((~good).nonzero()[0])
         raise ValueError(
-            f"`guide` proposed no point of finite density in {_TRIES} tries: "
+            f"`guide` drew no point of finite density in {_TRIES} tries: "
             f"{fault(potential, position[bad], noise[bad])}"
         )
 
-    def make_parameter_transition(self, potential: Potential, num_chains: int) -> Any:
+    def make_transition(self, potential: Potential, position: Tensor) -> FlowMHTransition:
         return FlowMHTransition(potential, self._guide)
-
-    make_joint_transition = make_parameter_transition
-
-    def draw_num_steps(self, step_size: float) -> int:
-        return 1
-
-    @property
-    def step_size(self) -> None:
-        return None
 
     @property
     def settings(self) -> dict[str, Any]:
-        unused = ("target_accept_prob", "full_mass")
-        kept = {name: value for name, value in super().settings.items() if name not in unused}
-        return kept | {"guide": repr(self._guide).splitlines()[0]}
+        return super().settings | {"guide": repr(self._guide).splitlines()[0]}

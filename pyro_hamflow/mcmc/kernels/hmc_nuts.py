@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
-from pyro_hamflow.checks import between, positive, whole
+from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import FullMass, InverseMass
-from pyro_hamflow.mcmc.kernels.base import HamiltonianKernel, meaningless
-from pyro_hamflow.mcmc.transitions.base import ParameterTransition, Transition
-from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
-from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
-from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
+from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
+from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
+from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories, NUTSTrajectories
 from pyro_hamflow.model.function import PotentialFunction
-from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import Strategy
 
-_DEEPEST = 20
 
-
-class HMC(HamiltonianKernel):
+class HMC(Kernel):
     """Hamiltonian Monte Carlo with vectorised chains.
 
     Runs in :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`. On a
@@ -37,8 +30,8 @@ class HMC(HamiltonianKernel):
         jitter: By which share trajectories are at random shorter or longer.
         max_num_steps: The most steps of a trajectory, where their number is not given.
 
-    The other arguments are those of
-    :class:`~pyro_hamflow.mcmc.kernels.base.HamiltonianKernel`, in Pyro's order.
+    The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
+    of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`, in Pyro's order.
 
     Raises:
         TypeError: If the model is not callable.
@@ -87,66 +80,48 @@ class HMC(HamiltonianKernel):
         jitter: float = 0.4,
         max_num_steps: int = 1000,
     ) -> None:
+        meaningless("jit_options", given=jit_options is not None)
+        meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
+        self.trajectories = HMCTrajectories(trajectory_length, num_steps, jitter, max_num_steps)
         super().__init__(
-            model,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            full_mass=full_mass,
-            inverse_mass_matrix=inverse_mass_matrix,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            jit_options=jit_options,
-            ignore_jit_warnings=ignore_jit_warnings,
-            target_accept_prob=target_accept_prob,
-            init_strategy=init_strategy,
-            min_stepsize=min_stepsize,
-            max_stepsize=max_stepsize,
+            ModelTarget(
+                model,
+                potential_fn=potential_fn,
+                transforms=transforms,
+                max_plate_nesting=max_plate_nesting,
+                jit_compile=jit_compile,
+                init_strategy=init_strategy,
+            ),
+            Hamiltonian(
+                self.trajectories,
+                StepAndMass(
+                    step_size=step_size,
+                    adapt_step_size=adapt_step_size,
+                    adapt_mass_matrix=adapt_mass_matrix,
+                    full_mass=full_mass,
+                    inverse_mass_matrix=inverse_mass_matrix,
+                    target_accept_prob=target_accept_prob,
+                    min_stepsize=min_stepsize,
+                    max_stepsize=max_stepsize,
+                ),
+            ),
         )
-        if trajectory_length is not None:
-            positive("trajectory_length", trajectory_length)
-        between("jitter", jitter, 0.0, 1.0, ends="low")
-        if num_steps is not None:
-            whole("num_steps", num_steps, 1)
-        whole("max_num_steps", max_num_steps, 1)
-        self.fixed_num_steps = num_steps if trajectory_length is None else None
-        self.trajectory_length = math.pi / 2 if trajectory_length is None else trajectory_length
-        self.jitter = jitter
-        self.max_num_steps = max_num_steps
-
-    def make_parameter_transition(
-        self, potential: Potential, num_chains: int
-    ) -> ParameterTransition:
-        return HMCTransition(potential, num_chains)
-
-    def make_joint_transition(self, potential: Potential, num_chains: int) -> Transition:
-        return JointTransition(potential, num_chains)
-
-    def draw_num_steps(self, step_size: float) -> int:
-        if self.fixed_num_steps is not None:
-            return self.fixed_num_steps
-        factor = 1.0 + self.jitter * (2.0 * torch.rand(()).item() - 1.0)
-        steps = round(self.trajectory_length * factor / step_size)
-        return max(1, min(steps, self.max_num_steps))
 
     @property
-    def settings(self) -> dict[str, Any]:
-        fixed = self.fixed_num_steps
-        length = {"trajectory_length": self.trajectory_length, "jitter": self.jitter}
-        return super().settings | (length if fixed is None else {"num_steps": fixed})
+    def trajectory_length(self) -> float:
+        """The mean time of a trajectory."""
+        return self.trajectories.length
 
     @property
     def num_steps(self) -> int:
         """How many steps a trajectory of mean length takes."""
-        if self.fixed_num_steps is not None:
-            return self.fixed_num_steps
-        assert self.step_size is not None
-        return max(1, int(self.trajectory_length / self.step_size))
+        fixed, size = self.trajectories.fixed_num_steps, self.step_size
+        if fixed is not None or size is None:
+            return fixed or 1
+        return max(1, int(self.trajectory_length / size))
 
 
-class NUTS(HamiltonianKernel):
+class NUTS(Kernel):
     """The No-U-Turn Sampler with vectorised chains.
 
     Trajectories grow until they turn back, so that no length needs to be set; their draws are
@@ -158,8 +133,8 @@ class NUTS(HamiltonianKernel):
         use_multinomial_sampling: Points are always picked by their weights; slices are not.
         max_tree_depth: The most doublings of a trajectory, 10 by default: 1,023 steps.
 
-    The other arguments are those of
-    :class:`~pyro_hamflow.mcmc.kernels.base.HamiltonianKernel`, in Pyro's order.
+    The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
+    of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`, in Pyro's order.
 
     Raises:
         TypeError: If the model is not callable.
@@ -205,36 +180,27 @@ class NUTS(HamiltonianKernel):
         *,
         inverse_mass_matrix: InverseMass | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            full_mass=full_mass,
-            inverse_mass_matrix=inverse_mass_matrix,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            jit_options=jit_options,
-            ignore_jit_warnings=ignore_jit_warnings,
-            target_accept_prob=target_accept_prob,
-            init_strategy=init_strategy,
-        )
+        meaningless("jit_options", given=jit_options is not None)
+        meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
         meaningless("use_multinomial_sampling=False", given=not use_multinomial_sampling)
-        self.max_tree_depth = whole("max_tree_depth", max_tree_depth, 1, _DEEPEST)
-
-    def make_parameter_transition(
-        self, potential: Potential, num_chains: int
-    ) -> ParameterTransition:
-        return NUTSTransition(potential, num_chains, self.max_tree_depth)
-
-    def make_joint_transition(self, potential: Potential, num_chains: int) -> Transition:
-        return JointNUTSTransition(potential, num_chains, self.max_tree_depth)
-
-    def draw_num_steps(self, step_size: float) -> int:
-        return 2**self.max_tree_depth - 1
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return super().settings | {"max_tree_depth": self.max_tree_depth}
+        super().__init__(
+            ModelTarget(
+                model,
+                potential_fn=potential_fn,
+                transforms=transforms,
+                max_plate_nesting=max_plate_nesting,
+                jit_compile=jit_compile,
+                init_strategy=init_strategy,
+            ),
+            Hamiltonian(
+                NUTSTrajectories(max_tree_depth),
+                StepAndMass(
+                    step_size=step_size,
+                    adapt_step_size=adapt_step_size,
+                    adapt_mass_matrix=adapt_mass_matrix,
+                    full_mass=full_mass,
+                    inverse_mass_matrix=inverse_mass_matrix,
+                    target_accept_prob=target_accept_prob,
+                ),
+            ),
+        )

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
+from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import FullMass, InverseMass
-from pyro_hamflow.mcmc.kernels.hmc_nuts import HMC, NUTS
-from pyro_hamflow.mcmc.kernels.surrogate_choices import Neural
+from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
+from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateChoices
+from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
+from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories, NUTSTrajectories
 from pyro_hamflow.model.function import PotentialFunction
 from pyro_hamflow.model.start import Strategy
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
-from pyro_hamflow.surrogates.losses import Loss
+from pyro_hamflow.surrogates.learner import TrainingSettings
+from pyro_hamflow.surrogates.losses import EnergyLoss
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 
-class HNNHMC(Neural, HMC):
+class HNNHMC(Kernel):
     """Hamiltonian Monte Carlo along a learned energy, with vectorised chains.
 
     A network learns the posterior's energy in warm-up; trajectories then follow its gradient, which
@@ -27,7 +33,8 @@ class HNNHMC(Neural, HMC):
     :class:`pyro_hamflow.MCMC`, all chains at once, and in :class:`pyro.infer.MCMC`.
 
     Its arguments, and the errors that it raises, are those of
-    :class:`~pyro_hamflow.mcmc.kernels.surrogate_choices.Neural` and of :class:`~pyro_hamflow.HMC`.
+    :class:`~pyro_hamflow.mcmc.adaptation.surrogate_run.SurrogateChoices`, of its ``training``, and
+    of :class:`~pyro_hamflow.HMC`.
 
     Attributes:
         surrogate: The network, after a run; its ``save`` writes it to a file.
@@ -65,7 +72,7 @@ class HNNHMC(Neural, HMC):
         trust_radius: float = 1.5,
         hidden: Sequence[int] = (64, 64),
         outputs: int = 1,
-        loss: Loss | None = None,
+        loss: EnergyLoss | None = None,
         training_points: int | None = None,
         training_steps: int = 1000,
         rounds: int = 2,
@@ -89,45 +96,47 @@ class HNNHMC(Neural, HMC):
         target_accept_prob: float = 0.8,
         init_strategy: Strategy | None = None,
     ) -> None:
+        trajectories = HMCTrajectories(trajectory_length, num_steps, jitter, max_num_steps)
         super().__init__(
-            model,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            trajectory_length=trajectory_length,
-            num_steps=num_steps,
-            jitter=jitter,
-            max_num_steps=max_num_steps,
-            min_stepsize=min_stepsize,
-            max_stepsize=max_stepsize,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            full_mass=full_mass,
-            inverse_mass_matrix=inverse_mass_matrix,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            target_accept_prob=target_accept_prob,
-            init_strategy=init_strategy,
-        )
-        self.choose_moves(method, refresh)
-        self.choose_surrogate(
-            surrogate=surrogate,
-            correction=correction,
-            num_transitions=num_transitions,
-            num_proposals=num_proposals,
-            true_share=true_share,
-            trust_radius=trust_radius,
-            hidden=hidden,
-            outputs=outputs,
-            loss=loss,
-            training_points=training_points,
-            training_steps=training_steps,
-            rounds=rounds,
-            fallback=fallback,
+            ModelTarget(
+                model,
+                potential_fn=potential_fn,
+                separate_noise=True,
+                transforms=transforms,
+                max_plate_nesting=max_plate_nesting,
+                jit_compile=jit_compile,
+                init_strategy=init_strategy,
+            ),
+            Hamiltonian(
+                trajectories,
+                StepAndMass(
+                    step_size=step_size,
+                    adapt_step_size=adapt_step_size,
+                    adapt_mass_matrix=adapt_mass_matrix,
+                    full_mass=full_mass,
+                    inverse_mass_matrix=inverse_mass_matrix,
+                    target_accept_prob=target_accept_prob,
+                    min_stepsize=min_stepsize,
+                    max_stepsize=max_stepsize,
+                ),
+                EstimatorTuning(method, refresh, trajectories),
+            ),
+            SurrogateChoices(
+                surrogate,
+                correction,
+                num_transitions,
+                num_proposals,
+                true_share,
+                trust_radius,
+                TrainingSettings(
+                    tuple(hidden), outputs, loss, training_points, training_steps, rounds
+                ),
+                fallback,
+            ),
         )
 
 
-class HNNNUTS(Neural, NUTS):
+class HNNNUTS(Kernel):
     """The No-U-Turn Sampler along a learned energy, with vectorised chains.
 
     What :class:`HNNHMC` is to HMC: trajectories grow along the network's gradient until they turn
@@ -135,7 +144,8 @@ class HNNNUTS(Neural, NUTS):
     energy, or, with ``correction="per leaf"``, every point is weighted by its own.
 
     Its arguments, and the errors that it raises, are those of
-    :class:`~pyro_hamflow.mcmc.kernels.surrogate_choices.Neural` and of :class:`~pyro_hamflow.NUTS`.
+    :class:`~pyro_hamflow.mcmc.adaptation.surrogate_run.SurrogateChoices`, of its ``training``, and
+    of :class:`~pyro_hamflow.NUTS`.
 
     Attributes:
         surrogate: The network, after a run; its ``save`` writes it to a file.
@@ -173,7 +183,7 @@ class HNNNUTS(Neural, NUTS):
         trust_radius: float = 1.5,
         hidden: Sequence[int] = (64, 64),
         outputs: int = 1,
-        loss: Loss | None = None,
+        loss: EnergyLoss | None = None,
         training_points: int | None = None,
         training_steps: int = 1000,
         rounds: int = 2,
@@ -192,34 +202,39 @@ class HNNNUTS(Neural, NUTS):
         target_accept_prob: float = 0.8,
         init_strategy: Strategy | None = None,
     ) -> None:
+        trajectories = NUTSTrajectories(max_tree_depth)
         super().__init__(
-            model,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            max_tree_depth=max_tree_depth,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            full_mass=full_mass,
-            inverse_mass_matrix=inverse_mass_matrix,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            jit_compile=jit_compile,
-            target_accept_prob=target_accept_prob,
-            init_strategy=init_strategy,
-        )
-        self.choose_moves(method, refresh)
-        self.choose_surrogate(
-            surrogate=surrogate,
-            correction=correction,
-            num_transitions=num_transitions,
-            num_proposals=num_proposals,
-            true_share=true_share,
-            trust_radius=trust_radius,
-            hidden=hidden,
-            outputs=outputs,
-            loss=loss,
-            training_points=training_points,
-            training_steps=training_steps,
-            rounds=rounds,
-            fallback=fallback,
+            ModelTarget(
+                model,
+                potential_fn=potential_fn,
+                separate_noise=True,
+                transforms=transforms,
+                max_plate_nesting=max_plate_nesting,
+                jit_compile=jit_compile,
+                init_strategy=init_strategy,
+            ),
+            Hamiltonian(
+                trajectories,
+                StepAndMass(
+                    step_size=step_size,
+                    adapt_step_size=adapt_step_size,
+                    adapt_mass_matrix=adapt_mass_matrix,
+                    full_mass=full_mass,
+                    inverse_mass_matrix=inverse_mass_matrix,
+                    target_accept_prob=target_accept_prob,
+                ),
+                EstimatorTuning(method, refresh, trajectories),
+            ),
+            SurrogateChoices(
+                surrogate,
+                correction,
+                num_transitions,
+                num_proposals,
+                true_share,
+                trust_radius,
+                TrainingSettings(
+                    tuple(hidden), outputs, loss, training_points, training_steps, rounds
+                ),
+                fallback,
+            ),
         )

@@ -16,14 +16,12 @@ from pyro_hamflow.mcmc.transitions.base import Info, State
 from pyro_hamflow.model.potential import Potential
 
 
-class SingleChain(MCMCKernel):
+class PyroFace(MCMCKernel):
     """One chain of a kernel, in Pyro's protocol: ``setup``, ``sample``, ``cleanup``.
 
     It takes the path that many chains take, :meth:`begin` and :meth:`advance`, and keeps a record,
     which comes back among the diagnostics.
     """
-
-    _potential: Potential | None
 
     def __init__(self) -> None:
         super().__init__()

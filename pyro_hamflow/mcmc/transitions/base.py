@@ -7,14 +7,15 @@ what warm-up adapts, in the :class:`Tuning`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.target import Target
 
 DIVERGENCE = 1000.0
 
@@ -48,12 +49,12 @@ class Info(NamedTuple):
         n_steps: Steps of the integrator.
         n_gradients: Gradients evaluated.
         n_densities: Densities evaluated without gradient.
-        refresh_rate: Share of the noise that was renewed after the parameters' move, if the move
-            has such a part.
-        tree_depth: How often the trajectory doubled, if that is how it grows.
-        reached_max_treedepth: Whether it ended because it might not double again.
-        surrogate_accepted: Whether a draw was taken that a surrogate led to.
-        surrogate_error: By how much the surrogate misjudged the energy gained on the way there.
+        further: Statistics that not all moves have, by the names under which they come out:
+            ``refresh_rate``, the share of the noise that was renewed after the parameters' move;
+            ``tree_depth``, how often the trajectory doubled, and ``reached_max_treedepth``, whether
+            it ended because it might not double again; ``surrogate_accepted``, whether a draw was
+            taken that a surrogate led to, and ``surrogate_error``, by how much the surrogate
+            misjudged the energy gained on the way there.
     """
 
     accepted: Tensor
@@ -64,24 +65,25 @@ class Info(NamedTuple):
     n_steps: int | Tensor
     n_gradients: int | Tensor
     n_densities: int | Tensor
-    refresh_rate: Tensor | None = None
-    tree_depth: Tensor | None = None
-    reached_max_treedepth: Tensor | None = None
-    surrogate_accepted: Tensor | None = None
-    surrogate_error: Tensor | None = None
+    further: Mapping[str, Tensor] = {}
+
+    def adding(self, **further: Tensor) -> Info:
+        """With further statistics."""
+        return self._replace(further={**self.further, **further})
 
 
 def padded(info: Info) -> Info:
     """With all statistics of each chain, those of a surrogate included if none was followed."""
-    still = torch.zeros_like(info.accepted)
-    count, none = still.long(), torch.full_like(info.energy, torch.nan)
-    accepted, error = info.surrogate_accepted, info.surrogate_error
+    count = torch.zeros_like(info.accepted, dtype=torch.long)
+    nothing = {
+        "surrogate_accepted": torch.zeros_like(info.accepted),
+        "surrogate_error": torch.full_like(info.energy, torch.nan),
+    }
     return info._replace(
         n_steps=info.n_steps + count,
         n_gradients=info.n_gradients + count,
         n_densities=info.n_densities + count,
-        surrogate_accepted=still if accepted is None else accepted,
-        surrogate_error=none if error is None else error,
+        further={**nothing, **info.further},
     )
 
 
@@ -106,16 +108,16 @@ class Tuning(NamedTuple):
 
 
 class Transition(Protocol):
-    """One move of all chains.
+    """A move of all chains that leaves its target exactly invariant.
 
     Attributes:
-        potential: The target.
+        target: What it leaves invariant.
     """
 
-    potential: Potential
+    target: Target
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
-        """The state at given positions and noise."""
+        """The state at positions ``(chains, dimension)`` and their noise."""
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         """Moves every chain once, by trajectories of ``num_steps`` steps, or of so many at most."""
@@ -126,6 +128,23 @@ class ParameterTransition(Transition, Protocol):
 
     def refreshed(self, state: State, tuning: Tuning) -> State:
         """The state with potential and gradient computed anew, after its noise has changed."""
+
+
+class Observe(Protocol):
+    """Is told of every step of all chains' trajectories, in order."""
+
+    def __call__(
+        self, position: Tensor, value: Tensor, gradient: Tensor, wanted: Tensor, begins: Tensor
+    ) -> None:
+        """Sees one step.
+
+        Arguments:
+            position: Where chains are, of shape ``(chains, dimension)``.
+            value: The potential there, of shape ``(chains,)``.
+            gradient: Its gradient in the position.
+            wanted: Whether the chain's trajectory had not ended before, of shape ``(chains,)``.
+            begins: Whether the step does not follow the one before along a trajectory, likewise.
+        """
 
 
 class Decision(NamedTuple):

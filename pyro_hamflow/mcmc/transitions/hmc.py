@@ -7,9 +7,17 @@ from torch import Tensor
 
 from pyro_hamflow.dynamics.integrators import leapfrog_step
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning, draw_level, metropolis, select
-from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.mcmc.transitions.base import (
+    Info,
+    Observe,
+    State,
+    Tuning,
+    draw_level,
+    metropolis,
+    select,
+)
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.target import Target
 from pyro_hamflow.programs.capture import Program
 
 
@@ -17,8 +25,9 @@ class HMCTransition:
     """Moves parameters along leapfrog trajectories, the noise of a likelihood estimate held.
 
     Arguments:
-        potential: The target.
+        target: The target.
         num_chains: How many chains.
+        observe: Is told of all steps.
 
     Invariant:
         The density exp(-U(z, u)) of the positions at their noise, exactly.
@@ -28,10 +37,11 @@ class HMCTransition:
         | https://arxiv.org/abs/1206.1901
     """
 
-    def __init__(self, potential: Potential, num_chains: int) -> None:
-        self.potential = potential
+    def __init__(self, target: Target, num_chains: int, observe: Observe | None = None) -> None:
+        self.target = target
         self.num_chains = num_chains
-        self._gradient = potential.graph("gradient", num_chains)
+        self._observe = observe
+        self._gradient = target.graph("gradient", num_chains)
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
         value, gradient = self._gradient(position, noise)
@@ -44,11 +54,14 @@ class HMCTransition:
         level = draw_level(self.num_chains, momentum.device)
         z, r, value, slope = state.position, momentum, state.evaluation.value, state.gradient
         advance = self._advance(inverse_mass)
-        for _ in range(num_steps):
+        for step in range(num_steps):
             z, r, value, slope = advance(z, r, slope, state.noise, inverse_mass, size)
+            if self._observe is not None:
+                all_chains = torch.ones_like(value, dtype=torch.bool)
+                self._observe(z, value, slope, all_chains, all_chains & (step == 0))
         old = (state.position, momentum, state.evaluation.value, state.gradient)
         inputs = (z, r, value, slope, *old, inverse_mass, level)
-        conclude = self.potential.accelerate("leapfrog test", _conclude, *inputs)
+        conclude = self.target.accelerate("leapfrog test", _conclude, *inputs)
         position, value, slope, accepted, rate, error, diverging, energy = conclude(*inputs)
         info = Info(
             accepted,
@@ -81,10 +94,10 @@ class HMCTransition:
         def advance(*inputs: Tensor) -> tuple[Tensor, ...]:
             return leapfrog_step(self._gradient, *inputs)
 
-        position, noise = self.potential.vectors(self.num_chains)
+        position, noise = self.target.vectors(self.num_chains)
         size = position.new_ones(len(position), 1)
         examples = (position, position, position, noise, inverse_mass, size)
-        return self.potential.accelerate("leapfrog", advance, *examples)
+        return self.target.accelerate("leapfrog", advance, *examples)
 
 
 def _conclude(

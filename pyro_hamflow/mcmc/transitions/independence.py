@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import (
     Info,
     State,
-    Tuning,
     draw_level,
     metropolis,
     select,
     select_evaluation,
 )
+from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
-
-
-class Proposal(Protocol):
-    """Draws of all parameters on the real line, as a guide makes them."""
-
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Sees the model's arguments before the first draw."""
-
-    def propose(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Positions ``(num_samples, dimension)``, and log M - log r, which weights divide by."""
-
-
-class IndependenceProposal(Proposal, Protocol):
-    """A frozen guide that also tells the density of given positions."""
-
-    def log_ratio(self, position: Tensor) -> Tensor:
-        """Log M - log r at given positions, with the rest drawn from r."""
 
 
 class FlowMHTransition:
@@ -43,28 +24,28 @@ class FlowMHTransition:
     before each proposal; so that chains do not stay where it was lucky.
 
     Arguments:
-        potential: The target.
-        proposal: The guide.
+        target: The target.
+        guide: The guide.
 
     Invariant:
-        The extended density of parameters and noise, exactly, for any proposal that stays the same.
+        The extended density of parameters and noise, exactly, for any guide that stays the same.
     """
 
-    def __init__(self, potential: Potential, proposal: IndependenceProposal) -> None:
-        self.potential = potential
-        self.proposal = proposal
+    def __init__(self, target: Potential, guide: DensityGuide) -> None:
+        self.target = target
+        self.guide = guide
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
-        evaluation = self.potential.evaluate(position, noise)
+        evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
     @torch.no_grad()
-    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+    def step(self, state: State) -> tuple[State, Info]:
         chains = len(state.position)
-        here = self.proposal.log_ratio(state.position)
-        position, there = self.proposal.propose(chains)
-        noise = self.potential.draw_noise(chains)
-        evaluation = self.potential.evaluate(position, noise)
+        here = log_ratio_at(self.guide, state.position)
+        position, there = draw_from(self.guide, self.target, chains)
+        noise = self.target.draw_noise(chains)
+        evaluation = self.target.evaluate(position, noise)
         error = evaluation.value.double() - state.evaluation.value.double()
         error = error + (there.double() - here.double())
         decision = metropolis(error, draw_level(chains, error.device))

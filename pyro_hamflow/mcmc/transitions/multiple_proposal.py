@@ -11,12 +11,12 @@ So M draws are taken by these weights, and the chain goes on from the last of th
 true energy for each draw, and no gradient; and as the M are evaluated together, which costs little
 more than one alone wherever overhead outweighs arithmetic, a draw costs a fraction of that.
 
-Where the energy is an estimate, its noise is held meanwhile, and refreshed before the next star.
+Where the energy is an estimate, its noise is held meanwhile, and refreshed before proposals are
+made again.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Info, ParameterTransition, State, Tuning
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
-from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.target import Target
 from pyro_hamflow.surrogates.targets import SurrogateDensity
 
 
@@ -50,30 +50,30 @@ class Journey(NamedTuple):
     info: Info
 
 
-class EndpointTransition:
+class MultipleProposalTransition:
     """Moves by transitions on a learned density, several at once, and weighs where they end.
 
-    Each step returns one of the draws that a star gives; every ``num_proposals`` steps another star
-    is made. The acceptance rate is what the star's weights have in common with equal ones, from
-    none, where all weight is where the chain is, to one; energy errors and divergences are those of
-    the proposals, one with each draw; the share of the noise that was renewed is the star's.
+    Each step returns one of the draws that a set of proposals gives; every ``num_proposals`` steps
+    another set is made. The acceptance rate is what the set's weights have in common with equal
+    ones, from none, where all weight is where the chain is, to one; energy errors and divergences
+    are those of the proposals, one with each draw; the renewed share of the noise is the set's.
 
     Parameters move with the noise held, which the estimates at that noise correct, and the noise is
     refreshed by another. Were fresh noise proposed with the parameters, and accepted with them,
     chains would stay for long where an estimate came out high; element by element it is renewed.
 
     Arguments:
-        potential: The true one.
+        target: The true one.
         surrogate: The learned density.
         make_inner: Makes a transition that is reversible for a learned density, of so many rows.
         num_chains: How many chains.
         refresh: The move of the noise.
-        num_transitions: How many transitions lead to a star's centre, and from there to each end.
+        blocks: Which parts of the noise are accepted together.
+        num_transitions: How many transitions lead to the centre, and from there to each end.
         num_proposals: How many ends are judged together; so many draws come of them.
-        num_stars: How many stars are foreseen: programs are not compiled for a few.
 
     Attributes:
-        ahead: The draws of a star that are yet to be returned, and what happened.
+        ahead: The draws of a set that are yet to be returned, and what happened.
 
     Invariant:
         The density exp(-U(z, u)) N(u; 0, I) of positions and noise, exactly, whatever the network.
@@ -89,42 +89,41 @@ class EndpointTransition:
 
     def __init__(
         self,
-        potential: Potential,
+        target: Target,
         surrogate: SurrogateDensity,
         make_inner: Callable[[int], ParameterTransition],
         num_chains: int,
         refresh: Refresh,
+        blocks: Blocks,
         *,
         num_transitions: int,
         num_proposals: int,
-        num_stars: float = math.inf,
     ) -> None:
-        self.potential = potential
+        self.target = target
         self.surrogate = surrogate
         self.to_centre = make_inner(num_chains)
         self.from_centre = make_inner(num_chains * num_proposals)
         self.refresh = refresh
-        self.blocks = Blocks(potential)
+        self.blocks = blocks
         self.num_transitions = num_transitions
         self.num_proposals = num_proposals
-        self.num_stars = num_stars
         self.ahead: list[tuple[State, Info]] = []
         self._latest: State | None = None
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
-        evaluation = self._evaluate(position, noise)
+        evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         if state is not self._latest:  # the chains were moved elsewhere meanwhile
             self.ahead = []
         if not self.ahead:
-            self.ahead = self._star(state, tuning, num_steps)
+            self.ahead = self._propose(state, tuning, num_steps)
         self._latest, info = self.ahead.pop(0)
         return self._latest, info
 
     def ended(self, state: State) -> bool:
-        """Whether a star has given its last draw, which the chains are at."""
+        """Whether a set of proposals has given its last draw, which the chains are at."""
         return not self.ahead and state is self._latest
 
     def lead(
@@ -144,14 +143,14 @@ class EndpointTransition:
         """By how much the learned energy of candidates exceeds the true one."""
         return (learned - value.double()).nan_to_num(*3 * [-torch.inf])
 
-    def _star(self, state: State, tuning: Tuning, num_steps: int) -> list[tuple[State, Info]]:
-        """Draws from a star of proposals about a centre, and what each took."""
+    def _propose(self, state: State, tuning: Tuning, num_steps: int) -> list[tuple[State, Info]]:
+        """Draws from several proposals about a centre, and what each took."""
         count = self.num_proposals
         noise, here, share, refreshes = self._refreshed(state)
         centre = self.lead(self.to_centre, state.position, tuning, num_steps)
         ends = self.lead(self.from_centre, _fan(centre.position, count), tuning, num_steps)
         fanned = _fan(noise, count)
-        there = self._evaluate(ends.position, fanned)
+        there = self.target.evaluate(ends.position, fanned)
 
         log_weights = self.log_weights(
             _gather(here.value, there.value), _gather(centre.first, ends.last)
@@ -160,7 +159,7 @@ class EndpointTransition:
         log_weights = log_weights.masked_fill(lost, -torch.inf)
         log_weights[:, :1] = log_weights[:, :1].masked_fill(lost, 0.0)
         weights = log_weights.softmax(-1)
-        picks = spread(weights, count)
+        picks = resample_systematically(weights, count)
         position, kinetic, value = (
             _pick(_gather(old, new), picks)
             for old, new in (
@@ -177,24 +176,20 @@ class EndpointTransition:
         evenness = weights.clamp(max=1.0 / (count + 1)).sum(-1, keepdim=True)
         first = torch.arange(count, device=picks.device) == 0
         rows = picks.shape
-        info = ends.info._replace(
-            accepted=moved,
-            acceptance_rate=((count + 1) * evenness - 1.0).expand(rows) / count,
-            energy_error=error,
-            diverging=error > DIVERGENCE,
-            energy=value.double() + kinetic,
-            n_steps=ends.steps.reshape(rows) + first * centre.steps[:, None],
-            n_gradients=torch.zeros_like(picks),
-            n_densities=(1 + first * refreshes).expand(rows),
-            refresh_rate=None if share is None else share[:, None].expand(rows),
-            surrogate_accepted=moved,
-            surrogate_error=error,
-        )
-        columns = {
-            name: part.reshape(rows).unbind(1)
-            for name, part in info._asdict().items()
-            if part is not None
+        statistics = {
+            "accepted": moved,
+            "acceptance_rate": ((count + 1) * evenness - 1.0).expand(rows) / count,
+            "energy_error": error,
+            "diverging": error > DIVERGENCE,
+            "energy": value.double() + kinetic,
+            "n_steps": ends.steps.reshape(rows) + first * centre.steps[:, None],
+            "n_gradients": torch.zeros_like(picks),
+            "n_densities": (1 + first * refreshes).expand(rows),
         }
+        further = {name: part.reshape(rows) for name, part in ends.info.further.items()}
+        further |= {"surrogate_accepted": moved, "surrogate_error": error}
+        if share is not None:
+            further["refresh_rate"] = share[:, None].expand(rows)
         return [
             (
                 State(
@@ -207,7 +202,10 @@ class EndpointTransition:
                         {name: part[:, k] for name, part in local.items()},
                     ),
                 ),
-                info._replace(**{name: parts[k] for name, parts in columns.items()}),
+                Info(
+                    **{name: part[:, k] for name, part in statistics.items()},
+                    further={name: part[:, k] for name, part in further.items()},
+                ),
             )
             for k in range(count)
         ]
@@ -220,14 +218,11 @@ class EndpointTransition:
             self.blocks,
             state.noise,
             state.evaluation,
-            lambda proposed: self._evaluate(state.position, proposed),
+            lambda proposed: self.target.evaluate(state.position, proposed),
         )
 
-    def _evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
-        return self.potential.evaluate(position, noise, calls=self.num_stars)
 
-
-def spread(weights: Tensor, count: int) -> Tensor:
+def resample_systematically(weights: Tensor, count: int) -> Tensor:
     """Picks so many candidates of each chain that none comes much more often than it should.
 
     Points at equal distances, from a random first one, are laid along the cumulated weights, and

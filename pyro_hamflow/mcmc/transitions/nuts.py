@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_hamflow.dynamics.integrators import Phase, leapfrog_step, rotating_leapfrog_step
 from pyro_hamflow.dynamics.kinetic import whiten
-from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
+from pyro_hamflow.mcmc.transitions.base import Info, Observe, State, Tuning
 from pyro_hamflow.mcmc.transitions.trajectory import (
     Energy,
     Motion,
@@ -21,8 +21,8 @@ from pyro_hamflow.mcmc.transitions.trajectory import (
     deepened,
     extend,
 )
-from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.target import Target
 from pyro_hamflow.programs.capture import Program
 
 _LARGE = 20_000
@@ -36,9 +36,10 @@ class NUTSTransition:
     the sum of the momenta, for every balanced subtree, and across the subtrees that meet.
 
     Arguments:
-        potential: The target.
+        target: The target.
         num_chains: How many chains.
         max_tree_depth: The most doublings of a trajectory.
+        observe: Is told of all steps.
 
     Invariant:
         The density exp(-U(z, u)) of the positions at their noise, exactly.
@@ -50,12 +51,18 @@ class NUTSTransition:
         | https://arxiv.org/abs/1701.02434
     """
 
-    def __init__(self, potential: Potential, num_chains: int, max_tree_depth: int) -> None:
-        self.potential = potential
-        self._gradient = potential.graph("gradient", num_chains)
-        motion = Motion(self._move, _whiten, _energy, potential.dimension)
-        example = potential.vectors(num_chains)[0]
-        self._builder = TreeBuilder(potential, motion, example, max_tree_depth, "tree")
+    def __init__(
+        self,
+        target: Target,
+        num_chains: int,
+        max_tree_depth: int,
+        observe: Observe | None = None,
+    ) -> None:
+        self.target = target
+        self._gradient = target.graph("gradient", num_chains)
+        motion = Motion(self._move, _whiten, _energy, target.dimension)
+        example = target.vectors(num_chains)[0]
+        self._builder = TreeBuilder(target, motion, example, max_tree_depth, "tree", observe)
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
         value, gradient = self._gradient(position, noise)
@@ -121,7 +128,7 @@ class JointNUTSTransition:
     further.
 
     Arguments:
-        potential: The target.
+        target: The target.
         num_chains: How many chains.
         max_tree_depth: The most doublings of a trajectory.
 
@@ -135,17 +142,17 @@ class JointNUTSTransition:
         | https://arxiv.org/abs/1111.4246
     """
 
-    def __init__(self, potential: Potential, num_chains: int, max_tree_depth: int) -> None:
-        self.potential = potential
-        self._gradients = potential.graph("gradients", num_chains)
-        self._size = potential.dimension
-        motion = Motion(self._move, self._whiten, self._energy, potential.dimension)
-        example = torch.cat(potential.vectors(num_chains), -1)
-        self._builder = TreeBuilder(potential, motion, example, max_tree_depth, "joint tree")
+    def __init__(self, target: Target, num_chains: int, max_tree_depth: int) -> None:
+        self.target = target
+        self._gradients = target.graph("gradients", num_chains)
+        self._size = target.dimension
+        motion = Motion(self._move, self._whiten, self._energy, target.dimension)
+        example = torch.cat(target.vectors(num_chains), -1)
+        self._builder = TreeBuilder(target, motion, example, max_tree_depth, "joint tree")
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
         _, *slopes = self._gradients(position, noise)
-        evaluation = self.potential.evaluate(position, noise)
+        evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.cat(slopes, -1), evaluation)
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
@@ -160,7 +167,7 @@ class JointNUTSTransition:
         value = state.evaluation.value
         tree = self._builder.build(start, value, state.noise[:, :0], tuning, limit)
         position, noise = self._parts(tree.draw.position)
-        evaluation = self.potential.evaluate(position, noise)
+        evaluation = self.target.evaluate(position, noise)
         moved = State(position, noise, tree.draw.slope.mT, evaluation)
         return moved, self._builder.info(tree)._replace(n_densities=1)
 
@@ -203,20 +210,28 @@ class TreeBuilder:
     """Builds trajectories by a program that adds a point to that of each chain.
 
     Arguments:
-        potential: The target; compiles the program if asked to.
+        target: The target; compiles the program if asked to.
         motion: How points move.
         example: Positions of all chains, noise included if it moves.
         max_tree_depth: The most doublings of a trajectory.
         name: Of the program.
+        observe: Is told of all steps.
     """
 
     def __init__(
-        self, potential: Potential, motion: Motion, example: Tensor, max_tree_depth: int, name: str
+        self,
+        target: Target,
+        motion: Motion,
+        example: Tensor,
+        max_tree_depth: int,
+        name: str,
+        observe: Observe | None = None,
     ) -> None:
-        self.potential = potential
+        self.target = target
+        self._observe = observe
         self.motion = motion
         self.max_tree_depth = max_tree_depth
-        self.name = name
+        self._name = name if observe is None else f"{name}, observed"
         # Marks are read at every step: where they are large, few are made until more are needed.
         large = example.numel() * max_tree_depth > _LARGE
         depth = min(max_tree_depth, _SHALLOW) if large else max_tree_depth
@@ -234,7 +249,13 @@ class TreeBuilder:
         tensors, settings = self._prepare(start, value, noise, tuning, limit)
         program = self._accelerate(tensors, settings)
         for number in itertools.count(1):
-            tensors = program(*tensors, *settings, self._draw_level())
+            before = tensors
+            tensors, latest = self._extend(program, tensors, (*settings, self._draw_level()))
+            if self._observe is not None:
+                old, new = Tree.unflatten(before), Tree.unflatten(tensors)
+                position, value, slope = latest
+                turned = new.sign != old.sign  # a doubling goes on from either of the two ends
+                self._observe(position.mT, value, slope.mT, ~old.done, turned)
             if bool(tensors[-1].all()):
                 break
             if number == self._full:
@@ -246,7 +267,7 @@ class TreeBuilder:
         """The first point that trajectories add."""
         tensors, settings = self._prepare(start, value, noise, tuning, 1)
         program = self._accelerate(tensors, settings)
-        return Tree.unflatten(program(*tensors, *settings, self._level)).candidate
+        return Tree.unflatten(self._extend(program, tensors, (*settings, self._level))[0]).candidate
 
     def info(self, tree: Tree) -> Info:
         """What happened in the transition to a tree's draw."""
@@ -260,15 +281,17 @@ class TreeBuilder:
             n_steps=tree.num_points,
             n_gradients=tree.num_points,
             n_densities=0,
-            tree_depth=depth.long(),
-            reached_max_treedepth=tree.limited & (tree.num_points == self._most),
+            further={
+                "tree_depth": depth.long(),
+                "reached_max_treedepth": tree.limited & (tree.num_points == self._most),
+            },
         )
 
     def _prepare(
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, limit: int
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A tree of one point, and what does not change while it grows."""
-        root, example = tuning.kinetic.root, self.potential.example
+        root, example = tuning.kinetic.root, self.target.example
         size = tuning.step_sizes(start.position.mT)
         most = torch.full_like(example, limit, dtype=torch.long)
         tree = begin(start, value, self.motion, root, self._marks)
@@ -276,11 +299,20 @@ class TreeBuilder:
 
     def _accelerate(self, tensors: tuple[Tensor, ...], settings: tuple[Tensor, ...]) -> Program:
         inputs = (*tensors, *settings, self._level)
-        return self.potential.accelerate(self.name, self._program, *inputs)
+        return self.target.accelerate(self._name, self._program, *inputs)
+
+    @staticmethod
+    def _extend(
+        program: Program, tensors: tuple[Tensor, ...], settings: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A tree with one point more; and position, potential and gradient there, if observed."""
+        made = program(*tensors, *settings)
+        return made[: len(tensors)], made[len(tensors) :]
 
     def _draw_level(self) -> Tensor:
         return torch.rand(self._level.shape, dtype=self._level.dtype, device=self._level.device)
 
     def _program(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        tree, settings = Tree.unflatten(inputs[:-5]), inputs[-5:]
-        return extend(tree, self.motion, *settings).flatten()
+        tree, latest = extend(Tree.unflatten(inputs[:-5]), self.motion, *inputs[-5:])
+        seen = () if self._observe is None else (latest.position, latest.value, latest.slope)
+        return *tree.flatten(), *seen

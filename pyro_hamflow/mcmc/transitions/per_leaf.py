@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import Info, ParameterTransition, State, Tuning
-from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
-from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.target import Target
 from pyro_hamflow.surrogates.targets import JudgedDensity
 
 
@@ -16,8 +16,7 @@ class PerLeafTransition:
     """Moves along a learned gradient, every point weighted by its true energy.
 
     Arguments:
-        potential: The true one.
-        density: Its energy with the learned gradient.
+        density: The true energy with the learned gradient.
         inner: The transition on that.
 
     Invariant:
@@ -29,10 +28,8 @@ class PerLeafTransition:
         | https://arxiv.org/abs/1711.05307
     """
 
-    def __init__(
-        self, potential: Potential, density: JudgedDensity, inner: ParameterTransition
-    ) -> None:
-        self.potential = potential
+    def __init__(self, density: JudgedDensity, inner: ParameterTransition) -> None:
+        self.target: Target = density
         self.density = density
         self.inner = inner
 
@@ -56,10 +53,9 @@ class PerLeafTransition:
             n_steps=steps,
             n_gradients=count,
             n_densities=steps,
-            surrogate_accepted=info.accepted,
-            surrogate_error=gain - (after.double() - before.double()),
         )
-        return moved, info
+        error = gain - (after.double() - before.double())
+        return moved, info.adding(surrogate_accepted=info.accepted, surrogate_error=error)
 
 
 class PerLeafConditionalTransition(ConditionalTransition):
@@ -68,13 +64,14 @@ class PerLeafConditionalTransition(ConditionalTransition):
     Arguments:
         inner: The move of the parameters.
         refresh: The move of the noise.
+        blocks: Which parts of the noise are accepted together.
 
     Invariant:
         As of :class:`~pyro_hamflow.mcmc.transitions.pseudo_marginal.ConditionalTransition`.
     """
 
-    def __init__(self, inner: PerLeafTransition, refresh: Refresh) -> None:
-        super().__init__(inner, refresh)
+    def __init__(self, inner: PerLeafTransition, refresh: Refresh, blocks: Blocks) -> None:
+        super().__init__(inner, refresh, blocks)
         self.density = inner.density
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:

@@ -23,7 +23,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     select_evaluation,
 )
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
-from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.target import Target
 from pyro_hamflow.programs.capture import Program
 
 
@@ -31,7 +31,7 @@ class JointTransition:
     """Moves parameters and noise together, by the splitting integrator.
 
     Arguments:
-        potential: The target.
+        target: The target.
         num_chains: How many chains.
 
     Invariant:
@@ -42,13 +42,13 @@ class JointTransition:
         | https://arxiv.org/abs/1607.02516
     """
 
-    def __init__(self, potential: Potential, num_chains: int) -> None:
-        self.potential = potential
+    def __init__(self, target: Target, num_chains: int) -> None:
+        self.target = target
         self.num_chains = num_chains
-        self._gradients = potential.graph("gradients", num_chains)
+        self._gradients = target.graph("gradients", num_chains)
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
-        evaluation = self.potential.evaluate(position, noise)
+        evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
@@ -66,7 +66,7 @@ class JointTransition:
         for step in range(num_steps):
             time = size if step < num_steps - 1 else 0.5 * size
             phase = Phase(*advance(*phase, mass, size, time))
-        evaluation = self.potential.evaluate(phase.z, phase.u)
+        evaluation = self.target.evaluate(phase.z, phase.u)
         before = state.evaluation.value.double()
         kinetic_before = kinetic.energy(start.r).double()
         kinetic_after = kinetic.energy(phase.r).double()
@@ -95,10 +95,10 @@ class JointTransition:
         ) -> tuple[Tensor, ...]:
             return tuple(kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time))
 
-        position, noise = self.potential.vectors(self.num_chains)
+        position, noise = self.target.vectors(self.num_chains)
         size = position.new_ones(len(position), 1)
         examples = (position, position, noise, noise, inverse_mass, size, size)
-        return self.potential.accelerate("splitting", advance, *examples)
+        return self.target.accelerate("splitting", advance, *examples)
 
 
 def _half_square_gain(new: Tensor, old: Tensor) -> Tensor:
@@ -112,6 +112,7 @@ class ConditionalTransition:
     Arguments:
         inner: The move of the parameters.
         refresh: The move of the noise.
+        blocks: Which parts of the noise are accepted together.
 
     Invariant:
         The extended density of parameters and noise, exactly, for every number of particles: both
@@ -122,25 +123,25 @@ class ConditionalTransition:
         | https://arxiv.org/abs/1510.02958
     """
 
-    def __init__(self, inner: ParameterTransition, refresh: Refresh) -> None:
-        self.potential = inner.potential
+    def __init__(self, inner: ParameterTransition, refresh: Refresh, blocks: Blocks) -> None:
+        self.target = inner.target
         self.inner = inner
         self.refresh = refresh
-        self.blocks = Blocks(inner.potential)
+        self.blocks = blocks
 
     def begin(self, position: Tensor, noise: Tensor) -> State:
         state = self.inner.begin(position, noise)
-        return state._replace(evaluation=self.potential.evaluate(position, noise))
+        return state._replace(evaluation=self.target.evaluate(position, noise))
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         moved, info = self.inner.step(state, tuning, num_steps)
         position = moved.position
-        here = self.potential.evaluate(position, moved.noise)
+        here = self.target.evaluate(position, moved.noise)
         noise, evaluation, share, count = self.refresh(
             self.blocks,
             moved.noise,
             here,
-            lambda proposed: self.potential.evaluate(position, proposed),
+            lambda proposed: self.target.evaluate(position, proposed),
         )
         changed = State(position, noise, moved.gradient, evaluation)
         fresh = self.inner.refreshed(changed, tuning)
@@ -148,6 +149,5 @@ class ConditionalTransition:
             energy=info.energy + (fresh.evaluation.value - here.value).double(),
             n_gradients=info.n_gradients + 1,
             n_densities=info.n_densities + 1 + count,
-            refresh_rate=share,
         )
-        return fresh, info
+        return fresh, info.adding(refresh_rate=share)

@@ -207,8 +207,8 @@ def extend(
     step_size: Tensor,
     limit: Tensor,
     level: Tensor,
-) -> Tree:
-    """Adds a point to the trajectory of each chain that has not ended.
+) -> tuple[Tree, Pick]:
+    """Adds a point to the trajectory of each chain that has not ended; returns it too.
 
     Arguments:
         tree: The trajectories.
@@ -264,7 +264,7 @@ def extend(
     accepted = joined & (level[2].log() < candidate_log_weight - tree.log_weight)
     limited = joined & ~turned[0] & (2 * number + 1 > limit)
     log_weight = torch.logaddexp(tree.log_weight, candidate_log_weight)
-    return Tree(
+    longer = Tree(
         draw=_select_all(accepted, candidate, tree.draw),
         candidate=candidate,
         backward=_select_all(joined & ~onward, here, tree.backward),
@@ -284,6 +284,7 @@ def extend(
         limited=tree.limited | limited,
         done=tree.done | broken | limited | (complete & turned[0]),
     )
+    return longer, latest
 
 
 def _turned(

@@ -28,10 +28,10 @@ from pyro_hamflow.checks import whole
 from pyro_hamflow.dynamics.integrators import leapfrog_step
 from pyro_hamflow.model.potential import Potential, with_slopes
 from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian
-from pyro_hamflow.networks.training import Training, fit_energy
 from pyro_hamflow.surrogates.amortized.probes import probe, probed_points, turned
 from pyro_hamflow.surrogates.amortized.simulated import Gradient, SimulatedSets, observed
-from pyro_hamflow.surrogates.losses import GradientMatching, Loss, Points
+from pyro_hamflow.surrogates.fit import EnergyTraining, fit_energy
+from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 Summary = Callable[[Mapping[str, Tensor]], Tensor]
@@ -61,7 +61,7 @@ class AmortizedSurrogate:
         guess: ConditionalGaussian,
         network: PotentialNetwork,
         summary: Summary,
-        training: Training,
+        training: EnergyTraining,
         n_gradients: int,
     ) -> None:
         self.guess = guess
@@ -144,7 +144,7 @@ class AmortizedSurrogate:
             )
         guess = _restored(ConditionalGaussian, content["guess"])
         network = _restored(PotentialNetwork, content["network"])
-        training = Training(**content["training"])
+        training = EnergyTraining(**content["training"])
         return cls(guess, network, summary or flatten_data, training, content["n_gradients"])
 
 
@@ -228,22 +228,12 @@ def learn_surrogate(
             network,
             points,
             # Each data set's energy has its own constant.
-            loss=_noted(GradientMatching(energy_weight=0.0), bar),
-            steps=training_steps,
+            loss=GradientMatching(energy_weight=0.0),
+            num_steps=training_steps,
             learning_rate=_ENERGY_RATE,
+            bar=bar,
         )
     return AmortizedSurrogate(guess, network, summary, training, sets.n_gradients)
-
-
-def _noted(loss: Loss, bar: tqdm[Any]) -> Loss:
-    """The loss; a bar is told of each step of a training."""
-
-    def noted(network: Any, points: Any) -> Tensor:
-        if torch.is_grad_enabled():
-            bar.update()
-        return loss(network, points)
-
-    return noted
 
 
 def _fit_guess(
@@ -260,7 +250,7 @@ def _fit_guess(
         return energy
 
     points = Points(position, torch.zeros_like(position[:, 0]), position, context)
-    fit_energy(guess, points, loss=_noted(loss, bar), steps=steps, learning_rate=_GUESS_RATE)
+    fit_energy(guess, points, loss=loss, num_steps=steps, learning_rate=_GUESS_RATE, bar=bar)
     fitted: ConditionalGaussian = guess
     return fitted
 

@@ -1,0 +1,197 @@
+"""What is tuned of a likelihood estimate: how its noise moves, and its sites and particles."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.marginal.scrutiny import look, mend_proposal, misses, more_of_prior, refit_at
+from pyro_hamflow.mcmc.adaptation.base import Plan
+from pyro_hamflow.mcmc.transitions.base import State, Transition
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
+from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
+from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.start import find_start
+
+_REPLICATES = 32
+# Where joint moves overtake conditional ones, by effective draws per gradient: measured in
+# benchmarks/methods.py for noise that is accepted as a whole, and element by element.
+_LARGEST_VARIANCE = 3.0
+_LARGEST_FACTORISED_VARIANCE = 20.0
+_SLOW_VARIANCE = 10.0
+_NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are for long
+_WANTED_VARIANCE = 1.0  # of the estimate, as where the number of particles is settled
+_LOOKS = 4
+_FAR = 1.0  # of the pilot from the mode, in posterior standard deviations
+_METHODS = ("auto", "joint", "conditional")
+
+
+class EstimatorTuning:
+    """How a kernel moves the noise of an estimate, and what warm-up tunes of the estimate.
+
+    Arguments:
+        method: ``"joint"`` moves parameters and noise together; ``"conditional"`` moves parameters
+            with the noise held, and then refreshes the noise; ``"auto"`` chooses by the variance
+            of the estimate, and says so.
+        refresh: The move of the noise under the conditional method; fresh independent noise for
+            every element if not given.
+        trajectories: How trajectories end.
+
+    Attributes:
+        chosen_method: The method that moves are made by.
+        variance: That of the log estimate, where it was looked at last.
+        max_pareto_k: The heaviest tail of the weights, at the end of warm-up.
+
+    Raises:
+        ValueError: If the method is unknown.
+    """
+
+    def __init__(self, method: str, refresh: Refresh | None, trajectories: Trajectories) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"`method` is {method!r}: expected one of {_METHODS}")
+        self.method = method
+        self.refresh = refresh or CorrelatedRefresh()
+        self.trajectories = trajectories
+        self.chosen_method = method
+        self.variance = math.nan
+        self.max_pareto_k = math.nan
+        self._window: list[Tensor] = []
+        self._remark: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was chosen and found, in plain values."""
+        return {
+            "method": self.chosen_method,
+            "refresh": repr(self.refresh),
+            "log_likelihood_variance": self.variance,
+            "max_pareto_k": self.max_pareto_k,
+        }
+
+    def start_over(self, source: ModelTarget, plan: Plan) -> None:
+        """Goes back to what was there before any run, so that a run repeats itself."""
+        self.source, self.plan = source, plan
+        self._window, self._remark, self.max_pareto_k = [], None, math.nan
+        if isinstance(source.model, MarginalModel):
+            source.model.untune()
+
+    def tell_of_pilot(self) -> None:
+        """Says what was wrong where the estimator was fitted."""
+        model = self.source.model
+        if not isinstance(model, MarginalModel):
+            return
+        if model.remark:
+            self.plan.say(model.remark, first=True)
+        if model.pilot_distance > _FAR:
+            self.plan.say(
+                "the search for the posterior's mode did not come to rest; the chains may start "
+                f"{model.pilot_distance:.2g} posterior standard deviations from it, and warm-up "
+                "has to find the rest of the way."
+            )
+
+    def transition(self, potential: Potential, position: Tensor) -> Transition:
+        """The move of parameters and noise, for chains that start at given positions."""
+        if not potential.noise_sites:
+            raise ValueError(
+                "the model has no noise sites: expected a model from `marginalize`, or one that "
+                "calls `pyro_hamflow.noise`; for other models use `HMC` or `NUTS`"
+            )
+        chosen = self.method == "auto"
+        self.chosen_method = self._choose(potential, position) if chosen else self.method
+        if self.chosen_method == "joint":
+            return self.trajectories.joint_transition(potential, len(position))
+        inner = self.trajectories.parameter_transition(potential, len(position))
+        return ConditionalTransition(inner, self.refresh, Blocks(potential))
+
+    def _choose(self, potential: Potential, position: Tensor) -> str:
+        """Which of the two ways serves, by the variance of the estimate where the chains start."""
+        self.variance = _variance(potential, position)
+        if potential.factorises and self.variance <= _LARGEST_FACTORISED_VARIANCE:
+            method, why = "conditional", "each element's noise is refreshed on its own"
+        elif self.variance <= _LARGEST_VARIANCE:
+            method, why = "conditional", "fresh noise is often accepted as a whole"
+        else:
+            method, why = "joint", "with the noise held, the parameters could move little"
+        if self.variance > _SLOW_VARIANCE:
+            why += "; more particles would let them move further"
+        if self._remark in self.plan.messages:
+            self.plan.messages.remove(self._remark)
+        self.plan.say(
+            f"the log-likelihood estimate has variance {self.variance:.3g} where the chains "
+            f"start; moves are {method} ({why})."
+        )
+        self._remark = self.plan.messages[-1]
+        return method
+
+    def note(self, state: State) -> None:
+        """Keeps the positions of one iteration of warm-up."""
+        self._window.append(state.position)
+
+    def retuned(self, state: State) -> tuple[Potential, Tensor, Tensor] | None:
+        """Fits the estimator anew, at the mean of the window's draws, where that is worth it.
+
+        Nothing changes where the estimate's variance is small enough, for a new estimator means new
+        programs.
+
+        Returns:
+            The new target, with the positions and fresh noise; none if nothing has changed.
+        """
+        window, self._window = self._window, []
+        model, potential = self.source.model, self.source.potential
+        if not isinstance(model, MarginalModel) or callable(model.proposal) or not window:
+            return None
+        args, kwargs = potential.args, potential.kwargs
+        draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
+        with torch.random.fork_rng():
+            better = None
+            is_noisy = _variance(potential, state.position) > _WANTED_VARIANCE
+            if is_noisy and model.proposal == "prior":
+                better = more_of_prior(model, draws, args, kwargs)
+            elif is_noisy:
+                centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))
+                better = refit_at(model, centre, draws, args, kwargs)
+            candidate = better or copy.copy(model)
+            if candidate.may_choose_proposal:
+                remark = mend_proposal(candidate, draws[:1], args, kwargs)
+                if remark is not None:
+                    self.plan.say(remark, first=True)
+                    better = candidate
+            if better is None:
+                return None
+            model.adopt(better)
+            potential = self.source.capture(args, kwargs)
+        return potential, *find_start(potential, len(state.position), state.position, 0.0)
+
+    def examine(self, state: State) -> None:
+        """Looks at the frozen estimator at the last draws of warm-up; says first what is wrong."""
+        model, potential = self.source.model, self.source.potential
+        self.variance = _variance(potential, state.position)
+        if self.variance > _NOISY_VARIANCE:
+            self.plan.say(
+                "the log-likelihood estimate is too noisy at the chains' own draws, with variance "
+                f"{self.variance:.3g}: take more particles, `points='rqmc'` or another proposal.",
+                first=True,
+            )
+        if not isinstance(model, MarginalModel):
+            return
+        draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
+        with torch.random.fork_rng():
+            looks = [look(model, draw, potential.args, potential.kwargs) for draw in draws]
+            self.max_pareto_k = max(found.max_pareto_k for found in looks)
+            remark = misses(model, draws, potential.args, potential.kwargs)
+        if remark:
+            self.plan.say(remark, first=True)
+
+
+def _variance(potential: Potential, position: Tensor) -> float:
+    """That of the log estimate, the median over chains, at their positions."""
+    count = len(position)
+    values = [potential.value(position, potential.draw_noise(count)) for _ in range(_REPLICATES)]
+    return float(torch.stack(values).double().var(0).median())

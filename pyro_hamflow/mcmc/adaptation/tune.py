@@ -1,0 +1,116 @@
+"""The phase that tunes step size and mass, and the estimator if there is one, then draws."""
+
+from __future__ import annotations
+
+from pyro_hamflow.mcmc.adaptation.base import Draw, Phase, Plan
+from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
+from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
+from pyro_hamflow.mcmc.adaptation.window import WarmUp
+from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning
+from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
+
+_OPENING_STEPS = 20  # of a trajectory at most, while chains are on their way to the typical set
+
+
+class Tune:
+    """Finds step size and mass in windows; draws with them when it is done.
+
+    Arguments:
+        transition: The move.
+        trajectories: How its trajectories end.
+        step_and_mass: What is tuned, and how.
+        warmup: What is found, window by window.
+        plan: What the run is to be.
+        estimator: What is tuned of a likelihood estimate, if there is one.
+    """
+
+    def __init__(
+        self,
+        transition: Transition,
+        trajectories: Trajectories,
+        step_and_mass: StepAndMass,
+        warmup: WarmUp,
+        plan: Plan,
+        estimator: EstimatorTuning | None = None,
+    ) -> None:
+        self.transition = transition
+        self.trajectories = trajectories
+        self.step_and_mass = step_and_mass
+        self.warmup = warmup
+        self.plan = plan
+        self.estimator = estimator
+
+    @property
+    def tuning(self) -> Tuning:
+        return self.warmup.tuning
+
+    @property
+    def adapting(self) -> bool:
+        return not self.warmup.finished
+
+    @property
+    def remaining(self) -> int:
+        return self.warmup.remaining
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether trajectories are kept short, for chains are on their way to the typical set."""
+        return self.warmup.opening
+
+    def advance(self, state: State) -> tuple[State, Info]:
+        """One iteration of all chains, and what follows from it for the tuning."""
+        warmup = self.warmup
+        num_steps = self.trajectories.draw_num_steps(warmup.tuning.step_size)
+        if self.is_opening:
+            num_steps = min(num_steps, _OPENING_STEPS)
+        state, info = self.transition.step(state, warmup.tuning, num_steps)
+        changed = warmup.update(state, info)
+        if changed and not warmup.finished:
+            if self.estimator is not None:
+                state = self._refitted(self.estimator, state)
+            if self.step_and_mass.adapt_step_size:
+                self.restart(state)
+        if warmup.finished:
+            self._tell()
+        if self.estimator is not None:
+            self.estimator.note(state)
+            if warmup.finished:
+                self.estimator.examine(state)
+        return state, info
+
+    def _refitted(self, estimator: EstimatorTuning, state: State) -> State:
+        """The state under the estimator as it is at the end of a window, if that has changed."""
+        changed = estimator.retuned(state)
+        if changed is None:
+            return state
+        potential, position, noise = changed
+        self.transition = estimator.transition(potential, position)
+        return self.transition.begin(position, noise)
+
+    def restart(self, state: State) -> None:
+        """Begins the search for the step size anew, from a reasonable one."""
+        size = self.step_and_mass.reasonable_step_size(self.transition, state, self.warmup.tuning)
+        self.warmup.restart(size)
+
+    def _tell(self) -> None:
+        """Says if warm-up took longer than was planned, or has not converged."""
+        warmup = self.warmup
+        took = f"warm-up went on to {warmup.warmup_steps} iterations"
+        if warmup.doubts:
+            self.plan.say(
+                f"{took}, its limit, and has not converged: in its last window "
+                f"{' and '.join(warmup.doubts)}."
+            )
+        elif warmup.has_gone_on:
+            self.plan.say(f"{took}, after which it had converged.")
+
+    def successor(self, state: State) -> tuple[Phase, State] | None:
+        return None if self.adapting else (self._draw(), state)
+
+    def _draw(self) -> Draw:
+        transition, tuning, trajectories = self.transition, self.tuning, self.trajectories
+
+        def advance(state: State) -> tuple[State, Info]:
+            return transition.step(state, tuning, trajectories.draw_num_steps(tuning.step_size))
+
+        return Draw(transition, advance, tuning)

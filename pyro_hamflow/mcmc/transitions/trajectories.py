@@ -1,0 +1,120 @@
+"""How trajectories end: after a length of time, or where they turn back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from pyro_hamflow.checks import between, positive, whole
+from pyro_hamflow.mcmc.transitions.base import Observe, ParameterTransition, Transition
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
+from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
+from pyro_hamflow.model.target import Target
+
+_DEEPEST = 20
+
+
+class Trajectories(Protocol):
+    """Transitions by trajectories that end in one way."""
+
+    def parameter_transition(
+        self, target: Target, num_chains: int, observe: Observe | None = None
+    ) -> ParameterTransition:
+        """The move of the parameters, noise held.
+
+        Arguments:
+            target: The target.
+            num_chains: How many chains.
+            observe: Is told of all steps.
+        """
+
+    def joint_transition(self, target: Target, num_chains: int) -> Transition:
+        """The move of parameters and noise together."""
+
+    def draw_num_steps(self, step_size: float) -> int:
+        """How many steps the next trajectories take, or may take at most."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was chosen, in plain values."""
+
+
+@dataclass(frozen=True)
+class HMCTrajectories:
+    """Trajectories that end after a length of time, or a number of steps.
+
+    Arguments are those of :class:`~pyro_hamflow.HMC`.
+    """
+
+    trajectory_length: float | None
+    num_steps: int | None
+    jitter: float
+    max_num_steps: int
+
+    def __post_init__(self) -> None:
+        if self.trajectory_length is not None:
+            positive("trajectory_length", self.trajectory_length)
+        between("jitter", self.jitter, 0.0, 1.0, ends="low")
+        if self.num_steps is not None:
+            whole("num_steps", self.num_steps, 1)
+        whole("max_num_steps", self.max_num_steps, 1)
+
+    @property
+    def fixed_num_steps(self) -> int | None:
+        """The number of steps of each trajectory, if that is what was given."""
+        return self.num_steps if self.trajectory_length is None else None
+
+    @property
+    def length(self) -> float:
+        """The mean time of a trajectory: a quarter of a turn, if it was not given."""
+        return math.pi / 2 if self.trajectory_length is None else self.trajectory_length
+
+    def parameter_transition(
+        self, target: Target, num_chains: int, observe: Observe | None = None
+    ) -> ParameterTransition:
+        return HMCTransition(target, num_chains, observe)
+
+    def joint_transition(self, target: Target, num_chains: int) -> Transition:
+        return JointTransition(target, num_chains)
+
+    def draw_num_steps(self, step_size: float) -> int:
+        if self.fixed_num_steps is not None:
+            return self.fixed_num_steps
+        factor = 1.0 + self.jitter * (2.0 * torch.rand(()).item() - 1.0)
+        steps = round(self.length * factor / step_size)
+        return max(1, min(steps, self.max_num_steps))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        if self.fixed_num_steps is not None:
+            return {"num_steps": self.fixed_num_steps}
+        return {"trajectory_length": self.length, "jitter": self.jitter}
+
+
+@dataclass(frozen=True)
+class NUTSTrajectories:
+    """Trajectories that end where they turn back, after so many doublings at most."""
+
+    max_tree_depth: int
+
+    def __post_init__(self) -> None:
+        whole("max_tree_depth", self.max_tree_depth, 1, _DEEPEST)
+
+    def parameter_transition(
+        self, target: Target, num_chains: int, observe: Observe | None = None
+    ) -> ParameterTransition:
+        return NUTSTransition(target, num_chains, self.max_tree_depth, observe)
+
+    def joint_transition(self, target: Target, num_chains: int) -> Transition:
+        return JointNUTSTransition(target, num_chains, self.max_tree_depth)
+
+    def draw_num_steps(self, step_size: float) -> int:
+        return 2**self.max_tree_depth - 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"max_tree_depth": self.max_tree_depth}

@@ -1,0 +1,103 @@
+"""Machine code for captured programs, once it has paid to make it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pyro_hamflow.programs.capture import Program, sizes_made
+
+_EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
+_COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each operation of it
+# Of the calls that take as long as to compile, made before it is compiled. What a run calls a few
+# hundred times, while it tunes, is never compiled; what draws call is, after a tenth of that time.
+_PATIENCE = 0.1
+
+_OPTIONS = {
+    # Checks of the inputs' strides cost more than a small gradient does.
+    "size_asserts": False,
+    "alignment_asserts": False,
+    # Short loops, as over the visits of a subject, are vectorised too: a quarter faster.
+    "cpp.enable_tiling_heuristics": False,
+    # Parts that are joined are written where they belong, not selected at every element.
+    "max_pointwise_cat_inputs": 0,
+}
+
+
+class SelfCompiling:
+    """A captured program that compiles itself once it has been called often enough.
+
+    Arguments:
+        graph: The program.
+    """
+
+    def __init__(self, graph: GraphModule) -> None:
+        self.graph = graph
+        self._enough = int(_PATIENCE * calls_to_pay(graph))
+        self._compiled: Program | None = None
+        self.start_counting()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether calls run machine code by now."""
+        return self._compiled is not None and self._calls >= self._enough
+
+    def start_counting(self) -> None:
+        """Counts calls from here on: what was compiled before is used when it would be again."""
+        self._calls = 0
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self._calls < self._enough:
+            self._calls += 1
+            return self.graph(*inputs)
+        if self._compiled is None:
+            self._compiled = compile_graph(self.graph, *inputs)
+        return self._compiled(*inputs)
+
+
+def calls_to_pay(graph: GraphModule) -> float:
+    """How many calls take as long as to compile the graph, roughly.
+
+    By the number of its operations and of the numbers that they make, not by a clock, so that what
+    is compiled in a run is compiled when it is repeated.
+    """
+    sizes = sizes_made(graph)
+    seconds = _EACH * len(sizes) + _NUMBER * sum(sizes)
+    return (_COMPILER + _COMPILED_EACH * len(sizes)) / max(seconds, _EACH)
+
+
+def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
+    """Compiles a graph to machine code, or returns it as it is where no compiler works.
+
+    Arguments:
+        graph: The graph.
+        examples: Arguments of the shapes it will be called with.
+
+    Returns:
+        A function of the same arguments and results.
+    """
+    try:
+        import torch._inductor as inductor  # here, for it takes a second to import
+
+        dense: list[Any] = [example.contiguous() for example in examples]
+        with torch.no_grad():
+            with inductor.config.patch(_OPTIONS):
+                compiled = inductor.compile(graph, dense)
+            compiled(*dense)
+    except Exception as error:  # the compiler's failures have many types; none may end a run
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"Compilation failed ({reason[:200]}); sampling goes on without it, more slowly.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return graph
+
+    def run(*inputs: Tensor) -> Any:
+        return compiled(*[tensor.contiguous() for tensor in inputs])
+
+    return run
