@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import pyro_hamflow
+from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.mcmc.kernels.base import Kernel
+from pyro_hamflow.mcmc.transitions.base import (
+    Info,
+    State,
+    draw_level,
+    metropolis,
+    select_state,
+)
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -24,5 +34,13 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         math=math,
         pyro=pyro,
         torch=torch,
+        Evaluation=Evaluation,
+        Info=Info,
+        Kernel=Kernel,
+        ModelTarget=ModelTarget,
         Potential=Potential,
+        State=State,
+        draw_level=draw_level,
+        metropolis=metropolis,
+        select_state=select_state,
     )

@@ -212,7 +212,7 @@ def test_models_that_write_in_place_are_batched(model):
     value, slope, _ = potential.gradients(position, noise)
     assert potential.programs.fallback_reason is None and not potential.programs._looped
     for row, one, slope_of_one in zip(position, value, slope, strict=True):
-        expected, expected_slope = potential._one("gradient")(row, noise[0])
+        expected, expected_slope = potential.function("gradient")(row, noise[0])
         torch.testing.assert_close(one, expected)
         torch.testing.assert_close(slope_of_one, expected_slope)
 

@@ -197,7 +197,7 @@ def test_rows_without_a_density_in_models_of_several_kinds(model):
     potential = Potential(model)
     rows = torch.tensor([[0.2, 0.1], [0.1, 2.0], [-0.3, 0.4], [0.0, -3.0]], dtype=torch.float64)
     value, slope, _ = potential.gradients(rows, torch.zeros(4, 0))
-    assert potential.fallback_reason is None
+    assert potential.programs.fallback_reason is None
     assert value.isfinite().tolist() == [True, False, True, False]
     for row in (0, 2):
         expected = potential._one("gradient")(rows[row], torch.zeros(0))
@@ -231,7 +231,7 @@ def test_a_check_of_the_models_own_cuts_its_posterior(error):
     assert abs(scores(r.numpy(), mean)).max() < 4.0
     assert abs(scores((r.numpy() - mean) ** 2, variance)).max() < 4.0
     assert r.min() >= -0.5
-    failures = kernel.potential.failures
+    failures = kernel.potential.programs.failures
     assert failures.count > 0
     assert any(f"failed at {failures.count} of" in message for message in mcmc.messages)
     assert any("too low" in message for message in mcmc.messages)

@@ -16,6 +16,7 @@ import xarray
 from pyro.infer.reparam import LocScaleReparam, TransformReparam
 
 import pyro_hamflow as phf
+from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.results.inference_data import build_groups, to_datatree
 from pyro_hamflow.results.run import plain
 
@@ -245,15 +246,11 @@ def test_other_results_are_refused():
         phf.to_inference_data(object())
 
 
-def test_chains_with_methods_of_their_own_are_joined(data):
-    class Alternating(phf.PseudoMarginalNUTS):
-        """Its second chain, unlike its first, refreshes the noise on its own."""
-
-        def _choose(self, *_):
-            self.chosen = {"joint": "conditional"}.get(getattr(self, "chosen", ""), "joint")
-            return self.chosen
-
-    kernel = Alternating(phf.marginalize(clinics, ["effect"], num_particles=2))
+def test_chains_with_methods_of_their_own_are_joined(data, monkeypatch):
+    """The second chain, unlike the first, refreshes the noise on its own."""
+    methods = iter(["joint", "conditional"])
+    monkeypatch.setattr(EstimatorTuning, "_choose", lambda *_: next(methods))
+    kernel = phf.PseudoMarginalNUTS(phf.marginalize(clinics, ["effect"], num_particles=2))
     mcmc = phf.MCMC(kernel, 5, 5, num_chains=2, chain_method="sequential", seed=0)
     mcmc.run(*data)
     stats = phf.to_inference_data(mcmc).sample_stats
@@ -262,7 +259,7 @@ def test_chains_with_methods_of_their_own_are_joined(data):
 
 
 def test_settings_are_valid_json(mcmc):
-    mcmc.kernel.log_likelihood_variance = float("nan")
+    mcmc.kernel.hamiltonian.estimator.variance = float("nan")
     settings = phf.to_inference_data(mcmc, log_likelihood=False).attrs["kernel_settings"]
 
     def refuse(constant):

@@ -216,7 +216,7 @@ def test_function_that_compiles_itself_when_it_is_first_called():
     start = {"z": torch.tensor([0.3, 1.0]), "w": torch.ones(2, 2)}
     kernel = NUTS(potential_fn=function)
     state = kernel.begin(2, 0, (), {}, start)
-    assert kernel.potential.fallback_reason is None
+    assert kernel.potential.programs.fallback_reason is None
     expected = [bowl({name: value[i] for name, value in start.items()}) for i in range(2)]
     torch.testing.assert_close(state.evaluation.value, torch.stack(expected))
 

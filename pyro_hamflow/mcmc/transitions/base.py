@@ -193,3 +193,13 @@ def select_evaluation(accepted: Tensor, new: Evaluation, old: Evaluation) -> Eva
         {k: select(accepted, v, old.log_likelihoods[k]) for k, v in new.log_likelihoods.items()},
         {k: select(accepted, v, old.local[k]) for k, v in new.local.items()},
     )
+
+
+def select_state(accepted: Tensor, new: State, old: State) -> State:
+    """The new state of each accepted chain, and the old one of the others."""
+    return State(
+        select(accepted, new.position, old.position),
+        select(accepted, new.noise, old.noise),
+        select(accepted, new.gradient, old.gradient),
+        select_evaluation(accepted, new.evaluation, old.evaluation),
+    )

@@ -10,8 +10,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     State,
     draw_level,
     metropolis,
-    select,
-    select_evaluation,
+    select_state,
 )
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
@@ -49,15 +48,15 @@ class FlowMHTransition:
         error = evaluation.value.double() - state.evaluation.value.double()
         error = error + (there.double() - here.double())
         decision = metropolis(error, draw_level(chains, error.device))
-        accepted = decision.accepted
-        kept = select_evaluation(accepted, evaluation, state.evaluation)
-        moved = State(
-            select(accepted, position, state.position),
-            select(accepted, noise, state.noise),
-            state.gradient,
-            kept,
-        )
+        proposed = State(position, noise, state.gradient, evaluation)
+        moved = select_state(decision.accepted, proposed, state)
         # A poor proposal is no divergence of a trajectory: there is none.
         decision = decision._replace(diverging=torch.zeros_like(decision.diverging))
-        info = Info(*decision, energy=kept.value.double(), n_steps=0, n_gradients=0, n_densities=1)
+        info = Info(
+            *decision,
+            energy=moved.evaluation.value.double(),
+            n_steps=0,
+            n_gradients=0,
+            n_densities=1,
+        )
         return moved, info

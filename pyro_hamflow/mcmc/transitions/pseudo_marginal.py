@@ -19,8 +19,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     Tuning,
     draw_level,
     metropolis,
-    select,
-    select_evaluation,
+    select_state,
 )
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
 from pyro_hamflow.model.target import Target
@@ -74,14 +73,11 @@ class JointTransition:
         error = error + _half_square_gain(phase.u, start.u) + _half_square_gain(phase.p, start.p)
         decision = metropolis(error, draw_level(self.num_chains, error.device))
         accepted = decision.accepted
-        kept = select_evaluation(accepted, evaluation, state.evaluation)
-        moved = State(
-            select(accepted, phase.z, state.position),
-            select(accepted, phase.u, state.noise),
-            state.gradient,
-            kept,
+        proposed = State(phase.z, phase.u, state.gradient, evaluation)
+        moved = select_state(accepted, proposed, state)
+        energy = moved.evaluation.value.double() + torch.where(
+            accepted, kinetic_after, kinetic_before
         )
-        energy = kept.value.double() + torch.where(accepted, kinetic_after, kinetic_before)
         info = Info(
             *decision, energy=energy, n_steps=num_steps, n_gradients=num_steps, n_densities=1
         )
