@@ -7,7 +7,7 @@ from typing import Any
 import arviz
 import numpy as np
 
-from tests.laws import scores
+from tests.helpers.laws import scores
 
 
 def smallest_ess(draws: np.ndarray) -> float:

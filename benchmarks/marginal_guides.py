@@ -25,7 +25,7 @@ from pyro_hamflow import (
     marginalize,
 )
 from pyro_hamflow.marginal.marginalize import MarginalModel
-from tests.targets import glmm
+from tests.helpers.targets import glmm
 
 ABOUT = "Guides of marginalised models"
 

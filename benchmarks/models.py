@@ -16,8 +16,8 @@ from torch import Tensor
 from pyro_hamflow import PseudoMarginalHMC, marginalize
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.potential import Potential
-from tests.targets import glmm, glmm_data, wide_proposal
-from tests.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
+from tests.helpers.targets import glmm, glmm_data, wide_proposal
+from tests.helpers.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference" / "glmm.json"
 PROPOSALS = {"prior": "prior", "laplace": "laplace", "N(0, 9)": wide_proposal}

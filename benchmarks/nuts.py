@@ -17,8 +17,8 @@ from benchmarks.report import Row, Table, met
 from benchmarks.timing import nothing_compiled, seconds
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalHMC, PseudoMarginalNUTS, marginalize
 from pyro_hamflow.mcmc.kernels.base import Kernel
+from tests.helpers.targets import glmm
 from tests.reference.make_glmm import Marginal, make_data, prior_sd
-from tests.targets import glmm
 
 ABOUT = "NUTS: effective draws per second"
 _SPREADS = (3.0, 1.0)

@@ -28,7 +28,7 @@ from pyro_hamflow import (
 )
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel
-from tests.targets import glmm
+from tests.helpers.targets import glmm
 
 ABOUT = "Learned energies: effective draws, training included"
 _DENSITY = 1.0 / 3.0  # of a gradient

@@ -1,0 +1,59 @@
+"""The tutorials run from top to bottom, made small by SMOKE=1, and leave the files they promise."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+pytestmark = pytest.mark.filterwarnings("default")  # scripts may warn
+
+TUTORIALS = Path(__file__).parents[2] / "tutorials"
+PROMISED = {
+    "neural_nuts": {"neural_nuts.png", "neural_nuts.pt"},
+    "pseudo_marginal": {"pseudo_marginal.png"},
+    "hamiltonian_flow_guide": {"hamiltonian_flow_guide.png"},
+}
+# Reproductions of figures of a paper: `make paper`.
+PAPER = {
+    "nine_modes": {f"nine_modes_{part}.png" for part in ("samples", "potentials", "momenta")},
+    "robustness": {"robustness.md"},
+    "supernova": {"supernova.png"},
+}
+# The quickstart has no small version: its last cell demands good diagnostics of a run on real data,
+# which few draws cannot give. `test_documents.py` runs it as it is, among the slow tests.
+WHOLE = {"quickstart"}
+
+
+def test_every_tutorial_is_tested():
+    assert {path.stem for path in TUTORIALS.glob("*.py")} == PROMISED.keys() | WHOLE
+    assert {path.stem for path in (TUTORIALS / "paper").glob("*.py")} == PAPER.keys()
+
+
+@pytest.fixture
+def run_small(tmp_path, monkeypatch):
+    """Runs a script in this process, which has imported what they all import."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMOKE", "1")
+    torch.set_default_dtype(torch.float32)  # as in a fresh one
+    yield lambda path: runpy.run_path(str(path), run_name="__main__")
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_tutorial_runs(name, tmp_path, run_small, capsys):
+    run_small(TUTORIALS / f"{name}.py")
+    assert {path.name for path in tmp_path.iterdir()} == PROMISED[name]
+    assert "r_hat" in capsys.readouterr().out  # the summary at the end
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_reproduction_of_the_paper_runs(name, tmp_path, run_small):
+    run_small(TUTORIALS / "paper" / f"{name}.py")
+    assert {path.name for path in tmp_path.iterdir()} == PAPER[name]
