@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
 from pyro_hamflow.marginal import dependence as analysis
-from tests.marginal.test_marginal import assert_unbiased, estimates
+from tests.helpers.estimates import assert_unbiased, estimates
 
 SUBJECT = torch.tensor([3, 0, 0, 2, 1, 1, 1, 4, 4, 0])  # ragged, and in no order
 TIME = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.3, -0.4, 1.1, 0.2, -1.0], dtype=torch.float64)

@@ -14,7 +14,7 @@ import pyro_hamflow as phf
 from pyro_hamflow.marginal import modes as modes_module
 from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.scrutiny import fit_modes, look
-from tests.marginal.test_defence import (
+from tests.helpers.hard_terms import (
     HERE,
     PRIORS,
     TERMS,

@@ -15,7 +15,7 @@ from pyro_hamflow.mcmc.adaptation.metric import Metric, first_scales
 from pyro_hamflow.mcmc.adaptation.watch import Watch
 from pyro_hamflow.mcmc.adaptation.window import WarmUp
 from pyro_hamflow.model.potential import Potential
-from tests.mcmc.test_warmup import outcome
+from tests.helpers.outcomes import outcome
 
 
 def normal(location, scale):

@@ -12,14 +12,14 @@ import torch
 
 from pyro_hamflow import MCMC, AutoNeuralHamiltonianFlow, FlowMH, marginalize, to_inference_data
 from pyro_hamflow.mcmc.transitions.independence import FlowMHTransition
-from tests.helpers.targets import effects
-from tests.mcmc.test_exactness import (
+from tests.helpers.exact_draws import (
     HMC_TARGETS,
     check,
     check_known,
     make_target,
     potential_of,
 )
+from tests.helpers.targets import effects
 
 
 def untrained(model, args, **settings):

@@ -14,6 +14,7 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Tuning
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.model.potential import Potential
+from tests.helpers.exact_draws import Y, latent
 
 CHAINS = 48
 
@@ -22,17 +23,6 @@ def bent():
     """An asymmetric density with a narrow end, where long and broken trajectories occur."""
     scale = pyro.sample("scale", dist.Normal(0.0, 1.5))
     pyro.sample("x", dist.Normal(0.3 * scale.square(), scale.exp()).expand([2]).to_event(1))
-
-
-def latent(y):
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.7))
-    with pyro.plate("group", len(y)):
-        x = pyro.sample("x", dist.Normal(mean, scale))
-        pyro.sample("y", dist.Bernoulli(logits=2.0 * x), obs=y)
-
-
-Y = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
 
 
 # --- a trajectory by recursion ------------------------------------------------------------------

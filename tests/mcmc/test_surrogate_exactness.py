@@ -23,20 +23,17 @@ from pyro_hamflow.mcmc.transitions.noise_refresh import (
     CorrelatedRefresh,
     EllipticalSliceRefresh,
 )
-from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
-from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition, PerLeafTransition
+from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
-from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity, TrustRegion
+from pyro_hamflow.surrogates.targets import SurrogateDensity, TrustRegion
+from tests.helpers.exact_draws import CHAINS, MOST_POINTS, make_target, skewed, skewed_draws
 from tests.helpers.laws import assert_invariant
-from tests.mcmc.test_exactness import CHAINS, DEPTH, MOST_POINTS, make_target, skewed, skewed_draws
+from tests.helpers.learned import EVERYWHERE, FRESH, KINDS, STAR, endpoint, per_leaf
 
-EVERYWHERE = None
-FRESH = CorrelatedRefresh()
 NEARBY = TrustRegion(1.0, 2.0)
-STAR = 3
 
 
 # --- surrogates ---------------------------------------------------------------------------------
@@ -87,34 +84,6 @@ def networks(potential, position):
 def network_of(quality):
     torch.manual_seed(5)
     return networks(skewed_potential(), skewed_draws(1000))[quality]()
-
-
-KINDS = {
-    "hmc": lambda density, chains: HMCTransition(density, chains),
-    "nuts": lambda density, chains: NUTSTransition(density, chains, DEPTH),
-}
-
-
-def endpoint(
-    potential, network, kind, chains=CHAINS, *, refresh=FRESH, num_transitions=1, level=math.inf
-):
-    density = SurrogateDensity(potential, network)
-    density.level.fill_(level)
-    return MultipleProposalTransition(
-        potential,
-        density,
-        lambda rows: KINDS[kind](density, rows),
-        chains,
-        refresh,
-        Blocks(potential),
-        num_transitions=num_transitions,
-        num_proposals=STAR,
-    )
-
-
-def per_leaf(potential, network, kind, chains=CHAINS, *, trust=EVERYWHERE):
-    density = JudgedDensity(potential, network, trust)
-    return PerLeafTransition(density, KINDS[kind](density, chains))
 
 
 # --- bias on a mixture of two normals -----------------------------------------------------------

@@ -45,10 +45,9 @@ from pyro_hamflow.surrogates.costs import COMPILED
 from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.gradient_log import GradientLog, Motion
 from pyro_hamflow.surrogates.losses import Points
+from tests.helpers.exact_draws import SLOPE, Y, latent, make_target
 from tests.helpers.laws import assert_invariant, scores
-from tests.mcmc.test_exactness import SLOPE, Y, make_target
-from tests.mcmc.test_nuts import latent
-from tests.mcmc.test_surrogate_exactness import endpoint, per_leaf
+from tests.helpers.learned import endpoint, per_leaf
 
 KERNELS = [HNNHMC, HNNNUTS]
 BEGIN = {"x": torch.tensor([[0.0, 3.0]] * 4)}

@@ -14,8 +14,7 @@ from pyro_hamflow import HMC, PseudoMarginalHMC, marginalize
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.adaptation.metric import Covariance
 from pyro_hamflow.mcmc.adaptation.window import DualAveraging, WarmUp, mass_windows
-from pyro_hamflow.mcmc.transitions.base import Info, State
-from pyro_hamflow.model.recovery import Evaluation
+from tests.helpers.outcomes import outcome
 
 SCALES = torch.tensor([0.1, 1.0, 5.0]).double()
 
@@ -29,15 +28,6 @@ def latent():
     with pyro.plate("group", 3):
         x = pyro.sample("x", dist.Normal(mean, 1.0))
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor([0.5, -1.0, 2.0]))
-
-
-def outcome(position, gradient=None, rate=0.8, **stats):
-    """Of an iteration that led to these positions."""
-    chains = len(position)
-    gradient = position if gradient is None else gradient
-    zero, no = torch.zeros(chains), torch.zeros(chains, dtype=torch.bool)
-    info = Info(~no, torch.full((chains,), rate), zero, no, zero, 1, 1, 0, stats)
-    return State(position, position[:, :0], gradient, Evaluation(zero, {}, {})), info
 
 
 # --- step size ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from pyro_hamflow import HMC, MCMC, NUTS, marginalize
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.rounding import describe_ends
-from tests.marginal.test_marginal import AT, assert_unbiased, estimates
+from tests.helpers.estimates import AT, assert_unbiased, estimates
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 Y = [0.3, 1.2, -1.0]

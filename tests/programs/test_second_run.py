@@ -17,7 +17,7 @@ from pyro_hamflow import HMC, NUTS, PseudoMarginalNUTS, marginalize
 from pyro_hamflow.marginal.dependence import Run
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.fingerprint import take_fingerprint
-from tests.marginal.test_marginal import assert_unbiased, estimates
+from tests.helpers.estimates import assert_unbiased, estimates
 
 Y = [0.3, 1.2, -1.0, 0.4]
 
