@@ -12,8 +12,9 @@ from benchmarks import models
 from benchmarks.report import Row, Table
 from benchmarks.timing import seconds, side_by_side, until_compiled
 from pyro_hamflow import NUTS
-from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition, TreeBuilder
-from pyro_hamflow.mcmc.transitions.trajectory import Point
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
+from pyro_hamflow.mcmc.transitions.tree import Point
+from pyro_hamflow.mcmc.transitions.tree_builder import TreeBuilder
 
 ABOUT = "NUTS: where the time goes"
 
@@ -92,5 +93,5 @@ def _step(builder: TreeBuilder, state: Any, tuning: Any) -> Callable[[], Any]:
     start = Point(state.position.mT, still, state.gradient.mT)
     tensors, settings = builder._prepare(start, state.evaluation.value, state.noise, tuning, 1)
     program = builder._accelerate(tensors, settings)
-    until_compiled(program, *tensors, *settings, builder._level)
-    return lambda: program(*tensors, *settings, builder._level)
+    until_compiled(program, *tensors, *settings, builder._uniform)
+    return lambda: program(*tensors, *settings, builder._uniform)

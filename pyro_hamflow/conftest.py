@@ -16,7 +16,7 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import (
     Info,
     State,
-    draw_level,
+    draw_uniform,
     metropolis,
     select_state,
 )
@@ -40,7 +40,7 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         ModelTarget=ModelTarget,
         Potential=Potential,
         State=State,
-        draw_level=draw_level,
+        draw_uniform=draw_uniform,
         metropolis=metropolis,
         select_state=select_state,
     )

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_hamflow.dynamics.kinetic import velocity
+from pyro_hamflow.dynamics.kinetic import times
 
-Gradient = Callable[..., tuple[Tensor, ...]]
+# From positions, and noise if there is any, to the potential and its gradient in each of them.
+ValueAndGradients = Callable[..., tuple[Tensor, ...]]
 
 
-class Phase(NamedTuple):
+class PhasePoint(NamedTuple):
     """A point of the extended phase space.
 
     Attributes:
@@ -36,10 +37,10 @@ class Phase(NamedTuple):
 
 
 def leapfrog_step(
-    gradient: Gradient,
+    value_and_gradient: ValueAndGradients,
     z: Tensor,
     r: Tensor,
-    slope: Tensor,
+    gradient: Tensor,
     noise: Tensor,
     inverse_mass: Tensor,
     step_size: Tensor,
@@ -47,10 +48,11 @@ def leapfrog_step(
     r"""One leapfrog step, half a kick, a drift and half a kick, with the noise held.
 
     Arguments:
-        gradient: A function of position and noise that returns potential and gradient.
+        value_and_gradient: From position and noise to the potential and its gradient in the
+            position.
         z: Positions, of shape ``(chains, dimension)``.
         r: Momenta.
-        slope: The gradient at ``z``.
+        gradient: The gradient at ``z``.
         noise: The noise of each chain, of shape ``(chains, noise_dimension)``.
         inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
         step_size: A scalar, or one for each chain, of shape ``(chains, 1)``.
@@ -62,10 +64,10 @@ def leapfrog_step(
         Volume; the step undoes itself when the momentum is turned round. The energy error of a
         trajectory is of order ``step_size ** 2``.
     """
-    r = r - 0.5 * step_size * slope
-    z = z + step_size * velocity(inverse_mass, r)
-    value, slope = gradient(z, noise)
-    return z, r - 0.5 * step_size * slope, value, slope
+    r = r - 0.5 * step_size * gradient
+    z = z + step_size * times(r, inverse_mass)
+    value, gradient = value_and_gradient(z, noise)
+    return z, r - 0.5 * step_size * gradient, value, gradient
 
 
 def leapfrog(
@@ -133,74 +135,59 @@ def rotate(u: Tensor, p: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return u * cosine + p * sine, p * cosine - u * sine
 
 
-def drift(phase: Phase, inverse_mass: Tensor, time: Tensor) -> Phase:
-    """Moves positions with their momenta and turns the noise, the potential left aside."""
+def drift(phase: PhasePoint, inverse_mass: Tensor, time: Tensor) -> PhasePoint:
+    """Moves positions with their momenta and rotates the noise; the potential has no part in it.
+
+    Arguments:
+        phase: Where to start.
+        inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
+        time: For how long: a scalar, or one for each chain, of shape ``(chains, 1)``.
+    """
     u, p = rotate(phase.u, phase.p, time)
-    return Phase(phase.z + time * velocity(inverse_mass, phase.r), phase.r, u, p)
+    return PhasePoint(phase.z + time * times(phase.r, inverse_mass), phase.r, u, p)
 
 
 def kick_and_drift(
-    gradients: Gradient, phase: Phase, inverse_mass: Tensor, step_size: Tensor, time: Tensor
-) -> Phase:
-    """Changes all momenta by a full kick, then drifts for a time."""
-    _, slope, noise_slope = gradients(phase.z, phase.u)
-    kicked = phase._replace(r=phase.r - step_size * slope, p=phase.p - step_size * noise_slope)
+    value_and_gradients: ValueAndGradients,
+    phase: PhasePoint,
+    inverse_mass: Tensor,
+    step_size: Tensor,
+    time: Tensor,
+) -> PhasePoint:
+    """Changes all momenta by a full kick, then drifts.
+
+    Arguments:
+        value_and_gradients: From position and noise to the potential and its gradients in both.
+        phase: Where to start.
+        inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
+        step_size: How long the kick acts: a scalar, or one for each chain, ``(chains, 1)``.
+        time: How long the drift lasts, likewise.
+    """
+    _, gradient, noise_gradient = value_and_gradients(phase.z, phase.u)
+    kicked = phase._replace(
+        r=phase.r - step_size * gradient, p=phase.p - step_size * noise_gradient
+    )
     return drift(kicked, inverse_mass, time)
 
 
-def splitting(
-    gradients: Gradient, phase: Phase, inverse_mass: Tensor, step_size: Tensor, num_steps: int
-) -> Phase:
-    r"""The splitting integrator of pseudo-marginal Hamiltonian Monte Carlo.
-
-    For the extended Hamiltonian :math:`H = U(z, u) + \tfrac12 r^\top M^{-1} r + \tfrac12 (\lVert u
-    \rVert^2 + \lVert p \rVert^2)`, each step is half a drift of the position with a rotation of the
-    noise, a full kick of both momenta, and the same half again. Halves that meet are joined, so L
-    steps take L gradients.
-
-    Arguments:
-        gradients: A function of position and noise that returns the potential and both gradients.
-        phase: Where to start.
-        inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
-        step_size: A scalar, in radians of the noise's rotation.
-        num_steps: L.
-
-    Returns:
-        The point after L steps.
-
-    Invariant:
-        Volume; turning both momenta round and integrating again leads back to the start. The energy
-        error is of order ``step_size ** 2``, and vanishes where the potential is constant.
-
-    References:
-        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021), section 3
-        | https://arxiv.org/abs/1607.02516
-    """
-    phase = drift(phase, inverse_mass, 0.5 * step_size)
-    for step in range(num_steps):
-        time = step_size if step < num_steps - 1 else 0.5 * step_size
-        phase = kick_and_drift(gradients, phase, inverse_mass, step_size, time)
-    return phase
-
-
 def rotating_leapfrog_step(
-    gradients: Gradient,
-    phase: Phase,
-    slope: Tensor,
-    noise_slope: Tensor,
+    value_and_gradients: ValueAndGradients,
+    phase: PhasePoint,
+    gradient: Tensor,
+    noise_gradient: Tensor,
     inverse_mass: Tensor,
     step_size: Tensor,
-) -> tuple[Phase, Tensor, Tensor, Tensor]:
-    """One step of the splitting integrator in the other order: half a kick, a drift, half a kick.
+) -> tuple[PhasePoint, Tensor, Tensor, Tensor]:
+    """One step of parameters and noise: half a kick, a drift with its rotation, half a kick.
 
     The kicks lie at the step's ends, as a No-U-Turn trajectory wants them: one gradient tells both
     the energy of a point and the way on.
 
     Arguments:
-        gradients: A function of position and noise that returns the potential and both gradients.
+        value_and_gradients: From position and noise to the potential and its gradients in both.
         phase: Where to start.
-        slope: The potential's gradient there in the position.
-        noise_slope: The same in the noise.
+        gradient: The potential's gradient there in the position.
+        noise_gradient: The same in the noise.
         inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
         step_size: A scalar, or one for each chain, of shape ``(chains, 1)``.
 
@@ -208,11 +195,12 @@ def rotating_leapfrog_step(
         The next point, the potential there and both its gradients.
 
     Invariant:
-        As of :func:`splitting`.
+        Volume; the step undoes itself when both momenta are turned round. The energy error of a
+        trajectory is of order ``step_size ** 2``.
     """
     half = 0.5 * step_size
-    kicked = phase._replace(r=phase.r - half * slope, p=phase.p - half * noise_slope)
+    kicked = phase._replace(r=phase.r - half * gradient, p=phase.p - half * noise_gradient)
     moved = drift(kicked, inverse_mass, step_size)
-    value, slope, noise_slope = gradients(moved.z, moved.u)
-    end = moved._replace(r=moved.r - half * slope, p=moved.p - half * noise_slope)
-    return end, value, slope, noise_slope
+    value, gradient, noise_gradient = value_and_gradients(moved.z, moved.u)
+    end = moved._replace(r=moved.r - half * gradient, p=moved.p - half * noise_gradient)
+    return end, value, gradient, noise_gradient

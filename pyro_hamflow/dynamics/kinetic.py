@@ -61,26 +61,18 @@ class GaussianKinetic:
 
     def energy(self, r: Tensor) -> Tensor:
         """K(r) of every chain, of shape ``(chains,)``."""
-        return 0.5 * (r * velocity(self.inverse_mass, r)).sum(-1)
+        return 0.5 * (r * times(r, self.inverse_mass)).sum(-1)
 
 
-def velocity(inverse_mass: Tensor, r: Tensor) -> Tensor:
-    """The rate of change of the position: the inverse mass times momenta ``(*, dimension)``."""
-    return _product(inverse_mass, r)
+def times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows times a matrix, or times a diagonal one.
 
-
-def whiten(root: Tensor, r: Tensor) -> Tensor:
-    """Momenta ``(*, dimension)`` in the coordinates in which they are N(0, I).
-
-    There the kinetic energy is half a sum of squares, and a velocity is its momentum.
+    Momenta times the inverse mass are velocities. Times its root, as :class:`GaussianKinetic` gives
+    it, momenta are N(0, I), their energy is half their sum of squares, and they are velocities
+    themselves; a gradient times the root is that by the positions that move so.
 
     Arguments:
-        root: The square root of the inverse mass, as :class:`GaussianKinetic` gives it.
-        r: The momenta.
+        rows: Of shape ``(*, dimension)``.
+        matrix: Of shape ``(dimension, dimension)``, or its diagonal, ``(dimension,)``.
     """
-    return _product(root, r)
-
-
-def _product(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Rows times a matrix, or times the diagonal of one."""
-    return matrix * rows if matrix.dim() == 1 else rows @ matrix
+    return rows * matrix if matrix.dim() == 1 else rows @ matrix

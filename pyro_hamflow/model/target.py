@@ -18,7 +18,8 @@ A target of one's own is a few lines:
     ...     def evaluate(self, position, noise):
     ...         return Evaluation(0.5 * position.square().sum(-1), {}, {})
     >>> from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
-    >>> HMCTransition(StandardNormal(), num_chains=4).begin(torch.ones(4, 2), torch.ones(4, 0))[2]
+    >>> transition = HMCTransition(StandardNormal(), num_chains=4)
+    >>> transition.state_at(torch.ones(4, 2), torch.ones(4, 0)).gradient
     tensor([[1., 1.],
             [1., 1.],
             [1., 1.],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_hamflow.dynamics.kinetic import GaussianKinetic, VectorField, velocity
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic, VectorField, times
 from pyro_hamflow.networks.fields import LinearField
 from pyro_hamflow.networks.perceptron import ScalarNetwork
 
@@ -96,7 +96,7 @@ class RelativisticKinetic(LearnedGaussianKinetic):
         inverse_mass, inverse_square = self.inverse_mass, (-2.0 * self.log_speed).exp()
 
         def field(r: Tensor) -> Tensor:
-            plain = velocity(inverse_mass, r)
+            plain = times(r, inverse_mass)
             return plain * (1.0 + inverse_square * (r * plain).sum(-1, keepdim=True)).rsqrt()
 
         return field

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_hamflow.programs.owner_rules import NONE, SEVERAL, Call, fold, owners_of
-from pyro_hamflow.programs.storages import Storages, apart, number
+from pyro_hamflow.programs.storages import Storages, apart, storage_key
 
 
 class ValueReadError(RuntimeError):
@@ -163,8 +163,10 @@ class _Follower(TorchDispatchMode):
         written = call.written()
         found = owners_of(call, written)
         result = target(*args, **kwargs)
-        known = {number(tensor) for tensor in inputs}  # what is there already is a view of it
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and number(t) not in known]
+        known = {storage_key(tensor) for tensor in inputs}  # what is there already is a view of it
+        made = [
+            t for t in tree_leaves(result) if isinstance(t, Tensor) and storage_key(t) not in known
+        ]
         found += owners_of(call, made)
         for output, owner in zip(written + made, found, strict=True):
             self.write(output, owner, self._blame(owner, owned, call.name))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_hamflow.programs.capture import Program
 
-Point = TypeVar("Point")
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
@@ -62,7 +62,7 @@ class Failures:
         return run
 
 
-def first_that_works(run: Callable[[Point], Result], points: Iterable[Point]) -> Result:
+def first_that_works(run: Callable[[Argument], Result], points: Iterable[Argument]) -> Result:
     """What a run of a model gives at the first point where its numbers allow one.
 
     Raises:

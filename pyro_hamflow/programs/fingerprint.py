@@ -59,10 +59,10 @@ def take_fingerprint(function: Callable[..., Any], *inputs: Tensor) -> Fingerpri
         watcher = _Watcher()
         copies = [tensor.detach().clone() for tensor in inputs]
         for copy in copies:
-            watcher.begin(copy)
+            watcher.take_input(copy)
         with watcher:
             result = function(*copies)
-        return watcher.end(result)
+        return watcher.close(result)
 
 
 Result = TypeVar("Result")
@@ -87,7 +87,7 @@ def explained(
     except Exception as error:
         watcher = _Watcher()
         for tensor in inputs:
-            watcher.begin(tensor)
+            watcher.take_input(tensor)
         with apart(), watcher, suppress(Exception):
             (again or run)(*inputs)
         if watcher.moving_shape is None:
@@ -128,12 +128,12 @@ class _Watcher(TorchDispatchMode):
         self._is_certain = True
         self.moving_shape: str | None = None
 
-    def begin(self, tensor: Tensor) -> None:
+    def take_input(self, tensor: Tensor) -> None:
         """Takes a tensor as an input."""
         self._own(tensor, _Memory(self._count, varies=True))
         self._write(self._describe(tensor, []))
 
-    def end(self, result: Any) -> Fingerprint:
+    def close(self, result: Any) -> Fingerprint:
         """Describes the result, and closes."""
         memories: list[_Memory] = []
         self._write(self._describe(result, memories))

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 NONE, SEVERAL = 0, -1
 _NOBODY = torch.iinfo(torch.long).max  # above all owners
 
-Rule = Callable[["Call", list[Tensor]], list[Tensor]]
+OwnerRule = Callable[["Call", list[Tensor]], list[Tensor]]
 
 
 class Follower(Protocol):
@@ -361,7 +361,7 @@ _EQUATIONS = {  # the names of the matrix and of the right side
     "linalg_solve_triangular": ("self", "B"),
 }
 
-_KINDS: dict[Rule, str] = {
+_KINDS: dict[OwnerRule, str] = {
     _nothing: """
         empty_like fill full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like
         zero zeros_like

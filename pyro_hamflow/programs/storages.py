@@ -31,14 +31,14 @@ class Storages(Generic[Known]):
 
     def get(self, tensor: Tensor) -> Known | None:
         """What is known of a tensor's memory."""
-        entry = self._known.get(number(tensor))
+        entry = self._known.get(storage_key(tensor))
         return None if entry is None else entry[1]
 
     def set(self, tensor: Tensor, known: Known) -> None:
         """Notes something of a tensor's memory, in place of what was known; nothing if sparse."""
         if tensor.layout != torch.strided:
             return
-        self._known[number(tensor)] = (StorageWeakRef(tensor.untyped_storage()), known)
+        self._known[storage_key(tensor)] = (StorageWeakRef(tensor.untyped_storage()), known)
         self._new += 1
         if self._new >= _SWEEP:
             self._new = 0
@@ -47,7 +47,7 @@ class Storages(Generic[Known]):
                 del self._known[key]
 
 
-def number(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
     """The number of a tensor's memory, its own as long as that is in use; 0 of sparse ones."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hamflow.networks.training import Training, train
-from pyro_hamflow.surrogates.losses import EnergyLoss, GradientMatching, Points, Trajectories
+from pyro_hamflow.surrogates.losses import EnergyLoss, GradientMatching, Points, TrajectorySegments
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 BLOCK, HELD_OUT = 16, 10  # neighbours, which are alike; one such block of so many is held out
@@ -36,7 +36,7 @@ class EnergyTraining(Training):
 
 def fit_energy(
     network: PotentialNetwork,
-    points: Points | Trajectories,
+    points: Points | TrajectorySegments,
     *,
     held_out: Tensor | None = None,
     loss: EnergyLoss | None = None,

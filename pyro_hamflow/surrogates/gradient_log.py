@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.surrogates.fit import BLOCK, HELD_OUT
-from pyro_hamflow.surrogates.losses import Points, Trajectories
+from pyro_hamflow.surrogates.losses import Points, TrajectorySegments
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
 _FEWEST = 32
 
 
-class Motion(NamedTuple):
+class LeapfrogSettings(NamedTuple):
     """How the chains of a trajectory move.
 
     Attributes:
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     value: Tensor
     gradient: Tensor
     wanted: Tensor
-    motion: Motion | None
+    motion: LeapfrogSettings | None
     begins: Tensor
 
 
@@ -56,7 +56,7 @@ class GradientLog:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.motion: Motion | None = None
+        self.motion: LeapfrogSettings | None = None
 
     def observe(
         self, position: Tensor, value: Tensor, gradient: Tensor, wanted: Tensor, begins: Tensor
@@ -115,7 +115,7 @@ class GradientLog:
             held_out.append(block % HELD_OUT == 1)
         return held_out
 
-    def trajectories(self, num_steps: int, most: int) -> Trajectories:
+    def trajectories(self, num_steps: int, most: int) -> TrajectorySegments:
         """Stretches of true trajectories, the latest if there are more than asked for.
 
         Raises:
@@ -138,4 +138,4 @@ class GradientLog:
             stretches.append((rows[kept], motion.step_sizes[kept], masses))
         if not stretches:
             raise ValueError(f"there is no true trajectory of {num_steps} steps to learn from")
-        return Trajectories(*(torch.cat(part) for part in zip(*stretches, strict=True)))
+        return TrajectorySegments(*(torch.cat(part) for part in zip(*stretches, strict=True)))

@@ -18,8 +18,8 @@ from pyro_hamflow.surrogates.losses import (
     EnergyLoss,
     GradientMatching,
     Points,
-    Trajectories,
     TrajectoryMatching,
+    TrajectorySegments,
 )
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
@@ -107,7 +107,7 @@ class Learner:
         self.training_steps = settings.training_steps
         self.refits: list[int] = []
 
-    def begin_anew(self, potential: Potential, iteration: int) -> None:
+    def start_over(self, potential: Potential, iteration: int) -> None:
         """Forgets what gradients have found, for they were those of another potential."""
         self.potential, self.begun = potential, iteration
         self.clock = Clock(potential)
@@ -154,7 +154,7 @@ class Learner:
         """After which iteration it is seen whether the trial should be of another kind."""
         return (max([0, *self.refits]) + self.warmup_steps) // 2
 
-    def look_about(self, position: Tensor, noise: Tensor, refresh: RefreshAt) -> int:
+    def gather_around(self, position: Tensor, noise: Tensor, refresh: RefreshAt) -> int:
         """Looks at true gradients about draws along the network, and further out.
 
         Where a network errs in the tails, it holds draws there for long: what it learns from has
@@ -199,7 +199,7 @@ class Learner:
             loss = GradientMatching(energy_weight=0.0)
         points, held_out = self.log.points(_MOST_POINTS)
         self.covariance = _spread(points.position)
-        examples: Points | Trajectories = points
+        examples: Points | TrajectorySegments = points
         if isinstance(loss, TrajectoryMatching):
             examples, held_out = self.log.trajectories(loss.num_steps, _MOST_POINTS), None
         if network is None:
@@ -218,7 +218,7 @@ class Learner:
         self.network = network
         return training
 
-    def too_dear(self, ahead: float) -> str | None:
+    def too_costly(self, ahead: float) -> str | None:
         """Why training would take too long, beside the draws' true gradients, if so.
 
         Where a full training would, it is cut short.

@@ -38,7 +38,7 @@ class Points(NamedTuple):
         return Points(position, self.value - self.value.mean(), gradient, self.context)
 
 
-class Trajectories(NamedTuple):
+class TrajectorySegments(NamedTuple):
     """Stretches of true leapfrog trajectories.
 
     Attributes:
@@ -51,14 +51,14 @@ class Trajectories(NamedTuple):
     step_size: Tensor
     inverse_mass: Tensor
 
-    def pick(self, index: Tensor) -> Trajectories:
+    def pick(self, index: Tensor) -> TrajectorySegments:
         """Some of the stretches."""
-        return Trajectories(*(part[index] for part in self))
+        return TrajectorySegments(*(part[index] for part in self))
 
-    def whitened(self, network: PotentialNetwork) -> Trajectories:
+    def whitened(self, network: PotentialNetwork) -> TrajectorySegments:
         """The same in a network's whitened coordinates."""
         back = network.inverse_root
-        return Trajectories(
+        return TrajectorySegments(
             network.whitened(self.position), self.step_size, back @ self.inverse_mass @ back.mT
         )
 
@@ -120,7 +120,7 @@ class TrajectoryMatching:
     def __post_init__(self) -> None:
         whole("num_steps", self.num_steps, 2)
 
-    def __call__(self, network: PotentialNetwork, trajectories: Trajectories) -> Tensor:
+    def __call__(self, network: PotentialNetwork, trajectories: TrajectorySegments) -> Tensor:
         true, size, mass = trajectories
         before, here = true[:, 0], true[:, 1]
         scale = size[:, None]

@@ -8,7 +8,7 @@ all, and training that matches gradients needs it once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from pyro_hamflow.checks import whole
 from pyro_hamflow.networks.perceptron import ScalarNetwork
+
+# What its parameters were called in files of before.
+_FORMER_NAMES = {"shape": "quadratic", "slope": "linear"}
 
 
 class PotentialNetwork(nn.Module):
@@ -82,8 +85,8 @@ class PotentialNetwork(nn.Module):
         self.network = ScalarNetwork(dimension + context_dimension, hidden, outputs=outputs)
         with torch.no_grad():  # small, so that training begins near the quadratic part
             self.network.last.mul_(0.1)
-        self.shape = nn.Parameter(torch.eye(dimension))
-        self.slope = nn.Parameter(torch.zeros(dimension))
+        self.quadratic = nn.Parameter(torch.eye(dimension))
+        self.linear = nn.Parameter(torch.zeros(dimension))
         self.register_buffer("centre", torch.zeros(dimension))
         self.register_buffer("root", torch.eye(dimension))
         self.register_buffer("inverse_root", torch.eye(dimension))
@@ -138,19 +141,30 @@ class PotentialNetwork(nn.Module):
             Energies of shape ``(*)``; gradients of shape ``(*, dimension)``.
         """
         x = self.whitened(position)
-        value, slope = self.of_whitened(x, context)
-        return value, slope @ self.inverse_root
+        value, gradient = self.of_whitened(x, context)
+        return value, gradient @ self.inverse_root
 
     def of_whitened(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The energy and its gradient by, and at, whitened coordinates."""
-        stretched = x @ self.shape.mT
+        """The energy and its gradient by whitened coordinates.
+
+        Arguments:
+            x: Whitened coordinates, of shape ``(*, dimension)``.
+            context: Of shape ``(*, context_dimension)``; none if that is zero.
+
+        Raises:
+            ValueError: If a context is missing.
+        """
+        stretched = x @ self.quadratic.mT
         inputs = x
         if self.context_dimension:
-            assert context is not None
+            if context is None:
+                raise ValueError(
+                    f"`context` is None: expected one of {self.context_dimension} numbers"
+                )
             inputs = torch.cat([x, (context - self.context_centre) / self.context_scale], -1)
-        value, slope = self.network.value_and_gradient(inputs)
-        value = value + 0.5 * stretched.square().sum(-1) + x @ self.slope
-        return value, slope[..., : self.dimension] + stretched @ self.shape + self.slope
+        value, gradient = self.network.value_and_gradient(inputs)
+        value = value + 0.5 * stretched.square().sum(-1) + x @ self.linear
+        return value, gradient[..., : self.dimension] + stretched @ self.quadratic + self.linear
 
     def given(self, context: Tensor) -> PotentialNetwork:
         """The network at one context, of shape ``(context_dimension,)``, as one without any."""
@@ -178,6 +192,16 @@ class PotentialNetwork(nn.Module):
             "outputs": self.outputs,
             "context_dimension": self.context_dimension,
         }
+
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,  # noqa: FBT001, FBT002  # as torch calls it
+        assign: bool = False,  # noqa: FBT001, FBT002
+    ) -> Any:
+        """Takes weights, by the names that they have or had in files of before."""
+        renamed = {_FORMER_NAMES.get(name, name): part for name, part in state_dict.items()}
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
 
     def save(self, path: str | Path) -> None:
         """Writes sizes and weights to a file."""

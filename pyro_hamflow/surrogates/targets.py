@@ -36,9 +36,10 @@ class SurrogateDensity:
         network: The learned energy, to be frozen.
 
     Attributes:
-        level: The energy from which on it grows half as fast as the network's, over a nat or two;
-            infinite at first. A density whose tails are too light holds draws there for long. It
-            may be changed in place, until a run begins: programs follow.
+        softened_above: The energy, a scalar, above which this density's grows half as fast as the
+            network's (the change takes a nat or two); infinite at first. A density whose tails are
+            too light holds draws there for long. It may be changed in place, until a run begins:
+            programs follow.
     """
 
     noise_dimension = 0
@@ -46,19 +47,19 @@ class SurrogateDensity:
     def __init__(self, potential: Potential, network: PotentialNetwork) -> None:
         self.dimension, self.example = potential.dimension, potential.example
         self.network = frozen(network, potential.example)
-        self.level = potential.example.new_tensor(math.inf)
+        self.softened_above = potential.example.new_tensor(math.inf)
         self._potential = potential
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """Energy and gradient of every chain."""
 
-        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            value, slope = self.network.value_and_gradient(position)
-            above = value - self.level
+        def value_and_gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            value, gradient = self.network.value_and_gradient(position)
+            above = value - self.softened_above
             share = 1.0 - 0.5 * above.sigmoid()
-            return value - 0.5 * softplus(above), share[:, None] * slope
+            return value - 0.5 * softplus(above), share[:, None] * gradient
 
-        return gradient
+        return value_and_gradient
 
     def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
         """Positions, and noise of no dimensions, to capture programs with."""
@@ -129,15 +130,16 @@ class JudgedDensity:
         trust = self.trust
 
         def gated(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            slope = self.network.value_and_gradient(position)[1]
+            gradient = self.network.value_and_gradient(position)[1]
             share = trust.share(self.network, position)
             self.asked.append(share[:, 0] > 0.0)
             if not bool((share > 0.0).any()):
                 evaluate = potential.programs.program("evaluate", num_chains)
-                return evaluate(position, noise, uniform)[0], slope
+                return evaluate(position, noise, uniform)[0], gradient
             true = potential.programs.program("gradient", num_chains)
-            value, true_slope = true(position, noise)
-            return value, torch.where(share > 0.0, torch.lerp(slope, true_slope, share), slope)
+            value, true_gradient = true(position, noise)
+            mixed = torch.lerp(gradient, true_gradient, share)
+            return value, torch.where(share > 0.0, mixed, gradient)
 
         return gated
 

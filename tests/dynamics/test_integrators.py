@@ -10,14 +10,15 @@ import torch
 
 from pyro_hamflow.dynamics import integrators
 from pyro_hamflow.dynamics.integrators import (
-    Phase,
+    PhasePoint,
     drift,
     leapfrog_step,
     rotate,
     rotating_leapfrog_step,
-    splitting,
 )
-from pyro_hamflow.dynamics.kinetic import GaussianKinetic, velocity, whiten
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic, times
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
 from tests.helpers.laws import LIMIT, assert_order, assert_reversible, assert_volume_preserving
 
 MASSES = {
@@ -46,8 +47,8 @@ def gradients(z, u):
     with torch.enable_grad():
         z, u = (part if part.requires_grad else part.detach().requires_grad_() for part in (z, u))
         value = potential(z, u)
-        slopes = torch.autograd.grad(value.sum(), (z, u), create_graph=wanted)
-    return value.detach(), *slopes
+        both = torch.autograd.grad(value.sum(), (z, u), create_graph=wanted)
+    return value.detach(), *both
 
 
 def gradient(z, u):
@@ -64,25 +65,49 @@ def flip(parts):
     return tuple(-part if i % 2 else part for i, part in enumerate(parts))
 
 
+class Plain:
+    """A target whose programs are the functions themselves: derivatives flow through them.
+
+    Arguments:
+        gradients: From positions and noise to the potential and its gradients in both.
+    """
+
+    dimension, noise_dimension = 2, 3
+    example = torch.zeros(()).double()
+
+    def __init__(self, gradients):
+        self.gradients = gradients
+
+    def graph(self, kind, num_chains):
+        last = {"gradient": 2, "gradients": 3}[kind]
+        return lambda z, u: self.gradients(z, u)[:last]
+
+    def vectors(self, num_chains):
+        return self.example.expand(num_chains, 2), self.example.expand(num_chains, 3)
+
+    def accelerate(self, name, function, *examples):
+        return function
+
+
 def leapfrog(inverse_mass, noise, size, num_steps):
-    """Leapfrog steps as a move of position and momentum."""
+    """The trajectory that HMC makes, as a move of position and momentum."""
 
     def move(parts):
         z, r = parts
-        slope, step_size = gradient(z, noise)[1], torch.tensor(size)
-        for _ in range(num_steps):
-            z, r, _, slope = leapfrog_step(gradient, z, r, slope, noise, inverse_mass, step_size)
-        return z, r
+        transition, sizes = HMCTransition(Plain(gradients), len(z)), torch.full((len(z), 1), size)
+        state = transition.state_at(z, noise)
+        return transition.trajectory(state, r, inverse_mass, sizes, num_steps)[:2]
 
     return move
 
 
-def split(inverse_mass, size, num_steps):
-    """Steps of the splitting integrator as a move of the whole phase."""
+def split(inverse_mass, size, num_steps, gradients=gradients):
+    """The trajectory that joint moves make, as a move of the whole phase."""
 
     def move(parts):
-        phase, step_size = Phase(*parts), torch.tensor(size)
-        return tuple(splitting(gradients, phase, inverse_mass, step_size, num_steps))
+        phase, sizes = PhasePoint(*parts), torch.full((len(parts[0]), 1), size)
+        transition = JointTransition(Plain(gradients), len(phase.z))
+        return tuple(transition.trajectory(phase, inverse_mass, sizes, num_steps))
 
     return move
 
@@ -91,11 +116,11 @@ def rotating_leapfrog(inverse_mass, size, num_steps):
     """Steps of the splitting integrator in its other order, as a move of the whole phase."""
 
     def move(parts):
-        phase, step_size = Phase(*parts), torch.tensor(size)
-        _, *slopes = gradients(phase.z, phase.u)
+        phase, step_size = PhasePoint(*parts), torch.tensor(size)
+        _, *here = gradients(phase.z, phase.u)
         for _ in range(num_steps):
-            phase, _, *slopes = rotating_leapfrog_step(
-                gradients, phase, *slopes, inverse_mass, step_size
+            phase, _, *here = rotating_leapfrog_step(
+                gradients, phase, *here, inverse_mass, step_size
             )
         return tuple(phase)
 
@@ -141,7 +166,7 @@ def test_reversibility_rotate():
 
 def test_reversibility_drift(inverse_mass):
     def move(parts):
-        return tuple(drift(Phase(*parts), inverse_mass, torch.tensor(0.7)))
+        return tuple(drift(PhasePoint(*parts), inverse_mass, torch.tensor(0.7)))
 
     assert_reversible(move, flip, phase_of(4))
 
@@ -162,7 +187,7 @@ def test_volume_rotate():
 
 def test_volume_drift(inverse_mass):
     def move(parts):
-        return tuple(drift(Phase(*parts), inverse_mass, torch.tensor(0.7)))
+        return tuple(drift(PhasePoint(*parts), inverse_mass, torch.tensor(0.7)))
 
     assert_volume_preserving(move, phase_of(1))
 
@@ -229,8 +254,8 @@ def test_energy_splitting_without_potential(inverse_mass):
     def flat(z, u):
         return torch.zeros(len(z)), torch.zeros_like(z), torch.zeros_like(u)
 
-    start = Phase(*phase_of(4))
-    end = splitting(flat, start, inverse_mass, torch.tensor(1.7), 50)
+    start = PhasePoint(*phase_of(4))
+    end = PhasePoint(*split(inverse_mass, 1.7, 50, flat)(start))
 
     def energy(phase):
         kinetic = GaussianKinetic(inverse_mass).energy(phase.r)
@@ -298,8 +323,8 @@ def test_value_of_kinetic_energy(inverse_mass):
 
 def test_velocity_is_gradient_of_kinetic_energy(inverse_mass):
     r = phase_of(5)[1].requires_grad_()
-    (slope,) = torch.autograd.grad(GaussianKinetic(inverse_mass).energy(r).sum(), r)
-    assert torch.allclose(velocity(inverse_mass, r), slope, rtol=1e-13)
+    (gradient,) = torch.autograd.grad(GaussianKinetic(inverse_mass).energy(r).sum(), r)
+    assert torch.allclose(times(r, inverse_mass), gradient, rtol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -311,7 +336,7 @@ def test_whitened_momenta(inverse_mass):
     """They are standard normal, and the energy is half their sum of squares."""
     kinetic = GaussianKinetic(inverse_mass)
     r = kinetic.sample(100_000)
-    white = whiten(kinetic.root, r)
+    white = times(r, kinetic.root)
     assert torch.allclose(0.5 * white.square().sum(-1), kinetic.energy(r))
     assert (white.mean(0).abs() < LIMIT / math.sqrt(len(r))).all()
     assert torch.allclose(white.mT.cov(), torch.eye(2, dtype=white.dtype), atol=0.02)

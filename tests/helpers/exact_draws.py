@@ -278,7 +278,7 @@ def make_target(name):
 def check(target, transition, *, step=None, moves=2):
     """Moves exact draws of the extended target a few times, and compares."""
     position, u, x = target.draws()
-    state = transition.begin(position, u)
+    state = transition.state_at(position, u)
     tuning, num_steps = setting(target, transition)
     rates, depths = [], set()
     for _ in range(moves):
@@ -292,7 +292,7 @@ def check(target, transition, *, step=None, moves=2):
     assert "tree_depth" not in info.further or len(depths) > 2, "trajectories of few lengths only"
     value = target.potential.value(state.position, state.noise)
     assert torch.allclose(value, state.evaluation.value, rtol=1e-10, atol=1e-10)
-    gradient = transition.begin(state.position, state.noise).gradient
+    gradient = transition.state_at(state.position, state.noise).gradient
     assert torch.allclose(gradient, state.gradient, rtol=1e-9, atol=1e-9), "a gradient of elsewhere"
 
 
@@ -332,7 +332,7 @@ def check_known(name, mass, transition, step_size, num_steps, *, step=None, move
         inverse_mass = torch.diag(inverse_mass) + 0.15
     tuning = Tuning(step_size, GaussianKinetic(inverse_mass))
     position = draw(chains)
-    state = transition.begin(position, position.new_zeros(chains, 0))
+    state = transition.state_at(position, position.new_zeros(chains, 0))
     depths = set()
     for _ in range(moves):
         state, info = (step or transition.step)(state, tuning, num_steps)
@@ -340,6 +340,6 @@ def check_known(name, mass, transition, step_size, num_steps, *, step=None, move
     assert_invariant({"theta": position}, {"theta": state.position})
     assert 0.3 < info.acceptance_rate.mean().item() < 0.98
     assert "tree_depth" not in info.further or len(depths) > 2, "trajectories of few lengths only"
-    fresh = transition.begin(state.position, state.noise)
+    fresh = transition.state_at(state.position, state.noise)
     assert torch.allclose(fresh.evaluation.value, state.evaluation.value, rtol=1e-10)
     assert torch.allclose(fresh.gradient, state.gradient, rtol=1e-10, atol=1e-10)

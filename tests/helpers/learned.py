@@ -16,7 +16,7 @@ EVERYWHERE = None
 FRESH = CorrelatedRefresh()
 
 
-STAR = 3
+PROPOSALS = 3
 
 
 KINDS = {
@@ -29,7 +29,7 @@ def endpoint(
     potential, network, kind, chains=CHAINS, *, refresh=FRESH, num_transitions=1, level=math.inf
 ):
     density = SurrogateDensity(potential, network)
-    density.level.fill_(level)
+    density.softened_above.fill_(level)
     return MultipleProposalTransition(
         potential,
         density,
@@ -38,7 +38,7 @@ def endpoint(
         refresh,
         Blocks(potential),
         num_transitions=num_transitions,
-        num_proposals=STAR,
+        num_proposals=PROPOSALS,
     )
 
 

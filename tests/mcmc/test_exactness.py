@@ -15,7 +15,7 @@ from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh
 from pyro_hamflow.dynamics import integrators
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.marginal import particles as particles_module
-from pyro_hamflow.mcmc.transitions import hmc, nuts, pseudo_marginal
+from pyro_hamflow.mcmc.transitions import hmc, nuts, pseudo_marginal, tree_builder
 from pyro_hamflow.mcmc.transitions import noise_refresh as refresh_module
 from pyro_hamflow.mcmc.transitions import trajectory as tree
 from pyro_hamflow.mcmc.transitions.base import Decision, State, select, select_evaluation
@@ -238,7 +238,7 @@ def redraw_noise(transition):
     def step(state, tuning, num_steps):
         state, info = transition.step(state, tuning, num_steps)
         noise = torch.randn_like(state.noise)
-        return transition.begin(state.position, noise), info
+        return transition.state_at(state.position, noise), info
 
     return step
 
@@ -311,47 +311,47 @@ def test_adapting_hmc_is_found_out():
 # --- and on spoilt No-U-Turn samplers -----------------------------------------------------------
 
 
-def spoil_levels(change):
+def spoil_uniforms(change):
     """Trajectories whose random numbers are changed before they are used."""
 
     def spoil(monkeypatch):
         honest = tree.extend
 
         def extend(grown, motion, *settings):
-            *settings, level = settings
-            return honest(grown, motion, *settings, change(grown, level.clone()))
+            *settings, uniform = settings
+            return honest(grown, motion, *settings, change(grown, uniform.clone()))
 
-        monkeypatch.setattr(nuts, "extend", extend)
+        monkeypatch.setattr(tree_builder, "extend", extend)
 
     spoil.__name__ = change.__name__
     return spoil
 
 
-@spoil_levels
-def pick_the_last_point(grown, level):
-    level[1] = 0.0
-    return level
+@spoil_uniforms
+def pick_the_last_point(grown, uniform):
+    uniform[1] = 0.0
+    return uniform
 
 
-@spoil_levels
-def pick_any_point(grown, level):
+@spoil_uniforms
+def pick_any_point(grown, uniform):
     """Every point of a doubling with the same probability, whatever its weight."""
     number = grown.num_points + 1
     place = number - 2 ** number.double().log2().floor() + 1
-    level[1] = torch.where(level[1] < 1 / place, 0.0, 1.0)
-    return level
+    uniform[1] = torch.where(uniform[1] < 1 / place, 0.0, 1.0)
+    return uniform
 
 
-@spoil_levels
-def accept_every_doubling(grown, level):
-    level[2] = 0.0
-    return level
+@spoil_uniforms
+def accept_every_doubling(grown, uniform):
+    uniform[2] = 0.0
+    return uniform
 
 
-@spoil_levels
-def grow_forwards(grown, level):
-    level[0] = 0.0
-    return level
+@spoil_uniforms
+def grow_forwards(grown, uniform):
+    uniform[0] = 0.0
+    return uniform
 
 
 def spoil_turns(change):

@@ -155,7 +155,7 @@ def test_trajectories_are_the_recursive_ones(step_size, mass, monkeypatch):
     kinetic = GaussianKinetic(inverse_mass)
     torch.manual_seed(0)
     position = torch.randn(CHAINS, 3)
-    state = transition.begin(position, position[:, :0])
+    state = transition.state_at(position, position[:, :0])
     full = torch.diag(inverse_mass) if mass == "diagonal" else inverse_mass
     root = torch.linalg.cholesky(full)
 
@@ -190,7 +190,7 @@ def test_joint_trajectories_are_the_recursive_ones(step_size, monkeypatch):
     size = potential.dimension
     kinetic = GaussianKinetic(torch.tensor([0.8, 0.4]))
     torch.manual_seed(0)
-    state = transition.begin(torch.randn(CHAINS, 2), potential.draw_noise(CHAINS))
+    state = transition.state_at(torch.randn(CHAINS, 2), potential.draw_noise(CHAINS))
 
     def slope(x):
         _, a, b = potential.gradients(x[None, :size], x[None, size:])
@@ -224,7 +224,7 @@ def test_joint_trajectories_are_the_recursive_ones(step_size, monkeypatch):
 def test_depth_is_limited():
     transition = NUTSTransition(Potential(bent), 8, 3)
     position = torch.zeros(8, 3)
-    state = transition.begin(position, position[:, :0])
+    state = transition.state_at(position, position[:, :0])
     _, info = transition.step(state, Tuning(1e-4, GaussianKinetic(torch.ones(3))), 1023)
     assert (info.n_steps == 7).all()
     assert (info.further["tree_depth"] == 3).all()
@@ -234,7 +234,7 @@ def test_depth_is_limited():
 def test_one_step_is_a_limit_too():
     transition = NUTSTransition(Potential(bent), 8, 3)
     position = torch.zeros(8, 3)
-    state = transition.begin(position, position[:, :0])
+    state = transition.state_at(position, position[:, :0])
     _, info = transition.step(state, Tuning(0.1, GaussianKinetic(torch.ones(3))), 1)
     assert (info.n_steps == 1).all()
 
@@ -248,7 +248,7 @@ def test_broken_numbers_are_counted():
 
     transition = NUTSTransition(Potential(model), 200, 10)
     position = torch.full((200, 1), 0.3)
-    state = transition.begin(position, position[:, :0])
+    state = transition.state_at(position, position[:, :0])
     moved, info = transition.step(state, Tuning(0.1, GaussianKinetic(torch.ones(1))), 1023)
     assert 0.2 < info.diverging.double().mean() < 1.0
     assert (moved.position <= 0.5).all()
@@ -270,7 +270,7 @@ def test_compiled_is_eager(kind, dtype, compiled_at_once):
         transition = kind(potential, 4, 5)
         torch.manual_seed(0)
         position, noise = torch.randn(4, 2), torch.randn(4, potential.noise_dimension)
-        state = transition.begin(position, noise)
+        state = transition.state_at(position, noise)
         moved, info = transition.step(state, Tuning(0.1, GaussianKinetic(torch.ones(2))), 31)
         assert moved.position.dtype == dtype
         assert info.energy_error.dtype == torch.float64

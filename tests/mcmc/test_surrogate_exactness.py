@@ -31,7 +31,7 @@ from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import SurrogateDensity, TrustRegion
 from tests.helpers.exact_draws import CHAINS, MOST_POINTS, make_target, skewed, skewed_draws
 from tests.helpers.laws import assert_invariant
-from tests.helpers.learned import EVERYWHERE, FRESH, KINDS, STAR, endpoint, per_leaf
+from tests.helpers.learned import EVERYWHERE, FRESH, KINDS, PROPOSALS, endpoint, per_leaf
 
 NEARBY = TrustRegion(1.0, 2.0)
 
@@ -155,7 +155,7 @@ def test_ours_are_unbiased(name):
     tuning = Tuning(STEP, GaussianKinetic(torch.ones(1)))
 
     def step(position):
-        state = transition.begin(position, position[:, :0])
+        state = transition.state_at(position, position[:, :0])
         return transition.step(state, tuning, NUM_STEPS)[0].position
 
     assert abs(bias(step)) < 3.0
@@ -227,7 +227,7 @@ def check(transition, step_size, *, num_steps=4, moves=2, least=0.2):
     """Moves exact draws of the skewed density, and compares after each move."""
     torch.manual_seed(3)
     position = skewed_draws(CHAINS)
-    state = transition.begin(position, position[:, :0])
+    state = transition.state_at(position, position[:, :0])
     tuning = Tuning(step_size, GaussianKinetic(MASS))
     for _ in range(moves):
         state, info = transition.step(state, tuning, num_steps)
@@ -246,7 +246,7 @@ def test_invariance_endpoint(quality, kind):
     level = float(network(skewed_draws(1000)).detach().quantile(0.9))
     transition = endpoint(skewed_potential(), network, kind, num_transitions=2, level=level)
     num_steps = 4 if kind == "hmc" else MOST_POINTS
-    info = check(transition, 0.5, num_steps=num_steps, moves=STAR)
+    info = check(transition, 0.5, num_steps=num_steps, moves=PROPOSALS)
     assert (info.n_gradients == 0).all() and (info.n_densities == 1).all()
     rate = info.acceptance_rate.mean().item()
     assert (rate > 0.8) == (quality == "good"), rate
@@ -276,7 +276,7 @@ def latent_network(name):
     points = Points(position, value, slope, position[:, :0]).pick(usual)
     fit_energy(network, points, num_steps=300, learning_rate=1e-2)
     with torch.no_grad():
-        network.slope += 0.5  # too good a network would hide what a correction is for
+        network.linear += 0.5  # too good a network would hide what a correction is for
     return network
 
 
@@ -285,9 +285,9 @@ def check_latent(name, transition):
     target = make_target(name)
     position, noise, x = target.draws()
     torch.manual_seed(6)
-    state = transition.begin(position, noise)
+    state = transition.state_at(position, noise)
     tuning = Tuning(0.8, GaussianKinetic(torch.tensor([0.7, 0.4])))
-    for _ in range(STAR + 1):  # into the next star, where the noise is refreshed once more
+    for _ in range(PROPOSALS + 1):  # into the next star, where the noise is refreshed once more
         state, info = transition.step(state, tuning, 4)
     local = state.evaluation.local.get("x")
     before = target.quantities(position, noise, None if local is None else x)
@@ -316,11 +316,11 @@ def test_a_star_is_known_when_its_first_draw_comes():
     target = make_target("prior-8")
     position, noise, _ = target.draws()
     transition = endpoint(target.potential, latent_network("prior-8"), "hmc")
-    state = transition.begin(position, noise)
+    state = transition.state_at(position, noise)
     tuning = Tuning(0.8, GaussianKinetic(torch.tensor([0.7, 0.4])))
     state, _ = transition.step(state, tuning, 4)
     ahead = [later for later, _ in transition.ahead]
-    assert len(ahead) == STAR - 1 and not transition.ended(state)
+    assert len(ahead) == PROPOSALS - 1 and not transition.ended(state)
     for later in ahead:
         state, _ = transition.step(state, tuning, 4)
         assert state is later and state.noise is ahead[0].noise
@@ -333,8 +333,8 @@ def test_impossible_proposals_are_never_drawn():
         pyro.factor("half", torch.where(x < 0.0, 0.0, -math.inf))
 
     transition = endpoint(Potential(half_line), PotentialNetwork(1), "hmc", 50)
-    state = transition.begin(torch.full((50, 1), -0.5), torch.zeros(50, 0))
-    for _ in range(2 * STAR):
+    state = transition.state_at(torch.full((50, 1), -0.5), torch.zeros(50, 0))
+    for _ in range(2 * PROPOSALS):
         state, info = transition.step(state, Tuning(0.5, GaussianKinetic(torch.eye(1))), 4)
         assert (state.position < 0.0).all()
         assert info.diverging.any()
@@ -406,7 +406,7 @@ def test_spoilt_endpoint_is_found_out(spoil, monkeypatch):
     transition = endpoint(skewed_potential(), network_of("bad"), "hmc")
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
-        check(transition, 0.5, moves=STAR)
+        check(transition, 0.5, moves=PROPOSALS)
 
 
 def test_picks_come_as_often_as_their_weights_say():

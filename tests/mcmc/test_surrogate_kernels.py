@@ -43,7 +43,7 @@ from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.surrogates import learner as learning
 from pyro_hamflow.surrogates.costs import COMPILED
 from pyro_hamflow.surrogates.fit import fit_energy
-from pyro_hamflow.surrogates.gradient_log import GradientLog, Motion
+from pyro_hamflow.surrogates.gradient_log import GradientLog, LeapfrogSettings
 from pyro_hamflow.surrogates.losses import Points
 from tests.helpers.exact_draws import SLOPE, Y, latent, make_target
 from tests.helpers.laws import assert_invariant, scores
@@ -182,7 +182,7 @@ def test_energies_are_learned_unless_they_are_noisy():
             learner.network = None
             torch.manual_seed(1)
             learner.fit(passing=False)
-            learned.append(learner.network.slope.detach().clone())
+            learned.append(learner.network.linear.detach().clone())
         assert torch.equal(*learned) == noisy
 
 
@@ -226,7 +226,7 @@ def test_observing_changes_no_trajectory(make, captured):
     for observe in (None, log.observe):
         torch.manual_seed(0)
         inner = make(potential, 4, observe)
-        state = inner.begin(position, position[:, :0])
+        state = inner.state_at(position, position[:, :0])
         for _ in range(3):
             state, info = inner.step(state, tuning, 7)
             steps.append(torch.as_tensor(info.n_steps))
@@ -250,8 +250,8 @@ def test_observed_neighbours_are_a_step_apart(kind):
     nuts = kind == "nuts"
     inner = NUTSTransition(potential, 4, 10, log.observe) if nuts else None
     inner = inner or HMCTransition(potential, 4, log.observe)
-    log.motion = Motion(tuning.step_sizes(position), tuning.kinetic.inverse_mass)
-    state = inner.begin(position, position[:, :0])
+    log.motion = LeapfrogSettings(tuning.step_sizes(position), tuning.kinetic.inverse_mass)
+    state = inner.state_at(position, position[:, :0])
     for _ in range(5):
         state, _ = inner.step(state, tuning, 1023 if nuts else 7)
     rows, sizes, mass = log.trajectories(3, 10_000)
@@ -333,13 +333,13 @@ def test_cheap_gradients_are_followed(kind, plain):
 
 def spoil(monkeypatch, slope):
     """Networks that err, and are tried all the same."""
-    monkeypatch.setattr(learning.Learner, "too_dear", lambda *_: None)
+    monkeypatch.setattr(learning.Learner, "too_costly", lambda *_: None)
     honest = learning.fit_energy
 
     def fit(network, *inputs, **settings):
         training = honest(network, *inputs, **settings)
         with torch.no_grad():
-            network.slope += slope
+            network.linear += slope
         return training
 
     monkeypatch.setattr(learning, "fit_energy", fit)
@@ -530,7 +530,7 @@ def test_moments_of_rosenbrock(dimension, correction):
     fit_energy(network, points, num_steps=600, learning_rate=1e-2)
     make = endpoint if correction == "endpoint" else per_leaf
     transition = make(potential, network, "nuts", chains)
-    state = transition.begin(position, position[:, :0])
+    state = transition.state_at(position, position[:, :0])
     step_size, most = (0.15, 31) if dimension < 100 else (0.02, 3)
     tuning = Tuning(step_size, GaussianKinetic(torch.ones(dimension)))
     for _ in range(3):
@@ -591,7 +591,7 @@ def test_noise_suits_the_positions_that_are_learned_from(monkeypatch):
             noise, *_, count = refresh(blocks, noise, evaluate(noise), evaluate)
             return noise, count
 
-        count = pupil.look_about(position, noise, at)
+        count = pupil.gather_around(position, noise, at)
         entry = pupil.log.entries[-1]
         seen = entry.position.clone().requires_grad_()
         (slope,) = torch.autograd.grad(exact_energy(seen).sum(), seen)

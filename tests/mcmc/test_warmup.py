@@ -269,7 +269,7 @@ def distance_after_warmup():
     state = kernel.begin(16, 100, initial_params={"x": start})
     for _ in range(100):
         state, _ = kernel.advance(state)
-    assert kernel.phase.tuning.pace is None
+    assert kernel.phase.tuning.step_scale is None
     return state.position.abs().max().item()
 
 
@@ -278,5 +278,5 @@ def test_chain_that_starts_badly_arrives():
 
 
 def test_it_would_not_with_one_step_for_all(monkeypatch):
-    monkeypatch.setattr(WarmUp, "_set_pace", lambda self, acceptance_rate: None)
+    monkeypatch.setattr(WarmUp, "_set_step_scale", lambda self, acceptance_rate: None)
     assert distance_after_warmup() > 30.0

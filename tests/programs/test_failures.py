@@ -156,7 +156,7 @@ def test_moves_in_python_leave_the_posterior_as_it_is():
     potential = Potential(correlated_in_python)
     transition = HMCTransition(potential, num_chains)
     tuning = Tuning(0.7, GaussianKinetic(torch.ones(1, dtype=torch.float64)))
-    state, info = transition.step(transition.begin(start, start[:, :0]), tuning, 2)
+    state, info = transition.step(transition.state_at(start, start[:, :0]), tuning, 2)
     assert potential.programs.failures.count > 20 and info.diverging.sum() > 10
     assert 0.3 < info.accepted.double().mean() < 0.9
     mean, spread = moments_on_grid()

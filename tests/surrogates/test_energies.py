@@ -12,8 +12,8 @@ from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import (
     GradientMatching,
     Points,
-    Trajectories,
     TrajectoryMatching,
+    TrajectorySegments,
 )
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from tests.helpers.laws import assert_order, assert_reversible, assert_volume_preserving
@@ -34,7 +34,7 @@ def network_of(dimension=3, *, dtype=torch.float64, **sizes):
     network.whiten_by(torch.randn(50, dimension, dtype=dtype) * scale + 1.0, context)
     with torch.no_grad():
         network.network.last.mul_(10.0)
-        network.slope.add_(0.3)
+        network.linear.add_(0.3)
     return network
 
 
@@ -138,7 +138,7 @@ def leapfrogs(count=400, steps=5):
             lambda z, noise: bent(z), z, r, slope, z, mass, size[:, None]
         )
         path.append(z)
-    return Trajectories(torch.stack(path, 1), size, torch.diag(mass).expand(count, 3, 3))
+    return TrajectorySegments(torch.stack(path, 1), size, torch.diag(mass).expand(count, 3, 3))
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -251,6 +251,25 @@ def test_flow_of_a_trained_network_conserves_energy():
 
 
 # --- files and bad input ------------------------------------------------------------------------
+
+
+def test_files_of_before_are_read(tmp_path):
+    """The quadratic and the linear part had other names in them."""
+    network = PotentialNetwork(2)
+    with torch.no_grad():
+        network.quadratic += 0.3 * torch.randn(network.quadratic.shape)
+        network.linear += torch.randn(network.linear.shape)
+    weights = network.state_dict()
+    weights["shape"], weights["slope"] = weights.pop("quadratic"), weights.pop("linear")
+    torch.save({"sizes": network.sizes, "weights": weights}, tmp_path / "network.pt")
+    again = PotentialNetwork.load(tmp_path / "network.pt")
+    z = torch.randn(5, network.dimension)
+    assert torch.equal(again(z), network(z))
+
+
+def test_missing_context_is_refused():
+    with pytest.raises(ValueError, match="`context` is None: expected one of 3 numbers"):
+        PotentialNetwork(2, context_dimension=3)(torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

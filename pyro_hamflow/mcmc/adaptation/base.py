@@ -15,7 +15,7 @@ from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """What a run is to be, as far as is known before it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Phase(Protocol):
         """What follows, and the state that it begins with, once this phase is over."""
 
 
-class Draw:
+class Sample:
     """The last phase: nothing changes any more, and draws are kept.
 
     Arguments:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.marginal.scrutiny import look, mend_proposal, misses, more_of_prior, refit_at
-from pyro_hamflow.mcmc.adaptation.base import Plan
+from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.transitions.base import State, Transition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
@@ -75,7 +75,7 @@ class EstimatorTuning:
             "max_pareto_k": self.max_pareto_k,
         }
 
-    def start_over(self, source: ModelTarget, plan: Plan) -> None:
+    def start_over(self, source: ModelTarget, plan: RunPlan) -> None:
         """Goes back to what was there before any run, so that a run repeats itself."""
         self.source, self.plan = source, plan
         self._window, self._remark, self.max_pareto_k = [], None, math.nan

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.adaptation.base import Plan
+from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.mcmc.adaptation.metric import first_scales
 from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
@@ -47,11 +47,11 @@ class Hamiltonian:
             **({} if self.estimator is None else self.estimator.settings),
         }
 
-    def begin(
+    def first_phase(
         self,
         potential: Potential,
         transition: Transition,
-        plan: Plan,
+        plan: RunPlan,
         position: Tensor,
         noise: Tensor,
         *,
@@ -73,7 +73,7 @@ class Hamiltonian:
             may_go_on: Whether warm-up may take longer than is planned.
         """
         step_and_mass = self.step_and_mass
-        state = transition.begin(position, noise)
+        state = transition.state_at(position, noise)
         kinetic = kinetic or step_and_mass.first_kinetic(potential)
         if plan.warmup_steps and step_and_mass.adapt_mass_matrix and kinetic.is_identity:
             scales = first_scales(potential, position, noise)

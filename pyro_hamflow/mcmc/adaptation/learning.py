@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.adaptation.base import Draw, Phase
+from pyro_hamflow.mcmc.adaptation.base import Phase, Sample
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.mcmc.adaptation.metric import Covariance
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
@@ -38,7 +38,7 @@ from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition,
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.surrogates.costs import synchronize
-from pyro_hamflow.surrogates.gradient_log import Motion
+from pyro_hamflow.surrogates.gradient_log import LeapfrogSettings
 from pyro_hamflow.surrogates.learner import FEWEST_GATHER, Learner
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity, TrustRegion
@@ -99,7 +99,7 @@ class Learning:
 
     def gather_anew(self, potential: Potential) -> Transition:
         """True moves on a target that has changed, of which nothing is known yet."""
-        self.learner.begin_anew(potential, self.run.iteration)
+        self.learner.start_over(potential, self.run.iteration)
         self.trial = Trial()
         self._take(potential)
         return self.gathering_moves()
@@ -138,9 +138,11 @@ class Learning:
             reason = self._not_worth_it(_HOPE)
             if reason is not None:
                 return self.give_up(state, tuning, reason)
-        return self.send_ahead(state, tuning, passing=not last)
+        return self.follow_surrogate(state, tuning, passing=not last)
 
-    def send_ahead(self, state: State, tuning: Tuning, *, passing: bool) -> tuple[Phase, State]:
+    def follow_surrogate(
+        self, state: State, tuning: Tuning, *, passing: bool
+    ) -> tuple[Phase, State]:
         """Follows the surrogate from here on; looks at true gradients too if it is passing."""
         run, network = self.run, self.run.surrogate
         if network is None:
@@ -168,13 +170,13 @@ class Learning:
                 num_proposals=run.choices.num_proposals,
             )
             self._rehearse(self._transition, state, tuning)
-        begun = self._transition.begin(state.position, state.noise)
+        begun = self._transition.state_at(state.position, state.noise)
         return Explore(self, self._transition, warmup, passing=passing), begun
 
     def _rehearse(self, transition: Transition, state: State, tuning: Tuning) -> None:
         """Makes a step in vain, so that what is captured for it is not part of what is timed."""
         with torch.random.fork_rng():
-            begun = transition.begin(state.position, state.noise)
+            begun = transition.state_at(state.position, state.noise)
             steps = self._trajectories.draw_num_steps(tuning.step_size)
             transition.step(begun, tuning, steps)
 
@@ -206,11 +208,11 @@ class Learning:
         count = min(max(_ATTUNED_BY // len(position), _FEWEST_ATTUNED), _MOST_ATTUNED)
         warmup = moves.warm_up(self.potential, tuning, count, adapt_mass=False)
         inner = self._trajectories.parameter_transition(density, len(position))
-        state = inner.begin(position, position[:, :0])
+        state = inner.state_at(position, position[:, :0])
         steps = warmed(warmup, inner, self._trajectories, state, _SHORT)
         energies = [moved.evaluation.value for moved, _ in steps]
         late = torch.cat(energies[count // 2 :])
-        density.level.copy_(late.nanquantile(_USUAL))
+        density.softened_above.copy_(late.nanquantile(_USUAL))
         return warmup.tuning
 
     def conclude(self, state: State, tuning: Tuning) -> tuple[Phase, State]:
@@ -246,11 +248,11 @@ class Learning:
                 return self._follow_truth(state, tuning)
             return transition.step(state, tuning, trajectories.draw_num_steps(tuning.step_size))
 
-        return Draw(transition, advance, tuning), transition.begin(state.position, state.noise)
+        return Sample(transition, advance, tuning), transition.state_at(state.position, state.noise)
 
     def _follow_truth(self, state: State, tuning: Tuning) -> tuple[State, Info]:
         """A transition along true gradients among those of the surrogate."""
-        begun = self._true.begin(state.position, state.noise)
+        begun = self._true.state_at(state.position, state.noise)
         steps = self._trajectories.draw_num_steps(tuning.step_size)
         moved, info = self._true.step(begun, tuning, steps)
         densities = info.n_densities + (1 if state.noise.shape[1] else 0)
@@ -269,7 +271,7 @@ class Learning:
             tuning = tuning._replace(kinetic=kinetic)
         left = run.plan.warmup_steps - run.iteration
         warmup = moves.warm_up(potential, tuning, left)
-        state = transition.begin(state.position, state.noise)
+        state = transition.state_at(state.position, state.noise)
         if warmup.finished:
             # The step suited the surrogate, and another mass: these iterations find one to keep.
             warmup = moves.warm_up(potential, tuning, _SETTLING, adapt_mass=False)
@@ -282,12 +284,12 @@ class Learning:
 
     # --- whether it pays --------------------------------------------------------------------------
 
-    def too_dear(self) -> str | None:
+    def too_costly(self) -> str | None:
         """Why not to train after all, if so."""
         if not self.run.choices.fallback:
             return None
         seconds = self.learner.clock.seconds_later("gradient", self.num_chains)
-        return self.learner.too_dear(seconds * self.trial.mean("n_steps") * self.run.draws_ahead)
+        return self.learner.too_costly(seconds * self.trial.mean("n_steps") * self.run.draws_ahead)
 
     def _not_worth_it(self, hope: float = 1.0) -> str | None:
         """Why the surrogate is worth less than true gradients, by what was measured, if so.
@@ -368,7 +370,7 @@ class Gather(Tune):
         learning, run, learner = self.learning, self.learning.run, self.learning.learner
         run.iteration += 1
         sizes = self.tuning.step_sizes(state.position)
-        learner.log.motion = Motion(sizes, self.tuning.kinetic.inverse_mass)
+        learner.log.motion = LeapfrogSettings(sizes, self.tuning.kinetic.inverse_mass)
         state, info = super().advance(state)
         info = padded(info)
         learning.trial.note(info, 0.0)
@@ -390,13 +392,13 @@ class Gather(Tune):
             return state
         potential, position, noise = changed
         self.transition = self.learning.gather_anew(potential)
-        return self.transition.begin(position, noise)
+        return self.transition.state_at(position, noise)
 
     def successor(self, state: State) -> tuple[Phase, State] | None:
         learning, run = self.learning, self.learning.run
         if not learning.learner.knows_enough(run.iteration, run.choices.num_proposals):
             return None
-        reason = learning.too_dear()
+        reason = learning.too_costly()
         if reason is not None:
             return learning.give_up(state, self.tuning, reason)
         return learning.learn(state, self.tuning)
@@ -443,16 +445,16 @@ class Explore:
         if self.passing and isinstance(self.transition, MultipleProposalTransition):
             draws = [state, *(later for later, _ in self.transition.ahead)]
             if len(draws) == run.choices.num_proposals:  # else they were looked at before
-                info = self._look_about(draws, info)
+                info = self._gather_around(draws, info)
         self.warmup.update(state, info)
         learning.visit(state)
         return state, info
 
-    def _look_about(self, draws: list[State], info: Info) -> Info:
+    def _gather_around(self, draws: list[State], info: Info) -> Info:
         position = torch.cat([draw.position for draw in draws])
         noise = torch.cat([draw.noise for draw in draws])
         learning, count = self.learning, len(draws)
-        densities = learning.learner.look_about(position, noise, learning.refresh_at)
+        densities = learning.learner.gather_around(position, noise, learning.refresh_at)
         learning.run.report.n_gradients += len(position)
         return info._replace(
             n_gradients=info.n_gradients + count,
@@ -469,5 +471,5 @@ class Explore:
         due = under_way and run.iteration == learning.learner.verdict
         if due and learning.leaves_promise_more():
             run.report.correction = "per leaf"
-            return learning.send_ahead(state, self.tuning, passing=False)
+            return learning.follow_surrogate(state, self.tuning, passing=False)
         return None

@@ -60,9 +60,11 @@ def first_phase(run: SurrogateRun, position: Tensor, noise: Tensor) -> tuple[Pha
         run.say(f"true gradients are followed: {reason}.")
         run.report.following = "true gradients"
         moves = run.true_moves(position)
-        return run.hamiltonian.begin(potential, moves, run.plan, position, noise, kinetic=kinetic)
+        return run.hamiltonian.first_phase(
+            potential, moves, run.plan, position, noise, kinetic=kinetic
+        )
     learning = Learning(run, learner, len(position), dense=kinetic.is_dense)
-    phase, state = run.hamiltonian.begin(
+    phase, state = run.hamiltonian.first_phase(
         potential,
         learning.gathering_moves(),
         run.plan,
@@ -75,7 +77,7 @@ def first_phase(run: SurrogateRun, position: Tensor, noise: Tensor) -> tuple[Pha
     learner.log.entries.clear()
     if run.choices.surrogate is None:
         return phase, state
-    return learning.send_ahead(state, phase.tuning, passing=False)
+    return learning.follow_surrogate(state, phase.tuning, passing=False)
 
 
 def _first_kinetic(run: SurrogateRun, potential: Potential) -> GaussianKinetic:
@@ -101,4 +103,4 @@ def _hopeless(run: SurrogateRun, learner: Learner, chains: int) -> str | None:
     if not choices.fallback or choices.surrogate is not None:
         return None
     seconds = learner.clock.seconds_later("gradient", chains)
-    return learner.too_dear(GUESSED_STEPS * seconds * run.draws_ahead)
+    return learner.too_costly(GUESSED_STEPS * seconds * run.draws_ahead)

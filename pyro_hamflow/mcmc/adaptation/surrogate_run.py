@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_hamflow.checks import between, finite, flag, positive, whole
 from pyro_hamflow.marginal.model_target import ModelTarget
-from pyro_hamflow.mcmc.adaptation.base import Plan
+from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.verdict import SurrogateReport
 from pyro_hamflow.mcmc.transitions.base import Transition
@@ -102,7 +102,11 @@ class SurrogateRun:
     """
 
     def __init__(
-        self, choices: SurrogateChoices, hamiltonian: Hamiltonian, source: ModelTarget, plan: Plan
+        self,
+        choices: SurrogateChoices,
+        hamiltonian: Hamiltonian,
+        source: ModelTarget,
+        plan: RunPlan,
     ) -> None:
         self.choices = choices
         self.hamiltonian = hamiltonian

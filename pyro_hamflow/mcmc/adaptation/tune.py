@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_hamflow.mcmc.adaptation.base import Draw, Phase, Plan
+from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
 from pyro_hamflow.mcmc.adaptation.window import WarmUp
@@ -30,7 +30,7 @@ class Tune:
         trajectories: Trajectories,
         step_and_mass: StepAndMass,
         warmup: WarmUp,
-        plan: Plan,
+        plan: RunPlan,
         estimator: EstimatorTuning | None = None,
     ) -> None:
         self.transition = transition
@@ -85,7 +85,7 @@ class Tune:
             return state
         potential, position, noise = changed
         self.transition = estimator.transition(potential, position)
-        return self.transition.begin(position, noise)
+        return self.transition.state_at(position, noise)
 
     def restart(self, state: State) -> None:
         """Begins the search for the step size anew, from a reasonable one."""
@@ -107,10 +107,10 @@ class Tune:
     def successor(self, state: State) -> tuple[Phase, State] | None:
         return None if self.adapting else (self._draw(), state)
 
-    def _draw(self) -> Draw:
+    def _draw(self) -> Sample:
         transition, tuning, trajectories = self.transition, self.tuning, self.trajectories
 
         def advance(state: State) -> tuple[State, Info]:
             return transition.step(state, tuning, trajectories.draw_num_steps(tuning.step_size))
 
-        return Draw(transition, advance, tuning)
+        return Sample(transition, advance, tuning)

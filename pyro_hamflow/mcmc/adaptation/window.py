@@ -156,7 +156,7 @@ class WarmUp:
         """Takes in the outcome of one iteration; says whether the mass has changed."""
         self._done += 1
         if self.adapt_step_size:
-            self._set_pace(info.acceptance_rate)
+            self._set_step_scale(info.acceptance_rate)
             self._averaging.update(float(info.acceptance_rate.mean()))
         changed = self.adapt_mass and self._update_mass(state)
         if self._watch is not None:
@@ -205,18 +205,18 @@ class WarmUp:
         start = self._windows[-2] if len(self._windows) > 1 else self._done
         return Watch(start - self._done, self.warmup_steps - start)
 
-    def _set_pace(self, acceptance_rate: Tensor) -> None:
+    def _set_step_scale(self, acceptance_rate: Tensor) -> None:
         """Slows chains down that would not move, as out in the tails, until the opening is over.
 
         The step that suits most chains may be too long for one that started badly: tuned on the
         mean of all, it would stay where it is for ever.
         """
-        pace = None
+        scale = None
         if self.opening:
-            old = self.tuning.pace
+            old = self.tuning.step_scale
             old = torch.ones_like(acceptance_rate) if old is None else old
-            pace = (old * torch.exp(acceptance_rate - self.target)).clamp(max=1.0)
-        self.tuning = self.tuning._replace(pace=pace)
+            scale = (old * torch.exp(acceptance_rate - self.target)).clamp(max=1.0)
+        self.tuning = self.tuning._replace(step_scale=scale)
 
     def _new_metric(self) -> Metric:
         inverse_mass = self.tuning.kinetic.inverse_mass

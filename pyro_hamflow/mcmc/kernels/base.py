@@ -8,14 +8,15 @@ path. A kernel of one's own needs a transition, here of random-walk Metropolis:
     ...     def __init__(self, target):
     ...         self.target = target
     ...
-    ...     def begin(self, position, noise):
+    ...     def state_at(self, position, noise):
     ...         evaluation = self.target.evaluate(position, noise)
     ...         return State(position, noise, torch.zeros_like(position), evaluation)
     ...
     ...     def step(self, state):
-    ...         there = self.begin(state.position + torch.randn_like(state.position), state.noise)
+    ...         proposed = state.position + torch.randn_like(state.position)
+    ...         there = self.state_at(proposed, state.noise)
     ...         error = (there.evaluation.value - state.evaluation.value).double()
-    ...         decision = metropolis(error, draw_level(len(error), error.device))
+    ...         decision = metropolis(error, draw_uniform(len(error), error.device))
     ...         moved = select_state(decision.accepted, there, state)
     ...         energy = moved.evaluation.value.double()
     ...         return moved, Info(*decision, energy, n_steps=0, n_gradients=0, n_densities=1)
@@ -43,7 +44,7 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.adaptation import surrogate
-from pyro_hamflow.mcmc.adaptation.base import Draw, Phase, Plan
+from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import Adapter
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateChoices, SurrogateRun
@@ -82,7 +83,7 @@ class Kernel(PyroFace):
         self._surrogate_run: SurrogateRun | None = None
         self.planned_draws: int | None = None
         self.most_warmup_steps: int | None = None
-        self.plan = Plan(type(self).__name__, 1, 0)
+        self.plan = RunPlan(type(self).__name__, 1, 0)
         self._phase: Phase | None = None
 
     # --- what a kernel of one's own defines -------------------------------------------------------
@@ -104,8 +105,10 @@ class Kernel(PyroFace):
             return surrogate.first_phase(self._surrogate_run, position, noise)
         transition = self.make_transition(self.potential, position)
         if self._hamiltonian is not None:
-            return self._hamiltonian.begin(self.potential, transition, self.plan, position, noise)
-        return Draw(transition, transition.step), transition.begin(position, noise)
+            return self._hamiltonian.first_phase(
+                self.potential, transition, self.plan, position, noise
+            )
+        return Sample(transition, transition.step), transition.state_at(position, noise)
 
     def start(
         self, num_chains: int, initial_params: Mapping[str, Tensor] | None
@@ -148,7 +151,7 @@ class Kernel(PyroFace):
         Returns:
             The first state.
         """
-        self.plan = Plan(
+        self.plan = RunPlan(
             type(self).__name__,
             num_chains,
             warmup_steps,
@@ -193,7 +196,7 @@ class Kernel(PyroFace):
         return self._followed(state)
 
     def moved_to(self, position: Tensor, noise: Tensor) -> State:
-        return self.phase.transition.begin(position, noise)
+        return self.phase.transition.state_at(position, noise)
 
     @property
     def phase(self) -> Phase:

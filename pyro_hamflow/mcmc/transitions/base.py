@@ -99,12 +99,12 @@ class Tuning(NamedTuple):
 
     step_size: float
     kinetic: GaussianKinetic
-    pace: Tensor | None = None
+    step_scale: Tensor | None = None
 
     def step_sizes(self, position: Tensor) -> Tensor:
         """The step of each chain, of shape ``(chains,)``, at positions ``(chains, dimension)``."""
         sizes = position.new_full((len(position),), self.step_size)
-        return sizes if self.pace is None else sizes * self.pace.to(sizes)
+        return sizes if self.step_scale is None else sizes * self.step_scale.to(sizes)
 
 
 class Transition(Protocol):
@@ -116,7 +116,7 @@ class Transition(Protocol):
 
     target: Target
 
-    def begin(self, position: Tensor, noise: Tensor) -> State:
+    def state_at(self, position: Tensor, noise: Tensor) -> State:
         """The state at positions ``(chains, dimension)`` and their noise."""
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
@@ -156,7 +156,7 @@ class Decision(NamedTuple):
     diverging: Tensor
 
 
-def draw_level(num_chains: int, device: torch.device) -> Tensor:
+def draw_uniform(num_chains: int, device: torch.device) -> Tensor:
     """A uniform random number for the Metropolis test of each chain."""
     return torch.rand(num_chains, dtype=torch.float64, device=device)
 
@@ -170,15 +170,15 @@ def judge(energy_error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.exp(-error.clamp(min=0.0)), error, error > DIVERGENCE
 
 
-def metropolis(energy_error: Tensor, level: Tensor) -> Decision:
+def metropolis(energy_error: Tensor, uniform: Tensor) -> Decision:
     """Accepts each chain's proposal with the probability that :func:`judge` gives it.
 
     Arguments:
         energy_error: Of shape ``(chains,)``, in float64.
-        level: A uniform random number for each.
+        uniform: A uniform random number for each.
     """
     rate, error, diverging = judge(energy_error)
-    return Decision(level < rate, rate, error, diverging)
+    return Decision(uniform < rate, rate, error, diverging)
 
 
 def select(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:

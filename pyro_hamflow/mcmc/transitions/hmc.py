@@ -12,7 +12,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     Observe,
     State,
     Tuning,
-    draw_level,
+    draw_uniform,
     metropolis,
     select,
 )
@@ -41,28 +41,22 @@ class HMCTransition:
         self.target = target
         self.num_chains = num_chains
         self._observe = observe
-        self._gradient = target.graph("gradient", num_chains)
+        self._value_and_gradient = target.graph("gradient", num_chains)
 
-    def begin(self, position: Tensor, noise: Tensor) -> State:
-        value, gradient = self._gradient(position, noise)
+    def state_at(self, position: Tensor, noise: Tensor) -> State:
+        value, gradient = self._value_and_gradient(position, noise)
         return State(position, noise, gradient, Evaluation(value, {}, {}))
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         inverse_mass = tuning.kinetic.inverse_mass
         size = tuning.step_sizes(state.position)[:, None]
         momentum = tuning.kinetic.sample(self.num_chains)
-        level = draw_level(self.num_chains, momentum.device)
-        z, r, value, slope = state.position, momentum, state.evaluation.value, state.gradient
-        advance = self._advance(inverse_mass)
-        for step in range(num_steps):
-            z, r, value, slope = advance(z, r, slope, state.noise, inverse_mass, size)
-            if self._observe is not None:
-                all_chains = torch.ones_like(value, dtype=torch.bool)
-                self._observe(z, value, slope, all_chains, all_chains & (step == 0))
-        old = (state.position, momentum, state.evaluation.value, state.gradient)
-        inputs = (z, r, value, slope, *old, inverse_mass, level)
+        uniform = draw_uniform(self.num_chains, momentum.device)
+        end = self.trajectory(state, momentum, inverse_mass, size, num_steps)
+        start = (state.position, momentum, state.evaluation.value, state.gradient)
+        inputs = (*end, *start, inverse_mass, uniform)
         conclude = self.target.accelerate("leapfrog test", _conclude, *inputs)
-        position, value, slope, accepted, rate, error, diverging, energy = conclude(*inputs)
+        position, value, gradient, accepted, rate, error, diverging, energy = conclude(*inputs)
         info = Info(
             accepted,
             rate,
@@ -73,7 +67,36 @@ class HMCTransition:
             n_gradients=num_steps,
             n_densities=0,
         )
-        return State(position, state.noise, slope, Evaluation(value, {}, {})), info
+        return State(position, state.noise, gradient, Evaluation(value, {}, {})), info
+
+    def trajectory(
+        self,
+        state: State,
+        momentum: Tensor,
+        inverse_mass: Tensor,
+        step_size: Tensor,
+        num_steps: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Leapfrog steps, one after the other.
+
+        Arguments:
+            state: Where chains start.
+            momentum: Their momenta, of shape ``(chains, dimension)``.
+            inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
+            step_size: Of each chain, of shape ``(chains, 1)``.
+            num_steps: How many steps.
+
+        Returns:
+            Position, momentum, potential and gradient at the end.
+        """
+        z, r, value, gradient = state.position, momentum, state.evaluation.value, state.gradient
+        advance = self._advance(inverse_mass)
+        for step in range(num_steps):
+            z, r, value, gradient = advance(z, r, gradient, state.noise, inverse_mass, step_size)
+            if self._observe is not None:
+                all_chains = torch.ones_like(value, dtype=torch.bool)
+                self._observe(z, value, gradient, all_chains, all_chains & (step == 0))
+        return z, r, value, gradient
 
     def refreshed(self, state: State, tuning: Tuning) -> State:
         """The state with potential and gradient computed anew, after its noise has changed.
@@ -83,16 +106,16 @@ class HMCTransition:
         still = torch.zeros_like(state.position)
         size = still[:, :1]
         inverse_mass = tuning.kinetic.inverse_mass
-        _, _, value, slope = self._advance(inverse_mass)(
+        _, _, value, gradient = self._advance(inverse_mass)(
             state.position, still, still, state.noise, inverse_mass, size
         )
-        return state._replace(gradient=slope, evaluation=state.evaluation._replace(value=value))
+        return state._replace(gradient=gradient, evaluation=state.evaluation._replace(value=value))
 
     def _advance(self, inverse_mass: Tensor) -> Program:
         """The leapfrog step as one program."""
 
         def advance(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return leapfrog_step(self._gradient, *inputs)
+            return leapfrog_step(self._value_and_gradient, *inputs)
 
         position, noise = self.target.vectors(self.num_chains)
         size = position.new_ones(len(position), 1)
@@ -104,21 +127,21 @@ def _conclude(
     z: Tensor,
     r: Tensor,
     value: Tensor,
-    slope: Tensor,
+    gradient: Tensor,
     position: Tensor,
     momentum: Tensor,
     old_value: Tensor,
-    old_slope: Tensor,
+    old_gradient: Tensor,
     inverse_mass: Tensor,
-    level: Tensor,
+    uniform: Tensor,
 ) -> tuple[Tensor, ...]:
     """The Metropolis test at a trajectory's end: the new state, the decision, the energy."""
     kinetic = GaussianKinetic(inverse_mass)
     before, after = kinetic.energy(momentum).double(), kinetic.energy(r).double()
     gain = value.double() - old_value.double()
-    decision = metropolis(gain + (after - before), level)
+    decision = metropolis(gain + (after - before), uniform)
     accepted = decision.accepted
     kept = select(accepted, value, old_value)
     energy = kept.double() + torch.where(accepted, after, before)
-    moved = (select(accepted, z, position), kept, select(accepted, slope, old_slope))
+    moved = (select(accepted, z, position), kept, select(accepted, gradient, old_gradient))
     return *moved, *decision, energy

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyro_hamflow.mcmc.transitions.base import (
     Info,
     State,
-    draw_level,
+    draw_uniform,
     metropolis,
     select_state,
 )
@@ -34,7 +34,7 @@ class FlowMHTransition:
         self.target = target
         self.guide = guide
 
-    def begin(self, position: Tensor, noise: Tensor) -> State:
+    def state_at(self, position: Tensor, noise: Tensor) -> State:
         evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
@@ -47,7 +47,7 @@ class FlowMHTransition:
         evaluation = self.target.evaluate(position, noise)
         error = evaluation.value.double() - state.evaluation.value.double()
         error = error + (there.double() - here.double())
-        decision = metropolis(error, draw_level(chains, error.device))
+        decision = metropolis(error, draw_uniform(chains, error.device))
         proposed = State(position, noise, state.gradient, evaluation)
         moved = select_state(decision.accepted, proposed, state)
         # A poor proposal is no divergence of a trajectory: there is none.

@@ -110,7 +110,7 @@ class MultipleProposalTransition:
         self.ahead: list[tuple[State, Info]] = []
         self._latest: State | None = None
 
-    def begin(self, position: Tensor, noise: Tensor) -> State:
+    def state_at(self, position: Tensor, noise: Tensor) -> State:
         evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
@@ -130,7 +130,7 @@ class MultipleProposalTransition:
         self, inner: ParameterTransition, position: Tensor, tuning: Tuning, num_steps: int
     ) -> Journey:
         """Where the learned density's transitions lead from positions ``(rows, dimension)``."""
-        state = inner.begin(position, position[:, :0])
+        state = inner.state_at(position, position[:, :0])
         first = state.evaluation.value.double()
         steps = torch.zeros(len(position), dtype=torch.long, device=position.device)
         for _ in range(self.num_transitions):

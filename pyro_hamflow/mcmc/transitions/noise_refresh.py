@@ -23,14 +23,14 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.trace import plate_shape
 
-Evaluate = Callable[[Tensor], Evaluation]
+EvaluateNoise = Callable[[Tensor], Evaluation]
 
 
 class Refresh(Protocol):
     """A move of the noise with the parameters held."""
 
     def __call__(
-        self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: Evaluate
+        self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: EvaluateNoise
     ) -> tuple[Tensor, Evaluation, Tensor, int]:
         """Moves the noise of every chain.
 
@@ -145,15 +145,15 @@ class CorrelatedRefresh:
         between("correlation", self.correlation, 0.0, 1.0, ends="low")
 
     def __call__(
-        self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: Evaluate
+        self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: EvaluateNoise
     ) -> tuple[Tensor, Evaluation, Tensor, int]:
         fresh = math.sqrt(1.0 - self.correlation**2) * torch.randn_like(noise)
         proposed = self.correlation * noise + fresh
         new = evaluate(proposed)
         accepted = {}
         for name, log_ratio in blocks.log_ratios(new, current).items():
-            level = torch.rand_like(log_ratio).log()
-            accepted[name] = level < log_ratio  # false where the ratio is no number
+            uniform = torch.rand_like(log_ratio).log()
+            accepted[name] = uniform < log_ratio  # false where the ratio is no number
         merged = blocks.merge(accepted, proposed, noise)
         evaluation = blocks.merge_evaluations(accepted, new, current)
         return merged, evaluation, _share(accepted), 1
@@ -164,7 +164,7 @@ class EllipticalSliceRefresh:
     """Moves the noise along an ellipse through it and fresh noise, to where the estimate allows.
 
     The ellipse's angle is shrunk towards the current noise until the estimate lies above a random
-    level, so that every block moves, for several evaluations instead of one.
+    threshold, so that every block moves, for several evaluations instead of one.
 
     Invariant:
         The density of the noise given the parameters, exactly.
@@ -175,11 +175,11 @@ class EllipticalSliceRefresh:
     """
 
     def __call__(
-        self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: Evaluate
+        self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: EvaluateNoise
     ) -> tuple[Tensor, Evaluation, Tensor, int]:
         fresh = torch.randn_like(noise)
         zero = blocks.log_ratios(current, current)
-        level = {name: torch.rand_like(ratio).log() for name, ratio in zero.items()}
+        threshold = {name: torch.rand_like(ratio).log() for name, ratio in zero.items()}
         angle = {name: 2 * math.pi * torch.rand_like(ratio) for name, ratio in zero.items()}
         low = {name: value - 2 * math.pi for name, value in angle.items()}
         high = dict(angle)
@@ -190,7 +190,7 @@ class EllipticalSliceRefresh:
             new = evaluate(proposed)
             count += 1
             ratios = blocks.log_ratios(new, current)
-            fits = {name: ~done[name] & (ratio > level[name]) for name, ratio in ratios.items()}
+            fits = {name: ~done[name] & (ratio > threshold[name]) for name, ratio in ratios.items()}
             merged = blocks.merge(fits, proposed, merged)
             evaluation = blocks.merge_evaluations(fits, new, evaluation)
             for name, fit in fits.items():

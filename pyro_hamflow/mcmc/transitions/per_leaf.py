@@ -33,8 +33,8 @@ class PerLeafTransition:
         self.density = density
         self.inner = inner
 
-    def begin(self, position: Tensor, noise: Tensor) -> State:
-        return self.inner.begin(position, noise)
+    def state_at(self, position: Tensor, noise: Tensor) -> State:
+        return self.inner.state_at(position, noise)
 
     def refreshed(self, state: State, tuning: Tuning) -> State:
         return self.inner.refreshed(state, tuning)

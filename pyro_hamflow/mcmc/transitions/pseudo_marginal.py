@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_hamflow.dynamics.integrators import Phase, drift, kick_and_drift
+from pyro_hamflow.dynamics.integrators import PhasePoint, drift, kick_and_drift
 from pyro_hamflow.mcmc.transitions.base import (
     Info,
     ParameterTransition,
     State,
     Tuning,
-    draw_level,
+    draw_uniform,
     metropolis,
     select_state,
 )
@@ -37,16 +37,16 @@ class JointTransition:
         The extended density of parameters and noise, exactly, for every number of particles.
 
     References:
-        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021)
+        | Pseudo-Marginal Hamiltonian Monte Carlo (Alenlöv et al., 2021), section 3
         | https://arxiv.org/abs/1607.02516
     """
 
     def __init__(self, target: Target, num_chains: int) -> None:
         self.target = target
         self.num_chains = num_chains
-        self._gradients = target.graph("gradients", num_chains)
+        self._value_and_gradients = target.graph("gradients", num_chains)
 
-    def begin(self, position: Tensor, noise: Tensor) -> State:
+    def state_at(self, position: Tensor, noise: Tensor) -> State:
         evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
@@ -54,24 +54,20 @@ class JointTransition:
         kinetic = tuning.kinetic
         mass = kinetic.inverse_mass
         size = tuning.step_sizes(state.position)[:, None]
-        start = Phase(
+        start = PhasePoint(
             state.position,
             kinetic.sample(self.num_chains),
             state.noise,
             torch.randn_like(state.noise),
         )
-        advance = self._advance(mass)
-        phase = drift(start, mass, 0.5 * size)
-        for step in range(num_steps):
-            time = size if step < num_steps - 1 else 0.5 * size
-            phase = Phase(*advance(*phase, mass, size, time))
+        phase = self.trajectory(start, mass, size, num_steps)
         evaluation = self.target.evaluate(phase.z, phase.u)
         before = state.evaluation.value.double()
         kinetic_before = kinetic.energy(start.r).double()
         kinetic_after = kinetic.energy(phase.r).double()
         error = (evaluation.value.double() - before) + (kinetic_after - kinetic_before)
         error = error + _half_square_gain(phase.u, start.u) + _half_square_gain(phase.p, start.p)
-        decision = metropolis(error, draw_level(self.num_chains, error.device))
+        decision = metropolis(error, draw_uniform(self.num_chains, error.device))
         accepted = decision.accepted
         proposed = State(phase.z, phase.u, state.gradient, evaluation)
         moved = select_state(accepted, proposed, state)
@@ -83,13 +79,43 @@ class JointTransition:
         )
         return moved, info
 
+    def trajectory(
+        self, start: PhasePoint, inverse_mass: Tensor, step_size: Tensor, num_steps: int
+    ) -> PhasePoint:
+        r"""Steps of the splitting integrator.
+
+        For the extended Hamiltonian :math:`H = U(z, u) + \tfrac12 r^\top M^{-1} r + \tfrac12
+        (\lVert u \rVert^2 + \lVert p \rVert^2)`, each step is half a drift of the position with a
+        rotation of the noise, a full kick of both momenta, and the same half again. Halves that
+        meet are joined, so L steps take L gradients.
+
+        Arguments:
+            start: Where to start.
+            inverse_mass: As in :class:`~pyro_hamflow.dynamics.kinetic.GaussianKinetic`.
+            step_size: In radians of the noise's rotation: a scalar, or one for each chain, of shape
+                ``(chains, 1)``.
+            num_steps: L.
+
+        Invariant:
+            Volume; turning both momenta round and integrating again leads back to the start. The
+            energy error is of order ``step_size ** 2``, and vanishes where the potential is
+            constant.
+        """
+        advance = self._advance(inverse_mass)
+        phase = drift(start, inverse_mass, 0.5 * step_size)
+        for step in range(num_steps):
+            time = step_size if step < num_steps - 1 else 0.5 * step_size
+            phase = PhasePoint(*advance(*phase, inverse_mass, step_size, time))
+        return phase
+
     def _advance(self, inverse_mass: Tensor) -> Program:
         """A kick and the drift after it as one program."""
 
         def advance(
             z: Tensor, r: Tensor, u: Tensor, p: Tensor, mass: Tensor, size: Tensor, time: Tensor
         ) -> tuple[Tensor, ...]:
-            return tuple(kick_and_drift(self._gradients, Phase(z, r, u, p), mass, size, time))
+            phase = PhasePoint(z, r, u, p)
+            return tuple(kick_and_drift(self._value_and_gradients, phase, mass, size, time))
 
         position, noise = self.target.vectors(self.num_chains)
         size = position.new_ones(len(position), 1)
@@ -125,8 +151,8 @@ class ConditionalTransition:
         self.refresh = refresh
         self.blocks = blocks
 
-    def begin(self, position: Tensor, noise: Tensor) -> State:
-        state = self.inner.begin(position, noise)
+    def state_at(self, position: Tensor, noise: Tensor) -> State:
+        state = self.inner.state_at(position, noise)
         return state._replace(evaluation=self.target.evaluate(position, noise))
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:

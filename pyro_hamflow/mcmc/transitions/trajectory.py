@@ -9,194 +9,20 @@ from the right. A *mark* is kept of each point in the slot that its number of on
 these beginnings are at hand when they are needed, in as many slots as there are doublings.
 
 Chains need not be at the same point of their trajectories: the program :func:`extend` moves each by
-one step of its own. Vectors are columns here, chains last: masks of chains then apply to them as
-they are, and sums over their coordinates add whole rows, which compiles to code that is three times
-as fast for many chains.
+one step of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import judge
-
-
-class Point(NamedTuple):
-    """A point of each chain's trajectory; each of shape ``(dimension, chains)``.
-
-    Attributes:
-        position: Parameters, and behind them the noise, if it moves.
-        momentum: Their momenta, those of the parameters in the coordinates where they are N(0, I).
-        slope: The potential's gradient in the same coordinates.
-    """
-
-    position: Tensor
-    momentum: Tensor
-    slope: Tensor
-
-
-class Energy(NamedTuple):
-    """The Hamiltonian of each chain, of shape ``(chains,)``, in float64.
-
-    Attributes:
-        total: What the moves keep.
-        parameters: The part without the noise's own energy.
-    """
-
-    total: Tensor
-    parameters: Tensor
-
-
-class Pick(NamedTuple):
-    """A point picked from a trajectory by its weight.
-
-    Attributes:
-        position: Of shape ``(dimension, chains)``.
-        slope: The potential's gradient, in plain coordinates.
-        value: The potential, of shape ``(chains,)``.
-        error: By how much the Hamiltonian exceeds that of the trajectory's start.
-        energy: The Hamiltonian of the parameters alone.
-    """
-
-    position: Tensor
-    slope: Tensor
-    value: Tensor
-    error: Tensor
-    energy: Tensor
-
+from pyro_hamflow.mcmc.transitions.tree import Motion, Pick, Point, Tree
 
 Selected = TypeVar("Selected", Point, Pick)
-
-
-class Motion(NamedTuple):
-    """How points move, and what their energy is.
-
-    Attributes:
-        step: From a point, the held noise, the root of the inverse mass and a signed step size for
-            each chain to the next point, and the potential and its plain gradient there.
-        whiten: From the root of the inverse mass and a gradient to its whitened coordinates.
-        energy: From a point and its potential to the Hamiltonian.
-        dimension: How many of the coordinates are parameters, whose U-turn ends a trajectory.
-    """
-
-    step: Callable[[Point, Tensor, Tensor, Tensor], tuple[Point, Tensor, Tensor]]
-    whiten: Callable[[Tensor, Tensor], Tensor]
-    energy: Callable[[Point, Tensor], Energy]
-    dimension: int
-
-
-class Tree(NamedTuple):
-    """The trajectory of each chain, as far as it has grown; chains are the last dimension of all.
-
-    Attributes:
-        draw: Picked from the trajectory.
-        candidate: Picked from the doubling that is under way.
-        backward: The trajectory's first end.
-        forward: Its last end.
-        here: The latest point.
-        starts: Marks, of shape ``(slots, dimension, chains)``: the parameters' momenta there.
-        previous: Marks: their momenta one point before.
-        sums: Marks: the sum of all their momenta before.
-        momentum_sum: The sum of all the parameters' momenta, of shape ``(dimension, chains)``.
-        log_weight: Logarithm of the trajectory's weight, relative to its start.
-        candidate_log_weight: The same of the doubling that is under way.
-        first_energy: The Hamiltonian at the start.
-        rate: The sum of the acceptance probabilities of all points.
-        sign: Whether the trajectory grows forwards, 1, or backwards, -1.
-        num_points: How many points were added.
-        diverging: Whether the trajectory ended because the Hamiltonian grew without bound.
-        limited: Whether it ended because it may not double again.
-        done: Whether it has ended.
-    """
-
-    draw: Pick
-    candidate: Pick
-    backward: Point
-    forward: Point
-    here: Point
-    starts: Tensor
-    previous: Tensor
-    sums: Tensor
-    momentum_sum: Tensor
-    log_weight: Tensor
-    candidate_log_weight: Tensor
-    first_energy: Tensor
-    rate: Tensor
-    sign: Tensor
-    num_points: Tensor
-    diverging: Tensor
-    limited: Tensor
-    done: Tensor
-
-    def flatten(self) -> tuple[Tensor, ...]:
-        """All tensors in one row."""
-        return tuple(
-            tensor for part in self for tensor in ((part,) if isinstance(part, Tensor) else part)
-        )
-
-    @staticmethod
-    def unflatten(tensors: tuple[Tensor, ...]) -> Tree:
-        """The reverse of :meth:`flatten`."""
-        rest = iter(tensors)
-
-        def take(kind: type[Pick] | type[Point]) -> tuple[Tensor, ...]:
-            return kind(*(next(rest) for _ in kind._fields))
-
-        kinds = (Pick, Pick, Point, Point, Point)
-        return Tree(*(take(kind) for kind in kinds), *rest)  # type: ignore[arg-type]
-
-
-def begin(start: Point, value: Tensor, motion: Motion, root: Tensor, marks: Tensor) -> Tree:
-    """Trajectories of one point.
-
-    Arguments:
-        start: The points, with the potential's gradient in plain coordinates.
-        value: The potential there.
-        motion: How points move.
-        root: The square root of the inverse mass of the parameters.
-        marks: Zeros, of shape ``(slots, dimension, chains)``: room for as many doublings as slots,
-            less one.
-    """
-    first = start._replace(slope=motion.whiten(root, start.slope))
-    energy = motion.energy(first, value)
-    zero = torch.zeros_like(energy.total)
-    none = torch.zeros_like(value, dtype=torch.bool)
-    pick = Pick(start.position, start.slope, value, zero, energy.parameters)
-    return Tree(
-        draw=pick,
-        candidate=pick,
-        backward=first,
-        forward=first,
-        here=first,
-        starts=marks,
-        previous=marks,
-        sums=marks,
-        momentum_sum=start.momentum[: motion.dimension],
-        log_weight=zero,
-        candidate_log_weight=zero,
-        first_energy=energy.total,
-        rate=zero,
-        sign=zero,
-        num_points=none.long(),
-        diverging=none,
-        limited=none,
-        done=none,
-    )
-
-
-def deepened(tree: Tree, max_depth: int) -> Tree:
-    """The same trajectories with slots for more doublings."""
-    more = max_depth + 1 - len(tree.sums)
-
-    def padded(marks: Tensor) -> Tensor:
-        return torch.cat([marks, marks.new_zeros(more, *marks.shape[1:])])
-
-    starts, previous, sums = (padded(m) for m in (tree.starts, tree.previous, tree.sums))
-    return tree._replace(starts=starts, previous=previous, sums=sums)
 
 
 def extend(
@@ -206,7 +32,7 @@ def extend(
     root: Tensor,
     step_size: Tensor,
     limit: Tensor,
-    level: Tensor,
+    uniform: Tensor,
 ) -> tuple[Tree, Pick]:
     """Adds a point to the trajectory of each chain that has not ended; returns it too.
 
@@ -217,7 +43,7 @@ def extend(
         root: The square root of the inverse mass of the parameters.
         step_size: Of each chain, of shape ``(chains,)``.
         limit: The most points that a trajectory may add, a scalar.
-        level: Uniform random numbers, of shape ``(3, chains)``, in float64.
+        uniform: Uniform random numbers, of shape ``(3, chains)``, in float64.
 
     Invariant:
         Whether a trajectory ends depends on it only through tests that are symmetric in time and
@@ -228,20 +54,20 @@ def extend(
     number = tree.num_points + growing.long()
     # At the start of a doubling the way leads on from one of the two ends, picked at random.
     doubling = (number & (number - 1)) == 0
-    sign = torch.where(doubling, torch.where(level[0] < 0.5, 1.0, -1.0), tree.sign)
+    sign = torch.where(doubling, torch.where(uniform[0] < 0.5, 1.0, -1.0), tree.sign)
     onward = sign > 0
     before = _select_all(doubling, _select_all(onward, tree.forward, tree.backward), tree.here)
     far = _select_all(onward, tree.backward, tree.forward)
     signed = torch.where(growing, sign, 0.0).to(step_size) * step_size
-    here, value, slope = motion.step(before, noise, root, signed)
+    here, value, gradient = motion.step(before, noise, root, signed)
 
     energy = motion.energy(here, value)
     rate, error, diverging = judge(energy.total - tree.first_energy)
 
     candidate_log_weight = torch.where(doubling, -torch.inf, tree.candidate_log_weight)
     candidate_log_weight = torch.logaddexp(candidate_log_weight, -error)
-    taken = level[1].log() < -error - candidate_log_weight
-    latest = Pick(here.position, slope, value, error, energy.parameters)
+    taken = uniform[1].log() < -error - candidate_log_weight
+    latest = Pick(here.position, gradient, value, error, energy.parameters)
     candidate = _select_all(taken, latest, tree.candidate)
 
     momentum, start, last = (p.momentum[: motion.dimension] for p in (here, far, before))
@@ -261,7 +87,7 @@ def extend(
     complete = (number & (number + 1)) == 0
     broken = diverging | turned[1:].any(0)
     joined = growing & complete & ~broken
-    accepted = joined & (level[2].log() < candidate_log_weight - tree.log_weight)
+    accepted = joined & (uniform[2].log() < candidate_log_weight - tree.log_weight)
     limited = joined & ~turned[0] & (2 * number + 1 > limit)
     log_weight = torch.logaddexp(tree.log_weight, candidate_log_weight)
     longer = Tree(

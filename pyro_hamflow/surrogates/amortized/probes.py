@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_hamflow.surrogates.amortized.simulated import Gradient
+from pyro_hamflow.surrogates.amortized.simulated import ValueAndGradients
 
 _MOST_PROBED = 8
 _LARGEST = 10.0  # of a probed gradient, in logarithms
@@ -23,7 +23,7 @@ def probed_points(example: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(eye[:1]), eye[:_MOST_PROBED]])
 
 
-def probe(gradient: Gradient, location: Tensor, root: Tensor) -> Tensor:
+def probe(gradient: ValueAndGradients, location: Tensor, root: Tensor) -> Tensor:
     """The true gradients about a guess, in its units and in logarithms, those of one set a row."""
     slopes = [
         turned(root.mT, gradient(location + root @ point)[1]) for point in probed_points(location)

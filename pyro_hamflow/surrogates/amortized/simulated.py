@@ -14,7 +14,7 @@ from pyro_hamflow.model.potential import Potential, with_slopes
 from pyro_hamflow.programs.capture import batch, capture
 
 _TOGETHER = 64
-Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+ValueAndGradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class SimulatedSets:
@@ -85,10 +85,10 @@ class SimulatedSets:
         rows = zip(*self.values, strict=True)
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
-    def groups(self) -> list[tuple[slice, Gradient]]:
+    def groups(self) -> list[tuple[slice, ValueAndGradients]]:
         """Which sets belong together, and the energy and gradient of each at its own position."""
 
-        def gradient_of(group: slice) -> Gradient:
+        def gradient_of(group: slice) -> ValueAndGradients:
             values = [part[group] for part in self.values]
 
             def gradient(position: Tensor) -> tuple[Tensor, Tensor]:

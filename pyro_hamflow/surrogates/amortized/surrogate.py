@@ -29,7 +29,7 @@ from pyro_hamflow.dynamics.integrators import leapfrog_step
 from pyro_hamflow.model.potential import Potential, with_slopes
 from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian
 from pyro_hamflow.surrogates.amortized.probes import probe, probed_points, turned
-from pyro_hamflow.surrogates.amortized.simulated import Gradient, SimulatedSets, observed
+from pyro_hamflow.surrogates.amortized.simulated import SimulatedSets, ValueAndGradients, observed
 from pyro_hamflow.surrogates.fit import EnergyTraining, fit_energy
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
@@ -264,7 +264,7 @@ def _gather(
     groups = sets.groups()
 
     def follow(
-        group: slice, gradient: Gradient, size: float
+        group: slice, gradient: ValueAndGradients, size: float
     ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
         middle, turn = location[group], root[group]
 
