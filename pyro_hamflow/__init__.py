@@ -20,8 +20,7 @@ from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate, learn_surrogate
 from pyro_hamflow.surrogates.losses import GradientMatching, TrajectoryMatching
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
-
-__version__ = "0.1.0"
+from pyro_hamflow.version import __version__ as __version__
 
 __all__ = [
     "HMC",

@@ -9,7 +9,7 @@ import numpy as np
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Smoothed log weights, and the shape k of their tail."""
     if int(arviz.__version__.split(".")[0]) >= 1:
-        from arviz_stats.base import array_stats
+        from arviz_stats.base import array_stats  # comes with ArviZ 1.0 only
 
         smoothed, k = array_stats.psislw(-log_weights)  # it is written for log-likelihoods
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,17 @@ from pyro_hamflow.networks.fields import LinearField
 from pyro_hamflow.networks.perceptron import ScalarNetwork
 
 
-class LearnedKinetic(nn.Module):
-    """What flows want of a kinetic energy: its value, and its gradient, the velocity."""
+class LearnedKinetic(Protocol):
+    """What flows want of a kinetic energy, a module: its value, and its gradient, the velocity."""
 
     def energy(self, r: Tensor) -> Tensor:
         """K(r) of momenta ``(*, dimension)``, of shape ``(*,)``."""
-        raise NotImplementedError
 
     def velocity_field(self) -> VectorField:
         """The gradient of K as a function of momenta, at the present parameters."""
-        raise NotImplementedError
 
 
-class LearnedGaussianKinetic(LearnedKinetic):
+class LearnedGaussianKinetic(nn.Module):
     r"""The classical energy :math:`K(r) = \tfrac12 r^\top A r`, its inverse mass A learned.
 
     :math:`A = C C^\top`, C a lower triangle with positive diagonal, is positive definite whatever
@@ -102,7 +101,7 @@ class RelativisticKinetic(LearnedGaussianKinetic):
         return field
 
 
-class NeuralKinetic(LearnedKinetic):
+class NeuralKinetic(nn.Module):
     r"""A multilayer perceptron as kinetic energy, beside a quadratic part.
 
     With the quadratic part a flow begins about as one with the classical energy does. Flows of two

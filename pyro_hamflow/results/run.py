@@ -16,6 +16,7 @@ from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.mcmc import MCMC
 from pyro_hamflow.smc.importance import ImportanceSamples
+from pyro_hamflow.version import __version__
 
 
 class Run:
@@ -67,11 +68,9 @@ class Run:
 
     def attributes(self) -> dict[str, Any]:
         """What is said of the run as a whole."""
-        import pyro_hamflow
-
         attributes: dict[str, Any] = {
             "inference_library": "pyro_hamflow",
-            "inference_library_version": pyro_hamflow.__version__,
+            "inference_library_version": __version__,
             "torch_version": str(torch.__version__),
             "pyro_version": str(pyro.__version__),
             "tuning_steps": self.tuning_steps,

@@ -8,21 +8,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_hamflow.checks import fills, whole
-from pyro_hamflow.marginal.pareto import psislw
 from pyro_hamflow.model.guides import Guide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import largest_tensor
+from pyro_hamflow.smc.weights import mean_error, smooth_weights
 
 _BATCH = 1000  # draws proposed at once
 _ELEMENTS = 2**18  # of a tensor, beyond which memory is what takes the time
 _LARGEST_K = 0.7
-_REPEATS = 500
-_COVERAGE = 0.954  # of two standard errors
 
 
 @dataclass(frozen=True)
@@ -249,54 +246,3 @@ def _join(pieces: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {name: _join([piece[name] for piece in pieces]) for name in first}
     return [_join(parts) for parts in zip(*pieces, strict=True)]
-
-
-def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Normalised weights whose tail is smoothed, and the shape k of that tail.
-
-    ArviZ does both. Where nearly all weight is on a handful of draws it finds no tail to fit: k is
-    then infinite, and the weights stay as they are.
-    """
-    finite = log_weights[log_weights.isfinite()].double()
-    if len(finite) < 2:
-        count = max(len(log_weights), 1)
-        return torch.full_like(log_weights, 1.0 / count, dtype=torch.float64), math.inf
-    smoothed, k = psislw((finite - finite.max()).cpu().numpy())
-    weights = torch.zeros_like(log_weights, dtype=torch.float64)
-    weights[log_weights.isfinite()] = torch.as_tensor(smoothed).to(weights).softmax(0)
-    return weights, float(k)
-
-
-def mean_error(log_weights: Tensor, smoothed: Tensor, k: float) -> float:
-    """Half of what the error of the log mean of weights stays within 95 times in 100.
-
-    Arguments:
-        log_weights: Their logarithms.
-        smoothed: What :func:`smooth_weights` makes of them.
-        k: The shape of their tail; where it is no finite number, no tail was found.
-    """
-    count = len(log_weights)
-    if not math.isfinite(k):
-        relative = (log_weights - log_weights.logsumexp(0)).exp() * count
-        return float(relative.std()) / math.sqrt(count)
-    if k >= 1.0:
-        return math.inf
-    ordered = np.sort(smoothed.cpu().numpy())
-    tail = _tail_length(int(log_weights.isfinite().sum()))
-    body, cutoff = ordered[:-tail], ordered[-tail - 1]
-    # The scale of the Pareto distribution, from its smoothed quantile in the middle.
-    level = (tail // 2 + 0.5) / tail
-    scale = k * (ordered[tail // 2 - tail] - cutoff) / ((1.0 - level) ** -k - 1.0)
-    generator = np.random.default_rng(0)
-    inside = generator.binomial(count, tail / count, _REPEATS)
-    excess = scale / k * (generator.random((_REPEATS, inside.max())) ** -k - 1.0)
-    excess *= np.arange(inside.max()) < inside[:, None]
-    noise = body.std() * np.sqrt(count - inside) * generator.standard_normal(_REPEATS)
-    sums = (count - inside) * body.mean() + noise + inside * cutoff + excess.sum(1)
-    mean = body.sum() + tail * (cutoff + scale / (1.0 - k))
-    return 0.5 * float(np.quantile(np.abs(np.log(sums / mean)), _COVERAGE))
-
-
-def _tail_length(count: int) -> int:
-    """How many of the weights count as their tail."""
-    return math.ceil(min(0.2 * count, 3.0 * math.sqrt(count)))

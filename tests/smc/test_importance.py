@@ -21,6 +21,7 @@ from pyro_hamflow import (
     to_inference_data,
 )
 from pyro_hamflow.smc import importance
+from pyro_hamflow.smc.weights import mean_error, smooth_weights
 from tests.helpers.targets import effects
 from tests.helpers.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 
@@ -110,7 +111,7 @@ def shares_of_low_evidence(k):
     log_weights = dist.Normal(0.0, 1.0).log_prob(x) - narrow.log_prob(x)
     log_means = log_weights.logsumexp(1) - math.log(4000)
     standard = (log_weights - log_means[:, None]).exp().std(1) / math.sqrt(4000)
-    errors = [importance.mean_error(row, *importance.smooth_weights(row)) for row in log_weights]
+    errors = [mean_error(row, *smooth_weights(row)) for row in log_weights]
     return [
         float((log_means < -2.0 * error).double().mean())
         for error in (torch.tensor(errors), standard)
@@ -216,9 +217,9 @@ def test_weights_without_any_mass_do_not_crash():
 
 def test_smoothing_agrees_between_the_versions_of_arviz(monkeypatch):
     log_weights = torch.randn(2000)
-    weights, k = importance.smooth_weights(log_weights)
+    weights, k = smooth_weights(log_weights)
     monkeypatch.setattr(arviz, "__version__", "1.0.0")
-    others, other = importance.smooth_weights(log_weights)
+    others, other = smooth_weights(log_weights)
     assert abs(k - other) < 0.02
     torch.testing.assert_close(weights, others, rtol=0.02, atol=1e-5)
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
