@@ -16,6 +16,7 @@ from pyro_hamflow.flows.losses import GuideLoss, Objective, ReverseKL
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.training import Trainable, Training, train
+from pyro_hamflow.programs.captured import keep_with
 
 _WINDOWS = 40  # parts of a training, whose mean losses are compared
 
@@ -95,6 +96,7 @@ def fit_guide(
     if seed is not None:
         torch.manual_seed(seed)
     potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
+    keep_with(guide, potential.programs.captured)  # for those who correct it
     guide.prepare(*args, **kwargs)
     objective = Objective(guide, potential, num_particles)
     return _train(

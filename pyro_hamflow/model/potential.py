@@ -9,7 +9,7 @@ of these two, batched over chains: captured as graphs where possible, run as Pyt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import pyro.poutine as poutine
@@ -40,6 +40,7 @@ from pyro_hamflow.model.trace import (
 )
 from pyro_hamflow.model.unused import find_unused, with_own_prior
 from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.captured import captured_of
 from pyro_hamflow.programs.failures import first_that_works
 from pyro_hamflow.programs.fingerprint import Fingerprint, explained, take_fingerprint
 from pyro_hamflow.programs.program_cache import ProgramCache
@@ -167,6 +168,7 @@ class Potential:
             position,
             noise,
         )
+        self.programs.captured = captured_of(model, self._key)
 
     def _trace_plainly(self) -> poutine.Trace:
         """A run of the model at draws from its priors, always the same."""
@@ -345,6 +347,14 @@ class Potential:
                 "expected all noise to come from `pyro_hamflow.noise`"
             )
         return first.key if first.key == second.key else None
+
+    def is_unchanged(self) -> bool:
+        """Whether the model still does what it did when it was looked at first."""
+        if self._key is not None:
+            # Whatever a model's own code may raise.
+            with torch.random.fork_rng(), suppress(Exception):
+                return self._look().key == self._key
+        return False
 
     def renew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Takes new arguments, if with them the model does what it did with those before.

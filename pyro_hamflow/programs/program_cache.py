@@ -26,6 +26,7 @@ from pyro_hamflow.programs.capture import (
     largest_tensor,
     loop,
 )
+from pyro_hamflow.programs.captured import Captured
 from pyro_hamflow.programs.compilation import SelfCompiling
 from pyro_hamflow.programs.failures import Failures, first_line
 from pyro_hamflow.programs.gaps import without_gaps_in_constants
@@ -63,6 +64,9 @@ class ChainFunctions(Protocol):
     def begins_gradient(self, kind: str) -> bool:
         """Whether a kind's results are the first of the gradient's."""
 
+    def is_unchanged(self) -> bool:
+        """Whether functions captured now are those of the programs shared with others."""
+
 
 class ProgramCache:
     """Batched programs of functions of a position, a noise vector and more.
@@ -72,9 +76,9 @@ class ProgramCache:
         compile_graphs: Whether to compile what is captured.
 
     Attributes:
+        captured: What is captured; others may share it.
         fallback_reason: Why nothing could be captured, if so.
         failures: Where the model failed when it was run in Python.
-        fallible: What in captured programs can fail, and gives NaN where it does.
     """
 
     def __init__(self, functions: ChainFunctions, *, compile_graphs: bool) -> None:
@@ -82,13 +86,17 @@ class ProgramCache:
         self.compile_graphs = compile_graphs
         self.fallback_reason: str | None = None
         self.failures = Failures()
-        self.fallible: set[str] = set()
+        self.captured = Captured()
         self._looped = False
-        self._base_graphs: dict[str, GraphModule] = {}
         self._most_rows: dict[str, float] = {}
         self._graphs: dict[tuple[str, int], Program] = {}
         self._programs: dict[tuple[str, int], Program] = {}
         self._owned: WeakKeyDictionary[object, dict[Key, Program]] = WeakKeyDictionary()
+
+    @property
+    def fallible(self) -> set[str]:
+        """What in captured programs can fail, and gives NaN where it does."""
+        return self.captured.fallible
 
     def program(self, kind: str, num_chains: int) -> Program:
         """A batched program, which compiles itself if that is asked for.
@@ -129,7 +137,7 @@ class ProgramCache:
 
     def _is_part_of_gradient(self, kind: str) -> bool:
         """Whether a kind's program is the beginning of the gradient's, which was captured."""
-        return "gradient" in self._base_graphs and self.functions.begins_gradient(kind)
+        return "gradient" in self.captured.bases and self.functions.begins_gradient(kind)
 
     def _batch(self, kind: str, num_chains: int) -> Program:
         if self._is_part_of_gradient(kind):
@@ -139,10 +147,14 @@ class ProgramCache:
         base = self.base(kind)
         if base is None:
             return loop(self._tolerant(kind, self.functions.function(kind)))
+        known, key = self.captured.batched, (kind, num_chains)
         try:
-            # Where the program of one chain was captured, which not every point may allow.
-            examples = self.functions.examples(kind, 1)
-            return batch(base, *(e.expand(num_chains, *e.shape[1:]).clone() for e in examples))
+            if key not in known:
+                # Where the program of one chain was captured, which not every point may allow.
+                examples = self.functions.examples(kind, 1)
+                rows = (e.expand(num_chains, *e.shape[1:]).clone() for e in examples)
+                known[key] = batch(base, *rows)
+            return known[key]
         except RuntimeError as error:  # torch's for an operation that it cannot batch
             self._looped = True
             warnings.warn(
@@ -198,13 +210,15 @@ class ProgramCache:
         """The captured program of one chain, or ``None`` where the model cannot be captured."""
         if self.fallback_reason is not None:
             return None
-        known = self._base_graphs
-        if kind not in known:
+        if kind not in self.captured.bases:
+            if not self.functions.is_unchanged():
+                self.captured = self.captured.copy()  # others go on with what they share
             examples = [example[0] for example in self.functions.examples(kind, 1)]
             try:
                 with no_validation():
                     graph = capture(self.functions.function(kind), *examples)
-                self.fallible |= graph.meta["fallible"]
+                self.fallible.update(graph.meta["fallible"])
+                graph = self.captured.own(graph)
                 self._check(kind, graph)
                 graph = self._without_gaps(kind, graph)
             except Exception as error:  # whatever a model's own code may raise while it is traced
@@ -216,8 +230,8 @@ class ProgramCache:
                     stacklevel=2,
                 )
                 return None
-            known[kind] = graph
-        return known[kind]
+            self.captured.bases[kind] = graph
+        return self.captured.bases[kind]
 
     def _check(self, kind: str, graph: GraphModule) -> None:
         """Compares a graph with the model at a few points, on all sides of zero.

@@ -275,7 +275,8 @@ def test_failure_to_batch_is_survived(monkeypatch):
     def fail(*args):
         raise RuntimeError("aten::odd has no batching rule\nand a long stack")
 
-    potential = Potential(tiny, (torch.tensor(0.7),))
+    # A model that nobody else has captured.
+    potential = Potential(lambda y: tiny(y), (torch.tensor(0.7),))
     position = torch.tensor([[0.9], [-0.8]])
     monkeypatch.setattr(programs, "batch", fail)
     with pytest.warns(RuntimeWarning, match="not be batched.*: aten::odd has no batching rule$"):

@@ -125,6 +125,17 @@ def check_second_run(which, data, same, change):
     assert torch.allclose(value(potential), value(fresh))
 
 
+@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_programs_keep_the_data_that_they_were_captured_with(make):
+    """Data change in place after a run; the next one is of the old data, held elsewhere."""
+    kernel, data = HMC(plain), make(Y)
+    first = kernel.prepare((data,), {})
+    before = value(first)
+    data[0] = 5.0
+    assert kernel.prepare((make(Y),), {}) is first
+    assert torch.equal(value(first), before)
+
+
 class Holder:
     """A model whose data are its own."""
 
