@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_hamflow.programs.agreement import all_equal, lies_about, tolerance_of
 from pyro_hamflow.programs.capture import (
     Program,
     batch,
@@ -33,7 +34,7 @@ from pyro_hamflow.programs.gaps import without_gaps_in_constants
 from pyro_hamflow.programs.validation import no_validation
 
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
-_ROUNDING, _FAR = 1e-4, 30.0  # of a position, in tolerances; of its results, in moves of them
+_ROUNDING = 1e-4  # of a position, in tolerances
 _CACHED = 2**16  # numbers in a tensor
 _MOST_PROGRAMS = 128  # of one owner, beyond which its oldest are forgotten
 
@@ -239,15 +240,15 @@ class ProgramCache:
         They may differ by rounding, which is judged by moving the point by as much. Where the model
         fails, the graph may give any value but a finite one.
         """
-        tolerance, one = _tolerance(graph), self.functions.function(kind)
+        tolerance, one = tolerance_of(graph), self.functions.function(kind)
         for position, *others in self._points(kind):
             captured = graph(position, *others)
             try:
-                same = _all_equal(captured, one(position, *others), tolerance)
+                same = all_equal(captured, one(position, *others), tolerance)
                 if not same:
                     moves = (1.0 - _ROUNDING * tolerance, 1.0 + _ROUNDING * tolerance)
                     near = [one(move * position, *others) for move in moves]
-                    same = all(map(_lies_about, captured, *near))
+                    same = all(map(lies_about, captured, *near))
             except Exception:  # whatever a model's own code may raise
                 same = not bool(captured[0].isfinite())
             if not same:
@@ -262,13 +263,13 @@ class ProgramCache:
         if value.isnan() or not any(slope.isnan().any() for slope in slopes):
             return graph
         closed = without_gaps_in_constants(graph)
-        tolerance = _tolerance(graph)
+        tolerance = tolerance_of(graph)
         for examples in self._points(kind):
             old = graph(*examples)
             new = [
                 torch.where(b.isnan(), b, a) for a, b in zip(closed(*examples), old, strict=True)
             ]
-            if not _all_equal(new, old, tolerance):
+            if not all_equal(new, old, tolerance):
                 return graph
         return closed
 
@@ -278,25 +279,6 @@ class ProgramCache:
         for factor in _CHECKS:
             yield self.functions.from_middle(factor, position), factor * noise, *uniform
         yield self.functions.known_to_work(kind)
-
-
-def _tolerance(graph: GraphModule) -> float:
-    """How near to each other results are that differ by rounding, in the coarsest of its types."""
-    kinds = {node.meta["kind"][1] for node in graph.graph.nodes if "kind" in node.meta}
-    return 1e-11 if {k for k in kinds if k.is_floating_point} <= {torch.float64} else 1e-3
-
-
-def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
-    return all(
-        torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
-        for one, other in zip(first, second, strict=True)
-    )
-
-
-def _lies_about(captured: Tensor, low: Tensor, high: Tensor) -> bool:
-    """Whether a result is no further from two others than they are from each other, by far."""
-    spread = (high - low).abs().max()
-    return bool(((captured - low).abs().max() <= _FAR * spread).all())
 
 
 def key_of(name: str, *examples: Tensor) -> Key:

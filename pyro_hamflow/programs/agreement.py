@@ -1,0 +1,31 @@
+"""Whether a graph and the function that it was captured from agree, but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+_FAR = 30.0  # of results, in moves of them
+
+
+def tolerance_of(graph: GraphModule) -> float:
+    """How near to each other results are that differ by rounding, in the coarsest of its types."""
+    kinds = {node.meta["kind"][1] for node in graph.graph.nodes if "kind" in node.meta}
+    return 1e-11 if {k for k in kinds if k.is_floating_point} <= {torch.float64} else 1e-3
+
+
+def all_equal(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether results are as near to each other as that, gaps included."""
+    return all(
+        torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def lies_about(captured: Tensor, low: Tensor, high: Tensor) -> bool:
+    """Whether a result is no further from two others than they are from each other, by far."""
+    spread = (high - low).abs().max()
+    return bool(((captured - low).abs().max() <= _FAR * spread).all())
