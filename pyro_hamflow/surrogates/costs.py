@@ -18,7 +18,7 @@ from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
-_BATCH, _STEPS = 256, 20
+_BATCH, _STEPS = 256, 20  # points and steps of a training whose time is taken
 _MOST_LOST = 0.1  # of the time that true gradients would take, spent in vain
 COMPILED = 0.15  # of an uncompiled program's time
 

@@ -18,7 +18,7 @@ from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 BLOCK, HELD_OUT = 16, 10  # neighbours, which are alike; one such block of so many is held out
 _CHECK = 50  # steps, about
-_BATCH = 256
+_BATCH = 256  # points in a step
 
 
 @dataclass(frozen=True, eq=False)

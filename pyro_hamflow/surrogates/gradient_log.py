@@ -11,7 +11,7 @@ from pyro_hamflow.surrogates.fit import BLOCK, HELD_OUT
 from pyro_hamflow.surrogates.losses import Points, TrajectorySegments
 
 _TYPICAL = 3  # nats for each dimension, and six more, from the median energy
-_FEWEST = 32
+_FEWEST = 32  # finite gradients, to learn anything from
 
 
 class LeapfrogSettings(NamedTuple):

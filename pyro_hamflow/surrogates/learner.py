@@ -24,14 +24,14 @@ from pyro_hamflow.surrogates.losses import (
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 FEWEST_GATHER, _MOST_GATHER = 12, 0.3  # iterations, and of those of warm-up
-_POINTS_PER_DIMENSION = 60
-_TRIAL_SHARE = 0.15
-_MOST_POINTS = 20_000
+_POINTS_PER_DIMENSION = 60  # true gradients before the first training
+_TRIAL_SHARE = 0.15  # of warm-up, for the trial
+_MOST_POINTS = 20_000  # that are learned from
 _FEWEST_STEPS = 200  # of the optimiser, that teach something
 _PASSING = 0.4  # of the steps, in all trainings but the last
 _REACH, _ABOUT = 1.8, 0.3  # of the distance from the centre, of the scale
-_SHRINKAGE, _FLOOR = 10.0, 1e-6
-_FIRST_RATE, _LATER_RATE = 1e-2, 5e-3
+_SHRINKAGE, _FLOOR = 10.0, 1e-6  # points for each dimension that the diagonal is worth; least share
+_FIRST_RATE, _LATER_RATE = 1e-2, 5e-3  # of learning, by a new network and by one that goes on
 
 # From positions and noise to noise that suits the positions, and how many densities it took.
 RefreshAt = Callable[[Tensor, Tensor], tuple[Tensor, int]]

@@ -20,15 +20,15 @@ from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
-_REPLICATES = 32
+_REPLICATES = 32  # estimates: their variance is then known to a quarter
 # Where joint moves overtake conditional ones, by effective draws per gradient: measured in
 # benchmarks/methods.py for noise that is accepted as a whole, and element by element.
 _LARGEST_VARIANCE = 3.0
 _LARGEST_FACTORISED_VARIANCE = 20.0
-_SLOW_VARIANCE = 10.0
+_SLOW_VARIANCE = 10.0  # beyond which more particles are advised; nothing else hangs on it
 _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are for long
 _WANTED_VARIANCE = 1.0  # of the estimate, as where the number of particles is settled
-_LOOKS = 4
+_LOOKS = 4  # draws of warm-up, of a chain each, at which the estimator is looked at
 _FAR = 1.0  # of the pilot from the mode, in posterior standard deviations
 _METHODS = ("auto", "joint", "conditional")
 

@@ -43,7 +43,7 @@ from pyro_hamflow.surrogates.learner import FEWEST_GATHER, Learner
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity, TrustRegion
 
-GUESSED_STEPS = 16
+GUESSED_STEPS = 16  # of a trajectory, before any was seen
 _ATTUNED_BY, _SHORT = 2560, 15  # transitions in all, and points of their trajectories at most
 _FEWEST_ATTUNED, _MOST_ATTUNED = 20, 40  # iterations that they are made in
 _USUAL = 0.99  # of a surrogate's draws lie where it is not softened

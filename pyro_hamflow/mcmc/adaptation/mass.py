@@ -17,7 +17,7 @@ from pyro_hamflow.model.sites import Site
 FullMass: TypeAlias = bool | str | Sequence[tuple[str, ...]]
 InverseMass: TypeAlias = Tensor | Mapping[tuple[str, ...], Tensor]
 Adapter: TypeAlias = BlockMassMatrix | ArrowheadMassMatrix
-_LARGEST_DENSE = 500
+_LARGEST_DENSE = 500  # dimensions: beyond, a step's products with a dense mass are not cheap
 
 
 def check_full_mass(full_mass: FullMass) -> None:

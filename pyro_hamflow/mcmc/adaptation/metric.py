@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
 
-_FEWEST_PER_DIMENSION = 2
+_FEWEST_PER_DIMENSION = 2  # positions: a covariance of as many as dimensions is singular
 _FLOOR = 1e3  # smallest spreads that count, in units of rounding
 _WIDEST = 1e6  # range of spreads, scales apart, within which correlations survive rounding
-_PROBES, _ROUNDS = 16, 4
+_PROBES, _ROUNDS = 16, 4  # of all chains together, and how often from scales found before
 
 
 class Covariance:

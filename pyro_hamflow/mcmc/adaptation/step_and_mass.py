@@ -26,7 +26,7 @@ from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning
 from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
 from pyro_hamflow.model.potential import Potential
 
-_FIRST_STEP = 0.1
+_FIRST_STEP = 0.1  # until one is searched for
 _LONGEST_GROWTH = 2.0  # to which a step is doubled on trial
 
 

@@ -18,7 +18,7 @@ from pyro_hamflow.model.start import find_start
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
 from pyro_hamflow.surrogates.learner import Learner
 
-_FEWEST_WARMUP = 60
+_FEWEST_WARMUP = 60  # iterations: five times the fewest that gradients are gathered in
 
 
 def start(

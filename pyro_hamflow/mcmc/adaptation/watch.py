@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import Info
 
-_LARGEST_RHAT = 1.1
+_LARGEST_RHAT = 1.1  # of a window's pieces, which are short: looser than that of draws
 _LARGEST_SHARE = 0.05  # of trees cut
 _LARGEST_CHANGE = 2.0  # of the step size
 _FEWEST = 10  # iterations in a piece of the window

@@ -17,8 +17,8 @@ from pyro_hamflow.mcmc.adaptation.metric import Metric
 from pyro_hamflow.mcmc.adaptation.watch import Watch
 from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
 
-_BEFORE, _FIRST_WINDOW = 5, 5
-_LARGEST_STEP = 1e3
+_BEFORE, _FIRST_WINDOW = 5, 5  # iterations; windows double, so that these matter little
+_LARGEST_STEP = 1e3  # where a density is so flat that all steps are accepted
 
 
 class DualAveraging:

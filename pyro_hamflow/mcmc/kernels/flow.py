@@ -23,7 +23,7 @@ from pyro_hamflow.model.guides import DensityGuide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import fault
 
-_TRIES = 100
+_TRIES = 100  # of the guide, for starts of finite density
 
 
 class FlowMH(Kernel):

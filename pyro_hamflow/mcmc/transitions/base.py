@@ -17,7 +17,7 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.target import Target
 
-DIVERGENCE = 1000.0
+DIVERGENCE = 1000.0  # the error of the energy beyond which Stan and Pyro speak of one
 
 
 class State(NamedTuple):

@@ -15,7 +15,7 @@ from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransiti
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
 from pyro_hamflow.model.target import Target
 
-_DEEPEST = 20
+_DEEPEST = 20  # doublings: a million points
 
 
 class Trajectories(Protocol):

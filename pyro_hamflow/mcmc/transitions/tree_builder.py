@@ -20,8 +20,8 @@ from pyro_hamflow.mcmc.transitions.tree import (
 from pyro_hamflow.model.target import Target
 from pyro_hamflow.programs.capture import Program
 
-_LARGE = 20_000
-_SHALLOW = 4
+_LARGE = 20_000  # numbers in the marks of all chains; not tuned
+_SHALLOW = 4  # doublings that marks are made for at first, where they are large
 
 
 class TreeBuilder:

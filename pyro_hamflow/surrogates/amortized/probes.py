@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_hamflow.surrogates.amortized.simulated import ValueAndGradients
 
-_MOST_PROBED = 8
+_MOST_PROBED = 8  # axes: each takes a true gradient of every data set
 _LARGEST = 10.0  # of a probed gradient, in logarithms
 
 

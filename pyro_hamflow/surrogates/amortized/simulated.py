@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from pyro_hamflow.model.potential import Potential, with_slopes
 from pyro_hamflow.programs.capture import batch, capture
 
-_TOGETHER = 64
+_TOGETHER = 64  # data sets in a call of the program that is captured for so many
 ValueAndGradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

@@ -35,8 +35,8 @@ from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 Summary = Callable[[Mapping[str, Tensor]], Tensor]
-_LEAST_RATE = 0.9
-_GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2
+_LEAST_RATE = 0.9  # of acceptance, at which trajectories hardly leave their energy
+_GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2  # of learning: the latter as where one posterior is learned
 
 
 def flatten_data(data: Mapping[str, Tensor]) -> Tensor:
