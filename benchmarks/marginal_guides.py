@@ -115,7 +115,7 @@ def _compare(
     def rows_of(marginal: MarginalModel, results: list[_Result]) -> list[Row]:
         noise = estimator_quality(marginal, centre, *args).standard_deviation
         count = marginal.plan(*args).layouts[sites[0]].num_particles
-        label = f"{marginal.proposal}, {count} {marginal.points}"
+        label = f"{marginal.proposal.name}, {count} {marginal.points}"
         return [
             {"model": name, "estimate": label, "its noise": noise} | result.row(truth)
             for result in results

@@ -152,8 +152,7 @@ class AutoNeuralHamiltonianFlow(StandardisedFlow, AutoContinuous):
         pilot = None
         if isinstance(model, MarginalModel):
             with torch.enable_grad():
-                model.plan(*args, **kwargs)  # finds faults of the sites
-                pilot = model.pilot(args, kwargs)
+                pilot = model.prepare(args, kwargs).pilot
         with torch.no_grad(), poutine.block(), no_validation():
             whole = poutine.trace(model).get_trace(*args, **kwargs)
             refuse_local_subsampling(whole)

@@ -99,11 +99,11 @@ class ModelTarget:
         model = self.model
         if self.separate_noise and isinstance(model, MarginalModel):
             model.plan(*args, **kwargs)  # finds faults of the sites, settles the proposal
-            if initial_params is None or model.proposal == "laplace":
+            if initial_params is None or model.proposal.needs_fit:
                 start = None
                 if initial_params is not None:
                     start = {name: value.mean(0) for name, value in initial_params.items()}
-                self._pilot = model.pilot(args, kwargs, start)
+                self._pilot = model.prepare(args, kwargs, start).pilot
         if self._potential is not None and self._potential.renew(args, kwargs):
             self._potential.programs.start_counting()
             return self._potential

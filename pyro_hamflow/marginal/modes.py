@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.joint_density import Evaluate, Joint
+from pyro_hamflow.marginal.likelihood_site import apply, solve
 from pyro_hamflow.marginal.newton import maximise
 from pyro_hamflow.marginal.noise_layout import Block, Layout
 from pyro_hamflow.marginal.points import lattice
-from pyro_hamflow.marginal.proposals.laplace import apply, solve
-from pyro_hamflow.marginal.site_fit import Evaluate, Joint
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.programs.vectorize import Vectorized
 

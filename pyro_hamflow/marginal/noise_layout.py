@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from itertools import product
-from typing import Any
+from functools import cached_property
 
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.points import noise_count
-from pyro_hamflow.marginal.proposals.base import Proposal, component_count
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.trace import (
     Frames,
     depth_of,
-    is_latent,
-    log_density,
     plate_shape,
-    vectorized_frames,
 )
 
 Components = tuple[tuple[str, int], ...]  # that of each site with a mixture prior
 
 PRIOR_SHARE = 0.01  # of the prior in the mixture that all particles are weighed by
-_PER_PRIOR_PARTICLE = 8  # of which one comes from the prior
 
 
 @dataclass(frozen=True)
@@ -177,74 +168,3 @@ class Layout:
     def split(self, noise: Tensor) -> list[Tensor]:
         """The noise of each stratum."""
         return list(noise.split([noise_count(self.points, s.count) for s in self.strata]))
-
-
-def lay_out(
-    group: Group,
-    trace: poutine.Trace,
-    proposal: Proposal,
-    num_particles: int | None,
-    points: str,
-    modes: Mapping[Components, int],
-) -> Layout:
-    """Counts the coordinates of a group's sites and shares its particles among mixture components.
-
-    Without a number of particles, there are as many as the proposal needs to serve well, and one
-    for each component of the mixture priors; with several modes one for each of these, too.
-
-    Arguments:
-        group: The group.
-        trace: A run of the model.
-        proposal: Where particles come from.
-        num_particles: How many there are, if that is known.
-        points: ``"iid"`` or ``"rqmc"``.
-        modes: How many the proposal has for each choice of components; one if not given.
-
-    Raises:
-        ValueError: If there are fewer particles than components.
-    """
-    blocks: dict[str, Block] = {}
-    start = 0
-    choices: list[list[tuple[str, int]]] = []
-    for name in group.sites:
-        site: Any = trace.nodes[name]
-        frames = vectorized_frames(site)
-        splits = component_count(site["fn"]) if frames == group.frames else None
-        event = proposal.noise_shape(name, site["fn"], splits)
-        inner = [frame.size for frame in frames if frame not in group.frames]
-        stop = start + torch.Size(inner).numel() * event.numel()
-        blocks[name] = Block(start, stop, frames, event)
-        start = stop
-        if splits is not None and proposal.stratified:
-            choices.append([(name, component) for component in range(splits)])
-    combinations = list(product(*choices))
-    fewest = sum(modes.get(tuple(components), 1) for components in combinations)
-    if num_particles is None:
-        num_particles = max(proposal.enough_particles, len(combinations) + sum(modes.values()))
-    if num_particles < fewest:
-        raise ValueError(
-            f"`num_particles` is {num_particles}: expected at least {fewest}, one for "
-            f"each component of the mixture priors of {list(group.sites)}"
-        )
-    share, rest = divmod(num_particles, len(combinations))
-    strata: list[Stratum] = []
-    for i, components in enumerate(combinations):
-        strata += _from_both(components, share + (i < rest), proposal, modes.get(components, 1))
-    sites = [site for site in trace.nodes.values() if is_latent(site)]
-    tensors = [site["value"] for site in sites if site["value"].is_floating_point()]
-    tensors += [log_density(trace.nodes[name]) for name in group.sites]
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    example = torch.zeros((), dtype=dtype, device=tensors[0].device)
-    return Layout(blocks, start, tuple(strata), points, example)
-
-
-def _from_both(components: Components, count: int, proposal: Proposal, modes: int) -> list[Stratum]:
-    """Particles from a proposal, and some from the prior where the proposal needs defence."""
-    few, share = 0, 1.0
-    if proposal.is_defended and count > modes:
-        few, share = max(1, count // _PER_PRIOR_PARTICLE), 1.0 - PRIOR_SHARE
-    each, rest = divmod(count - few, modes)
-    strata = [Stratum(components, each + (k < rest), share, mode=k) for k in range(modes)]
-    if few:
-        strata.append(Stratum(components, few, PRIOR_SHARE, from_prior=True))
-    return strata

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.proposals.choice import choose_proposal
+from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import is_discrete, middle, transform_of
 from pyro_hamflow.model.trace import run_with
@@ -55,7 +58,7 @@ class Top(NamedTuple):
 
 
 def find_pilot(
-    marginal: Any,
+    marginal: TunedEstimator,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     start: dict[str, Tensor] | None = None,
@@ -76,9 +79,10 @@ def find_pilot(
     least = max(len(layout.strata) for layout in layouts)
     most = max(layout.num_particles for layout in layouts)
     count = max(least, min(most, _PARTICLES))
-    # Whatever the particles come from later, here they had better know the data.
-    proposal = marginal.proposal if callable(marginal.proposal) else "auto"
-    rough = type(marginal)(marginal.model, marginal.sites, count, proposal, "iid")
+    rough = marginal.refined(count, "iid")
+    if not rough.proposal.is_final:
+        # Whatever the particles come from later, here they had better know the data.
+        rough.take(choose_proposal(plan))
     with torch.random.fork_rng(), rough.hold(plan.structure):
         torch.manual_seed(0)
         trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
@@ -123,7 +127,7 @@ def find_pilot(
     return Pilot(potential.constrain(best.position), best.distance)
 
 
-def _even_noise(plan: Any, potential: Potential) -> Tensor:
+def _even_noise(plan: Plan, potential: Potential) -> Tensor:
     """Noise whose points lie evenly, symmetric about zero.
 
     The score of an element is nearly linear over its particles where data are many. Independent

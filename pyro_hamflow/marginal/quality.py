@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.scrutiny import look
-
-_WANTED_VARIANCE = 1.0
+from pyro_hamflow.marginal.settle import WANTED_VARIANCE, repeated_estimates
 
 
 class EstimatorQuality(NamedTuple):
@@ -76,55 +74,15 @@ def estimator_quality(
     for name in plan.structure.parameters:
         if name not in parameters and name not in plan.structure.placeholders:
             raise ValueError(f"`parameters` lacks a value for site '{name}'")
-    if marginal.proposal == "laplace":
-        marginal.pilot(args, kwargs)
+    if marginal.proposal.needs_fit:
+        marginal.prepare(args, kwargs)
         plan = marginal.plan(*args, **kwargs)
-    elements = []
-    for group in plan.structure.groups:
-        layout = plan.layouts[group.name]
-        draws = []
-        for _ in range(num_replicates):
-            u = torch.randn(
-                layout.noise_shape(group), dtype=layout.example.dtype, device=layout.example.device
-            )
-            with torch.no_grad(), marginal.hold(plan.structure):
-                estimate = marginal.estimate(group, u, dict(parameters), *args, **kwargs)
-            draws.append(estimate.log_weights.logsumexp(0).flatten())
-        elements.append(torch.stack(draws).double())
-    joined = torch.cat(elements, -1)
+    joined = repeated_estimates(marginal, dict(parameters), num_replicates, args, kwargs)
     deviation = float(joined.sum(-1).std())
-    ratio = deviation**2 / _WANTED_VARIANCE
+    ratio = deviation**2 / WANTED_VARIANCE
     factor = ratio if marginal.points == "iid" else math.sqrt(ratio)
     least = max(len(plan.layouts[group.name].strata) for group in plan.structure.groups)
     count = max(plan.layouts[group.name].num_particles for group in plan.structure.groups)
     suggested = max(least, math.ceil(count * factor)) if math.isfinite(ratio) else least
     tail = look(marginal, dict(parameters), args, kwargs).max_pareto_k
     return EstimatorQuality(deviation, float(joined.std(0).max()), count, suggested, tail)
-
-
-def settle_particles(
-    marginal: MarginalModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Finds the fewest particles that are enough at the pilot, doubling from two.
-
-    No more than the proposal's own default are tried: beyond, more particles cost more than the
-    noise that they take away.
-
-    Arguments:
-        marginal: A model whose proposal has been fitted.
-        args: The model's arguments.
-        kwargs: The model's keyword arguments.
-    """
-    layouts = marginal.plan(*args, **kwargs).layouts.values()
-    most = max(layout.num_particles for layout in layouts)
-    count = max(2, *(len(layout.strata) for layout in layouts))
-    pilot = marginal.pilot(args, kwargs)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        while count < most:
-            marginal.lay_out_anew(count)
-            quality = estimator_quality(marginal, pilot, *args, **kwargs)
-            if quality.standard_deviation**2 <= _WANTED_VARIANCE:
-                return
-            count *= 2
-    marginal.lay_out_anew(None)

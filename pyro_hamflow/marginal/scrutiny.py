@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.pareto import psislw
+from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
+from pyro_hamflow.marginal.proposals.prior import PriorProposal
+from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 
 _POINTS = 128
 _PRIOR_POINTS = 2048
@@ -28,7 +31,6 @@ _WANTED_VARIANCE = 4.0  # of estimates from the prior: twice as many particles g
 _FEWEST, _MOST = 32, 512
 _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than they gain
 _WORTH = 0.5
-_TAILS = (0.1, 0.4, 0.8)  # by which the noise of several modes is stretched
 
 
 class Look(NamedTuple):
@@ -61,7 +63,7 @@ class Look(NamedTuple):
 
 
 def look(
-    marginal: Any,
+    marginal: TunedEstimator,
     parameters: dict[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -83,10 +85,12 @@ def look(
     least = max(len(layout.strata) for layout in plan.layouts.values())
     count = max(_AT_ONCE if from_prior else _POINTS, 8 * least)
     other = marginal.refined(count, "iid")
-    other.is_defended = not alone
     rounds = 1
+    if alone:
+        other.take(other.proposal.undefended())
     if from_prior:
-        other.proposal, rounds = "prior", math.ceil(_PRIOR_POINTS / count)
+        other.take(PriorProposal())
+        rounds = math.ceil(_PRIOR_POINTS / count)
     structure = plan.structure
     elements = []
     with torch.random.fork_rng(), torch.no_grad(), other.hold(structure):
@@ -126,7 +130,10 @@ def missed(default: Look, prior: Look) -> Tensor:
 
 
 def misses(
-    marginal: Any, draws: list[dict[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    marginal: TunedEstimator,
+    draws: list[dict[str, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> str | None:
     """What a Gaussian proposal misses at some parameter values, in a sentence; mostly nothing.
 
@@ -141,7 +148,10 @@ def misses(
 
 
 def mend_proposal(
-    marginal: Any, draws: list[dict[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    marginal: TunedEstimator,
+    draws: list[dict[str, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> str | None:
     """Fits several modes where a proposal that was left to be chosen misses something.
 
@@ -160,18 +170,22 @@ def mend_proposal(
         own = max(look(several, draw, args, kwargs).variance(1) for draw in draws)
         if own < variance:
             least = max(len(p.strata) for p in several.plan(*args, **kwargs).layouts.values())
-            marginal.take_modes(several, _enough(2 * least, own))
+            marginal.take_over(several.prepared)
+            marginal.take(several.proposal, _enough(2 * least, own))
             return (
                 f"{said}; Gaussians about several modes of each are fitted instead, with "
                 f"{marginal.settled_particles} particles."
             )
-    marginal.take_prior(_number(variance))
+    marginal.take(PriorProposal(), _number(variance))
     return f"{said}; particles come from the prior instead, {marginal.settled_particles} of each."
 
 
 def more_of_prior(
-    marginal: Any, draws: list[dict[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    marginal: TunedEstimator,
+    draws: list[dict[str, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> TunedEstimator | None:
     """A copy of a marginal model with more particles from the prior; none if it has enough.
 
     Arguments:
@@ -186,7 +200,7 @@ def more_of_prior(
     if marginal.num_particles or wanted <= max(layout.num_particles for layout in layouts):
         return None
     other = copy.copy(marginal)
-    other.take_prior(wanted)
+    other.take(other.proposal, wanted)
     return other
 
 
@@ -203,7 +217,10 @@ def _enough(least: int, variance: float) -> int:
 
 
 def fit_modes(
-    marginal: Any, pilot: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    marginal: TunedEstimator,
+    pilot: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Fits a Gaussian proposal of several modes, with the tails that serve each element best.
 
@@ -213,25 +230,48 @@ def fit_modes(
         args: The model's arguments.
         kwargs: Its keyword arguments.
     """
-    marginal.fit_modes(pilot, args, kwargs)
+    marginal.plan(*args, **kwargs)  # a look at the model, before which nothing can be taken
+    marginal.take(MixtureProposal(num_particles=marginal.num_particles))
+    fit_at(marginal, pilot, args, kwargs)
+
+
+def fit_at(
+    marginal: TunedEstimator,
+    pilot: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Fits a proposal, with the tails that serve each element best where it has a choice.
+
+    Arguments and what is done are those of :func:`fit_modes`, for any proposal.
+    """
+    tails = marginal.proposal.tails
+    if tails:
+        marginal.take(marginal.proposal)  # with as many particles as the modes need that are found
+    marginal.fit(*args, pilot=pilot, **kwargs)
+    if not tails:
+        return
     plan = marginal.plan(*args, **kwargs)
     groups = plan.structure.groups
     sizes = [group.shape.numel() for group in groups]
     errors = []
-    for tail in _TAILS:
+    for tail in tails:
         one = plan.layouts[groups[0].name].example.new_tensor(tail)
         marginal.stretch({group.name: one.expand(group.shape) for group in groups})
         errors.append(look(marginal, pilot, args, kwargs).error.nan_to_num(nan=math.inf))
-    best = one.new_tensor(_TAILS)[torch.stack(errors).argmin(0)]
+    best = one.new_tensor(tails)[torch.stack(errors).argmin(0)]
     parts = zip(groups, best.split(sizes), strict=True)
     marginal.stretch({group.name: part.reshape(group.shape) for group, part in parts})
 
 
 def _misses(
-    marginal: Any, draws: list[dict[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    marginal: TunedEstimator,
+    draws: list[dict[str, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[str | None, float]:
     """The sentence's beginning, and the variance of an estimate from one particle of the prior."""
-    if marginal.proposal != "laplace":
+    if not marginal.proposal.needs_fit:
         return None, 0.0
     gaps, variance = [], 0.0
     for parameters in draws:
@@ -256,12 +296,12 @@ def _misses(
 
 
 def refit_at(
-    marginal: Any,
+    marginal: TunedEstimator,
     centre: dict[str, Tensor],
     draws: list[dict[str, Tensor]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Any:
+) -> TunedEstimator | None:
     """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
 
     Arguments:
@@ -280,19 +320,16 @@ def refit_at(
     other = marginal.refined(count, "iid")
     other.num_particles, other.points = marginal.num_particles, marginal.points
     with other.hold(plan.structure):
-        if other.finds_modes:
-            fit_modes(other, centre, args, kwargs)
-        else:
-            other.fit(*args, pilot=centre, **kwargs)
+        fit_at(other, centre, args, kwargs)
         before = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
         after = sorted(look(other, draw, args, kwargs).variance(1) for draw in draws)
         middle = len(draws) // 2
+        layouts = other.plan(*args, **kwargs).layouts.values()
         if other.num_particles is None:
             # Those of the prior hardly count, and with one of the proposal's alone the logarithm
             # varies more than errors of many tell.
-            layouts = other.plan(*args, **kwargs).layouts.values()
             least = max(len(layout.strata) for layout in layouts)
-            other.settled_particles = _enough(least, after[middle])
-            other._layouts = {}
-    gain = after[middle] / other.settled_particles < _WORTH * before[middle] / count
+            other.settle(_enough(least, after[middle]))
+    wanted = other.settled_particles or count
+    gain = after[middle] / wanted < _WORTH * before[middle] / count
     return other if gain else None

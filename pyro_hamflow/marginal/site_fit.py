@@ -8,24 +8,19 @@ function theorem, and from that of the priors; both are taken from differences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_hamflow.marginal.fitted import Anchor, Fitted
+from pyro_hamflow.marginal.joint_density import Joint
+from pyro_hamflow.marginal.likelihood_site import WIDER, LikelihoodSite, Spread, apply, tightness
 from pyro_hamflow.marginal.newton import gradients, maximise
 from pyro_hamflow.marginal.noise_layout import Block, Layout
-from pyro_hamflow.marginal.proposals.laplace import (
-    WIDER,
-    LikelihoodSite,
-    Sites,
-    Spread,
-    apply,
-    tightness,
-)
 from pyro_hamflow.marginal.scores import Reference
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.trace import depth_of, plate_shape
@@ -33,81 +28,12 @@ from pyro_hamflow.programs.vectorize import Vectorized
 
 _AT_ONCE = 64  # parameter values that the model runs with at once
 _ASIDE = 1e-3  # prior standard deviations
-_NOTHING = 1e-5  # relative to the largest slope, what differences may leave of none
 
 
 def _to_batch(coordinates: Tensor, block: Block, group: Group) -> Tensor:
     """Repeats the coordinates of each element over the plates inside the group's."""
     shape = plate_shape(group.frames, depth_of(block.frames))
     return coordinates.reshape(shape + [coordinates.shape[-1]])
-
-
-Evaluate = Callable[[dict[str, Tensor] | None], tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]
-
-
-class Fitted(NamedTuple):
-    """The sites of one group, and where they were fitted.
-
-    Attributes:
-        sites: For each mode and local site a site under its prior, and one under a wider prior.
-        mode: The coordinates where the joint density is highest, ``(*group.shape, dimension)``.
-        spread: How several modes share out each element, and their tails; none if one was sought.
-    """
-
-    sites: tuple[Sites, ...]
-    mode: Tensor
-    spread: Spread | None = None
-
-
-class Joint(Protocol):
-    """The log joint density of a group's elements as a function of its coordinates."""
-
-    def __call__(self, parameters: dict[str, Tensor], times: float) -> Evaluate:
-        """Fixes the parameters.
-
-        Arguments:
-            parameters: The values of all sites that are not integrated out.
-            times: By how much the priors' variance is multiplied.
-
-        Returns:
-            A function of the coordinates of each site (prior means if ``None``): the log joint
-            density of each element, and each site's prior mean and precision.
-        """
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """Where sites were fitted, so that they can tell how far parameters have moved since.
-
-    Attributes:
-        values: Constrained values of all parameters.
-        followed: The names of those that are followed.
-    """
-
-    values: dict[str, Tensor]
-    followed: tuple[str, ...]
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many numbers each parameter has that is followed."""
-        return [self.values[name].numel() for name in self.followed]
-
-    def shift(self, parameters: dict[str, Tensor]) -> Tensor | None:
-        """By how much parameters differ from here, a vector.
-
-        In their supports, for there cut points and gaps between them are parts of linear
-        predictors, with which the modes move in proportion.
-        """
-        parts = [(parameters[name] - self.values[name]).reshape(-1) for name in self.followed]
-        return torch.cat(parts) if parts else None
-
-    def at(self, shift: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`shift`."""
-        parts = dict(zip(self.followed, shift.split(self.sizes), strict=True))
-        return self.values | {
-            name: self.values[name] + part.reshape(self.values[name].shape)
-            for name, part in parts.items()
-        }
 
 
 def fit_sites(
@@ -163,36 +89,6 @@ def fit_modes(
     modes = [{n: replace(site, near=held.get(n)) for n, site in fit.items()} for fit in fits]
     sites = [{name: (site, site) for name, site in mode.items()} for mode in modes]
     return Fitted(tuple(sites), places[0], spread)
-
-
-def keep_what_moves(anchor: Anchor, fits: dict[Any, Fitted]) -> tuple[Anchor, dict[Any, Fitted]]:
-    """Leaves out parameters that no site follows: those of priors, mostly.
-
-    Arguments:
-        anchor: What the sites follow.
-        fits: The sites.
-    """
-    modes = [sites for fit in fits.values() for sites in fit.sites]
-    sites = [site for mode in modes for pair in mode.values() for site in pair]
-    slopes = [site.slopes for site in sites if site.slopes is not None]
-    if not slopes:
-        return anchor, fits
-    largest = torch.stack([part.abs().flatten(0, -2).amax(0) for part in slopes]).amax(0)
-    moves = (largest > _NOTHING * largest.max()).split(anchor.sizes)
-    follows = [bool(part.any()) for part in moves]
-    kept = torch.cat([part | part.any() for part in moves])
-
-    def shorten(site: LikelihoodSite) -> LikelihoodSite:
-        slopes = site.slopes if any(follows) else None
-        return replace(site, slopes=None if slopes is None else slopes[..., kept])
-
-    def shorten_all(fit: Fitted) -> Fitted:
-        modes = ({n: (shorten(a), shorten(b)) for n, (a, b) in m.items()} for m in fit.sites)
-        return fit._replace(sites=tuple(modes))
-
-    shorter = {key: shorten_all(fit) for key, fit in fits.items()}
-    followed = tuple(name for name, is_so in zip(anchor.followed, follows, strict=True) if is_so)
-    return replace(anchor, followed=followed), shorter
 
 
 def _fit(

@@ -32,10 +32,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.estimator import Estimate
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.noise_layout import Layout
-from pyro_hamflow.marginal.particles import Estimate
 from pyro_hamflow.marginal.points import place_points
+from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import plate_shape
@@ -65,9 +66,9 @@ def movable(
 ) -> tuple[MarginalModel, MarginalModel]:
     """The model whose particles tell where to move points, and the model to move them in.
 
-    Particles of the proposal ``"laplace"`` tell from what noise the prior would have made them, and
-    points are moved there: the prior of an element is the same wherever its likelihood is. Other
-    particles tell their own noise.
+    Where particles can tell from what noise the prior would have made them, points are moved there:
+    the prior of an element is the same wherever its likelihood is. Other particles tell their own
+    noise.
 
     Arguments:
         source: The potential of the model as it was sampled.
@@ -76,11 +77,12 @@ def movable(
     """
     structure = model.plan(*source.args, **source.kwargs).structure
     discrete = set(structure.placeholders) - {n for group in structure.groups for n in group.sites}
-    if model.proposal != "laplace" or discrete:  # for each of whose values the noise is another
+    telling = model.proposal.telling_origins()
+    if telling is None or discrete:  # for each of whose values the noise is another
         return model, model
     first, second = (model.refined(num_particles, "iid") for _ in range(2))
-    first.tells_origins = True
-    second.take_prior(num_particles)
+    first.take(telling)
+    second.take(PriorProposal())
     plans = [part.plan(*source.args, **source.kwargs) for part in (first, second)]
     sizes = [[layout.dimension for layout in plan.layouts.values()] for plan in plans]
     return (first, second) if sizes[0] == sizes[1] else (model, model)

@@ -180,7 +180,7 @@ class Extended:
         """The noise that leads each particle, were it alone, to the local values, by bisection."""
         shape = (len(x), sum(self.counts), self.groups)
         low, high = torch.full(shape, -40.0), torch.full(shape, 40.0)
-        if self.kind != "by hand" and self.model.proposal == "laplace":
+        if self.kind != "by hand" and self.model.proposal.name == "laplace":
             low, high = low / 2, high / 2
         for _ in range(60):
             middle = 0.5 * (low + high)

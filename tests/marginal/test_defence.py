@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.marginal import particles as particles_module
+from pyro_hamflow.marginal import estimator as estimator_module
 from pyro_hamflow.marginal.noise_layout import PRIOR_SHARE, Layout
 from tests.helpers.hard_terms import (
     HERE,
@@ -77,12 +77,12 @@ def excess(num_particles=8):
 
 def _forgets_the_prior(monkeypatch):
     """As if all particles were weighed by the proposal's density alone."""
-    monkeypatch.setattr(particles_module, "defended", lambda log_ratio: log_ratio)
+    monkeypatch.setattr(estimator_module, "defended", lambda log_ratio: log_ratio)
 
 
 def _mistakes_the_share(monkeypatch):
     """As if the prior's share in the mixture were not that of its particles' weights."""
-    monkeypatch.setattr(particles_module, "PRIOR_SHARE", 10.0 * PRIOR_SHARE)
+    monkeypatch.setattr(estimator_module, "PRIOR_SHARE", 10.0 * PRIOR_SHARE)
 
 
 def _forgets_who_shares(monkeypatch):

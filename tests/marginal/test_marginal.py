@@ -17,10 +17,10 @@ from pyro.optim import Adam
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_hamflow import marginalize, noise
-from pyro_hamflow.marginal import particles as particles_module
+from pyro_hamflow.marginal import plan as plan_module
+from pyro_hamflow.marginal.likelihood_site import LikelihoodSite
 from pyro_hamflow.marginal.noise_layout import Layout
-from pyro_hamflow.marginal.proposals.laplace import LikelihoodSite
-from pyro_hamflow.marginal.proposals.user import ProgramProposal
+from pyro_hamflow.marginal.proposals.user import ProgramParticle
 from pyro_hamflow.model.potential import Potential
 from tests.helpers.estimates import AT, REPLICATES, assert_unbiased, estimates, parameters
 from tests.helpers.targets import glmm, glmm_data, wide_proposal
@@ -131,15 +131,15 @@ def _forgets_to_divide(monkeypatch):
 
 
 def _forgets_the_ratio(monkeypatch):
-    draw = ProgramProposal.draw
+    draw = ProgramParticle.draw
     forget = lambda *args: draw(*args)._replace(log_ratios=())  # noqa: E731
-    monkeypatch.setattr(ProgramProposal, "draw", forget)
+    monkeypatch.setattr(ProgramParticle, "draw", forget)
 
 
 def _forgets_a_visit(monkeypatch):
-    density = particles_module.log_density
+    density = plan_module.log_density
     part = torch.tensor([1.0, 0.97])
-    monkeypatch.setattr(particles_module, "log_density", lambda site: part * density(site))
+    monkeypatch.setattr(plan_module, "log_density", lambda site: part * density(site))
 
 
 @pytest.mark.parametrize("sabotage", [_forgets_to_divide, _forgets_the_ratio, _forgets_a_visit])
@@ -745,5 +745,5 @@ def test_gaussian_sites_are_chosen_for_every_transform_of_noise(prior):
 
     marginal = marginalize(model, ["x"])
     plan = marginal.plan(torch.tensor([0.3, 1.2]))
-    assert marginal.proposal == "laplace"
+    assert marginal.proposal.name == "laplace"
     assert plan.layouts["x"].num_particles == 16

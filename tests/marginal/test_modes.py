@@ -12,7 +12,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 
 import pyro_hamflow as phf
 from pyro_hamflow.marginal import modes as modes_module
-from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
+from pyro_hamflow.marginal.proposals.mixture import MixtureParticle
 from pyro_hamflow.marginal.scrutiny import fit_modes, look
 from tests.helpers.hard_terms import (
     HERE,
@@ -81,33 +81,33 @@ def test_sites_inside_others_have_modes_together(num_particles):
 
 def _mistakes_the_tail(monkeypatch):
     """As if the noise were not stretched where it is."""
-    draw = MixtureProposal.draw
+    draw = MixtureParticle.draw
 
     def spoilt(proposal, name, fn, noise, component):
         return draw(proposal, name, fn, 1.05 * noise, component)
 
-    monkeypatch.setattr(MixtureProposal, "draw", spoilt)
+    monkeypatch.setattr(MixtureParticle, "draw", spoilt)
 
 
 def _forgets_the_shares(monkeypatch):
     """As if particles of each mode counted alike, whatever its share in the mixture."""
-    mix = MixtureProposal.mix
+    mix = MixtureParticle.mix
 
     def spoilt(proposal, log_ratios):
         ratio, own = mix(proposal, log_ratios)
         return ratio, torch.full_like(own, -math.log(len(log_ratios)))
 
-    monkeypatch.setattr(MixtureProposal, "mix", spoilt)
+    monkeypatch.setattr(MixtureParticle, "mix", spoilt)
 
 
 def _forgets_a_density(monkeypatch):
     """As if the mixture's density were that of its first mode."""
-    mix = MixtureProposal.mix
+    mix = MixtureParticle.mix
 
     def spoilt(proposal, log_ratios):
         return log_ratios[0], mix(proposal, log_ratios)[1]
 
-    monkeypatch.setattr(MixtureProposal, "mix", spoilt)
+    monkeypatch.setattr(MixtureParticle, "mix", spoilt)
 
 
 @pytest.mark.parametrize("sabotage", [_mistakes_the_tail, _forgets_the_shares, _forgets_a_density])
@@ -126,7 +126,7 @@ def test_modes_are_found_each_once():
     marginal = phf.marginalize(model, ["x"], proposal="laplace")
     at = {"mean": torch.tensor(0.3).double()}
     fit_modes(marginal, at, (y,), {})
-    fit = marginal._fit.sites["x", ()]
+    fit = marginal.proposal.fitted.sites["x", ()]
     assert len(fit.sites) == 2
     grid = torch.linspace(-4.0, 4.0, 8001)[:, None]
     joint = dist.Normal(0.3, 1.0).log_prob(grid) + dist.Normal(grid**2, 0.3).log_prob(y)

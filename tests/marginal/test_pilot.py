@@ -66,7 +66,7 @@ def test_pilot_of_counts_is_the_top_by_quadrature(level):
     point = torch.cat([pilot["beta"], pilot["s"].log()[None]])
     # 16 points for each subject are not exact.
     assert distance_from_top(count_posterior(x, y), point) < 0.5
-    assert marginal.pilot_distance < 0.1
+    assert marginal.prepared.distance < 0.1
 
 
 @pytest.mark.parametrize(("proposal", "noise"), [("laplace", 0.01), ("prior", 1.0)])
@@ -105,7 +105,7 @@ def test_independent_points_would_not_do(monkeypatch):
     )
     marginal = phf.marginalize(counts, ["u"])
     marginal.pilot((x, y), {})
-    assert marginal.pilot_distance > 1.0
+    assert marginal.prepared.distance > 1.0
 
 
 def test_model_without_parameters_needs_no_pilot():

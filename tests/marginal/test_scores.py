@@ -11,7 +11,7 @@ import torch
 from torch.distributions import biject_to
 
 import pyro_hamflow as phf
-from pyro_hamflow.marginal import particles
+from pyro_hamflow.marginal import joint_density
 from pyro_hamflow.marginal.normal_transform import normal_transform
 from pyro_hamflow.marginal.proposals import laplace
 from pyro_hamflow.marginal.scores import reference, score_form
@@ -147,7 +147,7 @@ def test_held_coordinates_keep_the_likelihood_in_its_place(name, monkeypatch):
     family = FAMILIES[name]
     far = at(1.5, 2.4)
     held = estimates(family, far, 8).var(0).sum()
-    monkeypatch.setattr(particles, "reference_of", lambda fn, value, component: None)
+    monkeypatch.setattr(joint_density, "reference_of", lambda fn, value, component: None)
     assert held < 0.5 * estimates(family, far, 8).var(0).sum()
 
 
@@ -196,7 +196,7 @@ def test_parameters_of_vectors_and_of_outer_sites_are_followed():
     y = torch.tensor([[0.0, 1.0], [4.0, 2.0], [9.0, 7.0]], dtype=torch.float64)
     marginal = phf.marginalize(model, ["u", "x"], num_particles=8)
     marginal.fit(y, pilot={"b": HERE["b"]})
-    assert marginal.proposal == "laplace"
+    assert marginal.proposal.name == "laplace"
     plan = marginal.plan(y)
     group = plan.structure.groups[0]
     noise = torch.randn(4000, *plan.layouts[group.name].noise_shape(group), dtype=torch.float64)
@@ -220,7 +220,7 @@ def test_pumps_take_two_particles_by_default():
     case = MIXED_MODELS["pumps"]
     marginal = phf.marginalize(case.model, list(case.sites))
     pilot = marginal.pilot(case.arguments(), {})
-    assert marginal.proposal == "laplace"
+    assert marginal.proposal.name == "laplace"
     found = phf.estimator_quality(marginal, pilot, *case.arguments())
     assert found.num_particles == 2
     assert found.standard_deviation < 0.5

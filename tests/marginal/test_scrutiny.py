@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.marginal import marginalize as marginal_module
 from pyro_hamflow.marginal import pilot as pilot_module
+from pyro_hamflow.marginal import preparation as preparation_module
 from pyro_hamflow.marginal import scrutiny as scrutiny_module
+from pyro_hamflow.marginal.proposals import mixture as mixture_module
 from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses, more_of_prior
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 
@@ -54,13 +55,16 @@ def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
     model, exact = effects(term)
     named = phf.marginalize(model, ["x"], proposal="laplace")
     pilot = named.pilot((Y,), {})
-    assert named.proposal == "laplace" and "take `proposal='prior'`" in named.remark
+    assert named.proposal.name == "laplace" and "take `proposal='prior'`" in named.prepared.remark
     lost = exact(pilot["mean"], Y) - look(named, pilot, (Y,), {}, alone=True).log_likelihood
     assert lost.max() > 0.2
 
     chosen = phf.marginalize(model, ["x"])
     pilot = chosen.pilot((Y,), {})
-    assert chosen.proposal == "laplace" and "several modes of each are fitted" in chosen.remark
+    assert (
+        chosen.proposal.name == "laplace"
+        and "several modes of each are fitted" in chosen.prepared.remark
+    )
     prior = look(chosen, pilot, (Y,), {}, from_prior=True)
     monkeypatch.setattr(scrutiny_module, "_POINTS", 4096)
     found = look(chosen, pilot, (Y,), {})
@@ -70,11 +74,14 @@ def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
 
 @pytest.mark.parametrize("term", SEVERAL_MODES.values(), ids=SEVERAL_MODES)
 def test_particles_come_from_the_prior_where_modes_are_still_missed(term, monkeypatch):
-    monkeypatch.setattr(marginal_module, "MOST_MODES", 1)
+    monkeypatch.setattr(mixture_module, "MOST_MODES", 1)
     model, exact = effects(term)
     chosen = phf.marginalize(model, ["x"])
     pilot = chosen.pilot((Y,), {})
-    assert chosen.proposal == "prior" and "particles come from the prior instead" in chosen.remark
+    assert (
+        chosen.proposal.name == "prior"
+        and "particles come from the prior instead" in chosen.prepared.remark
+    )
     found = look(chosen, pilot, (Y,), {}, from_prior=True)
     gap = found.log_likelihood - exact(pilot["mean"], Y)
     assert bool((gap.abs() < 4.5 * found.error).all())
@@ -85,7 +92,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
     model, _ = effects(lambda x: dist.Poisson(x.exp()))
     marginal = phf.marginalize(model, ["x"])
     pilot = marginal.pilot((Y.round(),), {})
-    assert marginal.proposal == "laplace" and marginal.remark is None
+    assert marginal.proposal.name == "laplace" and marginal.prepared.remark is None
     assert misses(marginal, [pilot], (Y.round(),), {}) is None
 
 
@@ -113,7 +120,7 @@ def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
     y = dist.Poisson((3.0 + x + 0.6 * torch.randn(40)).exp()).sample()
     far = {"beta": torch.tensor([-2.0, -1.0]), "s": torch.tensor(0.6)}
     monkeypatch.setattr(
-        pilot_module, "find_pilot", lambda *args, **kwargs: pilot_module.Pilot(far, 50.0)
+        preparation_module, "find_pilot", lambda *args, **kwargs: pilot_module.Pilot(far, 50.0)
     )
 
     def run():
@@ -126,7 +133,9 @@ def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
         return mcmc, marginal, noise
 
     mcmc, marginal, noise = run()
-    assert (marginal._fit.anchor.values["beta"] - torch.tensor([3.0, 1.0])).abs().max() < 0.6
+    assert (
+        marginal.proposal.fitted.anchor.values["beta"] - torch.tensor([3.0, 1.0])
+    ).abs().max() < 0.6
     assert noise < 1.0
     assert "did not come to rest" in " ".join(mcmc.messages)
     assert math.isfinite(mcmc.kernel.settings["max_pareto_k"])

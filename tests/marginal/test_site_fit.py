@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_hamflow as phf
-from pyro_hamflow.marginal.proposals.laplace import LikelihoodSite
+from pyro_hamflow.marginal.likelihood_site import LikelihoodSite
 from pyro_hamflow.model.potential import Potential
 
 TIMES = torch.tensor([-0.5, 0.2, 1.3], dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_estimate_of_a_gaussian_model_hardly_varies_anywhere(model, sites, monke
 def test_what_does_not_move_a_site_is_not_followed():
     marginal = phf.marginalize(one, ["x"], proposal="laplace")
     marginal.fit(Y, pilot=here(0.0, 0.0, 1.0, 0.8))
-    anchor = marginal._fit.anchor
+    anchor = marginal.proposal.fitted.anchor
     assert anchor.followed == ("beta", "gap")
     assert torch.allclose(anchor.shift(here(1.5, -1.0, 2.0, 3.0)), torch.tensor([1.5, -1.0, 1.0]))
 

@@ -14,7 +14,7 @@ import torch
 from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh
 from pyro_hamflow.dynamics import integrators
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.marginal import particles as particles_module
+from pyro_hamflow.marginal import estimator as estimator_module
 from pyro_hamflow.mcmc.transitions import hmc, nuts, pseudo_marginal, tree_builder
 from pyro_hamflow.mcmc.transitions import noise_refresh as refresh_module
 from pyro_hamflow.mcmc.transitions import trajectory as tree
@@ -198,7 +198,7 @@ def test_mistaken_share_of_the_prior_is_noticed(monkeypatch):
     target = Extended(*TARGETS["laplace-2"])
     target.draws()
     check(target, joint(target))
-    monkeypatch.setattr(particles_module, "PRIOR_SHARE", 0.3)
+    monkeypatch.setattr(estimator_module, "PRIOR_SHARE", 0.3)
     spoilt = Extended(*TARGETS["laplace-2"])
     spoilt.draws()
     with pytest.raises(AssertionError, match="standard errors"):

@@ -15,6 +15,7 @@ import xarray
 
 from pyro_hamflow import HMC, NUTS, PseudoMarginalNUTS, marginalize
 from pyro_hamflow.marginal.dependence import Run
+from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.fingerprint import take_fingerprint
 from tests.helpers.estimates import assert_unbiased, estimates
@@ -222,11 +223,11 @@ def test_proposal_is_chosen_anew_where_the_prior_changes():
 
     marginal, y = marginalize(model, ["x"]), torch.tensor(Y)
     marginal.plan(y, dist.Normal(0.0, 1.0))
-    marginal.take_prior(32)  # as where sites miss something
+    marginal.take(PriorProposal(), 32)  # as where sites miss something
     marginal.plan(y, dist.Normal(0.0, 1.0))
-    assert marginal.proposal == "prior"
+    assert marginal.proposal.name == "prior"
     marginal.plan(y, dist.Gamma(2.0, 1.0))
-    assert marginal.proposal == "laplace"
+    assert marginal.proposal.name == "laplace"
 
 
 def test_unchanged_model_is_analysed_once(monkeypatch):

@@ -4,15 +4,25 @@ A proposal turns noise into values of a model's local sites and says by how much
 over-represented: the log ratio of its prior density to the density it was drawn from. Mixtures are
 never sampled: every component gets particles of its own (a *stratum*), and the sum over components
 is exact.
+
+A :class:`Proposal` is what a marginal model has. It is a value: fitting one gives another. What it
+makes for each run of the model, and for each particle there, is a :class:`Particle`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, Self
 
+import pyro.poutine as poutine
 import torch
 import torch.distributions as torch_dist
 from torch import Tensor
+
+from pyro_hamflow.marginal.noise_layout import Components, Layout, Stratum
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.structure import Group
 
 
 class Draw(NamedTuple):
@@ -31,27 +41,8 @@ class Draw(NamedTuple):
     origin: Tensor | None = None
 
 
-class Proposal(Protocol):
-    """How particles of local sites are drawn; see :class:`PriorProposal` for the plainest.
-
-    Attributes:
-        stratified: Whether each component of a mixture prior gets particles of its own.
-        enough_particles: How many particles mostly serve well.
-        is_defended: Whether some particles come from the prior, lest it misses something.
-    """
-
-    stratified: bool
-    is_defended: bool
-    enough_particles: int
-
-    def noise_shape(self, name: str, fn: Any, components: int | None) -> torch.Size:
-        """The shape of the noise of one element of a site.
-
-        Arguments:
-            name: The site.
-            fn: Its prior.
-            components: How many components of a mixture prior get particles of their own.
-        """
+class Particle(Protocol):
+    """What draws one particle of every element of a group, one local site after the other."""
 
     def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
         """Draws the value of a site.
@@ -62,6 +53,121 @@ class Proposal(Protocol):
             noise: Standard normal noise, of shape ``batch_shape + noise_shape``.
             component: Which component of a mixture prior to draw from; ``None`` for others.
         """
+
+    def mix(self, log_ratios: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The log ratio of the prior's density to that of all particles alike.
+
+        Arguments:
+            log_ratios: The log ratios that the sites' draws gave, summed to elements.
+
+        Returns:
+            The log ratio, and the logarithm of the particle's share in that density; none where all
+            come from the same.
+        """
+
+
+class Proposal(ABC):
+    """Where particles come from.
+
+    A new one is a class in a file of its own, and :func:`~pyro_hamflow.marginalize` takes what it
+    makes. Two methods are enough, as in :mod:`~pyro_hamflow.marginal.proposals.prior`; the others
+    are for proposals that are fitted to the data, or that have choices.
+
+    Attributes:
+        name: What it is called where settings are printed.
+        stratified: Whether each component of a mixture prior gets particles of its own.
+        enough_particles: How many particles mostly serve well.
+        is_defended: Whether some particles come from the prior, lest it misses something.
+        needs_fit: Whether it has to be fitted to the data, at a pilot value of the parameters.
+        is_final: Whether nothing may take its place: the user wrote it for this model.
+        tails: Factors by which its noise may be stretched, to be tried where it is fitted.
+    """
+
+    name: str
+    stratified: bool = True
+    enough_particles: int = 32
+    is_defended: bool = False
+    needs_fit: bool = False
+    is_final: bool = False
+    tails: tuple[float, ...] = ()
+
+    @abstractmethod
+    def noise_shapes(
+        self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
+    ) -> dict[str, torch.Size]:
+        """The shape of the noise of one element of each local site of a group.
+
+        Arguments:
+            plan: The model.
+            group: The group.
+            trace: A run of the model.
+            splits: For each site, how many components of a mixture prior get particles of their
+                own.
+
+        Raises:
+            ValueError: If the proposal does not suit a site.
+        """
+
+    @abstractmethod
+    def particle(
+        self,
+        plan: Plan,
+        group: Group,
+        stratum: Stratum,
+        coordinates: Tensor,
+        parameters: dict[str, Tensor],
+        source: Tensor | None,
+    ) -> Particle:
+        """What draws one particle of every element.
+
+        Arguments:
+            plan: The model.
+            group: The group.
+            stratum: The particle's, or one with the same components.
+            coordinates: Its noise, of shape ``(*group.shape, dimension)``.
+            parameters: The values of all sites that are not integrated out.
+            source: The particle's entry of :meth:`sources`.
+        """
+
+    def sources(self, layout: Layout, stratum: Stratum) -> Tensor | None:
+        """Where particles come from that share their components; none if all from the same place.
+
+        Arguments:
+            layout: The noise of a group.
+            stratum: The first with these components.
+
+        Returns:
+            An entry for each particle of the layout.
+        """
+        return None
+
+    def modes(self, group: Group) -> dict[Components, int]:
+        """How many modes have particles of their own, by components; one where not given."""
+        return {}
+
+    def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
+        """The proposal fitted to the data, at constrained values of the parameters."""
+        return self
+
+    def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
+        """The same for values close to those of the last fit, and for these alone."""
+        return self
+
+    def stretched(self, tails: Mapping[str, Tensor]) -> Self:
+        """The proposal with other tails.
+
+        Arguments:
+            tails: For each group, by how much the noise is stretched, of shape ``(*group.shape)``.
+        """
+        return self
+
+    def undefended(self) -> Self:
+        """The proposal without particles of the prior."""
+        return self
+
+    def telling_origins(self) -> Self | None:
+        """The proposal with draws that tell their origins; none if it cannot."""
+        return None
 
 
 def component_count(fn: Any) -> int | None:

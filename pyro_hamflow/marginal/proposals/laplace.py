@@ -48,107 +48,52 @@ References:
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from itertools import groupby
+from typing import Self
 
+import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.noise_layout import Block
-from pyro_hamflow.marginal.proposals.base import Draw
-from pyro_hamflow.marginal.proposals.gaussian_form import GaussianForm, gaussian_form
+from pyro_hamflow.marginal.fitted import Anchor, Fit, Fitted, keep_what_moves
+from pyro_hamflow.marginal.gaussian_form import GaussianForm, gaussian_form
+from pyro_hamflow.marginal.joint_density import Joint, joint_density, references
+from pyro_hamflow.marginal.likelihood_site import Sites, apply, log_gaussian, origin_of, solve
+from pyro_hamflow.marginal.noise_layout import Block, Components, Layout, Stratum
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.proposals.base import Draw, Proposal
 from pyro_hamflow.marginal.scores import Reference
+from pyro_hamflow.marginal.site_fit import fit_sites
 from pyro_hamflow.marginal.structure import Group
 
 _STRETCH = 1e-4
-WIDER = 32.0  # times the pilot's prior variance
-_SHARPNESS = 5.0  # of the passage from one site to the other
 
 
-@dataclass(frozen=True)
-class LikelihoodSite:
-    """The site of one local site: precision, and linear term given earlier coordinates.
-
-    Attributes:
-        tightness: Of the prior that it was fitted under; see :func:`tightness`.
-        precision: I, of shape ``(*batch, k, k)``.
-        linear: The constant part of eta, of shape ``(*batch, k)``.
-        coupling: Its slope in the coordinates of the sites before, ``(*batch, k, before)``.
-        slopes: Its slope in the parameters, of shape ``(*batch, k, parameters)``; none if it stays.
-        near: Where the coordinates of a prior that is no Gaussian are held.
-    """
-
-    tightness: Tensor
-    precision: Tensor
-    linear: Tensor
-    coupling: Tensor | None
-    slopes: Tensor | None = None
-    near: Reference | None = None
-
-    def moved(self, shift: Tensor | None) -> LikelihoodSite:
-        """The site where parameters have moved by ``shift``, a vector, on the real line."""
-        if shift is None or self.slopes is None:
-            return self
-        change = self.slopes.reshape(-1, self.slopes.shape[-1]) @ shift.to(self.slopes.dtype)
-        return replace(self, linear=self.linear + change.reshape(self.linear.shape), slopes=None)
-
-    def towards(self, wide: LikelihoodSite, prior_precision: Tensor) -> LikelihoodSite:
-        """The mean of this site and one fitted under a wider prior that suits a prior."""
-        gone = (self.tightness - tightness(prior_precision)) / math.log(WIDER)
-        share = torch.sigmoid(_SHARPNESS * (gone - 0.5))[..., None]
-        coupling = None
-        if self.coupling is not None and wide.coupling is not None:
-            coupling = torch.lerp(self.coupling, wide.coupling, share[..., None])
-        return LikelihoodSite(
-            torch.lerp(self.tightness, wide.tightness, share[..., 0]),
-            torch.lerp(self.precision, wide.precision, share[..., None]),
-            torch.lerp(self.linear, wide.linear, share),
-            coupling,
-        )
-
-
-Sites = dict[str, tuple[LikelihoodSite, LikelihoodSite]]  # of each local site, the pilot's first
-
-
-class Spread(NamedTuple):
-    """What of a proposal about several modes is not in their sites.
-
-    Attributes:
-        log_shares: The logarithm of each mode's share, of shape ``(modes, *group.shape)``.
-        tail: By how much the noise is stretched, of shape ``(*group.shape)``.
-    """
-
-    log_shares: Tensor
-    tail: Tensor
-
-
-class LaplaceProposal:
-    """Particles from the prior times a Gaussian site of the likelihood; see the module's text.
+class LaplaceParticle:
+    """A particle from the prior times a Gaussian site of the likelihood; see the module's text.
 
     Arguments:
         group: The group of local sites.
         blocks: Their coordinates.
-        sites: The fitted sites; before the fit, none.
+        sites: The fitted sites.
         shift: By how much the parameters they follow have moved, on the real line; a vector.
         from_prior: Whether this particle comes from the prior, true or false; ``None`` where no
             particle does.
         tells_origins: Whether draws tell from what noise the prior would have made them.
     """
 
-    stratified = True
-    is_defended = True
-    enough_particles = 16
-
     def __init__(
         self,
         group: Group,
         blocks: dict[str, Block],
         sites: Sites,
-        shift: Tensor | None = None,
-        from_prior: Tensor | None = None,
+        shift: Tensor | None,
+        from_prior: Tensor | None,
         *,
-        tells_origins: bool = False,
+        tells_origins: bool,
     ) -> None:
         self.group = group
         self.blocks = blocks
@@ -157,10 +102,6 @@ class LaplaceProposal:
         self.from_prior = from_prior
         self.tells_origins = tells_origins
         self.before: list[Tensor] = []
-
-    def noise_shape(self, name: str, fn: object, components: int | None) -> torch.Size:
-        form = gaussian_form(name, fn, None if components is None else 0)
-        return form.loc.shape[-1:]
 
     def draw(self, name: str, fn: object, noise: Tensor, component: int | None) -> Draw:
         form = gaussian_form(name, fn, component, self.sites[name][0].near).to(noise.dtype)
@@ -180,17 +121,108 @@ class LaplaceProposal:
         earlier = torch.cat([part.expand(*batch, -1) for part in self.before], -1)
         return site.precision, site.linear + apply(site.coupling, earlier)
 
-
-def tightness(precision: Tensor) -> Tensor:
-    """The mean logarithm of a precision's eigenvalues, of shape ``(*batch)``."""
-    if precision.shape[-1] == 1:
-        return precision[..., 0, 0].log()
-    return torch.logdet(precision) / precision.shape[-1]
+    def mix(self, log_ratios: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return log_ratios[0], None
 
 
-def apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    """The product of each matrix of a batch with its vector."""
-    return (matrix @ vector[..., None])[..., 0]
+@dataclass(frozen=True)
+class LaplaceProposal(Proposal):
+    """Particles from the prior times a Gaussian approximation of the likelihood.
+
+    Attributes:
+        fitted: The approximation; none before the fit.
+        is_defended: Whether some particles come from the prior.
+        tells_origins: Whether draws tell from what noise the prior would have made them.
+    """
+
+    fitted: Fit | None = None
+    is_defended: bool = True
+    tells_origins: bool = False
+    name = "laplace"
+    enough_particles = 16
+    needs_fit = True
+
+    def noise_shapes(
+        self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
+    ) -> dict[str, torch.Size]:
+        shapes = {}
+        for name, split in splits.items():
+            form = gaussian_form(name, trace.nodes[name]["fn"], None if split is None else 0)
+            shapes[name] = form.loc.shape[-1:]
+        return shapes
+
+    def sources(self, layout: Layout, stratum: Stratum) -> Tensor | None:
+        return layout.from_prior if stratum.is_shared else None
+
+    def particle(
+        self,
+        plan: Plan,
+        group: Group,
+        stratum: Stratum,
+        coordinates: Tensor,
+        parameters: dict[str, Tensor],
+        source: Tensor | None,
+    ) -> LaplaceParticle:
+        found, shift = self._found(group, stratum, parameters)
+        blocks, tells = plan.layouts[group.name].blocks, self.tells_origins
+        return LaplaceParticle(group, blocks, found.sites[0], shift, source, tells_origins=tells)
+
+    def _found(
+        self, group: Group, stratum: Stratum, parameters: dict[str, Tensor]
+    ) -> tuple[Fitted, Tensor | None]:
+        """What was fitted for a particle, and how far the parameters have moved since."""
+        if self.fitted is None:
+            raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
+        found = self.fitted.sites[group.name, stratum.components]
+        return found, self.fitted.anchor.shift(parameters)
+
+    def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
+        values = {name: value.detach() for name, value in pilot.items()}
+        continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
+        anchor = Anchor(values, tuple(name for name in values if name in continuous))
+        sites: dict[tuple[str, Components], Fitted] = {}
+        for group, stratum in _choices(plan):
+            layout = plan.layouts[group.name]
+            joint = partial(joint_density, plan, group, stratum, {})
+            held: dict[str, Reference] = {}
+            if references(plan, group, stratum, values, None):
+                mode = fit_sites(group, layout, joint, Anchor(values, ()), None, held).mode
+                held = references(plan, group, stratum, values, mode)
+                joint = partial(joint_density, plan, group, stratum, held)
+            sites[group.name, stratum.components] = self._fit(group, layout, joint, anchor, held)
+        return replace(self, fitted=Fit(*keep_what_moves(anchor, sites)))
+
+    def _fit(
+        self, group: Group, layout: Layout, joint: Joint, anchor: Anchor, held: dict[str, Reference]
+    ) -> Fitted:
+        """Fits the sites of one group, for one choice of components."""
+        return fit_sites(group, layout, joint, anchor, None, held)
+
+    def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
+        if self.fitted is None:
+            return self.fit(plan, pilot)
+        anchor = Anchor({name: value.detach() for name, value in pilot.items()}, ())
+        sites = {}
+        for group, stratum in _choices(plan):
+            key, layout = (group.name, stratum.components), plan.layouts[group.name]
+            joint = partial(joint_density, plan, group, stratum, {})
+            near = self.fitted.sites[key].mode
+            sites[key] = fit_sites(group, layout, joint, anchor, near, {})
+        return replace(self, fitted=Fit(anchor, sites))
+
+    def undefended(self) -> Self:
+        return replace(self, is_defended=False)
+
+    def telling_origins(self) -> Self:
+        return replace(self, tells_origins=True)
+
+
+def _choices(plan: Plan) -> Iterator[tuple[Group, Stratum]]:
+    """Each group with the first of its particles for each choice of components."""
+    for group in plan.structure.groups:
+        strata = plan.layouts[group.name].strata
+        for _, alike in groupby(strata, lambda stratum: stratum.components):
+            yield group, next(alike)
 
 
 def _propose(
@@ -223,30 +255,7 @@ def _propose(
     return v, log_det - 0.5 * apply(root.mT, v - mean).square().sum(-1)
 
 
-def origin_of(v: Tensor, form: GaussianForm) -> Tensor:
-    """The noise from which the prior would have made v."""
-    if v.shape[-1] == 1:
-        return (v - form.loc) * form.precision[..., 0].sqrt()
-    root = torch.linalg.cholesky(torch.linalg.inv(form.precision))
-    return torch.linalg.solve_triangular(root, (v - form.loc)[..., None], upper=False)[..., 0]
-
-
 def _stretch(z: Tensor) -> tuple[Tensor, Tensor]:
     """Noise with heavier tails, and its log density."""
     log_stretch = torch.log1p(5 * _STRETCH * z.pow(4)).sum(-1)
     return z + _STRETCH * z.pow(5), -0.5 * z.square().sum(-1) - log_stretch
-
-
-def solve(root: Tensor, vector: Tensor) -> Tensor:
-    """What the transpose of a lower triangular matrix maps to a vector."""
-    return torch.linalg.solve_triangular(root.mT, vector[..., None], upper=True)[..., 0]
-
-
-def log_gaussian(v: Tensor, form: GaussianForm) -> Tensor:
-    """The prior's log density at v, plus (k/2) log 2 pi."""
-    gap = v - form.loc
-    if v.shape[-1] == 1:
-        precision = form.precision[..., 0, 0]
-        return 0.5 * precision.log() - 0.5 * precision * gap[..., 0].square()
-    quadratic = (gap[..., None, :] @ form.precision @ gap[..., None])[..., 0, 0]
-    return 0.5 * torch.logdet(form.precision) - 0.5 * quadratic

@@ -23,14 +23,17 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.noise_layout import Block
-from pyro_hamflow.marginal.proposals.base import Draw
-from pyro_hamflow.marginal.proposals.gaussian_form import gaussian_form
-from pyro_hamflow.marginal.proposals.laplace import (
-    LaplaceProposal,
+from pyro_hamflow.marginal.fitted import Anchor, Fitted
+from pyro_hamflow.marginal.gaussian_form import gaussian_form
+from pyro_hamflow.marginal.joint_density import Joint
+from pyro_hamflow.marginal.likelihood_site import (
     Sites,
     Spread,
     apply,
@@ -38,12 +41,21 @@ from pyro_hamflow.marginal.proposals.laplace import (
     origin_of,
     solve,
 )
+from pyro_hamflow.marginal.modes import MOST_MODES, find_modes
+from pyro_hamflow.marginal.noise_layout import Block, Components, Layout, Stratum
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.proposals.base import Draw
+from pyro_hamflow.marginal.proposals.laplace import LaplaceParticle, LaplaceProposal
+from pyro_hamflow.marginal.scores import Reference
+from pyro_hamflow.marginal.site_fit import fit_modes
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.trace import depth_of, plate_shape
 
+_TAIL = 0.5  # until it is settled
 
-class MixtureProposal(LaplaceProposal):
-    """Particles from the prior times Gaussian sites about several modes; see the module's text.
+
+class MixtureParticle(LaplaceParticle):
+    """A particle from the prior times Gaussian sites about several modes; see the module's text.
 
     Arguments:
         group: The group of local sites.
@@ -64,9 +76,9 @@ class MixtureProposal(LaplaceProposal):
         shift: Tensor | None,
         source: Tensor,
         *,
-        tells_origins: bool = False,
+        tells_origins: bool,
     ) -> None:
-        super().__init__(group, blocks, modes[0], shift, tells_origins=tells_origins)
+        super().__init__(group, blocks, modes[0], shift, None, tells_origins=tells_origins)
         self.modes = modes
         self.spread = spread
         self.source = source
@@ -105,6 +117,69 @@ class MixtureProposal(LaplaceProposal):
             own = torch.where(self.source == mode, share, own)
         parts = [share - ratio for share, ratio in zip(shares, log_ratios, strict=True)]
         return -torch.stack(parts).logsumexp(0), own
+
+
+@dataclass(frozen=True)
+class MixtureProposal(LaplaceProposal):
+    """Particles from the prior times Gaussian approximations about several modes of each element.
+
+    Attributes:
+        num_particles: How many an element may have; ``None`` if as many as the modes need.
+    """
+
+    num_particles: int | None = None
+    tails = (0.1, 0.4, 0.8)
+
+    def sources(self, layout: Layout, stratum: Stratum) -> Tensor:
+        return layout.sources
+
+    def particle(
+        self,
+        plan: Plan,
+        group: Group,
+        stratum: Stratum,
+        coordinates: Tensor,
+        parameters: dict[str, Tensor],
+        source: Tensor | None,
+    ) -> LaplaceParticle:
+        found, shift = self._found(group, stratum, parameters)
+        if found.spread is None or source is None:
+            return super().particle(plan, group, stratum, coordinates, parameters, source)
+        blocks, modes, tells = plan.layouts[group.name].blocks, found.sites, self.tells_origins
+        spread = found.spread
+        return MixtureParticle(group, blocks, modes, spread, shift, source, tells_origins=tells)
+
+    def modes(self, group: Group) -> dict[Components, int]:
+        if self.fitted is None:
+            return {}
+        fits = self.fitted.sites.items()
+        return {
+            components: len(fit.sites) for (name, components), fit in fits if name == group.name
+        }
+
+    def _fit(
+        self, group: Group, layout: Layout, joint: Joint, anchor: Anchor, held: dict[str, Reference]
+    ) -> Fitted:
+        most = self._most(layout)
+        places, shares = find_modes(group, layout, joint, anchor.values, most)
+        spread = Spread(shares, torch.full_like(shares[0], _TAIL))
+        return fit_modes(group, layout, joint, anchor, places, spread, held)
+
+    def _most(self, layout: Layout) -> int:
+        """How many modes have particles, and one is left for the prior."""
+        if self.num_particles is None:
+            return MOST_MODES
+        choices = len({stratum.components for stratum in layout.strata})
+        return max(1, min(MOST_MODES, self.num_particles // choices - 1))
+
+    def stretched(self, tails: Mapping[str, Tensor]) -> Self:
+        if self.fitted is None:
+            return self
+        sites = {
+            key: fit._replace(spread=fit.spread and fit.spread._replace(tail=tails[key[0]]))
+            for key, fit in self.fitted.sites.items()
+        }
+        return replace(self, fitted=replace(self.fitted, sites=sites))
 
 
 def _log_density(v: Tensor, mean: Tensor, root: Tensor, tail: Tensor) -> Tensor:

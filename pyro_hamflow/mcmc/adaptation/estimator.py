@@ -87,12 +87,13 @@ class EstimatorTuning:
         model = self.source.model
         if not isinstance(model, MarginalModel):
             return
-        if model.remark:
-            self.plan.say(model.remark, first=True)
-        if model.pilot_distance > _FAR:
+        found = model.prepared
+        if found.remark:
+            self.plan.say(found.remark, first=True)
+        if found.distance > _FAR:
             self.plan.say(
                 "the search for the posterior's mode did not come to rest; the chains may start "
-                f"{model.pilot_distance:.2g} posterior standard deviations from it, and warm-up "
+                f"{found.distance:.2g} posterior standard deviations from it, and warm-up "
                 "has to find the rest of the way."
             )
 
@@ -145,14 +146,14 @@ class EstimatorTuning:
         """
         window, self._window = self._window, []
         model, potential = self.source.model, self.source.potential
-        if not isinstance(model, MarginalModel) or callable(model.proposal) or not window:
+        if not isinstance(model, MarginalModel) or model.proposal.is_final or not window:
             return None
         args, kwargs = potential.args, potential.kwargs
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
         with torch.random.fork_rng():
             better = None
             is_noisy = _variance(potential, state.position) > _WANTED_VARIANCE
-            if is_noisy and model.proposal == "prior":
+            if is_noisy and not model.proposal.needs_fit:
                 better = more_of_prior(model, draws, args, kwargs)
             elif is_noisy:
                 centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))

@@ -100,6 +100,15 @@ def gaussian_form(
     return GaussianForm(scores.loc, scores.scale.pow(-2).diag_embed(), scores.value)
 
 
+def has_gaussian_form(fn: Any, component: int | None) -> bool:
+    """Whether :func:`gaussian_form` knows a transform for a prior, or a component of a mixture."""
+    try:
+        gaussian_form("", fn, component)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_transformed_gaussian(fn: Any) -> bool:
     """Whether a prior is a map of a Gaussian, of the same batch, that loses nothing."""
     if not isinstance(fn, torch_dist.TransformedDistribution):

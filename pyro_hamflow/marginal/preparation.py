@@ -1,0 +1,41 @@
+"""How an estimator is fitted to a model and its data, before anything is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from pyro_hamflow.marginal.pilot import find_pilot
+from pyro_hamflow.marginal.scrutiny import mend_proposal
+from pyro_hamflow.marginal.settle import settle_particles
+from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
+
+_FAR = 1.0  # posterior standard deviations
+
+
+def prepare(
+    marginal: TunedEstimator,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    start: dict[str, Tensor] | None,
+) -> None:
+    """Finds a pilot, fits the proposal there, and as many particles and modes as it needs.
+
+    Arguments:
+        marginal: The model, which is held at its structure for these arguments.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        start: Unconstrained values to begin the search for the pilot at.
+    """
+    if marginal.num_particles is None:
+        marginal.settle(None)
+    found = find_pilot(marginal, args, kwargs, start)
+    marginal.fit(*args, pilot=found.values, **kwargs)
+    if marginal.num_particles is None and marginal.proposal.needs_fit:
+        settle_particles(marginal, args, kwargs)
+    remark = None
+    if found.distance <= _FAR:  # a proposal fitted far away misses this and that
+        remark = mend_proposal(marginal, [found.values], args, kwargs)
+    marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)

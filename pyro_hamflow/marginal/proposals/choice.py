@@ -1,0 +1,45 @@
+"""From what users give for `proposal` to a proposal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro_hamflow.marginal.gaussian_form import has_gaussian_form
+from pyro_hamflow.marginal.lay_out import look_at, split_mixtures
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.proposals.base import Proposal
+from pyro_hamflow.marginal.proposals.laplace import LaplaceProposal
+from pyro_hamflow.marginal.proposals.prior import PriorProposal
+from pyro_hamflow.marginal.proposals.user import ProgramProposal
+
+AUTO = "auto"
+_NAMED: dict[str, Callable[[], Proposal]] = {"prior": PriorProposal, "laplace": LaplaceProposal}
+
+
+def proposal_of(given: str | Proposal | Callable[..., Any]) -> Proposal | None:
+    """What a user's word or program stands for; none for ``"auto"``, which depends on the model.
+
+    Raises:
+        ValueError: If it stands for nothing.
+    """
+    if isinstance(given, Proposal):
+        return given
+    if callable(given):
+        return ProgramProposal(given)
+    for name, make in _NAMED.items():
+        if given == name:
+            return make()
+    if given == AUTO:
+        return None
+    raise ValueError(f"`proposal` is {given!r}: expected 'auto', 'prior', 'laplace' or a function")
+
+
+def choose_proposal(plan: Plan) -> Proposal:
+    """The proposal for a model: one that knows the data, where all local priors allow it."""
+    trace = look_at(plan)
+    for group in plan.structure.groups:
+        for name, split in split_mixtures(group, trace).items():
+            if not has_gaussian_form(trace.nodes[name]["fn"], None if split is None else 0):
+                return PriorProposal()
+    return LaplaceProposal()
