@@ -95,8 +95,9 @@ def marginalize(
         proposal: ``"prior"`` draws particles from the prior; ``"laplace"`` from the prior times a
             Gaussian approximation of the likelihood, fitted before sampling, and a few from the
             prior itself, so that no weight exceeds the likelihood a hundredfold; a function
-            ``(parameters, *model_args)`` from the sites that it samples as a Pyro program;
-            ``"auto"`` takes ``"laplace"``, for priors that are no Gaussians in their normal scores,
+            ``(parameters, *model_args)`` from the sites that it samples as a Pyro program; a
+            :class:`~pyro_hamflow.marginal.proposals.base.Proposal` from where that says; ``"auto"``
+            takes ``"laplace"``, for priors that are no Gaussians in their normal scores,
             with several modes for each element where one misses something, and ``"prior"`` where
             these do.
         points: ``"iid"`` for independent particles, ``"rqmc"`` for a randomly shifted lattice.

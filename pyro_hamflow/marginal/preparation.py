@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_hamflow.marginal.mending import mend_proposal
 from pyro_hamflow.marginal.pilot import find_pilot
-from pyro_hamflow.marginal.scrutiny import mend_proposal
 from pyro_hamflow.marginal.settle import settle_particles
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 

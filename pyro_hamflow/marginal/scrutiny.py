@@ -7,7 +7,6 @@ nothing, find likelihood that the proposal's do not.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.pareto import psislw
-from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 
@@ -27,10 +25,6 @@ _WORST = 10  # elements whose weights' tails are fitted: those that vary most
 # the prior's weights. Where modes are missed, as for y ~ Normal(x**2, .3), it is 9 to 48.
 _ERRORS = 5.0
 _SMALLEST = 0.1
-_WANTED_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
-_FEWEST, _MOST = 32, 512
-_ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than they gain
-_WORTH = 0.5
 
 
 class Look(NamedTuple):
@@ -143,134 +137,23 @@ def misses(
         args: The model's arguments.
         kwargs: Its keyword arguments.
     """
-    said, _ = _misses(marginal, draws, args, kwargs)
+    said, _ = find_misses(marginal, draws, args, kwargs)
     return None if said is None else f"{said}: take `proposal='prior'`, or write one."
 
 
-def mend_proposal(
-    marginal: TunedEstimator,
-    draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> str | None:
-    """Fits several modes where a proposal that was left to be chosen misses something.
-
-    Where these miss something, too, particles come from the prior.
-
-    Arguments and results are those of :func:`misses`.
-    """
-    if not marginal.may_choose_proposal:
-        return misses(marginal, draws, args, kwargs)
-    said, variance = _misses(marginal, draws, args, kwargs)
-    if said is None:
-        return None
-    several = copy.copy(marginal)
-    fit_modes(several, draws[0], args, kwargs)
-    if _misses(several, draws, args, kwargs)[0] is None:
-        own = max(look(several, draw, args, kwargs).variance(1) for draw in draws)
-        if own < variance:
-            least = max(len(p.strata) for p in several.plan(*args, **kwargs).layouts.values())
-            marginal.take_over(several.prepared)
-            marginal.take(several.proposal, _enough(2 * least, own))
-            return (
-                f"{said}; Gaussians about several modes of each are fitted instead, with "
-                f"{marginal.settled_particles} particles."
-            )
-    marginal.take(PriorProposal(), _number(variance))
-    return f"{said}; particles come from the prior instead, {marginal.settled_particles} of each."
-
-
-def more_of_prior(
-    marginal: TunedEstimator,
-    draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> TunedEstimator | None:
-    """A copy of a marginal model with more particles from the prior; none if it has enough.
-
-    Arguments:
-        marginal: The model, whose particles come from the prior.
-        draws: Constrained parameter values.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
-    """
-    layouts = marginal.plan(*args, **kwargs).layouts.values()
-    found = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
-    wanted = _number(found[len(found) // 2])
-    if marginal.num_particles or wanted <= max(layout.num_particles for layout in layouts):
-        return None
-    other = copy.copy(marginal)
-    other.take(other.proposal, wanted)
-    return other
-
-
-def _number(variance: float) -> int:
-    """How many particles bring an estimate's variance from that with one to where it does well."""
-    wanted = 2 ** math.ceil(math.log2(max(1.0, variance / _WANTED_VARIANCE)))
-    return min(max(wanted, _FEWEST), _MOST)
-
-
-def _enough(least: int, variance: float) -> int:
-    """How many particles of Gaussian proposals bring the variance from that with one to one."""
-    wanted = 2 ** math.ceil(math.log2(max(2.0, least + variance)))
-    return min(wanted, max(_ENOUGH, 2 ** math.ceil(math.log2(least))))
-
-
-def fit_modes(
-    marginal: TunedEstimator,
-    pilot: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Fits a Gaussian proposal of several modes, with the tails that serve each element best.
-
-    Arguments:
-        marginal: A marginal model.
-        pilot: Constrained parameter values.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
-    """
-    marginal.plan(*args, **kwargs)  # a look at the model, before which nothing can be taken
-    marginal.take(MixtureProposal(num_particles=marginal.num_particles))
-    fit_at(marginal, pilot, args, kwargs)
-
-
-def fit_at(
-    marginal: TunedEstimator,
-    pilot: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Fits a proposal, with the tails that serve each element best where it has a choice.
-
-    Arguments and what is done are those of :func:`fit_modes`, for any proposal.
-    """
-    tails = marginal.proposal.tails
-    if tails:
-        marginal.take(marginal.proposal)  # with as many particles as the modes need that are found
-    marginal.fit(*args, pilot=pilot, **kwargs)
-    if not tails:
-        return
-    plan = marginal.plan(*args, **kwargs)
-    groups = plan.structure.groups
-    sizes = [group.shape.numel() for group in groups]
-    errors = []
-    for tail in tails:
-        one = plan.layouts[groups[0].name].example.new_tensor(tail)
-        marginal.stretch({group.name: one.expand(group.shape) for group in groups})
-        errors.append(look(marginal, pilot, args, kwargs).error.nan_to_num(nan=math.inf))
-    best = one.new_tensor(tails)[torch.stack(errors).argmin(0)]
-    parts = zip(groups, best.split(sizes), strict=True)
-    marginal.stretch({group.name: part.reshape(group.shape) for group, part in parts})
-
-
-def _misses(
+def find_misses(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[str | None, float]:
-    """The sentence's beginning, and the variance of an estimate from one particle of the prior."""
+    """What :func:`misses` says, without advice.
+
+    Arguments are those of :func:`misses`.
+
+    Returns:
+        The sentence's beginning, and the variance of an estimate from one particle of the prior.
+    """
     if not marginal.proposal.needs_fit:
         return None, 0.0
     gaps, variance = [], 0.0
@@ -293,43 +176,3 @@ def _misses(
         "as where there are several modes"
     )
     return said, variance
-
-
-def refit_at(
-    marginal: TunedEstimator,
-    centre: dict[str, Tensor],
-    draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> TunedEstimator | None:
-    """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
-
-    Arguments:
-        marginal: The model.
-        centre: Constrained parameter values at the middle of the draws.
-        draws: Some draws.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The copy, with as many particles as bring the variance to one where none were given; none if
-        its estimates vary about as much as those before.
-    """
-    plan = marginal.plan(*args, **kwargs)  # a look at the model, which is run for it
-    count = max(layout.num_particles for layout in plan.layouts.values())
-    other = marginal.refined(count, "iid")
-    other.num_particles, other.points = marginal.num_particles, marginal.points
-    with other.hold(plan.structure):
-        fit_at(other, centre, args, kwargs)
-        before = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
-        after = sorted(look(other, draw, args, kwargs).variance(1) for draw in draws)
-        middle = len(draws) // 2
-        layouts = other.plan(*args, **kwargs).layouts.values()
-        if other.num_particles is None:
-            # Those of the prior hardly count, and with one of the proposal's alone the logarithm
-            # varies more than errors of many tell.
-            least = max(len(layout.strata) for layout in layouts)
-            other.settle(_enough(least, after[middle]))
-    wanted = other.settled_particles or count
-    gain = after[middle] / wanted < _WORTH * before[middle] / count
-    return other if gain else None

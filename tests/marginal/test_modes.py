@@ -12,8 +12,9 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 
 import pyro_hamflow as phf
 from pyro_hamflow.marginal import modes as modes_module
+from pyro_hamflow.marginal.mending import fit_modes
 from pyro_hamflow.marginal.proposals.mixture import MixtureParticle
-from pyro_hamflow.marginal.scrutiny import fit_modes, look
+from pyro_hamflow.marginal.scrutiny import look
 from tests.helpers.hard_terms import (
     HERE,
     PRIORS,

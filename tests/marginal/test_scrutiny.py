@@ -13,8 +13,9 @@ import pyro_hamflow as phf
 from pyro_hamflow.marginal import pilot as pilot_module
 from pyro_hamflow.marginal import preparation as preparation_module
 from pyro_hamflow.marginal import scrutiny as scrutiny_module
+from pyro_hamflow.marginal.mending import more_particles
 from pyro_hamflow.marginal.proposals import mixture as mixture_module
-from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses, more_of_prior
+from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
@@ -156,9 +157,9 @@ def test_warm_up_takes_more_particles_of_the_prior_where_they_are_too_few():
     assert marginal.settled_particles > 32
     here = {"beta": torch.tensor([3.0, 1.0]).double(), "s": torch.tensor(0.6).double()}
     few = phf.marginalize(seizures, ["u"], proposal="prior")
-    more = more_of_prior(few, [here], (x, y), {})
+    more = more_particles(few, [here], (x, y), {})
     variances = [look(each, here, (x, y), {}).variance(1) for each in (few, more)]
     assert variances[0] / 32 > 4.0
     assert variances[1] / more.settled_particles <= 4.0 or more.settled_particles == 512
     given = phf.marginalize(seizures, ["u"], num_particles=32, proposal="prior")
-    assert more_of_prior(given, [here], (x, y), {}) is None
+    assert more_particles(given, [here], (x, y), {}) is None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.marginal.mending import mend_proposal, more_particles, refit_at
 from pyro_hamflow.marginal.model_target import ModelTarget
-from pyro_hamflow.marginal.scrutiny import look, mend_proposal, misses, more_of_prior, refit_at
+from pyro_hamflow.marginal.scrutiny import look, misses
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.transitions.base import State, Transition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
@@ -154,7 +155,7 @@ class EstimatorTuning:
             better = None
             is_noisy = _variance(potential, state.position) > _WANTED_VARIANCE
             if is_noisy and not model.proposal.needs_fit:
-                better = more_of_prior(model, draws, args, kwargs)
+                better = more_particles(model, draws, args, kwargs)
             elif is_noisy:
                 centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))
                 better = refit_at(model, centre, draws, args, kwargs)
