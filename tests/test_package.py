@@ -34,8 +34,6 @@ ROOMS_OF_MCMC = ["transitions", "adaptation", "draws", "messages", "kernels", "m
 
 MOST_LINES = 300
 LONGER = {
-    "marginal.marginalize": "the model that hides its local sites, with the fit of its proposal",
-    "marginal.site_fit": "one derivation: the fit of a site, and its movement by differences",
     "mcmc.adaptation.learning": "all that a learning run decides, with the phases that ask it",
     "mcmc.kernels.base": "one class; a third of it is documentation with two worked examples",
     "mcmc.mcmc": "one class, with the surface of Pyro's runner and all of its arguments explained",
@@ -45,10 +43,6 @@ LONGER = {
     "programs.graph_recorder": "one recorder with the rules of what it writes down",
     "programs.owner_rules": "a table of rules for torch's operations, one after the other",
 }
-
-UNTIL_ESTIMATORS_ARE_PARTS = pytest.mark.xfail(
-    strict=False, reason="marginalize and quality know each other"
-)
 
 
 class Import(NamedTuple):
@@ -170,7 +164,6 @@ def test_a_room_without_a_place_is_noticed():
         wrong_ways({"cellar.wine": "from pyro_hamflow.checks import positive"})
 
 
-@UNTIL_ESTIMATORS_ARE_PARTS
 def test_modules_do_not_import_each_other():
     assert cycle(SOURCES) == []
 
@@ -182,7 +175,6 @@ def test_a_cycle_is_noticed():
     assert set(cycle(there | back | again)) == {"model.one", "model.two", "model.three"}
 
 
-@UNTIL_ESTIMATORS_ARE_PARTS
 def test_functions_import_nothing_without_a_reason():
     assert inner_imports(SOURCES) == []
 

@@ -151,7 +151,7 @@ class Proposal(ABC):
 
     def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         """The same for values close to those of the last fit, and for these alone."""
-        return self
+        return self.fit(plan, pilot)
 
     def stretched(self, tails: Mapping[str, Tensor]) -> Self:
         """The proposal with other tails.

@@ -48,7 +48,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -145,11 +145,7 @@ class LaplaceProposal(Proposal):
     def noise_shapes(
         self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
     ) -> dict[str, torch.Size]:
-        shapes = {}
-        for name, split in splits.items():
-            form = gaussian_form(name, trace.nodes[name]["fn"], None if split is None else 0)
-            shapes[name] = form.loc.shape[-1:]
-        return shapes
+        return gaussian_shapes(trace, splits)
 
     def sources(self, layout: Layout, stratum: Stratum) -> Tensor | None:
         return layout.from_prior if stratum.is_shared else None
@@ -163,40 +159,17 @@ class LaplaceProposal(Proposal):
         parameters: dict[str, Tensor],
         source: Tensor | None,
     ) -> LaplaceParticle:
-        found, shift = self._found(group, stratum, parameters)
+        found, shift = fitted_for(self.fitted, group, stratum, parameters)
         blocks, tells = plan.layouts[group.name].blocks, self.tells_origins
         return LaplaceParticle(group, blocks, found.sites[0], shift, source, tells_origins=tells)
 
-    def _found(
-        self, group: Group, stratum: Stratum, parameters: dict[str, Tensor]
-    ) -> tuple[Fitted, Tensor | None]:
-        """What was fitted for a particle, and how far the parameters have moved since."""
-        if self.fitted is None:
-            raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
-        found = self.fitted.sites[group.name, stratum.components]
-        return found, self.fitted.anchor.shift(parameters)
-
     def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
-        values = {name: value.detach() for name, value in pilot.items()}
-        continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
-        anchor = Anchor(values, tuple(name for name in values if name in continuous))
-        sites: dict[tuple[str, Components], Fitted] = {}
-        for group, stratum in _choices(plan):
-            layout = plan.layouts[group.name]
-            joint = partial(joint_density, plan, group, stratum, {})
-            held: dict[str, Reference] = {}
-            if references(plan, group, stratum, values, None):
-                mode = fit_sites(group, layout, joint, Anchor(values, ()), None, held).mode
-                held = references(plan, group, stratum, values, mode)
-                joint = partial(joint_density, plan, group, stratum, held)
-            sites[group.name, stratum.components] = self._fit(group, layout, joint, anchor, held)
-        return replace(self, fitted=Fit(*keep_what_moves(anchor, sites)))
+        def fit_one(
+            group: Group, layout: Layout, joint: Joint, anchor: Anchor, held: dict[str, Reference]
+        ) -> Fitted:
+            return fit_sites(group, layout, joint, anchor, None, held)
 
-    def _fit(
-        self, group: Group, layout: Layout, joint: Joint, anchor: Anchor, held: dict[str, Reference]
-    ) -> Fitted:
-        """Fits the sites of one group, for one choice of components."""
-        return fit_sites(group, layout, joint, anchor, None, held)
+        return replace(self, fitted=fit_groups(plan, pilot, fit_one))
 
     def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         if self.fitted is None:
@@ -215,6 +188,62 @@ class LaplaceProposal(Proposal):
 
     def telling_origins(self) -> Self:
         return replace(self, tells_origins=True)
+
+
+def gaussian_shapes(
+    trace: poutine.Trace, splits: Mapping[str, int | None]
+) -> dict[str, torch.Size]:
+    """The shapes of the coordinates in which priors are Gaussian.
+
+    Arguments and errors are those of :meth:`Proposal.noise_shapes`.
+    """
+    shapes = {}
+    for name, split in splits.items():
+        form = gaussian_form(name, trace.nodes[name]["fn"], None if split is None else 0)
+        shapes[name] = form.loc.shape[-1:]
+    return shapes
+
+
+def fitted_for(
+    fit: Fit | None, group: Group, stratum: Stratum, parameters: dict[str, Tensor]
+) -> tuple[Fitted, Tensor | None]:
+    """What was fitted for a particle, and how far the parameters have moved since.
+
+    Raises:
+        RuntimeError: If nothing was.
+    """
+    if fit is None:
+        raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
+    return fit.sites[group.name, stratum.components], fit.anchor.shift(parameters)
+
+
+def fit_groups(
+    plan: Plan,
+    pilot: Mapping[str, Tensor],
+    fit_one: Callable[[Group, Layout, Joint, Anchor, dict[str, Reference]], Fitted],
+) -> Fit:
+    """Fits the sites of all groups, for all choices of components of mixture priors.
+
+    Arguments:
+        plan: The model.
+        pilot: Constrained parameter values.
+        fit_one: Fits the sites of one group, for one choice: from the group, its layout, its log
+            joint density, what the sites follow, and where the coordinates of some are held.
+    """
+    values = {name: value.detach() for name, value in pilot.items()}
+    continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
+    anchor = Anchor(values, tuple(name for name in values if name in continuous))
+    sites: dict[tuple[str, Components], Fitted] = {}
+    for group, stratum in _choices(plan):
+        layout = plan.layouts[group.name]
+        joint = partial(joint_density, plan, group, stratum, {})
+        held: dict[str, Reference] = {}
+        if references(plan, group, stratum, values, None):
+            mode = fit_sites(group, layout, joint, Anchor(values, ()), None, held).mode
+            held = references(plan, group, stratum, values, mode)
+            joint = partial(joint_density, plan, group, stratum, held)
+        sites[group.name, stratum.components] = fit_one(group, layout, joint, anchor, held)
+    return Fit(*keep_what_moves(anchor, sites))
 
 
 def _choices(plan: Plan) -> Iterator[tuple[Group, Stratum]]:

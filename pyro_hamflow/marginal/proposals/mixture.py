@@ -27,10 +27,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
+import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.fitted import Anchor, Fitted
+from pyro_hamflow.marginal.fitted import Anchor, Fit, Fitted
 from pyro_hamflow.marginal.gaussian_form import gaussian_form
 from pyro_hamflow.marginal.joint_density import Joint
 from pyro_hamflow.marginal.likelihood_site import (
@@ -44,8 +45,13 @@ from pyro_hamflow.marginal.likelihood_site import (
 from pyro_hamflow.marginal.modes import MOST_MODES, find_modes
 from pyro_hamflow.marginal.noise_layout import Block, Components, Layout, Stratum
 from pyro_hamflow.marginal.plan import Plan
-from pyro_hamflow.marginal.proposals.base import Draw
-from pyro_hamflow.marginal.proposals.laplace import LaplaceParticle, LaplaceProposal
+from pyro_hamflow.marginal.proposals.base import Draw, Proposal
+from pyro_hamflow.marginal.proposals.laplace import (
+    LaplaceParticle,
+    fit_groups,
+    fitted_for,
+    gaussian_shapes,
+)
 from pyro_hamflow.marginal.scores import Reference
 from pyro_hamflow.marginal.site_fit import fit_modes
 from pyro_hamflow.marginal.structure import Group
@@ -120,15 +126,29 @@ class MixtureParticle(LaplaceParticle):
 
 
 @dataclass(frozen=True)
-class MixtureProposal(LaplaceProposal):
+class MixtureProposal(Proposal):
     """Particles from the prior times Gaussian approximations about several modes of each element.
 
     Attributes:
         num_particles: How many an element may have; ``None`` if as many as the modes need.
+        fitted: The approximations; none before the fit.
+        is_defended: Whether some particles come from the prior.
+        tells_origins: Whether draws tell from what noise the prior would have made them.
     """
 
-    num_particles: int | None = None
+    num_particles: int | None
+    fitted: Fit | None = None
+    is_defended: bool = True
+    tells_origins: bool = False
+    name = "laplace"
+    enough_particles = 16
+    needs_fit = True
     tails = (0.1, 0.4, 0.8)
+
+    def noise_shapes(
+        self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
+    ) -> dict[str, torch.Size]:
+        return gaussian_shapes(trace, splits)
 
     def sources(self, layout: Layout, stratum: Stratum) -> Tensor:
         return layout.sources
@@ -141,10 +161,10 @@ class MixtureProposal(LaplaceProposal):
         coordinates: Tensor,
         parameters: dict[str, Tensor],
         source: Tensor | None,
-    ) -> LaplaceParticle:
-        found, shift = self._found(group, stratum, parameters)
+    ) -> MixtureParticle:
+        found, shift = fitted_for(self.fitted, group, stratum, parameters)
         if found.spread is None or source is None:
-            return super().particle(plan, group, stratum, coordinates, parameters, source)
+            raise RuntimeError("the proposal was fitted about one mode: expected several")
         blocks, modes, tells = plan.layouts[group.name].blocks, found.sites, self.tells_origins
         spread = found.spread
         return MixtureParticle(group, blocks, modes, spread, shift, source, tells_origins=tells)
@@ -157,9 +177,13 @@ class MixtureProposal(LaplaceProposal):
             components: len(fit.sites) for (name, components), fit in fits if name == group.name
         }
 
+    def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
+        return replace(self, fitted=fit_groups(plan, pilot, self._fit))
+
     def _fit(
         self, group: Group, layout: Layout, joint: Joint, anchor: Anchor, held: dict[str, Reference]
     ) -> Fitted:
+        """Finds the modes of one group, and fits the sites about them."""
         most = self._most(layout)
         places, shares = find_modes(group, layout, joint, anchor.values, most)
         spread = Spread(shares, torch.full_like(shares[0], _TAIL))
@@ -180,6 +204,12 @@ class MixtureProposal(LaplaceProposal):
             for key, fit in self.fitted.sites.items()
         }
         return replace(self, fitted=replace(self.fitted, sites=sites))
+
+    def undefended(self) -> Self:
+        return replace(self, is_defended=False)
+
+    def telling_origins(self) -> Self:
+        return replace(self, tells_origins=True)
 
 
 def _log_density(v: Tensor, mean: Tensor, root: Tensor, tail: Tensor) -> Tensor:
