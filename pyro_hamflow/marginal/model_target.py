@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,7 +108,15 @@ class ModelTarget:
         if self._potential is not None and self._potential.renew(args, kwargs):
             self._potential.programs.start_counting()
             return self._potential
-        return self.capture(args, kwargs)
+        potential = self.capture(args, kwargs)
+        if not potential.sites and not potential.noise_sites:
+            warnings.warn(
+                "the model has no continuous latent site, so that there is nothing to sample; what "
+                "is not known is a `pyro.sample` without `obs`",
+                UserWarning,
+                stacklevel=2,
+            )
+        return potential
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
         """Captures the model as it is now."""

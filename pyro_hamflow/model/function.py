@@ -42,8 +42,6 @@ class FunctionPotential(Potential):
                 [2.]])
     """
 
-    needs_latent_sites = False  # a function of nothing is one, as in Pyro
-
     def __init__(
         self,
         potential_fn: PotentialFunction,

@@ -72,8 +72,8 @@ class Potential:
 
     Raises:
         ValueError: If a plate is subsampled, a discrete site cannot be enumerated, data contain
-            NaN, a site has no fixed support to be moved to the real line from, no site is
-            continuous and latent, or the model draws random numbers of its own.
+            NaN, a site has no fixed support to be moved to the real line from, or the model draws
+            random numbers of its own.
 
     Example:
         >>> def model(y):
@@ -85,8 +85,6 @@ class Potential:
         >>> gradient[0]
         tensor([0.7500])
     """
-
-    needs_latent_sites = True
 
     def __init__(
         self,
@@ -113,12 +111,6 @@ class Potential:
         warn_of_rounding(plain)
         latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
         discrete = [name for name, site in latent.items() if is_discrete(name, site)]
-        if self.needs_latent_sites and len(latent) == len(discrete):
-            raise ValueError(
-                "the model has no continuous latent site, so that there is nothing to sample (the "
-                f"discrete sites {discrete} are summed out): expected `pyro.sample` without `obs` "
-                "for what is not known"
-            )
         noisy = [n for n in latent if separate_noise and latent[n]["infer"].get("noise")]
         self.sites = stack_sites(
             latent, [n for n in latent if n not in discrete and n not in noisy], transforms
@@ -211,6 +203,8 @@ class Potential:
     def _value_of_run(self, trace: poutine.Trace, free: Mapping[str, Tensor]) -> Tensor:
         with no_validation():
             log_joint = self._evaluator.log_prob(trace)
+            if not isinstance(log_joint, Tensor):  # no site has a density
+                log_joint = self.example.new_zeros(())
             log_joint = add_jacobians(log_joint, self.sites, free)
         return -log_joint
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
+import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.infer
 import pyro.infer.mcmc
 import pytest
 import torch
+from pyro import infer
+from pyro.contrib.conjugate.infer import BetaBinomialPair, collapse_conjugate
 from pyro.infer.autoguide.initialization import (
     init_to_feasible,
     init_to_generated,
@@ -284,6 +289,67 @@ def test_null_model_with_hook(kernel, num_chains):
     assert mcmc.summary() is None
     assert mcmc.kernel.inverse_mass_matrix == {}
     assert seen == [({}, "Warmup", i) for i in range(2)] + [({}, "Sample", i) for i in range(3)]
+
+
+def conjugate(y):
+    pair = BetaBinomialPair()
+    rate = pyro.sample("rate", pair.latent(2.0, 3.0))
+    pyro.sample("y", pair.conditional(total_count=15.0, probs=rate), obs=y.sum())
+
+
+@infer.config_enumerate
+def two_kinds(y):
+    with pyro.plate("data", len(y)):
+        kind = pyro.sample("kind", dist.Bernoulli(torch.tensor(0.3)))
+        pyro.sample("y", dist.Normal(kind, 1.0), obs=y)
+
+
+def observing(y):
+    pyro.sample("y", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+
+COUNTS = torch.tensor([1.0, 4.0, 2.0])
+EVIDENCES = {  # the log density of all data, with nothing left to sample
+    "collapsed": (
+        collapse_conjugate(conjugate),
+        math.log(math.comb(15, 7))
+        + math.lgamma(9.0) + math.lgamma(11.0) - math.lgamma(20.0)
+        - math.lgamma(2.0) - math.lgamma(3.0) + math.lgamma(5.0),
+    ),
+    "summed out": (
+        two_kinds,
+        sum(
+            math.log(0.7 * math.exp(-0.5 * n**2) + 0.3 * math.exp(-0.5 * (n - 1.0) ** 2))
+            for n in COUNTS.tolist()
+        )
+        - 1.5 * math.log(2 * math.pi),
+    ),
+    "observed": (observing, -0.5 * 21.0 - 1.5 * math.log(2 * math.pi)),
+    "nothing": (lambda y: None, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [HMC, NUTS, phf.HNNHMC, phf.HNNNUTS])
+@pytest.mark.parametrize(("model", "evidence"), EVIDENCES.values(), ids=EVIDENCES)
+def test_model_of_which_nothing_is_to_be_sampled(kernel, model, evidence):
+    """It runs, as in Pyro, and says so; all draws have the density that it has."""
+    mcmc = MCMC(kernel(model), 3, 60, num_chains=2, disable_progbar=True)
+    with pytest.warns(UserWarning, match="no continuous latent site, so that there is nothing to"):
+        mcmc.run(COUNTS)
+    assert mcmc.get_samples() == {} and mcmc.summary() is None
+    levels = phf.to_inference_data(mcmc).sample_stats["lp"].values
+    assert levels == pytest.approx(np.full((2, 3), evidence), abs=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [NUTS, pyro.infer.mcmc.NUTS], ids=["ours", "Pyro's"])
+def test_nothing_is_sampled_in_pyros_runner(kernel):
+    mcmc = pyro.infer.MCMC(kernel(collapse_conjugate(conjugate)), 3, 2, disable_progbar=True)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        mcmc.run(COUNTS)
+    assert mcmc.get_samples() == {}
+    told = sum("there is nothing to sample" in str(w.message) for w in seen)
+    assert told == (kernel is NUTS)
 
 
 def test_function_is_exported_and_pickled():

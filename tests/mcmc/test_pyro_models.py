@@ -430,7 +430,7 @@ def test_replay_of_conjugate_pairs():
     """The collapsed site, drawn after the run, has its exact posterior."""
 
     def model(y):
-        pyro.sample("other", dist.Normal(0.0, 1.0))  # for there must be something to sample
+        pyro.sample("other", dist.Normal(0.0, 1.0))  # whose draws say how many to replay
         with pyro.plate("coin", 2):
             pair = BetaBinomialPair()
             p = pyro.sample("p", pair.latent(torch.ones(2), torch.ones(2)))

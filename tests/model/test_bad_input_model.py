@@ -315,16 +315,6 @@ def own_mask(y):
     pyro.sample("y", dist.Normal(a[a > 0], 1.0).to_event(1), obs=y)
 
 
-def nothing_latent(y):
-    pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
-
-
-def all_discrete(y):
-    with pyro.plate("subject", 4):
-        kind = pyro.sample("kind", dist.Bernoulli(torch.tensor(0.3)))
-        pyro.sample("y", dist.Normal(kind, 1.0), obs=y)
-
-
 def model_of_four(y):
     with pyro.plate("subject", 4):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -332,8 +322,6 @@ def model_of_four(y):
 
 
 POTENTIALS = {
-    "nothing latent": (nothing_latent, Y, "no continuous latent site, so that there is nothing"),
-    "all discrete": (all_discrete, Y, r"the discrete sites \['kind'\] are summed out"),
     "own mask": (own_mask, Y, "shape of a result follows the values of latent sites, in .*'index'"),
     "NaN": (model, with_nan(Y), r"data of observed site 'y' contain NaN \(1 of 4 values\)"),
     "NaN, marginal": (

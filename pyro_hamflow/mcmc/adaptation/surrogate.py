@@ -93,6 +93,8 @@ def _first_kinetic(run: SurrogateRun, potential: Potential) -> GaussianKinetic:
 def _hopeless(run: SurrogateRun, learner: Learner, chains: int) -> str | None:
     """Why not even to begin, if so."""
     total, choices = run.plan.warmup_steps, run.choices
+    if not run.source.potential.dimension:
+        return "there is no parameter, and nothing to be learned"
     if choices.surrogate is None and total < _FEWEST_WARMUP:
         if not choices.fallback:
             raise ValueError(
