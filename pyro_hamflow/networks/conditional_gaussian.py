@@ -13,6 +13,11 @@ from pyro_hamflow.networks.perceptron import perceptron
 _FURTHEST = 10.0  # standard deviations, beyond which a context is as if it were there
 
 
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Each matrix ``(*, rows, columns)`` times its own vector ``(*, columns)``."""
+    return (matrix @ vector[..., None])[..., 0]
+
+
 class ConditionalGaussian(nn.Module):
     r"""A Gaussian of positions given a context, by a perceptron of the context.
 
@@ -100,7 +105,7 @@ class ConditionalGaussian(nn.Module):
             context: Of shape ``(*, context_dimension)``.
         """
         mean, matrix, log_diagonal = self._parts(context)
-        normal = (matrix @ (self.whitened(position) - mean)[..., None])[..., 0]
+        normal = matvec(matrix, self.whitened(position) - mean)
         return 0.5 * normal.square().sum(-1) - log_diagonal.sum(-1)
 
     @torch.no_grad()

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_hamflow.programs.owner_rules import NONE, SEVERAL, Call, fold, owners_of
+from pyro_hamflow.programs.owner_rules import owners_of
+from pyro_hamflow.programs.owners import NONE, SEVERAL, Call, fold
 from pyro_hamflow.programs.storages import Storages, apart, storage_key
 
 

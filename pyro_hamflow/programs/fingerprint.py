@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_hamflow.programs.owner_rules import Call
+from pyro_hamflow.programs.owners import Call
 from pyro_hamflow.programs.storages import Storages, apart
 
 

@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         arguments = (args, kwargs or {})
         inputs = map_aggregate(arguments, self._node_of)
-        varies = _is_random(target) or self._any_varies(arguments, inputs)
+        varies = is_random(target) or self._any_varies(arguments, inputs)
         if target is _CHECK_ERRORS:
             number = next(self._checks)
             if varies:
@@ -183,7 +183,7 @@ class Recorder(TorchDispatchMode):
             self._constants.register_buffer(name, value if self.live else value.detach())
             node = self.graph.get_attr(name)
             self._nodes[value] = node
-            node.meta["kind"] = _kind(value)
+            node.meta["kind"] = kind_of(value)
             if self.live and value.requires_grad:
                 self._varying.add(node)
         return node
@@ -194,7 +194,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             if self.live and self._graded and varies and not torch.is_grad_enabled():
                 node = self._call(_aten.detach.default, (node,), {}, varies=True)
-            node.meta["kind"] = _kind(result)
+            node.meta["kind"] = kind_of(result)
             self._nodes[result] = node
         elif isinstance(result, (tuple, list)):
             for index, part in enumerate(result):
@@ -234,49 +234,6 @@ class FailAt(TorchDispatchMode):
         return target(*args, **(kwargs or {}))
 
 
-class PureRecorder(Recorder):
-    """Writes down operations that do not write, and simplifies as it goes.
-
-    What depends on no argument is computed once, now; what is repeated or does nothing is left out.
-    """
-
-    def __init__(self, rules: Mapping[Any, Rule] | None = None, *, live: bool = False) -> None:
-        super().__init__(rules, live=live)
-        self._calls: dict[str, Node] = {}
-
-    def _perform(self, target: Any, arguments: Any, inputs: Any, *, varies: bool) -> Any:
-        args, kwargs = arguments
-        if not varies:
-            return target(*args, **kwargs)
-        if (result := self._by_rule(target, arguments)) is not NotImplemented:
-            return result
-        # The functional copy takes its source's place in memory, but views go by the target's.
-        result = args[0].clone().copy_(args[1]) if target is _COPY else target(*args, **kwargs)
-        source = _returned(target, inputs[0])
-        if source is not None and self.live and target is _aten.detach.default:
-            source = None
-        if source is not None and source.meta["kind"] == _kind(result):
-            self._nodes[result] = source
-            return result
-        if target in _VIEWS:  # the source may have lost the clone that it relies on
-            target = _aten.reshape.default
-        if (factors := _product_of_transposes(target, inputs[0])) is not None:
-            turned = self._call(_TRANSPOSE, (factors[0], [1, 0]), {}, varies=True)
-            node = self._call(_PRODUCT, (factors[1], turned), {}, varies=True)
-        else:
-            node = self._call(target, *inputs, varies=True)
-        self._note(result, node)
-        return result
-
-    def _call(self, target: Any, args: Any, kwargs: Any, *, varies: bool) -> Node:
-        if _is_random(target):
-            return super()._call(target, args, kwargs, varies=varies)
-        key = repr((target, args, kwargs))
-        if key not in self._calls:
-            self._calls[key] = super()._call(target, args, kwargs, varies=varies)
-        return self._calls[key]
-
-
 def nan_where_failed(factorise: Callable[..., Any]) -> Callable[..., Any]:
     """A factorisation whose results are NaN where the last of them says that it has failed."""
 
@@ -294,18 +251,6 @@ def nan_where(result: Tensor, failed: Tensor) -> Tensor:
         return result
     mask = failed.reshape(failed.shape + (1,) * (result.dim() - failed.dim()))
     return result.masked_fill(mask, torch.nan)
-
-
-_COPIES = {
-    _aten.detach.default,
-    _aten.alias.default,
-    _aten.clone.default,
-    _aten.lift_fresh_copy.default,
-}
-_VIEWS = {_aten.view.default, _aten._unsafe_view.default}
-_SHAPES = {*_VIEWS, _aten.reshape.default, _aten.expand.default}
-_COPY = _aten.copy.default
-_PRODUCT, _TRANSPOSE = _aten.mm.default, _aten.permute.default
 
 
 # Python's own functions for what is called most: they take half the time to call.
@@ -328,32 +273,8 @@ _BINDINGS = {
 }
 
 
-def _returned(target: Any, args: Any) -> Node | None:
-    """The argument that an operation returns as it is, if its result is of the same kind."""
-    if target in _COPIES or target in _SHAPES:
-        return args[0]
-    if target == _TRANSPOSE:
-        return args[0] if list(args[1]) == sorted(args[1]) else None
-    return args[1] if target == _COPY else None
-
-
-def _product_of_transposes(target: Any, args: Any) -> tuple[Node, Node] | None:
-    """A and B, if an operation makes the transpose of A times the transpose of B.
-
-    Batches of a matrix times a vector come so. As B times the transpose of A, each of a batch has a
-    row of its own, over which later operations run faster.
-    """
-    if not _is_transpose(target, args) or args[0].target != _PRODUCT:
-        return None
-    left, right = args[0].args
-    return (left, right.args[0]) if _is_transpose(right.target, right.args) else None
-
-
-def _is_transpose(target: Any, args: Any) -> bool:
-    return target == _TRANSPOSE and list(args[1]) == [1, 0]
-
-
-def _is_random(target: Any) -> bool:
+def is_random(target: Any) -> bool:
+    """Whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
@@ -373,5 +294,6 @@ def _tensors(nested: Any) -> list[Tensor]:
     return found
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """A tensor's shape, type and device."""
     return tensor.shape, tensor.dtype, tensor.device

@@ -259,8 +259,8 @@ class ProgramCache:
 
     def _without_gaps(self, kind: str, graph: GraphModule) -> GraphModule:
         """Closes gaps in covariates where they make a gradient no number, and nothing else."""
-        value, *slopes = graph(*[example[0] for example in self.functions.examples(kind, 1)])
-        if value.isnan() or not any(slope.isnan().any() for slope in slopes):
+        value, *gradients = graph(*[example[0] for example in self.functions.examples(kind, 1)])
+        if value.isnan() or not any(part.isnan().any() for part in gradients):
             return graph
         closed = without_gaps_in_constants(graph)
         tolerance = tolerance_of(graph)

@@ -72,12 +72,12 @@ def fit_energy(
     """
     if not all(bool(part.isfinite().all()) for part in points):
         raise ValueError("some of the points are not finite: expected finite energies, gradients")
-    student = copy.deepcopy(network).float().train()
-    student.forget_whitening()
-    lessons = type(points)(*(part.float() for part in points.whitened(network)))
-    moderate = [part.square().flatten(1).sum(-1).isfinite() for part in lessons if part.dim() > 1]
+    trained = copy.deepcopy(network).float().train()
+    trained.forget_whitening()
+    examples = type(points)(*(part.float() for part in points.whitened(network)))
+    moderate = [part.square().flatten(1).sum(-1).isfinite() for part in examples if part.dim() > 1]
     kept = torch.stack(moderate).all(0)
-    points, lessons = points.pick(kept), lessons.pick(kept)
+    points, examples = points.pick(kept), examples.pick(kept)
     count = len(points.position)
     if count < 2 * BLOCK:
         raise ValueError(f"there are {count} points: expected {2 * BLOCK} or more to train on")
@@ -86,18 +86,18 @@ def fit_energy(
         out = block % HELD_OUT == min(int(block.max()), HELD_OUT - 1)
     else:
         out = held_out[kept]
-    test, known = lessons.pick(out), lessons.pick(~out)
+    test, known = examples.pick(out), examples.pick(~out)
     error: EnergyLoss = GradientMatching() if loss is None else loss
     batches = _batches(len(known.position))
 
     @torch.no_grad()
     def measure(progress: float, mean: float) -> float:
-        return float(error(student, test))
+        return float(error(trained, test))
 
     check_every = max(1, num_steps // max(1, round(num_steps / _CHECK)))
     training = train(
-        student,
-        lambda progress: error(student, known.pick(next(batches).to(out.device))),
+        trained,
+        lambda progress: error(trained, known.pick(next(batches).to(out.device))),
         measure=measure,
         num_steps=num_steps,
         learning_rate=learning_rate,
@@ -105,7 +105,7 @@ def fit_energy(
         patience=patience * check_every,
         bar=bar,
     )
-    network.load_state_dict(dict(student.named_parameters()), strict=False)
+    network.load_state_dict(dict(trained.named_parameters()), strict=False)
     found = _energy_error(network, points.pick(out)) if isinstance(points, Points) else math.nan
     return EnergyTraining(**vars(training), points=count, energy_error=found)
 

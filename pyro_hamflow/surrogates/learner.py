@@ -150,8 +150,8 @@ class Learner:
         return iteration >= max([0, *self.refits])
 
     @property
-    def verdict(self) -> int:
-        """After which iteration it is seen whether the trial should be of another kind."""
+    def mid_trial(self) -> int:
+        """The iteration in the middle of the last trial, after which its kind may be changed."""
         return (max([0, *self.refits]) + self.warmup_steps) // 2
 
     def gather_around(self, position: Tensor, noise: Tensor, refresh: RefreshAt) -> int:

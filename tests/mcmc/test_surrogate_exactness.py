@@ -287,7 +287,7 @@ def check_latent(name, transition):
     torch.manual_seed(6)
     state = transition.state_at(position, noise)
     tuning = Tuning(0.8, GaussianKinetic(torch.tensor([0.7, 0.4])))
-    for _ in range(PROPOSALS + 1):  # into the next star, where the noise is refreshed once more
+    for _ in range(PROPOSALS + 1):  # into the next set, where the noise is refreshed once more
         state, info = transition.step(state, tuning, 4)
     local = state.evaluation.local.get("x")
     before = target.quantities(position, noise, None if local is None else x)
@@ -375,13 +375,13 @@ def forget_present(monkeypatch):
 
 def stay_in_the_centre(monkeypatch):
     """Proposals about where the chain is, which then is unlike the others."""
-    honest = MultipleProposalTransition.lead
+    honest = MultipleProposalTransition.move_along_surrogate
 
-    def lead(self, inner, position, tuning, num_steps):
-        journey = honest(self, inner, position, tuning, num_steps)
-        return journey._replace(position=position) if inner is self.to_centre else journey
+    def move(self, inner, position, tuning, num_steps):
+        move_made = honest(self, inner, position, tuning, num_steps)
+        return move_made._replace(position=position) if inner is self.to_centre else move_made
 
-    monkeypatch.setattr(MultipleProposalTransition, "lead", lead)
+    monkeypatch.setattr(MultipleProposalTransition, "move_along_surrogate", move)
 
 
 def read_in_order(monkeypatch):

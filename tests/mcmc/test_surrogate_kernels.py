@@ -31,9 +31,9 @@ from pyro_hamflow import (
 )
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.adaptation import estimator as estimator_module
-from pyro_hamflow.mcmc.adaptation import learning as phases
 from pyro_hamflow.mcmc.adaptation import verdict
-from pyro_hamflow.mcmc.adaptation.verdict import Costs, Trial
+from pyro_hamflow.mcmc.adaptation.gather import Gather
+from pyro_hamflow.mcmc.adaptation.verdict import Costs, Trial, Verdict
 from pyro_hamflow.mcmc.transitions.base import Info, Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh
@@ -150,7 +150,7 @@ def test_what_is_known_of_another_estimate_is_forgotten(monkeypatch):
             assert pupil.log.num_gradients == 0
             assert not kernel.report.trainings
         assert pupil.potential is kernel.potential
-        assert kernel.surrogate is not None or isinstance(kernel.phase, phases.Gather)
+        assert kernel.surrogate is not None or isinstance(kernel.phase, Gather)
     assert begun == [0, 10, 20]
     budgets = [training.points for training in kernel.report.trainings]
     assert min(budgets) >= 100
@@ -361,9 +361,9 @@ def test_steps_refused_at_the_leaves_are_not_those_of_true_gradients(monkeypatch
 
     def costs(*_, **__):
         dear = kernel.report.correction == "per leaf"
-        return Costs(mine=100.0 if dear else 5.0, per_leaf=1.0, true=30.0)
+        return Costs(surrogate=100.0 if dear else 5.0, per_leaf=1.0, true=30.0)
 
-    monkeypatch.setattr(phases, "costs_of", costs)
+    monkeypatch.setattr(verdict, "costs_of", costs)
     stats = run(kernel, warmup=240).draws.stats
     assert kernel.report.correction == "per leaf"
     assert kernel.report.following == "true gradients"
@@ -379,9 +379,9 @@ def test_correction_is_chosen_by_what_it_costs(slope, chosen, monkeypatch):
 
     def costs(*_, **__):
         refused = slope > 0.0 and kernel.report.correction == "endpoint"
-        return Costs(mine=30.0 if refused else 8.0, per_leaf=1.0, true=90.0)
+        return Costs(surrogate=30.0 if refused else 8.0, per_leaf=1.0, true=90.0)
 
-    monkeypatch.setattr(phases, "costs_of", costs)
+    monkeypatch.setattr(verdict, "costs_of", costs)
     stats = run(kernel, draws=20, warmup=160).draws.stats
     assert kernel.settings["correction"] == kernel.report.correction == chosen
     per_draw = stats["n_steps"] if chosen == "per leaf" else 1
@@ -425,19 +425,31 @@ def test_a_trial_costs_what_draws_will(compiled, mine):
         seconds=lambda kind, chains: 0.01,
         seconds_later=lambda kind, chains: 1.0 if kind == "gradient" else later * 0.01,
     )
-    trial = Trial()
+    trial = Trial(known_steps=8.0)
     for seconds in (0.01, 0.1, 2.0):
         trial.note(record_of(torch.ones(4) > 0)._replace(n_densities=8), seconds)
-    settings = {"num_proposals": 1, "length": 8.0, "steps": 8.0, "true_share": 0.0}
-    costs = verdict.costs_of(trial, clock, **settings)
-    assert costs.mine == pytest.approx(mine)
+    costs = verdict.costs_of(trial, clock)
+    assert costs.surrogate == pytest.approx(mine)
     assert costs.true == 8.0 + later * 0.02
 
 
 def test_a_surrogate_has_to_promise_twice_its_cost():
-    assert verdict.not_worth_it(0.9, 0.5, true=5.0, mine=1.0) is None
-    reason = verdict.not_worth_it(0.9, 0.5, true=3.0, mine=1.0)
-    assert reason is not None and reason.startswith("90% of the surrogate's proposals")
+    def found(true, per_leaf=1.0):
+        return Verdict(0.9, 0.5, Costs(surrogate=1.0, per_leaf=per_leaf, true=true))
+
+    assert found(5.0).objection() is None and not found(5.0).is_for_leaves
+    assert found(3.0).objection().startswith("90% of the surrogate's proposals")
+    assert found(3.0).objection(hope=2.0) is None
+    assert found(3.0).is_for_leaves and not found(3.0, per_leaf=2.0).is_for_leaves
+
+
+def test_verdict_is_kept_in_the_report():
+    kernel = learner(HNNNUTS, rounds=1)
+    run(kernel)
+    report = kernel.report
+    assert report.verdict.acceptance == report.acceptance > 0.5
+    assert report.surrogate_seconds == report.verdict.costs.surrogate > 0.0
+    assert report.true_seconds == report.verdict.costs.true > 0.0
 
 
 def test_where_nothing_can_be_learned_true_gradients_are_followed():
@@ -571,7 +583,7 @@ def test_true_share_is_of_stars():
     kernel = learner(HNNHMC, num_proposals=4, true_share=1.0)
     stats = run(kernel, draws=60).draws.stats
     followed = (~stats["surrogate_error"].isnan())[0].long()
-    assert 0.7 < followed.double().mean() < 0.9  # after each star of four, one true transition
+    assert 0.7 < followed.double().mean() < 0.9  # after each set of four, one true transition
 
 
 def test_noise_suits_the_positions_that_are_learned_from(monkeypatch):

@@ -131,31 +131,37 @@ def inverse_mass_of(positions: Tensor, gradients: Tensor, count: int, old: Tenso
         The geometric mean of :math:`C` and :math:`G^{-1}`.
     """
     dense = old.dim() == 2
-    spread, slope = (c.diag() if dense else c for c in (positions, gradients))
+    of_positions, of_gradients = (c.diag() if dense else c for c in (positions, gradients))
     before = (old.diag() if dense else old).double()
-    scale, known = _ratio(spread.sqrt(), slope.sqrt(), before)
+    scale, known = _ratio(of_positions.sqrt(), of_gradients.sqrt(), before)
     if not dense:
         return scale.to(old)
     few = count < _FEWEST_PER_DIMENSION * len(old)
     if few and bool((old - torch.diag(old.diag())).any()):
         return old
-    level = torch.where(known, (spread * slope).sqrt(), 1.0)  # of both, where scales are one
-    if few or level.max() > _WIDEST * level.min():
+    # What both diagonals are in units in which they are equal.
+    common = torch.where(known, (of_positions * of_gradients).sqrt(), 1.0)
+    if few or common.max() > _WIDEST * common.min():
         return torch.diag(scale).to(old)
     root = scale.sqrt()
     unit, both = torch.outer(root, root), torch.outer(known, known)
-    rest = torch.diag(level * torch.where(known, _FLOOR * torch.finfo(old.dtype).eps, 1.0))
+    rest = torch.diag(common * torch.where(known, _FLOOR * torch.finfo(old.dtype).eps, 1.0))
     first, second = (torch.where(both, c, 0.0) for c in (positions / unit, gradients * unit))
     return (unit * _geometric_mean(first + rest, second + rest)).to(old)
 
 
-def _ratio(spread: Tensor, slope: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """Spread over slope of each coordinate; the old value where that is no positive number.
+def _ratio(spread: Tensor, change: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """An inverse mass of each coordinate: its spread over the change of its gradient.
+
+    Arguments:
+        spread: How far positions are apart, of shape ``(dimension,)``.
+        change: How far their gradients are.
+        old: What to keep where the ratio is no positive number.
 
     Returns:
         The values, and whether they are new.
     """
-    ratio = spread / slope
+    ratio = spread / change
     known = ratio.isfinite() & (ratio > 0.0)
     return torch.where(known, ratio, old), known
 
@@ -175,8 +181,9 @@ def first_scales(potential: Potential, position: Tensor, noise: Tensor) -> Tenso
     """A first diagonal, from how fast gradients change about the points where chains start.
 
     Points are drawn about each start in a box, and then, again and again, about as far as the
-    scales found before reach; each coordinate's scale is its spread over that of its slope. For a
-    normal density that balances the rows of its precision matrix, whatever their sizes.
+    scales found before reach; each coordinate's inverse mass is how far the points lie apart in it,
+    over how far their gradients do. For a normal density that balances the rows of its precision
+    matrix, whatever their sizes.
 
     Arguments:
         potential: The target.
@@ -191,14 +198,14 @@ def first_scales(potential: Potential, position: Tensor, noise: Tensor) -> Tenso
     scale = torch.ones_like(position[0])
     _, here = gradient(position, noise)
     for _ in range(_ROUNDS):
-        ratios = []
+        changes = []
         for _ in range(max(1, _PROBES // chains)):
             shift = scale.sqrt() * (2.0 * torch.rand_like(position) - 1.0)
             _, there = gradient(position + shift, noise)
             change = (there - here).abs()
             good = change.isfinite().all(-1, keepdim=True)
-            ratios.append(torch.where(good, change, torch.nan))
-        slope = torch.cat(ratios).double().nanmedian(0).values
+            changes.append(torch.where(good, change, torch.nan))
+        change = torch.cat(changes).double().nanmedian(0).values
         spread = 0.5 * scale.double().sqrt()
-        scale = _ratio(spread, slope, scale.double())[0].to(position)
+        scale = _ratio(spread, change, scale.double())[0].to(position)
     return scale

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.adaptation.base import Phase
-from pyro_hamflow.mcmc.adaptation.learning import GUESSED_STEPS, Gather, Learning
+from pyro_hamflow.mcmc.adaptation.gather import Gather
+from pyro_hamflow.mcmc.adaptation.learning import Learning
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
+from pyro_hamflow.mcmc.adaptation.verdict import GUESSED_STEPS
 from pyro_hamflow.mcmc.transitions.base import State
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start

@@ -30,21 +30,21 @@ from pyro_hamflow.model.target import Target
 from pyro_hamflow.surrogates.targets import SurrogateDensity
 
 
-class Journey(NamedTuple):
-    """Where transitions of the learned density lead, in rows.
+class SurrogateMove(NamedTuple):
+    """Several transitions of the learned density, one after the other, for many rows at once.
 
     Attributes:
-        first: The learned energy where they began, of shape ``(rows,)``, in float64.
-        position: Of shape ``(rows, dimension)``.
-        last: The learned energy where they end.
-        kinetic: The kinetic energy on arrival, of shape ``(rows,)``.
-        steps: How many it took, of shape ``(rows,)``.
-        info: What happened in the last of them.
+        energy_before: The learned energy where they began, of shape ``(rows,)``, in float64.
+        position: Where they ended, of shape ``(rows, dimension)``.
+        energy_after: The learned energy there, of shape ``(rows,)``, in float64.
+        kinetic: The kinetic energy at the end of the last one, of shape ``(rows,)``.
+        steps: How many leapfrog steps they took in all, of shape ``(rows,)``.
+        info: What happened in the last one.
     """
 
-    first: Tensor
+    energy_before: Tensor
     position: Tensor
-    last: Tensor
+    energy_after: Tensor
     kinetic: Tensor
     steps: Tensor
     info: Info
@@ -53,10 +53,11 @@ class Journey(NamedTuple):
 class MultipleProposalTransition:
     """Moves by transitions on a learned density, several at once, and weighs where they end.
 
-    Each step returns one of the draws that a set of proposals gives; every ``num_proposals`` steps
-    another set is made. The acceptance rate is what the set's weights have in common with equal
-    ones, from none, where all weight is where the chain is, to one; energy errors and divergences
-    are those of the proposals, one with each draw; the renewed share of the noise is the set's.
+    A set of ``num_proposals`` proposals gives as many draws; each step returns one of them, and
+    where they are used up, makes another set. The acceptance rate of a set is the overlap of its
+    weights with equal weights: zero if one candidate has all the weight, one if they are equal.
+    Energy errors and divergences are those of the proposals, one with each draw; the renewed share
+    of the noise is the set's.
 
     Parameters move with the noise held, which the estimates at that noise correct, and the noise is
     refreshed by another. Were fresh noise proposed with the parameters, and accepted with them,
@@ -126,34 +127,54 @@ class MultipleProposalTransition:
         """Whether a set of proposals has given its last draw, which the chains are at."""
         return not self.ahead and state is self._latest
 
-    def lead(
+    def move_along_surrogate(
         self, inner: ParameterTransition, position: Tensor, tuning: Tuning, num_steps: int
-    ) -> Journey:
-        """Where the learned density's transitions lead from positions ``(rows, dimension)``."""
+    ) -> SurrogateMove:
+        """Makes ``num_transitions`` transitions of the learned density.
+
+        Arguments:
+            inner: The transition, of as many rows as there are positions.
+            position: Where to begin, of shape ``(rows, dimension)``.
+            tuning: What the transition is tuned to.
+            num_steps: The steps of each trajectory, or the most of them.
+        """
         state = inner.state_at(position, position[:, :0])
-        first = state.evaluation.value.double()
+        before = state.evaluation.value.double()
         steps = torch.zeros(len(position), dtype=torch.long, device=position.device)
         for _ in range(self.num_transitions):
             state, info = inner.step(state, tuning, num_steps)
             steps = steps + info.n_steps
-        last = state.evaluation.value.double()
-        return Journey(first, state.position, last, info.energy - last, steps, info)
+        after = state.evaluation.value.double()
+        return SurrogateMove(before, state.position, after, info.energy - after, steps, info)
 
     def log_weights(self, value: Tensor, learned: Tensor) -> Tensor:
-        """By how much the learned energy of candidates exceeds the true one."""
+        """The logarithms of the candidates' weights: learned energy less true energy.
+
+        Arguments:
+            value: The true energies, of shape ``(chains, 1 + count)``.
+            learned: The learned ones.
+
+        Returns:
+            The same shape; minus infinity where either is no finite number.
+        """
         return (learned - value.double()).nan_to_num(*3 * [-torch.inf])
 
     def _propose(self, state: State, tuning: Tuning, num_steps: int) -> list[tuple[State, Info]]:
-        """Draws from several proposals about a centre, and what each took."""
+        """Makes a set of proposals, and draws ``num_proposals`` states from it.
+
+        The first of them carries the costs of the centre and of the noise's refresh.
+        """
         count = self.num_proposals
         noise, here, share, refreshes = self._refreshed(state)
-        centre = self.lead(self.to_centre, state.position, tuning, num_steps)
-        ends = self.lead(self.from_centre, _fan(centre.position, count), tuning, num_steps)
-        fanned = _fan(noise, count)
-        there = self.target.evaluate(ends.position, fanned)
+        centre = self.move_along_surrogate(self.to_centre, state.position, tuning, num_steps)
+        ends = self.move_along_surrogate(
+            self.from_centre, _repeat_rows(centre.position, count), tuning, num_steps
+        )
+        noises = _repeat_rows(noise, count)
+        there = self.target.evaluate(ends.position, noises)
 
         log_weights = self.log_weights(
-            _gather(here.value, there.value), _gather(centre.first, ends.last)
+            _gather(here.value, there.value), _gather(centre.energy_before, ends.energy_after)
         )
         lost = ~log_weights[:, :1].isfinite()  # where the learned energy is no number: it stays
         log_weights = log_weights.masked_fill(lost, -torch.inf)
@@ -211,7 +232,12 @@ class MultipleProposalTransition:
         ]
 
     def _refreshed(self, state: State) -> tuple[Tensor, Evaluation, Tensor | None, int]:
-        """The noise moved, the evaluation there, the share that moved, and what it took."""
+        """Refreshes the noise, if there is any.
+
+        Returns:
+            The noise; the evaluation there; the share of it that was renewed, of shape
+            ``(chains,)``, none if there is no noise; how many densities that took.
+        """
         if not state.noise.shape[1]:
             return state.noise, state.evaluation, None, 0
         return self.refresh(
@@ -242,19 +268,29 @@ def resample_systematically(weights: Tensor, count: int) -> Tensor:
     return picks.gather(1, (number + torch.randint(count, shape, device=device)) % count)
 
 
-def _fan(rows: Tensor, count: int) -> Tensor:
-    """Each chain's row so many times."""
+def _repeat_rows(rows: Tensor, count: int) -> Tensor:
+    """Each row so many times, next to each other: of shape ``(rows * count, *)``."""
     return rows.repeat_interleave(count, 0)
 
 
 def _gather(old: Tensor, new: Tensor) -> Tensor:
-    """Candidates of each chain, first where it is, then its proposals."""
+    """The candidates of each chain: first where it is, then its proposals.
+
+    Arguments:
+        old: Something of where chains are, of shape ``(chains, *)``.
+        new: The same of their proposals, of shape ``(chains * count, *)``.
+
+    Returns:
+        Of shape ``(chains, 1 + count, *)``.
+    """
     return torch.cat([old[:, None], new.reshape(len(old), -1, *old.shape[1:])], 1)
 
 
 def _pick(candidates: Tensor, picks: Tensor) -> Tensor:
+    """Of each chain, the candidates that ``picks``, of shape ``(chains, count)``, names."""
     return candidates[torch.arange(len(picks), device=picks.device)[:, None], picks]
 
 
 def _pick_all(old: dict[str, Tensor], new: dict[str, Tensor], picks: Tensor) -> dict[str, Tensor]:
+    """The same of every named part of where chains are, and of their proposals."""
     return {name: _pick(_gather(old[name], part), picks) for name, part in new.items()}

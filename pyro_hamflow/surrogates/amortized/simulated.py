@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hamflow.dynamics.integrators import ValueAndGradients
 from pyro_hamflow.model.potential import Potential, with_slopes
 from pyro_hamflow.programs.capture import batch, capture
 
 _TOGETHER = 64  # data sets in a call of the program that is captured for so many
-ValueAndGradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class SimulatedSets:
@@ -54,7 +54,7 @@ class SimulatedSets:
         potential = Potential(conditioned, args, kwargs)
         names = list(data)
 
-        def gradient(position: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        def value_and_gradient(position: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             data.update(zip(names, values, strict=True))
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
@@ -75,7 +75,7 @@ class SimulatedSets:
         self.example = potential.example
         self.n_gradients = 0
         kept = dict(data)
-        graph = capture(gradient, *sets[0])
+        graph = capture(value_and_gradient, *sets[0])
         data.update(kept)
         examples = (part[:_TOGETHER] for part in (self.position, *self.values))
         self._program = batch(graph, *examples)
@@ -86,21 +86,26 @@ class SimulatedSets:
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
     def groups(self) -> list[tuple[slice, ValueAndGradients]]:
-        """Which sets belong together, and the energy and gradient of each at its own position."""
+        """Sets that are computed together, and a function for the posteriors of each group.
 
-        def gradient_of(group: slice) -> ValueAndGradients:
+        Returns:
+            Pairs of a slice of the sets; and what takes a position for each set of the slice, of
+            shape ``(64, dimension)``, to the potentials and gradients of their posteriors there.
+        """
+
+        def function_of(group: slice) -> ValueAndGradients:
             values = [part[group] for part in self.values]
 
-            def gradient(position: Tensor) -> tuple[Tensor, Tensor]:
+            def value_and_gradient(position: Tensor) -> tuple[Tensor, Tensor]:
                 self.n_gradients += _TOGETHER
-                value, slope = self._program(position, *values)
-                return value, slope
+                value, gradient = self._program(position, *values)
+                return value, gradient
 
-            return gradient
+            return value_and_gradient
 
         starts = range(0, len(self.position), _TOGETHER)
         slices = [slice(start, start + _TOGETHER) for start in starts]
-        return [(group, gradient_of(group)) for group in slices]
+        return [(group, function_of(group)) for group in slices]
 
 
 def observed(potential: Potential) -> Mapping[str, Tensor]:

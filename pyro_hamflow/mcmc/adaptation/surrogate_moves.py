@@ -1,0 +1,117 @@
+"""The transitions that a run along a learned energy is made of, on one target."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
+from pyro_hamflow.mcmc.transitions.base import (
+    Info,
+    Observe,
+    ParameterTransition,
+    State,
+    Transition,
+    Tuning,
+)
+from pyro_hamflow.mcmc.transitions.multiple_proposal import MultipleProposalTransition
+from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
+from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition, PerLeafTransition
+from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
+from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity, TrustRegion
+
+DEEPEST = 10  # doublings of a true trajectory that is learned from
+
+
+class SurrogateMoves:
+    """Makes the transitions of a run along a learned energy.
+
+    Arguments:
+        potential: The true target.
+        run: What was chosen, and how trajectories end.
+        num_chains: How many chains.
+    """
+
+    def __init__(self, potential: Potential, run: SurrogateRun, num_chains: int) -> None:
+        self.potential = potential
+        self.choices = run.choices
+        self.trajectories = run.hamiltonian.trajectories
+        self.num_chains = num_chains
+        estimator = run.hamiltonian.estimator
+        self._refresh: Refresh = CorrelatedRefresh() if estimator is None else estimator.refresh
+        self._true = self._with_refresh(
+            self.trajectories.parameter_transition(potential, num_chains)
+        )
+
+    def gathering(self, observe: Observe) -> Transition:
+        """Along true gradients, each of which is told to an observer.
+
+        Before a scale is known, only No-U-Turn trajectories go as far as they should.
+        """
+        inner = NUTSTransition(self.potential, self.num_chains, DEEPEST, observe)
+        return self._with_refresh(inner)
+
+    def at_endpoint(
+        self, density: SurrogateDensity, num_transitions: int
+    ) -> MultipleProposalTransition:
+        """Along the surrogate, judged by true energies where its transitions end."""
+        return MultipleProposalTransition(
+            self.potential,
+            density,
+            lambda rows: self.trajectories.parameter_transition(density, rows),
+            self.num_chains,
+            self._refresh,
+            Blocks(self.potential),
+            num_transitions=num_transitions,
+            num_proposals=self.choices.num_proposals,
+        )
+
+    def per_leaf(self, network: PotentialNetwork) -> Transition:
+        """Along the surrogate, judged by the true energy at every point."""
+        radius = self.choices.trust_radius * float(network.reach)
+        trust = TrustRegion(radius, 1.5 * radius) if math.isfinite(radius) else None
+        judged = JudgedDensity(self.potential, network, trust)
+        inner = self.trajectories.parameter_transition(judged, self.num_chains)
+        leaf = PerLeafTransition(judged, inner)
+        if not self.potential.noise_sites:
+            return leaf
+        return PerLeafConditionalTransition(leaf, self._refresh, Blocks(self.potential))
+
+    def step_along_truth(self, state: State, tuning: Tuning) -> tuple[State, Info]:
+        """One transition along true gradients, among those of the surrogate at the endpoint."""
+        start = self._true.state_at(state.position, state.noise)
+        steps = self.trajectories.draw_num_steps(tuning.step_size)
+        moved, info = self._true.step(start, tuning, steps)
+        densities = info.n_densities + (1 if state.noise.shape[1] else 0)
+        info = info._replace(n_gradients=info.n_gradients + 1, n_densities=densities)
+        return moved._replace(gradient=torch.zeros_like(state.position)), info
+
+    def refresh_at(self, position: Tensor, noise: Tensor) -> tuple[Tensor, int]:
+        """Refreshes noise with the parameters held at given positions.
+
+        Returns:
+            The noise, and how many densities it took.
+        """
+        evaluate = partial(self.potential.evaluate, position)
+        blocks = Blocks(self.potential)
+        noise, *_, count = self._refresh(blocks, noise, evaluate(noise), evaluate)
+        return noise, count + 1
+
+    def rehearse(self, transition: Transition, state: State, tuning: Tuning) -> None:
+        """Makes a step in vain, so that what is captured for it is not part of what is timed."""
+        with torch.random.fork_rng():
+            start = transition.state_at(state.position, state.noise)
+            steps = self.trajectories.draw_num_steps(tuning.step_size)
+            transition.step(start, tuning, steps)
+
+    def _with_refresh(self, inner: ParameterTransition) -> Transition:
+        """A move of the parameters, and of the noise if there is any."""
+        if not self.potential.noise_sites:
+            return inner
+        return ConditionalTransition(inner, self._refresh, Blocks(self.potential))

@@ -1,0 +1,91 @@
+"""Writes down the operations of a program that writes to nothing, and simplifies as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from pyro_hamflow.programs.graph_recorder import Recorder, Rule, is_random, kind_of
+
+_aten = torch.ops.aten
+_COPIES = {
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.lift_fresh_copy.default,
+}
+_VIEWS = {_aten.view.default, _aten._unsafe_view.default}
+_SHAPES = {*_VIEWS, _aten.reshape.default, _aten.expand.default}
+_COPY = _aten.copy.default
+_PRODUCT, _TRANSPOSE = _aten.mm.default, _aten.permute.default
+
+
+class PureRecorder(Recorder):
+    """Writes down operations that do not write, and simplifies as it goes.
+
+    What depends on no argument is computed once, now; what is repeated or does nothing is left out.
+    """
+
+    def __init__(self, rules: Mapping[Any, Rule] | None = None, *, live: bool = False) -> None:
+        super().__init__(rules, live=live)
+        self._calls: dict[str, Node] = {}
+
+    def _perform(self, target: Any, arguments: Any, inputs: Any, *, varies: bool) -> Any:
+        args, kwargs = arguments
+        if not varies:
+            return target(*args, **kwargs)
+        if (result := self._by_rule(target, arguments)) is not NotImplemented:
+            return result
+        # The functional copy takes its source's place in memory, but views go by the target's.
+        result = args[0].clone().copy_(args[1]) if target is _COPY else target(*args, **kwargs)
+        source = _returned(target, inputs[0])
+        if source is not None and self.live and target is _aten.detach.default:
+            source = None
+        if source is not None and source.meta["kind"] == kind_of(result):
+            self._nodes[result] = source
+            return result
+        if target in _VIEWS:  # the source may have lost the clone that it relies on
+            target = _aten.reshape.default
+        if (factors := _product_of_transposes(target, inputs[0])) is not None:
+            turned = self._call(_TRANSPOSE, (factors[0], [1, 0]), {}, varies=True)
+            node = self._call(_PRODUCT, (factors[1], turned), {}, varies=True)
+        else:
+            node = self._call(target, *inputs, varies=True)
+        self._note(result, node)
+        return result
+
+    def _call(self, target: Any, args: Any, kwargs: Any, *, varies: bool) -> Node:
+        if is_random(target):
+            return super()._call(target, args, kwargs, varies=varies)
+        key = repr((target, args, kwargs))
+        if key not in self._calls:
+            self._calls[key] = super()._call(target, args, kwargs, varies=varies)
+        return self._calls[key]
+
+
+def _returned(target: Any, args: Any) -> Node | None:
+    """The argument that an operation returns as it is, if its result is of the same kind."""
+    if target in _COPIES or target in _SHAPES:
+        return args[0]
+    if target == _TRANSPOSE:
+        return args[0] if list(args[1]) == sorted(args[1]) else None
+    return args[1] if target == _COPY else None
+
+
+def _product_of_transposes(target: Any, args: Any) -> tuple[Node, Node] | None:
+    """A and B, if an operation makes the transpose of A times the transpose of B.
+
+    Batches of a matrix times a vector come so. As B times the transpose of A, each of a batch has a
+    row of its own, over which later operations run faster.
+    """
+    if not _is_transpose(target, args) or args[0].target != _PRODUCT:
+        return None
+    left, right = args[0].args
+    return (left, right.args[0]) if _is_transpose(right.target, right.args) else None
+
+
+def _is_transpose(target: Any, args: Any) -> bool:
+    return target == _TRANSPOSE and list(args[1]) == [1, 0]
