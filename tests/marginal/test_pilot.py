@@ -99,7 +99,7 @@ def test_pilot_far_from_zero(proposal, noise):
 def test_independent_points_would_not_do(monkeypatch):
     """Of effects that the data know well, the score's mean over such points is far off."""
     x, y = count_data(7.0)
-    monkeypatch.setattr(pilot_module, "_PROPOSALSTS", 1)
+    monkeypatch.setattr(pilot_module, "_STARTS", 1)
     monkeypatch.setattr(
         pilot_module, "_even_noise", lambda plan, potential: potential.draw_noise(1)[0]
     )

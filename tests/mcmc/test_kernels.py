@@ -59,11 +59,11 @@ def joint(**settings):
     return pseudo_marginal(method="joint", **settings)
 
 
-PROPOSALST = {"mean": torch.tensor(0.7).double(), "scale": torch.tensor(-0.4).double()}
+START = {"mean": torch.tensor(0.7).double(), "scale": torch.tensor(-0.4).double()}
 
 
 def _start(num_chains):
-    return {n: v.expand(num_chains) if num_chains > 1 else v for n, v in PROPOSALST.items()}
+    return {n: v.expand(num_chains) if num_chains > 1 else v for n, v in START.items()}
 
 
 def _run(kernel, num_chains=1, **settings):
@@ -129,8 +129,8 @@ def test_parallel_chains_in_pyro(make, monkeypatch):
 def test_initial_params_are_honoured(make):
     kernel = make(step_size=1e-9, adapt_step_size=False, max_num_steps=2)
     samples = _run(kernel, num_samples=2, warmup_steps=0).get_samples()
-    assert abs(samples["mean"][0].item() - PROPOSALST["mean"].item()) < 1e-6
-    assert abs(samples["scale"][0].log().item() - PROPOSALST["scale"].item()) < 1e-6
+    assert abs(samples["mean"][0].item() - START["mean"].item()) < 1e-6
+    assert abs(samples["scale"][0].log().item() - START["scale"].item()) < 1e-6
 
 
 def test_start_without_initial_params():
@@ -176,7 +176,7 @@ def test_pickling_before_run(make):
 def test_position_moved_from_outside(make):
     """As Gibbs moves do: the kernel goes on from the values it is given."""
     kernel = make(step_size=1e-9, adapt_step_size=False, max_num_steps=1)
-    kernel.initial_params = PROPOSALST
+    kernel.initial_params = START
     kernel.setup(0, Y)
     params = kernel.sample(kernel.initial_params)
     moved = {name: value + 0.5 for name, value in params.items()}
@@ -190,9 +190,9 @@ def test_position_moved_from_outside(make):
 
 def test_position_moved_before_first_sample():
     kernel = hmc(step_size=1e-9, adapt_step_size=False, max_num_steps=1)
-    kernel.initial_params = PROPOSALST
+    kernel.initial_params = START
     kernel.setup(0, Y)
-    moved = {name: value + 0.5 for name, value in PROPOSALST.items()}
+    moved = {name: value + 0.5 for name, value in START.items()}
     params = kernel.sample(moved)
     assert abs(params["mean"].item() - moved["mean"].item()) < 1e-6
 
@@ -200,13 +200,13 @@ def test_position_moved_before_first_sample():
 def test_unmoved_params_keep_state(make):
     """Values handed back as they came cost no evaluation, and change nothing."""
     kernel = make()
-    kernel.initial_params = PROPOSALST
+    kernel.initial_params = START
     kernel.setup(0, Y)
     first = kernel.sample(kernel.initial_params)
     state = kernel._state
     calls = []
-    begin = kernel.phase.transition.begin
-    kernel.phase.transition.begin = lambda *args: calls.append(args) or begin(*args)
+    state_at = kernel.phase.transition.state_at
+    kernel.phase.transition.state_at = lambda *args: calls.append(args) or state_at(*args)
     kernel.sample({name: value.clone() for name, value in first.items()})
     assert not calls
     assert kernel._state is not state
@@ -295,8 +295,8 @@ def test_sample_before_setup():
     ("start", "message"),
     [
         ({"mean": torch.tensor(0.0)}, "lacks a value for site 'scale'"),
-        ({**PROPOSALST, "other": torch.tensor(0.0)}, "`initial_params` names 'other'"),
-        ({**PROPOSALST, "mean": torch.zeros(2)}, "site 'mean' has shape"),
+        ({**START, "other": torch.tensor(0.0)}, "`initial_params` names 'other'"),
+        ({**START, "mean": torch.zeros(2)}, "site 'mean' has shape"),
     ],
 )
 @pytest.mark.parametrize("make", [HMC, lambda m: PseudoMarginalHMC(marginalize(model, ["x"]))])

@@ -408,7 +408,7 @@ def impossible_local(y):
         pyro.sample("y", dist.Poisson(x.exp()), obs=-y.abs())
 
 
-NO_PROPOSALST = {
+NO_START = {
     "observed site": (impossible, r"observed site 'y' has log density (-inf|nan)"),
     "gradient": (steep, "the gradient of the log density is not finite"),
     "estimate": (
@@ -419,7 +419,7 @@ NO_PROPOSALST = {
 }
 
 
-@pytest.mark.parametrize("model, match", NO_PROPOSALST.values(), ids=NO_PROPOSALST)
+@pytest.mark.parametrize("model, match", NO_START.values(), ids=NO_START)
 def test_want_of_a_start_names_the_site(model, match):
     potential = Potential(model, (Y,), separate_noise=True)
     with pytest.raises(ValueError, match="no finite starting point in 100 tries: " + match):
