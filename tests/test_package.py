@@ -34,14 +34,9 @@ ROOMS_OF_MCMC = ["transitions", "adaptation", "draws", "messages", "kernels", "m
 
 MOST_LINES = 300
 LONGER = {
-    "mcmc.adaptation.learning": "all that a learning run decides, with the phases that ask it",
     "mcmc.kernels.base": "one class; a third of it is documentation with two worked examples",
     "mcmc.mcmc": "one class, with the surface of Pyro's runner and all of its arguments explained",
-    "mcmc.transitions.nuts": "two transitions and the builder of trajectories that they share",
-    "mcmc.transitions.trajectory": "one step of a growing trajectory, which is one program",
     "model.potential": "the one place where samplers meet a model, and its programs",
-    "programs.graph_recorder": "one recorder with the rules of what it writes down",
-    "programs.owner_rules": "a table of rules for torch's operations, one after the other",
 }
 
 

@@ -15,7 +15,7 @@ from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh
 from pyro_hamflow.dynamics import integrators
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.marginal import estimator as estimator_module
-from pyro_hamflow.mcmc.transitions import hmc, nuts, pseudo_marginal, tree_builder
+from pyro_hamflow.mcmc.transitions import base, hmc, nuts, pseudo_marginal, tree_builder
 from pyro_hamflow.mcmc.transitions import noise_refresh as refresh_module
 from pyro_hamflow.mcmc.transitions import trajectory as tree
 from pyro_hamflow.mcmc.transitions.base import Decision, State, select, select_evaluation
@@ -172,7 +172,7 @@ def keep_rejected_sites(monkeypatch):
         value = select(accepted, new.value, old.value)
         return new._replace(value=value)
 
-    monkeypatch.setattr(pseudo_marginal, "select_evaluation", select_evaluation)
+    monkeypatch.setattr(base, "select_evaluation", select_evaluation)
 
 
 def accept_all_blocks(monkeypatch):

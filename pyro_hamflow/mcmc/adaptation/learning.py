@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor
 
+from pyro_hamflow.mcmc.adaptation.attune import attuned
 from pyro_hamflow.mcmc.adaptation.base import Phase, Sample
 from pyro_hamflow.mcmc.adaptation.metric import Covariance
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
@@ -26,10 +26,6 @@ from pyro_hamflow.surrogates.costs import synchronize
 from pyro_hamflow.surrogates.learner import Learner
 from pyro_hamflow.surrogates.targets import SurrogateDensity
 
-_ATTUNED_BY, _SHORT = 2560, 15  # transitions in all, and points of their trajectories at most
-_FEWEST_ATTUNED, _MOST_ATTUNED = 20, 40  # iterations that they are made in
-_USUAL = 0.99  # of a surrogate's draws lie where it is not softened
-_UNIT_STEP = 0.5  # where the scale is about one
 _SETTLING = 60  # iterations
 _FEWEST_VISITED = 10  # positions for each dimension, to know the mass by
 _HOPE = 3.0  # by which a network may gain from what it has not seen yet
@@ -114,7 +110,9 @@ class Learning:
         remaining, choices = run.plan.warmup_steps - run.iteration, run.choices
         density = SurrogateDensity(self.potential, network)
         if remaining and (len(run.report.trainings) == 1 or not passing):
-            tuning = self._attuned(density, state.position, tuning)
+            rows = state.position.repeat_interleave(choices.num_proposals, 0)
+            spread = self.learner.covariance
+            tuning = attuned(run.hamiltonian, self.potential, density, rows, tuning, spread)
         warmup = self._step_and_mass.warm_up(
             self.potential, tuning, remaining, adapt_step_size=False, adapt_mass=False
         )
@@ -129,30 +127,6 @@ class Learning:
             moves.rehearse(self._transition, state, tuning)
         start = self._transition.state_at(state.position, state.noise)
         return Explore(self, self._transition, warmup, passing=passing), start
-
-    def _attuned(self, density: SurrogateDensity, position: Tensor, tuning: Tuning) -> Tuning:
-        """The step size that suits the surrogate, found on it alone, and the mass by its spread.
-
-        Arguments:
-            density: The surrogate; it is softened above the energy that few of its draws exceed.
-            position: Where chains are, of shape ``(chains, dimension)``.
-            tuning: What of it is not to be adapted is kept.
-        """
-        moves, covariance = self._step_and_mass, self.learner.covariance
-        kinetic, size = tuning.kinetic, tuning.step_size
-        if moves.adapt_mass_matrix and covariance is not None:
-            kinetic = moves.kinetic_by(self.potential, covariance, kinetic)
-        tuning = Tuning(_UNIT_STEP if moves.adapt_step_size else size, kinetic)
-        position = position.repeat_interleave(self.run.choices.num_proposals, 0)
-        count = min(max(_ATTUNED_BY // len(position), _FEWEST_ATTUNED), _MOST_ATTUNED)
-        warmup = moves.warm_up(self.potential, tuning, count, adapt_mass=False)
-        inner = self._trajectories.parameter_transition(density, len(position))
-        state = inner.state_at(position, position[:, :0])
-        steps = warmed(warmup, inner, self._trajectories, state, _SHORT)
-        energies = [moved.evaluation.value for moved, _ in steps]
-        late = torch.cat(energies[count // 2 :])
-        density.softened_above.copy_(late.nanquantile(_USUAL))
-        return warmup.tuning
 
     def conclude(self, state: State, tuning: Tuning) -> tuple[Phase, State]:
         """The decision at the end of warm-up."""
