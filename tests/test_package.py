@@ -119,6 +119,29 @@ def long_modules(sources: Mapping[str, str]) -> list[str]:
     return [module for module, length in lengths.items() if length > MOST_LINES]
 
 
+def is_number(node: ast.expr) -> bool:
+    """Whether it is a number, a few of them, or made of numbers alone."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, int | float) and not isinstance(node.value, bool)
+    parts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+    plain = isinstance(node, ast.UnaryOp | ast.BinOp | ast.Tuple)
+    return plain and bool(parts) and all(map(is_number, parts))
+
+
+def silent_constants(sources: Mapping[str, str]) -> list[str]:
+    """Numbers of modules that no comment explains, on their lines or just above."""
+    found = []
+    for module, text in sources.items():
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                above, own = lines[node.lineno - 2], lines[node.lineno - 1 : node.end_lineno]
+                told = above.startswith("#") or any("  # " in line for line in own)
+                if is_number(node.value) and not told:
+                    found.append(f"{module}: {own[0]}")
+    return found
+
+
 def classes() -> Iterator[type]:
     for name in SOURCES:
         module = importlib.import_module(f"pyro_hamflow.{name.removesuffix('.__init__')}")
@@ -194,6 +217,21 @@ def test_long_modules_have_a_reason():
 
 def test_a_long_module_is_noticed():
     assert long_modules({"short": "x = 0\n" * 300, "long": "x = 0\n" * 301}) == ["long"]
+
+
+def test_numbers_of_algorithms_are_explained():
+    rooms = ("marginal", "surrogates", "mcmc")
+    chosen = {name: text for name, text in SOURCES.items() if name.split(".")[0] in rooms}
+    assert silent_constants(chosen) == []
+
+
+def test_a_number_without_a_comment_is_noticed():
+    told = (
+        "NAME = 'word'\nFEW = 3  # draws\n# of both\nLOW, HIGH = 1.0, 2.0\nSCHEMES = {1: 'one'}\n"
+    )
+    silent = "_FEWEST = 32\n_LOW, _HIGH = -1.0, 2**5\n_RATE: float = 0.5"
+    assert silent_constants({"one": told}) == []
+    assert silent_constants({"one": told + silent}) == [f"one: {x}" for x in silent.splitlines()]
 
 
 def test_classes_are_built_on_one_other_at_most():
