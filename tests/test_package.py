@@ -36,6 +36,8 @@ MOST_LINES = 300
 LONGER = {
     "mcmc.kernels.base": "one class; a third of it is documentation with two worked examples",
     "mcmc.mcmc": "one class, with the surface of Pyro's runner and all of its arguments explained",
+    "mcmc.transitions.nuts": "two transitions and the builder of trajectories that they share",
+    "mcmc.transitions.trajectory": "one step of a growing trajectory, which is one program",
     "model.potential": "the one place where samplers meet a model, and its programs",
 }
 

@@ -19,12 +19,11 @@ import math
 import torch
 from torch import Tensor
 
-_STEPS = (
-    3  # of shapes from .001 to 1e6 and noise to 30, all are found to rounding with two or three
-)
+# Of shapes from .001 to 1e6 and noise to 30, all are found to rounding with two or three.
+_STEPS = 3
 _SMALL = 0.5  # below, x is found by the lower tail on either side of the median
 _LOWEST, _HIGHEST = -690.0, 690.0  # log x, which has to be a number itself
-_ROUNDING = 1e-9
+_ROUNDING = 1e-9  # of the bounds, by which they are set apart
 _WIDTH = 3e-5  # of differences in the shape, in standard deviations
 
 

@@ -19,9 +19,9 @@ from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 
 _WANTED_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
-_FEWEST, _MOST = 32, 512
+_FEWEST, _MOST = 32, 512  # particles from the prior
 _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than they gain
-_WORTH = 0.5
+_WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at most
 
 
 def mend_proposal(

@@ -19,8 +19,8 @@ from pyro_hamflow.marginal.points import lattice
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.programs.vectorize import Vectorized
 
-MOST_MODES = 6
-_STARTS = 32
+MOST_MODES = 6  # of an element; the prior's particles are there for others
+_STARTS = 32  # of searches for each element
 _BREADTH = 1.5  # of the starts, in prior standard deviations: parameters may be others later
 _NEAR = 0.25  # squared standard deviations of a mode, within which others are the same
 _UNREST = 0.01  # the Newton decrement up to which a search has come to rest

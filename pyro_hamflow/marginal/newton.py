@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_STEPS = 30
+_STEPS = 30  # of Newton at most
 
 
 class Top(NamedTuple):

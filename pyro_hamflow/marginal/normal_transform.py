@@ -24,8 +24,8 @@ from torch.distributions.transforms import AbsTransform
 
 from pyro_hamflow.marginal.gamma_quantile import gamma_quantile
 
-_BISECTIONS = 24
-_NEWTON_STEPS = 4
+_BISECTIONS = 24  # of 330: what is left, 2e-5, each step of Newton squares
+_NEWTON_STEPS = 4  # two from there to rounding, two in reserve
 
 
 class NormalTransform(NamedTuple):

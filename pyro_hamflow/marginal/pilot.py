@@ -27,10 +27,10 @@ from pyro_hamflow.model.trace import run_with
 # Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
 # points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
 _PARTICLES = 16
-_STEPS = 100
-_TRIALS = 12
-_MEMORY = 20
-_STARTS = 3
+_STEPS = 100  # at most
+_TRIALS = 12  # of steps, each shorter than the last by .3
+_MEMORY = 20  # changes of position and slope that Newton's direction is made of
+_STARTS = 3  # of climbs, until one comes to rest
 _FIRST_LENGTH = 1.0  # the longest change of an unconstrained coordinate at first; then it grows
 _SLACK = 0.01  # by which the potential may rise where its slope falls: gradients are approximate
 _NEAR = 0.05  # posterior standard deviations

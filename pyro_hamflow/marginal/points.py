@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_CANDIDATES = 64
+_CANDIDATES = 64  # generators that the best lattice is sought among
 
 
 def noise_count(points: str, num_points: int) -> int:

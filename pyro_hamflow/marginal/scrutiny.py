@@ -17,14 +17,14 @@ from pyro_hamflow.marginal.pareto import psislw
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 
-_POINTS = 128
-_PRIOR_POINTS = 2048
-_AT_ONCE = 256
+_POINTS = 128  # particles of an element, where a proposal is looked at
+_PRIOR_POINTS = 2048  # the same from the prior, few of which count
+_AT_ONCE = 256  # of these in one run of the model
 _WORST = 10  # elements whose weights' tails are fitted: those that vary most
 # At their pilots 26 models of textbooks have no element beyond both: up to 4.9 errors, by tails of
 # the prior's weights. Where modes are missed, as for y ~ Normal(x**2, .3), it is 9 to 48.
 _ERRORS = 5.0
-_SMALLEST = 0.1
+_SMALLEST = 0.1  # log units that matter, however surely they are found
 
 
 class Look(NamedTuple):

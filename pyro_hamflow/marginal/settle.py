@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 
 WANTED_VARIANCE = 1.0  # of the log estimate
-_REPLICATES = 100
+_REPLICATES = 100  # estimates: their variance is then known to a seventh
 
 
 def repeated_estimates(

@@ -69,7 +69,7 @@ from pyro_hamflow.marginal.scores import Reference
 from pyro_hamflow.marginal.site_fit import fit_sites
 from pyro_hamflow.marginal.structure import Group
 
-_STRETCH = 1e-4
+_STRETCH = 1e-4  # of the fifth power: moves noise of 3 by .02, of 6 by .8
 
 
 class LaplaceParticle:

@@ -19,7 +19,7 @@ from pyro_hamflow.model.float_type import float_type
 from pyro_hamflow.model.trace import SetValues
 from pyro_hamflow.programs.validation import no_validation
 
-_SUPPORT_CHECKS = 100
+_SUPPORT_CHECKS = 100  # draws of the prior that the proposal has to reach
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from pyro_hamflow.model.start import find_start
 _REPLICATES = 32  # estimates: their variance is then known to a quarter
 # Where joint moves overtake conditional ones, by effective draws per gradient: measured in
 # benchmarks/methods.py for noise that is accepted as a whole, and element by element.
-_LARGEST_VARIANCE = 3.0
-_LARGEST_FACTORISED_VARIANCE = 20.0
+_LARGEST_VARIANCE, _LARGEST_FACTORISED_VARIANCE = 3.0, 20.0
 _SLOW_VARIANCE = 10.0  # beyond which more particles are advised; nothing else hangs on it
 _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are for long
 _WANTED_VARIANCE = 1.0  # of the estimate, as where the number of particles is settled
