@@ -120,7 +120,7 @@ def fit_at(
 ) -> None:
     """Fits a proposal, with the tails that serve each element best where it has a choice.
 
-    Arguments and what is done are those of :func:`fit_modes`, for any proposal.
+    Arguments are those of :func:`fit_modes`.
     """
     tails = marginal.proposal.tails
     if tails:

@@ -21,7 +21,7 @@ def prepare(
     kwargs: dict[str, Any],
     start: dict[str, Tensor] | None,
 ) -> None:
-    """Finds a pilot, fits the proposal there, and as many particles and modes as it needs.
+    """Finds a pilot, fits the proposal there, and finds how many particles and modes it needs.
 
     Arguments:
         marginal: The model, which is held at its structure for these arguments.

@@ -1,4 +1,11 @@
-"""A model whose estimator of the likelihood is fitted to data, and tuned."""
+"""A model whose estimator of the likelihood is fitted to data, and tuned.
+
+What is known of the estimator is one value, :class:`Prepared`, that belongs to what the model does
+with its data. The methods here replace it; what decides on them lies in the modules that take such
+a model: :mod:`~pyro_hamflow.marginal.pilot`, :mod:`~pyro_hamflow.marginal.settle` and
+:mod:`~pyro_hamflow.marginal.mending`, which :mod:`~pyro_hamflow.marginal.preparation` puts in
+order.
+"""
 
 from __future__ import annotations
 
@@ -191,7 +198,7 @@ class TunedEstimator(ABC):
         if missing:
             raise ValueError(f"`pilot` lacks a value for site '{missing[0]}'")
         old, new = self.proposal, self.proposal.fit(plan, pilot)
-        self._is_at(plan, pilot, new)
+        self._note_fit(plan, pilot, new)
         if any(new.modes(group) != old.modes(group) for group in plan.structure.groups):
             self._layouts = {}
 
@@ -204,9 +211,9 @@ class TunedEstimator(ABC):
             kwargs: The model's keyword arguments.
         """
         plan = self.plan(*args, **kwargs)
-        self._is_at(plan, pilot, self.proposal.follow(plan, pilot))
+        self._note_fit(plan, pilot, self.proposal.follow(plan, pilot))
 
-    def _is_at(self, plan: Plan, pilot: dict[str, Tensor], proposal: Proposal) -> None:
+    def _note_fit(self, plan: Plan, pilot: dict[str, Tensor], proposal: Proposal) -> None:
         """Notes that a proposal was fitted at a pilot."""
         values = {name: value.detach() for name, value in pilot.items()}
         key = plan.structure.key

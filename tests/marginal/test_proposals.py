@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import marginalize
+from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal
 from tests.helpers.estimates import AT, assert_unbiased, estimates, parameters
 
@@ -59,6 +59,26 @@ def test_estimate_by_a_proposal_of_ones_own_is_unbiased(monkeypatch):
     monkeypatch.setattr(WideParticle, "mix", lambda particle, ratios: (0.0 * ratios[0], None))
     with pytest.raises(AssertionError):
         assert_unbiased(estimates(marginal, AT, Y)["x"], exact, resolution=math.inf)
+
+
+@dataclass(frozen=True)
+class FittedProposal(WideProposal):
+    times: float | None = None  # until it is fitted
+    needs_fit = True
+
+    def fit(self, plan, pilot):
+        return replace(self, times=1.0 + float(pilot["s"]))
+
+
+def test_a_proposal_of_ones_own_is_fitted_at_the_pilot_and_kept():
+    marginal = marginalize(normal_means, ["x"], num_particles=8, proposal=FittedProposal())
+    kernel = PseudoMarginalNUTS(marginal)
+    MCMC(kernel, num_samples=5, warmup_steps=40, num_chains=2, seed=0, disable_progbar=True).run(Y)
+    assert isinstance(marginal.proposal, FittedProposal)
+    assert marginal.proposal.times == 1.0 + float(marginal.pilot((Y,), {})["s"])
+    far = 3.0 * Y
+    marginal.prepare((far,), {})
+    assert marginal.proposal.times == 1.0 + float(marginal.pilot((far,), {})["s"])
 
 
 @pytest.mark.parametrize(

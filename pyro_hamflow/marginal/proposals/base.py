@@ -79,7 +79,8 @@ class Proposal(ABC):
         enough_particles: How many particles mostly serve well.
         is_defended: Whether some particles come from the prior, lest it misses something.
         needs_fit: Whether it has to be fitted to the data, at a pilot value of the parameters.
-        is_final: Whether nothing may take its place: the user wrote it for this model.
+        is_final: Whether nothing takes its place in the search for a pilot, and warm-up leaves it
+            as it is: the user wrote it for this model.
         tails: Factors by which its noise may be stretched, to be tried where it is fitted.
     """
 
@@ -88,7 +89,7 @@ class Proposal(ABC):
     enough_particles: int = 32
     is_defended: bool = False
     needs_fit: bool = False
-    is_final: bool = False
+    is_final: bool = True
     tails: tuple[float, ...] = ()
 
     @abstractmethod

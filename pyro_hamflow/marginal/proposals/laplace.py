@@ -141,6 +141,7 @@ class LaplaceProposal(Proposal):
     name = "laplace"
     enough_particles = 16
     needs_fit = True
+    is_final = False
 
     def noise_shapes(
         self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]

@@ -143,6 +143,7 @@ class MixtureProposal(Proposal):
     name = "laplace"
     enough_particles = 16
     needs_fit = True
+    is_final = False
     tails = (0.1, 0.4, 0.8)
 
     def noise_shapes(

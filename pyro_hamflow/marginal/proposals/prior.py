@@ -43,6 +43,7 @@ class PriorProposal(Proposal):
     """
 
     name = "prior"
+    is_final = False
 
     def noise_shapes(
         self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]

@@ -52,7 +52,6 @@ class ProgramProposal(Proposal):
 
     program: Callable[..., Any]
     stratified = False
-    is_final = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
