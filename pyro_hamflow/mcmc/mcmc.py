@@ -330,7 +330,7 @@ class MCMC:
         return dict(self._samples)
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the draws in the supports, which the kernel's maps lead to in this process alone."""
+        """What is pickled: with draws in their supports, for the maps to these are not pickled."""
         if self._draws is not None:
             self._constrained()
         return self.__dict__.copy()

@@ -90,11 +90,11 @@ def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site])
 
 
 def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:
-    levels = stats["lp"].double().numpy()
-    level = _rhat(levels)
-    result.values["rhat_lp"] = level
-    means = levels.mean(1)
-    if level > _LARGEST_APART and np.ptp(means) > _FAR * levels.std(1).mean():
+    log_density = stats["lp"].double().numpy()
+    rhat = _rhat(log_density)
+    result.values["rhat_lp"] = rhat
+    means = log_density.mean(1)
+    if rhat > _LARGEST_APART and np.ptp(means) > _FAR * log_density.std(1).mean():
         result.messages.append(
             f"The chains are at different levels of the log density (from {means.min():.4g} to "
             f"{means.max():.4g} on average): they may be in different modes, and their shares of "
@@ -151,7 +151,11 @@ def _look_at_trajectories(result: Report, stats: dict[str, Tensor]) -> None:
 
 
 def _worst(position: Tensor) -> np.ndarray:
-    """The coordinates to look at: all, or the worst by two screens that are cheap."""
+    """Indices of the coordinates to look at: all if they are few, else the worst of two screens.
+
+    The screens are cheap: how far the halves of chains lie apart, and how alike successive draws
+    are. Each names forty.
+    """
     if position.shape[-1] <= 2 * _MOST:
         return np.arange(position.shape[-1])
     rows = position.double()
@@ -165,7 +169,7 @@ def _worst(position: Tensor) -> np.ndarray:
 
 
 def _chains(rows: np.ndarray) -> np.ndarray:
-    """The chains, or the halves of the only one."""
+    """The chains, of shape ``(chains, draws, *)``; of a single one, its halves."""
     if len(rows) > 1:
         return rows
     half = rows.shape[1] // 2
@@ -182,7 +186,7 @@ def _dataset(rows: np.ndarray) -> Any:
 
 
 def _name(sites: Sequence[Site], column: int) -> str:
-    """Of a coordinate, as ArviZ would write it."""
+    """The name of a coordinate, as ArviZ writes it: ``x[2, 0]``."""
     site = next(site for site in sites if site.start <= column < site.stop)
     if not site.shape:
         return site.name

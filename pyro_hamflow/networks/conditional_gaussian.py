@@ -58,7 +58,12 @@ class ConditionalGaussian(nn.Module):
 
     @torch.no_grad()
     def whiten_by(self, position: Tensor, context: Tensor) -> None:
-        """Sets the units of positions and contexts by some of each."""
+        """Sets mean and standard deviation, by which positions and contexts are standardised.
+
+        Arguments:
+            position: Of shape ``(points, dimension)``.
+            context: Of shape ``(points, context_dimension)``.
+        """
         for values, centre, scale in (
             (position, self.centre, self.scale),
             (context, self.context_centre, self.context_scale),
@@ -74,7 +79,7 @@ class ConditionalGaussian(nn.Module):
 
     @property
     def root(self) -> Tensor:
-        """The units of positions, as a matrix."""
+        """The standard deviations of positions, as a diagonal matrix."""
         return self.scale.diag()
 
     def whitened(self, position: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class ConditionalGaussian(nn.Module):
         return (position - self.centre) / self.scale
 
     def standardised(self, context: Tensor) -> Tensor:
-        """A context in units of its spread, no number of it missing or very large."""
+        """A context, standardised; NaN becomes zero, and far values are clamped."""
         units = (context - self.context_centre) / self.context_scale
         return units.nan_to_num(nan=0.0).clamp(-_FURTHEST, _FURTHEST)
 

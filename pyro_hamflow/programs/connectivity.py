@@ -113,7 +113,7 @@ class _Follower(TorchDispatchMode):
         self._memories: Storages[_Memory] = Storages()
 
     def owner(self, tensor: Tensor) -> Tensor:
-        """The owners of a tensor's entries: of memory that has any, a view like the tensor's."""
+        """The owners of a tensor's entries, of its shape; zeros if its memory has none."""
         memory = self._memories.get(tensor)
         if memory is None:
             return torch.zeros((), dtype=torch.long, device=tensor.device).expand(tensor.shape)

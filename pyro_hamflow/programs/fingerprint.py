@@ -178,7 +178,14 @@ class _Watcher(TorchDispatchMode):
         self._digest.update(repr(description).encode())
 
     def _describe(self, value: Any, memories: list[_Memory]) -> Any:
-        """Tensors by their memory and their place in it; other values as they are."""
+        """A description of a value, and of what is nested in it.
+
+        Tensors are described by their memory and their place in it, other values by themselves.
+
+        Arguments:
+            value: The value.
+            memories: Where the memories of its tensors are added, in order.
+        """
         if isinstance(value, Tensor):
             memory = self._memory(value)
             memories.append(memory)
@@ -208,7 +215,7 @@ class _Watcher(TorchDispatchMode):
 
 
 def _contents(tensor: Tensor) -> bytes:
-    """All the numbers in a tensor."""
+    """A digest of all the numbers in a tensor."""
     if tensor.layout == torch.sparse_coo:
         return _contents(tensor._indices()) + _contents(tensor._values())
     if tensor.layout != torch.strided:

@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
         return torch.Tag.dynamic_output_shape in target.tags
 
     def _by_rule(self, target: Any, arguments: Any) -> Any:
-        """Runs what takes an operation's place, in which the operation may be called itself."""
+        """Runs an operation's rule in its place; in the rule, the operation means itself."""
         if target not in self.rules or target in self._expanding:
             return NotImplemented
         self._expanding.append(target)
@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
             self._expanding.remove(target)
 
     def _let_fail(self, args: Any, number: int, name: str) -> None:
-        """Leaves out a check that a factorisation has worked: where it has not, it is NaN."""
+        """Leaves out the check that a factorisation has worked, and makes its failures NaN."""
         factors = args[0].args[0] if args[0].target is operator.getitem else None
         if factors is None or not str(factors.target).removesuffix(".default").endswith("_ex"):
             raise ValueDependence(f"the check of {name}")

@@ -30,7 +30,7 @@ def _pointwise(call: Call, outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _product(call: Call, outputs: list[Tensor]) -> list[Tensor]:
-    """Pointwise, but where a constant is zero: nothing is left of the other argument there."""
+    """Products: pointwise, but a constant zero leaves nothing of the other factor."""
     first, second = call["self"], call["other"]
     owner = join([call.owner(first), call.owner(second)])
     factors = (first, second) if call.name == "mul" else (first,)
@@ -56,7 +56,7 @@ def _copied(call: Call, outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _moved(call: Call, outputs: list[Tensor]) -> list[Tensor]:
-    """Owners move as the data do; what is filled in is nobody's."""
+    """Owners are moved by the operation itself, as the data are; numbers filled in have none."""
     indices = [call["indices"], call["index"], call["mask"]]
     if not all(call.is_constant(leaf) for leaf in tree_leaves(indices)):
         return _moved_by_owned_index(call, outputs)
@@ -74,7 +74,7 @@ def _moved(call: Call, outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _moved_by_owned_index(call: Call, outputs: list[Tensor]) -> list[Tensor]:
-    """Constants that are looked up: each result has the owner of its index."""
+    """The same by indices that have owners: of constants looked up, each has its index's owner."""
     data = call["self"]
     if call.name == "index_put":  # a number under a mask: no more than a choice of two
         (mask, *others), values = call["indices"], call["values"]
@@ -152,7 +152,7 @@ _LARGEST_PRODUCT, _PART = 2**28, 2**22  # numbers
 
 
 def _matrix_product(call: Call, outputs: list[Tensor]) -> list[Tensor]:
-    """Joins rows with columns; zeros of a constant matrix leave out what they multiply."""
+    """Joins a row's owners with a column's; what a constant zero multiplies is left out."""
     two = [call["self"], call["mat2"], call["other"], call["vec"], call["tensor"]]
     first = [call[name] for name in ("mat1", "batch1", "mat") if call[name] is not None]
     second = [call[name] for name in ("mat2", "batch2", "vec") if call[name] is not None]

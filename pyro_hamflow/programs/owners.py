@@ -69,7 +69,7 @@ class Call:
         return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
 
     def owner(self, value: Any) -> Tensor:
-        """The owners of an argument; nobody's for a number."""
+        """The owners of an argument; :data:`NONE` if it is no tensor."""
         if isinstance(value, Tensor):
             return self.follower.owner(value)
         return torch.zeros((), dtype=torch.long)

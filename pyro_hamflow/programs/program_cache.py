@@ -60,7 +60,12 @@ class ChainFunctions(Protocol):
         """Arguments of one chain that a kind's function is known to work with."""
 
     def from_middle(self, factor: float, position: Tensor) -> Tensor:
-        """A position in this direction from the middle of those that functions are looked at."""
+        """A position at which to compare a function with its program.
+
+        Arguments:
+            factor: How far from the middle of such positions, in multiples.
+            position: The direction, of shape ``(dimension,)``.
+        """
 
     def begins_gradient(self, kind: str) -> bool:
         """Whether a kind's results are the first of the gradient's."""

@@ -54,7 +54,7 @@ def _slice_scatter(
     end: int | None = None,
     step: int = 1,
 ) -> Any:
-    """Counts a slice's bounds from the left, within the tensor."""
+    """Gives a slice bounds that count from the left and lie within the tensor."""
     bounds = range(*slice(start, end, step).indices(tensor.shape[dim]))
     if (start, end) == (bounds.start, bounds.stop):
         return NotImplemented

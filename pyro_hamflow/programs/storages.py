@@ -48,7 +48,7 @@ class Storages(Generic[Known]):
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The number of a tensor's memory, its own as long as that is in use; 0 of sparse ones."""
+    """A key of a tensor's memory, unique while that is in use; 0 for sparse tensors."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else 0
 
 

@@ -54,11 +54,11 @@ class Clock:
         self._seconds: dict[tuple[str, int, bool], float] = {}
 
     def seconds(self, kind: str, num_chains: int) -> float:
-        """What a kind of program takes for so many chains, as it is."""
+        """Of a call of a kind's program for so many chains, as it is now."""
         return self._measured(kind, num_chains)[0]
 
     def seconds_later(self, kind: str, num_chains: int) -> float:
-        """What it would take if it were compiled, where that is asked for and not done yet."""
+        """The same once the program is compiled, if that is asked for and not done yet: a guess."""
         seconds, waits = self._measured(kind, num_chains)
         return seconds * (COMPILED if waits else 1.0)
 
@@ -75,7 +75,12 @@ class Clock:
 
 
 def affordable_steps(ahead: float, each: float) -> int:
-    """How many steps of training cost little beside the seconds of gradients that are ahead."""
+    """How many steps of training cost at most a tenth of the gradients that are ahead.
+
+    Arguments:
+        ahead: The seconds that these gradients will take.
+        each: The seconds of a step of training.
+    """
     return int(_MOST_LOST * ahead / each)
 
 

@@ -106,7 +106,11 @@ class GradientLog:
         return points, held_out if int(held_out.sum()) >= BLOCK else None
 
     def _held_out(self) -> list[bool]:
-        """Whether each entry is: blocks of neighbours along trajectories, and some of the rest."""
+        """Whether each entry is held out of training.
+
+        Of entries along trajectories every tenth block of neighbours is, for neighbours are alike;
+        of the others, every tenth.
+        """
         steps, others, held_out = 0, 0, []
         for entry in self.entries:
             alone = entry.motion is None

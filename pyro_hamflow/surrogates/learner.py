@@ -72,7 +72,7 @@ class TrainingSettings:
             whole(name, number, least)
 
     def network(self, dimension: int) -> PotentialNetwork:
-        """One that knows nothing."""
+        """A network with its first, random weights."""
         return PotentialNetwork(dimension, hidden=self.hidden, outputs=self.outputs)
 
 
@@ -120,7 +120,10 @@ class Learner:
         return self.settings.training_points or enough
 
     def forget_start(self, iteration: int) -> bool:
-        """Forgets what was found where chains came from; whether it was all there is."""
+        """Forgets all gradients so far, if the run has only just begun; says whether it did.
+
+        They were found where chains came from, far from the posterior.
+        """
         early = iteration <= FEWEST_GATHER // 3
         if early:
             self.log.entries.clear()

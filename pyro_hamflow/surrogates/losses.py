@@ -33,7 +33,7 @@ class Points(NamedTuple):
         return Points(*(part[index] for part in self))
 
     def whitened(self, network: PotentialNetwork) -> Points:
-        """The same in a network's whitened coordinates, energies about zero."""
+        """The same in a network's whitened coordinates, energies shifted to mean zero."""
         position, gradient = network.whitened(self.position), self.gradient @ network.root
         return Points(position, self.value - self.value.mean(), gradient, self.context)
 

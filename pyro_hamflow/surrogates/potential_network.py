@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_hamflow.checks import whole
 from pyro_hamflow.networks.perceptron import ScalarNetwork
 
-# What its parameters were called in files of before.
+# What parameters were called in older files.
 _FORMER_NAMES = {"shape": "quadratic", "slope": "linear"}
 
 
@@ -167,7 +167,11 @@ class PotentialNetwork(nn.Module):
         return value, gradient[..., : self.dimension] + stretched @ self.quadratic + self.linear
 
     def given(self, context: Tensor) -> PotentialNetwork:
-        """The network at one context, of shape ``(context_dimension,)``, as one without any."""
+        """A network without a context, which is this one at a given context.
+
+        Arguments:
+            context: Of shape ``(context_dimension,)``.
+        """
         network = PotentialNetwork(self.dimension, hidden=self.hidden, outputs=self.outputs)
         network = network.to(self.centre)
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("context")}
@@ -199,7 +203,7 @@ class PotentialNetwork(nn.Module):
         strict: bool = True,  # noqa: FBT001, FBT002  # as torch calls it
         assign: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
-        """Takes weights, by the names that they have or had in files of before."""
+        """Loads weights, under their present names or those of older files."""
         renamed = {_FORMER_NAMES.get(name, name): part for name, part in state_dict.items()}
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 

@@ -67,7 +67,7 @@ class SurrogateDensity:
         return position, position[:, :0]
 
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
-        """What the potential does with a function, for one around the network."""
+        """Captures a function, and compiles it where the potential's own are."""
         return self._potential.programs.accelerate(self, name, function, *examples)
 
     def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:

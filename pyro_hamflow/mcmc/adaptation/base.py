@@ -2,7 +2,7 @@
 
 A run goes from phase to phase: one that finds step size and mass, then one that draws; or one that
 gathers true gradients, one that explores along a network, one that tries it, one that draws. Each
-is told by its successor: what a phase has found is all that the next one knows.
+phase makes the one that follows it, and passes on what it has found.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ class Phase(Protocol):
 
     @property
     def tuning(self) -> Tuning | None:
-        """What the move is tuned to, as far as it is found; nothing of a move without steps."""
+        """The step size and the mass found so far; none if the move takes no steps."""
 
     @property
     def adapting(self) -> bool:
-        """Whether its draws are thrown away, for something still changes."""
+        """Whether something still changes, so that its states are not kept as draws."""
 
     @property
     def remaining(self) -> int:
-        """How many iterations of warm-up are to come, as far as is known."""
+        """How many iterations of warm-up are still to come, as far as is known."""
 
     def advance(self, state: State) -> tuple[State, Info]:
-        """One iteration of all chains."""
+        """Moves all chains once; tunes what is tuned."""
 
     def successor(self, state: State) -> tuple[Phase, State] | None:
-        """What follows, and the state that it begins with, once this phase is over."""
+        """The next phase and its first state, once this one is over; none before."""
 
 
 class Sample:

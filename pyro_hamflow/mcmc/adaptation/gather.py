@@ -28,7 +28,7 @@ class Gather(Tune):
 
     @property
     def is_opening(self) -> bool:
-        """As it is without learning, but what is learned has to reach further than draws will."""
+        """Whether trajectories are kept short: at first alone, for later ones teach."""
         return super().is_opening and self.learning.run.iteration <= FEWEST_GATHER
 
     def advance(self, state: State) -> tuple[State, Info]:
@@ -45,7 +45,7 @@ class Gather(Tune):
         return state, info
 
     def restart(self, state: State) -> None:
-        """Begins the search for the step size anew; what single steps find on trial is not kept."""
+        """Begins the search for the step size anew; its trial steps teach nothing."""
         log = self.learning.learner.log
         known = len(log.entries)
         super().restart(state)

@@ -69,7 +69,7 @@ class Learning:
         return self.moves.gathering(self.learner.log.observe)
 
     def gather_anew(self, potential: Potential) -> Transition:
-        """The same on a target that has changed, of which nothing is known yet."""
+        """The same on a target that has changed; forgets what was learned of the old one."""
         self.learner.start_over(potential, self.run.iteration)
         self.trial = Trial()
         self.moves = SurrogateMoves(potential, self.run, self.num_chains)
@@ -129,7 +129,7 @@ class Learning:
         return Explore(self, self._transition, warmup, passing=passing), start
 
     def conclude(self, state: State, tuning: Tuning) -> tuple[Phase, State]:
-        """The decision at the end of warm-up."""
+        """Decides at the end of warm-up, by the last trial, what draws will follow."""
         run, estimator = self.run, self.run.hamiltonian.estimator
         self.learner.log.entries.clear()
         if estimator is not None and self.potential.noise_sites:
@@ -189,7 +189,7 @@ class Learning:
     # --- whether it pays --------------------------------------------------------------------------
 
     def too_costly(self) -> str | None:
-        """Why not to train after all, if so."""
+        """Why training would cost too much beside the draws' true gradients, if it would."""
         if not self.run.choices.fallback:
             return None
         seconds = self.learner.clock.seconds_later("gradient", self.num_chains)

@@ -185,7 +185,7 @@ class MassForm:
         return adapter
 
     def _coordinates(self) -> list[Tensor]:
-        """Of each block, and of the rest, the coordinates in a position."""
+        """For each block, and for the rest, the indices of its coordinates in a position."""
         none = torch.zeros(0, dtype=torch.long)
         return [
             torch.cat([none, *(self.indices[name] for name in names)])

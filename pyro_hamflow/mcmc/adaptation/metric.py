@@ -37,11 +37,11 @@ class Covariance:
 
     @property
     def count(self) -> int:
-        """How many rows were taken in, less one for each chain's mean."""
+        """How many rows were taken in, less one for each chain, whose mean they tell."""
         return int((self._counts - 1.0).clamp(min=0.0).sum())
 
     def update(self, rows: Tensor) -> None:
-        """Takes in rows, of shape ``(chains, dimension)``; those that are not finite are not."""
+        """Takes in a row of each chain, ``(chains, dimension)``; skips those not finite."""
         batch = rows.double().cpu()
         finite = batch.isfinite().all(-1, keepdim=True)
         old, self._counts = self._counts, self._counts + finite
@@ -51,11 +51,11 @@ class Covariance:
         self._sum += weighted.mT @ shift if self.dense else (weighted * shift).sum(0)
 
     def value(self) -> Tensor:
-        """The covariance, or its diagonal."""
+        """The covariance, ``(dimension, dimension)``, or its diagonal, ``(dimension,)``."""
         return self._sum / max(self.count, 1)
 
     def inverse_mass(self, old: Tensor) -> Tensor:
-        """The covariance where it is all that is known: its diagonal, if it is of few rows.
+        """An inverse mass by the covariance alone, where no gradients are known.
 
         A whole matrix from few positions has directions without any spread, in which no step can
         be made; it is shrunk a little towards its diagonal besides.
@@ -98,7 +98,7 @@ class Metric:
 
     @property
     def count(self) -> int:
-        """How many positions were taken in, less one for each chain's mean."""
+        """How many rows were taken in, less one for each chain."""
         return self.positions.count
 
     def update(self, position: Tensor, gradient: Tensor) -> None:

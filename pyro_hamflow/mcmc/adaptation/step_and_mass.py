@@ -116,11 +116,11 @@ class StepAndMass:
         self.adapter = adapter
 
     def empty_adapter(self) -> Adapter:
-        """Pyro's object, before there is a mass."""
+        """Pyro's object for the mass's structure, without a mass in it yet."""
         return copy.deepcopy(self.adapter) or BlockMassMatrix()
 
     def filled_adapter(self, potential: Potential, inverse_mass: Tensor) -> Adapter:
-        """Pyro's object, with an inverse mass in it."""
+        """Pyro's object for the mass's structure, with this inverse mass in it."""
         return self.form(potential).fill(self.empty_adapter(), inverse_mass)
 
     def first_kinetic(self, potential: Potential) -> GaussianKinetic:
@@ -134,13 +134,19 @@ class StepAndMass:
     def kinetic_by(
         self, potential: Potential, spread: Tensor, like: GaussianKinetic
     ) -> GaussianKinetic:
-        """A mass by a spread, whole or its diagonal, of the structure that another has."""
+        """A kinetic energy whose inverse mass is a covariance, in the structure that is asked for.
+
+        Arguments:
+            potential: The target.
+            spread: The covariance, of shape ``(dimension, dimension)``, or its diagonal.
+            like: A kinetic energy; the new one is dense or diagonal as it is.
+        """
         if not like.is_dense:
             return GaussianKinetic(spread.diag() if spread.dim() == 2 else spread)
         return GaussianKinetic(self.form(potential).shaped(spread))
 
     def first_tuning(self, kinetic: GaussianKinetic) -> Tuning:
-        """With the step size that was given, or one to begin the search with."""
+        """The first tuning: the step size that was given, or one to begin the search with."""
         return Tuning(self.step_size or _FIRST_STEP, kinetic)
 
     def warm_up(
@@ -153,7 +159,7 @@ class StepAndMass:
         adapt_mass: bool = True,
         most_steps: int | None = None,
     ) -> WarmUp:
-        """One that adapts what may be adapted, unless told to leave it."""
+        """A warm-up of ``steps`` iterations; it adapts what users and caller let it."""
         return WarmUp(
             tuning.step_size,
             tuning.kinetic,
@@ -193,7 +199,15 @@ def warmed(
     state: State,
     most: float = math.inf,
 ) -> Iterator[tuple[State, Info]]:
-    """The iterations of a warm-up, of so many steps at most."""
+    """Runs a warm-up to its end, and yields the state and the info of each iteration.
+
+    Arguments:
+        warmup: What is tuned.
+        transition: The move.
+        trajectories: How its trajectories end.
+        state: Where to begin.
+        most: The most steps of a trajectory.
+    """
     while not warmup.finished:
         steps = trajectories.draw_num_steps(warmup.tuning.step_size)
         state, info = transition.step(state, warmup.tuning, int(min(steps, most)))

@@ -26,9 +26,9 @@ _FEWEST_WARMUP = 60  # iterations: five times the fewest that gradients are gath
 def start(
     run: SurrogateRun, num_chains: int, initial_params: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Where the surrogate that was given knows its way, if it was trained on data like these.
+    """Where chains start: at draws from where an amortised surrogate expects the posterior.
 
-    Elsewhere it may have valleys that are none of the posterior's, and hold a chain.
+    Further away it may have valleys that are none of the posterior's, and hold a chain there.
     """
     given, potential = run.choices.surrogate, run.source.potential
     if not isinstance(given, AmortizedSurrogate):
@@ -47,7 +47,7 @@ def start(
 
 
 def first_phase(run: SurrogateRun, position: Tensor, noise: Tensor) -> tuple[Phase, State]:
-    """Gathers, or follows what was given; or true gradients, if nothing else would pay."""
+    """The first phase: gathering, or following a given surrogate; plain tuning if neither pays."""
     potential, given = run.source.potential, run.surrogate
     if given is not None and given.dimension != potential.dimension:
         raise ValueError(
@@ -83,7 +83,7 @@ def first_phase(run: SurrogateRun, position: Tensor, noise: Tensor) -> tuple[Pha
 
 
 def _first_kinetic(run: SurrogateRun, potential: Potential) -> GaussianKinetic:
-    """By the spread of a surrogate that was given, unless told otherwise."""
+    """The first kinetic energy: by the spread of a given surrogate, if no mass was given."""
     step_and_mass = run.hamiltonian.step_and_mass
     kinetic = step_and_mass.first_kinetic(potential)
     if run.surrogate is None or step_and_mass.inverse_mass_matrix is not None:
@@ -93,7 +93,7 @@ def _first_kinetic(run: SurrogateRun, potential: Potential) -> GaussianKinetic:
 
 
 def _hopeless(run: SurrogateRun, learner: Learner, chains: int) -> str | None:
-    """Why not even to begin, if so."""
+    """Why learning cannot pay in this run, if that is known before it begins."""
     total, choices = run.plan.warmup_steps, run.choices
     if not run.source.potential.dimension:
         return "there is no parameter, and nothing to be learned"

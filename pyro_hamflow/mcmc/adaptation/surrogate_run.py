@@ -134,7 +134,7 @@ class SurrogateRun:
 
     @property
     def draws_ahead(self) -> int:
-        """How many draws follow, or may."""
+        """How many draws of each chain follow; twice the warm-up if that is not known."""
         planned = self.plan.num_draws
         return 2 * self.plan.warmup_steps if planned is None else planned
 

@@ -58,7 +58,7 @@ class Tune:
         return self.warmup.opening
 
     def advance(self, state: State) -> tuple[State, Info]:
-        """One iteration of all chains, and what follows from it for the tuning."""
+        """Moves all chains once and takes in the outcome, which may end a window or the warm-up."""
         warmup = self.warmup
         num_steps = self.trajectories.draw_num_steps(warmup.tuning.step_size)
         if self.is_opening:
@@ -79,7 +79,7 @@ class Tune:
         return state, info
 
     def _refitted(self, estimator: EstimatorTuning, state: State) -> State:
-        """The state under the estimator as it is at the end of a window, if that has changed."""
+        """Fits the estimator anew, if that is worth it; returns the state on the new target."""
         changed = estimator.retuned(state)
         if changed is None:
             return state

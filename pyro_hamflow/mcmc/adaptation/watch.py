@@ -55,14 +55,14 @@ class Watch:
             self._ended += len(position)
 
     def rhat(self) -> Tensor:
-        """Split R-hat of each coordinate: pieces of all chains are compared with each other."""
+        """Split R-hat of each coordinate, over the pieces of all chains, ``(dimension,)``."""
         count = min(self._counts)
         within = torch.cat([total / (count - 1) for total in self._sums]).mean(0)
         between = torch.cat(self._means).var(0)
         return ((count - 1) / count + between / within).sqrt()
 
     def doubts(self) -> list[str]:
-        """Why the window does not convince, in words; nothing if it does."""
+        """Signs that warm-up has not converged, a phrase each; none if it has."""
         doubts = []
         if min(self._counts, default=0) >= _FEWEST:
             worst = float(self.rhat().nan_to_num(nan=torch.inf).max())

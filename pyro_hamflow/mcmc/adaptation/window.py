@@ -162,14 +162,14 @@ class WarmUp:
         if self._watch is not None:
             self._watch.update(state.position, info, self.tuning.step_size)
             if self.finished:
-                self._judge()
+                self._judge(self._watch)
         if self.adapt_step_size:
             size = self._averaging.final() if self.finished else self._averaging.step_size
             self.tuning = self.tuning._replace(step_size=size)
         return changed
 
     def _update_mass(self, state: State) -> bool:
-        """Takes in positions and their gradients; at the end of a window they make a new mass."""
+        """Takes in positions and gradients; makes a mass of them at a window's end."""
         if not self._windows:
             return False
         dimension = state.position.shape[1]
@@ -185,10 +185,9 @@ class WarmUp:
         self._metric = self._new_metric()
         return True
 
-    def _judge(self) -> None:
-        """Looks at the last window; goes on for another if it did not convince."""
-        assert self._watch is not None
-        self.doubts = self._watch.doubts()
+    def _judge(self, watch: Watch) -> None:
+        """Goes on for another window unless the last one shows convergence."""
+        self.doubts = watch.doubts()
         if not self.doubts or self.warmup_steps >= self._most_steps:
             return
         self.has_gone_on = True
@@ -199,14 +198,14 @@ class WarmUp:
         self._watch = self._new_watch()
 
     def _new_watch(self) -> Watch | None:
-        """What is looked at in the end: the last window of the mass, and all that follows."""
+        """A watch over the mass's last window and the rest; none if no more may follow."""
         if self._most_steps == self.warmup_steps and not self._done:
             return None
         start = self._windows[-2] if len(self._windows) > 1 else self._done
         return Watch(start - self._done, self.warmup_steps - start)
 
     def _set_step_scale(self, acceptance_rate: Tensor) -> None:
-        """Slows chains down that would not move, as out in the tails, until the opening is over.
+        """Shortens the steps of chains that would not move, as far out, until the opening ends.
 
         The step that suits most chains may be too long for one that started badly: tuned on the
         mean of all, it would stay where it is for ever.

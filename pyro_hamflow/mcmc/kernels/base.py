@@ -188,7 +188,7 @@ class Kernel(PyroFace):
         return self._followed(state), info if self.choices is None else padded(info)
 
     def _followed(self, state: State) -> State:
-        """Goes on to the next phase, if this one is over."""
+        """The state to go on from: of the next phase, if this one is over."""
         following = self.phase.successor(state)
         if following is None:
             return state
@@ -200,7 +200,7 @@ class Kernel(PyroFace):
 
     @property
     def phase(self) -> Phase:
-        """The stretch of the run that lasts."""
+        """The present phase of the run."""
         if self._phase is None:
             raise RuntimeError("the kernel has not been set up: run it first")
         return self._phase
@@ -211,7 +211,7 @@ class Kernel(PyroFace):
 
     @property
     def warmup_left(self) -> int:
-        """How many iterations of warm-up are to come, as far as is known."""
+        """How many iterations of warm-up are still to come, as far as is known."""
         return self.phase.remaining
 
     @property
@@ -306,9 +306,9 @@ class Kernel(PyroFace):
         self.hamiltonian.step_and_mass.take_adapter(adapter)
 
     @property
-    def transforms(self) -> dict[str, Any]:
-        """From each site's support to the real line."""
-        return self.source.transforms  # type: ignore[return-value]  # if none, Pyro calls `setup`
+    def transforms(self) -> dict[str, Any] | None:
+        """Maps from each site's support to the real line; if none, Pyro calls ``setup`` first."""
+        return self.source.transforms
 
     def transform_by(self, transforms: Mapping[str, Any]) -> None:
         """Takes other maps from supports to the real line, from the next run on."""

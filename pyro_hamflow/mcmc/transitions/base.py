@@ -68,12 +68,15 @@ class Info(NamedTuple):
     further: Mapping[str, Tensor] = {}
 
     def adding(self, **further: Tensor) -> Info:
-        """With further statistics."""
+        """The same info with further statistics added."""
         return self._replace(further={**self.further, **further})
 
 
 def padded(info: Info) -> Info:
-    """With all statistics of each chain, those of a surrogate included if none was followed."""
+    """The same with every statistic of shape ``(chains,)``, those of a surrogate filled in.
+
+    Where no surrogate was followed, none was accepted and its error is NaN.
+    """
     count = torch.zeros_like(info.accepted, dtype=torch.long)
     nothing = {
         "surrogate_accepted": torch.zeros_like(info.accepted),
@@ -93,8 +96,8 @@ class Tuning(NamedTuple):
     Attributes:
         step_size: The integrator's step.
         kinetic: The kinetic energy of the parameters' momenta.
-        pace: By what each chain's step is shorter, of shape ``(chains,)``, while chains are on
-            their way to the typical set; not at all if not given.
+        step_scale: What each chain's step size is multiplied by, of shape ``(chains,)``, at most
+            one, while chains are on their way to the typical set; all ones if not given.
     """
 
     step_size: float

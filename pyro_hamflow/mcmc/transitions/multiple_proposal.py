@@ -124,7 +124,7 @@ class MultipleProposalTransition:
         return self._latest, info
 
     def ended(self, state: State) -> bool:
-        """Whether a set of proposals has given its last draw, which the chains are at."""
+        """Whether chains are at the last draw of a set of proposals."""
         return not self.ahead and state is self._latest
 
     def move_along_surrogate(

@@ -60,7 +60,12 @@ class Blocks:
         self.sites = [sites[f"{group.name}_noise"] for group in self.groups]
 
     def log_ratios(self, new: Evaluation, old: Evaluation) -> dict[str, Tensor]:
-        """By how much the log estimate of each block grew, chains first."""
+        """By how much each block's log estimate is larger at ``new`` than at ``old``.
+
+        Returns:
+            By the group's name, of shape ``(chains, *plates)``; one entry of shape ``(chains,)``
+            under the empty name, where all noise is one block.
+        """
         if not self.groups:
             return {"": (old.value.double() - new.value.double())}
         return {
@@ -99,7 +104,7 @@ class Blocks:
     def merge_evaluations(
         self, accepted: dict[str, Tensor], new: Evaluation, old: Evaluation
     ) -> Evaluation:
-        """What the model says at merged noise; each element by its own noise."""
+        """The evaluation at merged noise: ``new`` of accepted elements, else ``old``."""
         if not self.groups:
             return select_evaluation(accepted[""], new, old)
         value, local = old.value, dict(old.local)

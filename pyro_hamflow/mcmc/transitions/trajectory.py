@@ -141,7 +141,7 @@ def _turned(
 
 
 def _count_ones(number: Tensor, digits: int) -> Tensor:
-    """How many ones a number has in binary."""
+    """How many of the lowest ``digits`` binary digits of each number are ones."""
     places = torch.arange(digits, device=number.device)[:, None]
     return ((number >> places) & 1).sum(0)
 

@@ -120,14 +120,14 @@ class Tree(NamedTuple):
     done: Tensor
 
     def flatten(self) -> tuple[Tensor, ...]:
-        """All tensors in one row."""
+        """All tensors of the tree in one tuple, as programs take them."""
         return tuple(
             tensor for part in self for tensor in ((part,) if isinstance(part, Tensor) else part)
         )
 
     @staticmethod
     def unflatten(tensors: tuple[Tensor, ...]) -> Tree:
-        """The reverse of :meth:`flatten`."""
+        """The tree of such a tuple."""
         rest = iter(tensors)
 
         def pick() -> Pick:
@@ -180,7 +180,7 @@ def tree_of_one_point(
 
 
 def deepened(tree: Tree, max_depth: int) -> Tree:
-    """The same trajectories with slots for more doublings."""
+    """The same trajectories with marks for up to ``max_depth`` doublings."""
     more = max_depth + 1 - len(tree.sums)
 
     def padded(marks: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class TreeBuilder:
         ).candidate
 
     def info(self, tree: Tree) -> Info:
-        """What happened in the transition to a tree's draw."""
+        """The statistics of a transition to the draw of a finished tree."""
         depth = torch.log2(tree.num_points.double() + 1.0).ceil()  # a broken doubling counts too
         return Info(
             accepted=tree.draw.error != 0.0,
@@ -110,7 +110,7 @@ class TreeBuilder:
     def _prepare(
         self, start: Point, value: Tensor, noise: Tensor, tuning: Tuning, limit: int
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """A tree of one point, and what does not change while it grows."""
+        """A tree of one point as a tuple; and noise, root, step sizes and the most steps."""
         root, example = tuning.kinetic.root, self.target.example
         size = tuning.step_sizes(start.position.mT)
         most = torch.full_like(example, limit, dtype=torch.long)
@@ -125,7 +125,12 @@ class TreeBuilder:
     def _extend(
         program: Program, tensors: tuple[Tensor, ...], settings: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """A tree with one point more; and position, potential and gradient there, if observed."""
+        """Adds a point.
+
+        Returns:
+            The tree as a tuple; and position, potential and gradient at the new point, if steps
+            are observed.
+        """
         made = program(*tensors, *settings)
         return made[: len(tensors)], made[len(tensors) :]
 
