@@ -17,14 +17,16 @@ import torch
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
-from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.enumeration import refuse_branches, sum_out
+from pyro_hamflow.model.gradients import value_and_gradients
+from pyro_hamflow.model.look import check_data, key_of_two, plain_run
 from pyro_hamflow.model.missing import without_gaps
-from pyro_hamflow.model.recovery import Evaluation, pick_particles
-from pyro_hamflow.model.rounding import warn_of_rounding
+from pyro_hamflow.model.recovery import Evaluation, estimate_sites, pick_particles
 from pyro_hamflow.model.sites import (
     add_jacobians,
     constrain,
+    flatten,
+    ravel,
     refuse_moving_supports,
     split,
     stack_sites,
@@ -35,20 +37,17 @@ from pyro_hamflow.model.trace import (
     is_latent,
     outline,
     plate_nesting,
-    refuse_subsampling,
-    run_with,
 )
 from pyro_hamflow.model.unused import find_unused, with_own_prior
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.programs.captured import captured_of
-from pyro_hamflow.programs.failures import first_that_works
+from pyro_hamflow.programs.failures import describe_failures, first_that_works
 from pyro_hamflow.programs.fingerprint import Fingerprint, explained, take_fingerprint
 from pyro_hamflow.programs.program_cache import ProgramCache
 from pyro_hamflow.programs.validation import no_validation
 
 # Where the model is looked at: at the first where its numbers allow it.
 _FACTORS = (0.3, 0.1, 0.03, -0.3, 1.0, -1.0, 2.0, 0.0)  # times a fixed random position
-_SEEDS = 20  # draws from the priors
 
 
 class Potential:
@@ -106,9 +105,7 @@ class Potential:
         self._hold: Callable[[], AbstractContextManager[None]] = nullcontext
         if hasattr(model, "holding"):  # it looks at itself each time that it runs
             self._hold = model.holding(*args, **self.kwargs)
-        refuse_subsampling(plain)
-        refuse_nan(plain)
-        warn_of_rounding(plain)
+        check_data(plain)
         latent = {name: site for name, site in plain.nodes.items() if is_latent(site)}
         discrete = [name for name, site in latent.items() if is_discrete(name, site)]
         noisy = [n for n in latent if separate_noise and latent[n]["infer"].get("noise")]
@@ -155,7 +152,7 @@ class Potential:
         self._unused = self._find_unused(trace)
         self._factor = _FACTORS[0]
         self._key = explained(
-            lambda: self._refuse_randomness(*first_that_works(self._look_twice, _FACTORS)),
+            lambda: key_of_two(*first_that_works(self._look_twice, _FACTORS)),
             self.value_of_one,
             position,
             noise,
@@ -164,13 +161,7 @@ class Potential:
 
     def _trace_plainly(self) -> poutine.Trace:
         """A run of the model at draws from its priors, always the same."""
-
-        def run(seed: int) -> poutine.Trace:
-            torch.manual_seed(seed)
-            return fitting(run_with(self._original, lambda msg: None, *self.args, **self.kwargs))
-
-        with torch.random.fork_rng():
-            return explained(lambda: first_that_works(run, range(_SEEDS)))
+        return plain_run(self._original, self.args, self.kwargs)
 
     # --- one chain, in Python -------------------------------------------------------------------
 
@@ -215,12 +206,12 @@ class Potential:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
                 noise = noise.detach().requires_grad_()
-                return with_slopes(self.value_of_one(position, noise), position, noise)
+                return value_and_gradients(self.value_of_one(position, noise), position, noise)
 
         def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
-                return with_slopes(self.value_of_one(position, noise), position)
+                return value_and_gradients(self.value_of_one(position, noise), position)
 
         def evaluate(position: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
@@ -331,17 +322,6 @@ class Potential:
         with torch.random.fork_rng():
             return self._look(), self._look()
 
-    def _refuse_randomness(self, first: Fingerprint, second: Fingerprint) -> str | None:
-        """Compares two runs of the model at one point; returns what it did there, as a key."""
-        values = first.result[0], second.result[0]
-        if first.random[0] or not torch.equal(*(value.nan_to_num() for value in values)):
-            raise ValueError(
-                "the model draws random numbers that are no sample sites: its log density at one "
-                f"and the same point was {-values[0].item():.6g}, then {-values[1].item():.6g}; "
-                "expected all noise to come from `pyro_hamflow.noise`"
-            )
-        return first.key if first.key == second.key else None
-
     def is_unchanged(self) -> bool:
         """Whether the model still does what it did when it was looked at first."""
         if self._key is not None:
@@ -380,21 +360,9 @@ class Potential:
         Arguments:
             diverging: How many transitions have diverged, as those do that meet such a position.
         """
-        failures = self.programs.failures
-        if failures.position is not None:
-            values = {n: v.tolist() for n, v in self.constrain(failures.position).items()}
-            return (
-                f"The model failed at {failures.count} of {failures.calls} positions, which "
-                f"therefore have no density. It first said: {failures.reason} "
-                f"That was at {values}."[:600]
-            )
-        if self.programs.fallible and diverging:
-            what = " or ".join(sorted(self.programs.fallible))
-            return (
-                f"Positions where {what} fails have no density, and transitions that meet one "
-                "diverge: if there should be none, add a little to the diagonal of the matrix."
-            )
-        return None
+        return describe_failures(
+            self.programs.failures, self.programs.fallible, self.constrain, diverging
+        )
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """A kind's batched program, to build larger programs from."""
@@ -425,8 +393,7 @@ class Potential:
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """One position, of shape ``(dimension,)``, from values in the sites' supports."""
-        parts = [site.transform.inv(values[site.name]).reshape(-1) for site in self.sites]
-        return torch.cat(parts).to(self.example) if parts else self.example.new_zeros(0)
+        return flatten(self.sites, values, self.example)
 
     def ravel(self, values: Mapping[str, Tensor], num_chains: int) -> Tensor:
         """Positions from values on the real line, each with a leading chain dimension.
@@ -434,27 +401,8 @@ class Potential:
         Raises:
             ValueError: If a site is missing, unknown, or of another shape.
         """
-        names = {site.name for site in self.sites + self.noise_sites}
-        for name in values:
-            if name not in names:
-                raise ValueError(
-                    f"`initial_params` names '{name}': expected {[s.name for s in self.sites]}"
-                )
-        parts = []
-        for site in self.sites:
-            if site.name not in values:
-                raise ValueError(f"`initial_params` lacks a value for site '{site.name}'")
-            value = torch.as_tensor(values[site.name])
-            expected = (num_chains, *site.shape)
-            if tuple(value.shape) != expected:
-                raise ValueError(
-                    f"`initial_params` of site '{site.name}' has shape {tuple(value.shape)}: "
-                    f"expected {expected}, chains first, on the unconstrained real line"
-                )
-            parts.append(value.to(self.example).reshape(num_chains, -1))
-        if not parts:
-            return self.example.new_zeros(num_chains, 0)
-        return torch.cat(parts, -1)
+        known = self.sites + self.noise_sites
+        return ravel(self.sites, known, values, num_chains, self.example)
 
     def draw_noise(self, num_chains: int) -> Tensor:
         """Standard normal noise for every chain."""
@@ -477,24 +425,11 @@ class Potential:
 
     def _estimate_sites(self) -> list[Any]:
         """Sites that hold estimates; none where enumeration runs through them."""
-        return [
-            site
-            for site in self.plain_trace.nodes.values()
-            if self.noise_sites
-            and not self._enumerated
-            and site["type"] == "sample"
-            and "estimate" in site["infer"]
-        ]
+        if not self.noise_sites or self._enumerated:
+            return []
+        return estimate_sites(self.plain_trace)
 
     @property
     def num_choices(self) -> int:
         """How many particles are picked when local sites are recovered."""
         return sum(estimate.group.shape.numel() for estimate in self.estimates)
-
-
-def with_slopes(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """A value and its gradients; zeros in what it does not depend on."""
-    if not value.requires_grad:
-        return value, *(torch.zeros_like(tensor) for tensor in inputs)
-    slopes = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-    return value.detach(), *slopes

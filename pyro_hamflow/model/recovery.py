@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 from torch import Tensor
@@ -22,6 +22,15 @@ class Evaluation(NamedTuple):
     local: dict[str, Tensor]
 
 
+def estimate_sites(trace: poutine.Trace) -> list[Any]:
+    """The sites of a run that hold likelihood estimates."""
+    return [
+        site
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and "estimate" in site["infer"]
+    ]
+
+
 def pick_particles(trace: poutine.Trace, uniform: Tensor) -> list[Tensor]:
     """Picks a particle of each element of each estimate in a trace, by its weight.
 
@@ -36,9 +45,7 @@ def pick_particles(trace: poutine.Trace, uniform: Tensor) -> list[Tensor]:
         For each estimate the log estimates of its elements, then the picked values of its sites.
     """
     results: list[Tensor] = []
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or "estimate" not in site["infer"]:
-            continue
+    for site in estimate_sites(trace):
         estimate = site["infer"]["estimate"]
         group, log_weights = estimate.group, estimate.log_weights
         level, uniform = uniform.tensor_split([group.shape.numel()])

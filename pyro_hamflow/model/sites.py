@@ -49,6 +49,49 @@ def constrain(sites: list[Site], free: Mapping[str, Tensor]) -> dict[str, Tensor
     return {site.name: site.transform(free[site.name]) for site in sites}
 
 
+def flatten(sites: list[Site], values: Mapping[str, Tensor], example: Tensor) -> Tensor:
+    """One position, of shape ``(dimension,)``, from values in the sites' supports."""
+    parts = [site.transform.inv(values[site.name]).reshape(-1) for site in sites]
+    return torch.cat(parts).to(example) if parts else example.new_zeros(0)
+
+
+def ravel(
+    sites: list[Site],
+    known: list[Site],
+    values: Mapping[str, Tensor],
+    num_chains: int,
+    example: Tensor,
+) -> Tensor:
+    """Positions from values on the real line, each with a leading chain dimension.
+
+    Arguments:
+        sites: The sites of a position.
+        known: Those that may be named, whether they are part of a position or not.
+        values: Their values.
+        num_chains: How many chains.
+        example: A scalar of the type and on the device of positions.
+
+    Raises:
+        ValueError: If a site is missing, unknown, or of another shape.
+    """
+    for name in values:
+        if name not in {site.name for site in known}:
+            raise ValueError(f"`initial_params` names '{name}': expected {[s.name for s in sites]}")
+    parts = []
+    for site in sites:
+        if site.name not in values:
+            raise ValueError(f"`initial_params` lacks a value for site '{site.name}'")
+        value = torch.as_tensor(values[site.name])
+        expected = (num_chains, *site.shape)
+        if tuple(value.shape) != expected:
+            raise ValueError(
+                f"`initial_params` of site '{site.name}' has shape {tuple(value.shape)}: "
+                f"expected {expected}, chains first, on the unconstrained real line"
+            )
+        parts.append(value.to(example).reshape(num_chains, -1))
+    return torch.cat(parts, -1) if parts else example.new_zeros(num_chains, 0)
+
+
 def add_jacobians(log_joint: Tensor, sites: list[Site], free: Mapping[str, Tensor]) -> Tensor:
     """The log density of values on the real line, from that of the values in the supports."""
     for site in sites:

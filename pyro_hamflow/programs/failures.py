@@ -6,7 +6,7 @@ not that of the sampler: such a position has no density, and is counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -96,3 +96,33 @@ def first_line(error: Exception) -> str:
     """The first line of what an error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def describe_failures(
+    failures: Failures,
+    fallible: set[str],
+    values_at: Callable[[Tensor], Mapping[str, Tensor]],
+    diverging: int,
+) -> str | None:
+    """Where a model has failed, or may have, in a sentence; or nothing.
+
+    Arguments:
+        failures: Where it failed when it was run in Python.
+        fallible: What in its programs can fail.
+        values_at: The values of its sites at a position.
+        diverging: How many transitions have diverged, as those do that meet such a position.
+    """
+    if failures.position is not None:
+        values = {name: value.tolist() for name, value in values_at(failures.position).items()}
+        return (
+            f"The model failed at {failures.count} of {failures.calls} positions, which "
+            f"therefore have no density. It first said: {failures.reason} "
+            f"That was at {values}."[:600]
+        )
+    if fallible and diverging:
+        what = " or ".join(sorted(fallible))
+        return (
+            f"Positions where {what} fails have no density, and transitions that meet one "
+            "diverge: if there should be none, add a little to the diagonal of the matrix."
+        )
+    return None

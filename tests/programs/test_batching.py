@@ -7,7 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow.model.potential import Potential, with_slopes
+from pyro_hamflow.model.gradients import value_and_gradients
+from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import batch, capture
 
 TIMES = torch.linspace(0.0, 2.0, 6, dtype=torch.float64)
@@ -142,7 +143,7 @@ def test_operations_are_recorded_differentiated_and_batched(function):
     def value_and_slope(a):
         with torch.enable_grad():
             a = a.detach().requires_grad_()
-            return with_slopes(function(a).sum(), a)
+            return value_and_gradients(function(a).sum(), a)
 
     torch.manual_seed(0)
     rows = torch.randn(3, 8, dtype=torch.float64)

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hamflow.dynamics.integrators import ValueAndGradients
-from pyro_hamflow.model.potential import Potential, with_slopes
+from pyro_hamflow.model.gradients import value_and_gradients
+from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import batch, capture
 
 _TOGETHER = 64  # data sets in a call of the program that is captured for so many
@@ -58,7 +59,7 @@ class SimulatedSets:
             data.update(zip(names, values, strict=True))
             with torch.enable_grad():
                 position = position.detach().requires_grad_()
-                return with_slopes(potential.value_of_one(position, position[:0]), position)
+                return value_and_gradients(potential.value_of_one(position, position[:0]), position)
 
         sets = []
         count = -(-num_sets // _TOGETHER) * _TOGETHER

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_hamflow.model.potential import Potential, with_slopes
+from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian
 from pyro_hamflow.surrogates.amortized.probes import probe, probed_points
 from pyro_hamflow.surrogates.amortized.simulated import observed
@@ -92,9 +92,7 @@ class AmortizedSurrogate:
         noise = potential.draw_noise(1)[0]
 
         def value_and_gradient(position: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                position = position.detach().requires_grad_()
-                return with_slopes(potential.value_of_one(position, noise), position)
+            return potential.function("gradient")(position, noise)
 
         probed = probe(value_and_gradient, location, root)
         network = copy.deepcopy(self.network).to(example)

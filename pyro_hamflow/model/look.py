@@ -1,0 +1,61 @@
+"""What is seen of a model before it is sampled: a plain run, and what two runs have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+
+from pyro_hamflow.model.data_faults import fitting, refuse_nan
+from pyro_hamflow.model.rounding import warn_of_rounding
+from pyro_hamflow.model.trace import refuse_subsampling, run_with
+from pyro_hamflow.programs.failures import first_that_works
+from pyro_hamflow.programs.fingerprint import Fingerprint, explained
+
+_SEEDS = 20  # draws from the priors
+
+
+def plain_run(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> poutine.Trace:
+    """A run of a model at draws from its priors, always the same."""
+
+    def run(seed: int) -> poutine.Trace:
+        torch.manual_seed(seed)
+        return fitting(run_with(model, lambda msg: None, *args, **kwargs))
+
+    with torch.random.fork_rng():
+        return explained(lambda: first_that_works(run, range(_SEEDS)))
+
+
+def check_data(plain: poutine.Trace) -> None:
+    """Refuses data that are a part of all or contain NaN, and warns where they are rounded.
+
+    Raises:
+        ValueError: If a plate is subsampled, or data contain NaN.
+    """
+    refuse_subsampling(plain)
+    refuse_nan(plain)
+    warn_of_rounding(plain)
+
+
+def key_of_two(first: Fingerprint, second: Fingerprint) -> str | None:
+    """What a model did in two runs at one point, as a key; ``None`` if not the same.
+
+    Arguments:
+        first: Of the first run, whose result begins with the potential.
+        second: Of the second.
+
+    Raises:
+        ValueError: If they tell of random numbers that the model draws by itself.
+    """
+    values = first.result[0], second.result[0]
+    if first.random[0] or not torch.equal(*(value.nan_to_num() for value in values)):
+        raise ValueError(
+            "the model draws random numbers that are no sample sites: its log density at one "
+            f"and the same point was {-values[0].item():.6g}, then {-values[1].item():.6g}; "
+            "expected all noise to come from `pyro_hamflow.noise`"
+        )
+    return first.key if first.key == second.key else None
