@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -10,10 +11,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import HMC, PseudoMarginalHMC, marginalize
+from pyro_hamflow import HMC, MCMC, NUTS, PseudoMarginalHMC, marginalize
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.adaptation.metric import Covariance
+from pyro_hamflow.mcmc.adaptation.watch import Standstill
 from pyro_hamflow.mcmc.adaptation.window import DualAveraging, WarmUp, mass_windows
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from tests.helpers.outcomes import outcome
 
 SCALES = torch.tensor([0.1, 1.0, 5.0]).double()
@@ -280,3 +283,64 @@ def test_chain_that_starts_badly_arrives():
 def test_it_would_not_with_one_step_for_all(monkeypatch):
     monkeypatch.setattr(WarmUp, "_set_step_scale", lambda self, acceptance_rate: None)
     assert distance_after_warmup() > 30.0
+
+
+# --- a density without a bound --------------------------------------------------------------------
+
+
+def fitted_exactly(y, least):
+    """At the mean of constant data the density has no bound, unless the error has a least value."""
+    one = torch.ones((), dtype=torch.float32)  # whose rounding stops the chains
+    mean = pyro.sample("mean", dist.Normal(0.0 * one, 2.0))
+    error = least + pyro.sample("error", dist.HalfNormal(one))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mean, error), obs=y)
+
+
+def run_near_the_pole(least):
+    """Four chains that start where the density is steep: beside the mean, with a tiny error."""
+    start = {"mean": torch.full((4,), 1.001), "error": torch.full((4,), -20.0)}
+    kernel = NUTS(fitted_exactly, max_tree_depth=6)
+    mcmc = MCMC(kernel, 2, None, start, 4, seed=0, disable_progbar=True)
+    mcmc.run(torch.ones(24, dtype=torch.float32), least)
+    return mcmc
+
+
+def test_density_without_a_bound_is_told_and_ends(monkeypatch):
+    taken = []
+    step = NUTSTransition.step
+
+    def counted(transition, state, tuning, most, *args):
+        taken.append(most)
+        return step(transition, state, tuning, most, *args)
+
+    monkeypatch.setattr(NUTSTransition, "step", counted)
+    mcmc = run_near_the_pole(0.0)
+    told = [message for message in mcmc.messages if "led nowhere" in message]
+    assert len(told) == 1 and "The density may have no bound" in told[0]
+    assert sum("went on to" in message for message in mcmc.messages) == 0  # it was not worth it
+    assert taken.count(63) < 0.6 * len(taken) and 31 in taken
+
+
+def test_bounded_density_is_left_alone():
+    assert not any("led nowhere" in message for message in run_near_the_pole(0.3).messages)
+
+
+def info_of(*cut):
+    return SimpleNamespace(further={"reached_max_treedepth": torch.tensor(cut)})
+
+
+def test_trajectories_are_shortened_while_they_lead_nowhere():
+    watch = Standstill()
+    for cut, size in ((False, 1e-4), (True, 0.1)):  # they turn back, or go far
+        for _ in range(50):
+            watch.update(info_of(cut, cut), 1023, size)
+    watch.update(info_of(True, True), 20, 1e-4)  # short as they are
+    assert not watch.found and watch.shortened(1023) == 1023
+    for number in range(10):
+        assert not watch.found and watch.shortened(1023) == 1023, number
+        watch.update(info_of(True, False), 1023, 1e-4)
+    assert watch.found
+    assert [watch.shortened(steps) for steps in (1023, 127, 20)] == [63, 31, 20]
+    watch.restart()
+    assert watch.found and watch.shortened(1023) == 1023

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
+from pyro_hamflow.mcmc.adaptation.watch import Standstill
 from pyro_hamflow.mcmc.adaptation.window import WarmUp
 from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning
 from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
@@ -39,6 +40,7 @@ class Tune:
         self.warmup = warmup
         self.plan = plan
         self.estimator = estimator
+        self._standstill = Standstill()
 
     @property
     def tuning(self) -> Tuning:
@@ -63,15 +65,20 @@ class Tune:
         num_steps = self.trajectories.draw_num_steps(warmup.tuning.step_size)
         if self.is_opening:
             num_steps = min(num_steps, _OPENING_STEPS)
+        num_steps = self._standstill.shortened(num_steps)
         state, info = self.transition.step(state, warmup.tuning, num_steps)
+        self._standstill.update(info, num_steps, warmup.tuning.step_size)
+        warmup.may_go_on &= not self._standstill.found
         changed = warmup.update(state, info)
+        if changed:
+            self._standstill.restart()
         if changed and not warmup.finished:
             if self.estimator is not None:
                 state = self._refitted(self.estimator, state)
             if self.step_and_mass.adapt_step_size:
                 self.restart(state)
         if warmup.finished:
-            self._tell()
+            self._tell(state)
         if self.estimator is not None:
             self.estimator.note(state)
             if warmup.finished:
@@ -92,13 +99,25 @@ class Tune:
         size = self.step_and_mass.reasonable_step_size(self.transition, state, self.warmup.tuning)
         self.warmup.restart(size)
 
-    def _tell(self) -> None:
-        """Says if warm-up took longer than was planned, or has not converged."""
+    def _tell(self, state: State) -> None:
+        """Says if warm-up got nowhere, took longer than was planned, or has not converged."""
         warmup = self.warmup
-        took = f"warm-up went on to {warmup.warmup_steps} iterations"
-        if warmup.doubts:
+        if self._standstill.found:
+            highest = -float(state.evaluation.value.min())
             self.plan.say(
-                f"{took}, its limit, and has not converged: in its last window "
+                "in warm-up most trajectories took all the steps that they may and led nowhere, so "
+                f"that later ones were cut shorter; the step size is {warmup.tuning.step_size:.1e} "
+                f"where the log density is {highest:.4g}. The density may have no bound, as where "
+                "a scale goes to zero for data that are fitted exactly: look at priors of scales.",
+                first=True,
+            )
+        took = f"warm-up went on to {warmup.warmup_steps} iterations"
+        if not warmup.has_gone_on:
+            took = f"warm-up took {warmup.warmup_steps} iterations"
+        if warmup.doubts:
+            limit = ", its limit," if warmup.may_go_on else ""
+            self.plan.say(
+                f"{took}{limit} and has not converged: in its last window "
                 f"{' and '.join(warmup.doubts)}."
             )
         elif warmup.has_gone_on:

@@ -1,4 +1,4 @@
-"""Whether warm-up has converged, by its last window."""
+"""Whether warm-up gets anywhere, and whether it has converged, by its last window."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _LARGEST_RHAT = 1.1  # of a window's pieces, which are short: looser than that o
 _LARGEST_SHARE = 0.05  # of trees cut
 _LARGEST_CHANGE = 2.0  # of the step size
 _FEWEST = 10  # iterations in a piece of the window
+_IN_A_ROW = 10  # iterations that lead nowhere
+_CUT, _SHORT = 16, 31  # by which trajectories are shorter then, and steps that are few enough
 
 
 class Watch:
@@ -78,3 +80,43 @@ class Watch:
             if abs(change) > math.log(_LARGEST_CHANGE):
                 doubts.append("the step size still " + ("rises" if change > 0.0 else "falls"))
         return doubts
+
+
+class Standstill:
+    """Shortens trajectories that are cut before they get anywhere, until the mass is another one.
+
+    Where the density has no bound, the step size falls for ever, and most trajectories take all the
+    steps that they may without going as far as a standard deviation by the mass found so far.
+
+    Attributes:
+        found: Whether it came to that.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+        self._in_a_row = 0
+
+    def shortened(self, num_steps: int) -> int:
+        """How many steps trajectories may take, of so many."""
+        if self._in_a_row < _IN_A_ROW:
+            return num_steps
+        return min(num_steps, max(_SHORT, num_steps // _CUT))
+
+    def update(self, info: Info, num_steps: int, step_size: float) -> None:
+        """Takes in one iteration of all chains.
+
+        Arguments:
+            info: What is known of it.
+            num_steps: How many steps each trajectory might take.
+            step_size: Of each step, in standard deviations.
+        """
+        cut = info.further.get("reached_max_treedepth")
+        if cut is None or num_steps <= _SHORT or self._in_a_row >= _IN_A_ROW:
+            return
+        leads_nowhere = num_steps * step_size < 1.0 and bool(cut.double().mean() >= 0.5)
+        self._in_a_row = self._in_a_row + 1 if leads_nowhere else 0
+        self.found |= self._in_a_row >= _IN_A_ROW
+
+    def restart(self) -> None:
+        """Lets trajectories be as long as they may again."""
+        self._in_a_row = 0

@@ -103,6 +103,7 @@ class WarmUp:
         warmup_steps: How many iterations there will be, as far as is known.
         doubts: Why the last window did not convince, in words; empty if it did.
         has_gone_on: Whether there were more iterations than at least.
+        may_go_on: Whether there may be, as far as it is worth it.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class WarmUp:
         self._shaped = shaped
         self.doubts: list[str] = []
         self.has_gone_on = False
+        self.may_go_on = True
         self._most_steps = max(warmup_steps, most_steps or 0)
         self._windows = mass_windows(warmup_steps)
         self._opening = int(0.15 * warmup_steps)
@@ -188,7 +190,7 @@ class WarmUp:
     def _judge(self, watch: Watch) -> None:
         """Goes on for another window unless the last one shows convergence."""
         self.doubts = watch.doubts()
-        if not self.doubts or self.warmup_steps >= self._most_steps:
+        if not self.doubts or not self.may_go_on or self.warmup_steps >= self._most_steps:
             return
         self.has_gone_on = True
         start, self.warmup_steps = self._done, min(2 * self._done, self._most_steps)
