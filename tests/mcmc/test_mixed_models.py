@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import digamma, polygamma
 from scipy.stats import multivariate_normal
 
 import pyro_hamflow as phf
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from tests.mixed_models import MIXED_MODELS
 from tests.mixed_models.importance import find_mode, posterior
-from tests.mixed_models.priors import normal
+from tests.mixed_models.priors import gamma, normal
 from tests.mixed_models.quadrature import Marginal, Truth
 from tests.mixed_models.verdict import judge
 
@@ -58,6 +59,30 @@ def test_a_biased_estimate_is_noticed(monkeypatch):
     monkeypatch.setattr(MarginalModel, "estimate", dishonest)
     with pytest.raises(AssertionError):
         check(verdict_of_a_run("epilepsy"))
+
+
+# --- the verdict -------------------------------------------------------------------------------
+
+
+def test_right_draws_of_a_long_tail_are_found_right():
+    """A scale's logarithm has a long tail to the left, which some draws visit and some miss."""
+    shape, rng = 0.2, np.random.default_rng(0)
+    variance = polygamma(1, shape)
+    reference = {
+        "names": ["sigma"],
+        "mean": [digamma(shape)],
+        "sd": [math.sqrt(variance)],
+        "kurtosis": [3 + polygamma(3, shape) / variance**2],
+        "mean_error": [0.0],
+        "sd_error": [0.0],
+    }
+    truth = Truth({"sigma": gamma(shape, 1.0)}, lambda t, z: z)
+    draws = torch.as_tensor(rng.gamma(shape, size=(300, 4, 60)))
+    scores = [judge(truth, {"sigma": each}, reference).sd_scores["sigma"] for each in draws]
+    assert np.quantile(scores, 0.01) > -3.0
+    assert np.std(scores) == pytest.approx(1.0, abs=0.15)
+    narrow = judge(truth, {"sigma": draws.flatten(0, 1)[:40] ** 0.8}, reference)
+    assert narrow.sd_scores["sigma"] < -4.0
 
 
 # --- the references themselves ------------------------------------------------------------------
@@ -126,6 +151,7 @@ def test_importance_sampling_of_a_normal_posterior():
     sd = (4 + 1 / 4) ** -0.5
     assert abs(made.mean[0] - y.sum().item() * sd**2) < 4 * made.mean_error[0]
     assert abs(made.sd[0] - sd) < 4 * made.sd_error[0]
+    assert made.kurtosis[0] == pytest.approx(3.0, abs=0.15)
     assert made.mean_error[0] < 0.01 * sd
 
 

@@ -30,11 +30,12 @@ _TRIALS, _DRAWS, _BATCHES = 3000, 10_000, 60
 
 @dataclass(frozen=True)
 class Reference:
-    """A posterior's moments, of unconstrained values, each with its standard error."""
+    """A posterior's moments, of unconstrained values, the first two with their standard errors."""
 
     names: list[str]
     mean: list[float]
     sd: list[float]
+    kurtosis: list[float]
     mean_error: list[float]
     sd_error: list[float]
     ess: float
@@ -142,6 +143,7 @@ def posterior(marginal: Marginal, start: np.ndarray | None = None, seed: int = 0
         marginal.truth.names,
         mean.tolist(),
         np.sqrt(variance).tolist(),
+        (weights @ square**2 / variance**2).tolist(),
         mean_error.tolist(),
         sd_error.tolist(),
         float(ess),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remake ``mixed_models.json``: the posteriors of the mixed models of ``tests/mixed_models``.
 
-For each model the means and standard deviations of its unconstrained parameters (logarithms of
-positive ones, logits of probabilities, inverse hyperbolic tangents of correlations, the first of
-ordered numbers and the logarithms of their gaps), and the standard errors of both, from at least
-20,000 effective draws by importance (``tests/mixed_models/importance.py``), weighed by quadrature
-(``tests/mixed_models/quadrature.py``).
+For each model the means, standard deviations and kurtoses of its unconstrained parameters
+(logarithms of positive ones, logits of probabilities, inverse hyperbolic tangents of correlations,
+the first of ordered numbers and the logarithms of their gaps), and the standard errors of the first
+two, from at least 20,000 effective draws by importance (``tests/mixed_models/importance.py``),
+weighed by quadrature (``tests/mixed_models/quadrature.py``).
 ``quadrature_error`` is the largest difference of the log marginal likelihood, less its mean, from
 that by twice the nodes, over eight draws of the posterior.
 
