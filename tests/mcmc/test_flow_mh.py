@@ -78,7 +78,7 @@ def without_steps(transition):
     """The transition as one that is given a tuning and a number of steps, and needs neither."""
     return SimpleNamespace(
         target=transition.target,
-        begin=transition.begin,
+        state_at=transition.state_at,
         step=lambda state, tuning, num_steps: transition.step(state),
     )
 
