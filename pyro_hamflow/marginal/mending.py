@@ -16,11 +16,14 @@ from torch import Tensor
 from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
+from pyro_hamflow.marginal.settle import WANTED_VARIANCE, repeated_estimates
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 
-_WANTED_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
+_PRIOR_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
 _FEWEST, _MOST = 32, 512  # particles from the prior
 _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than they gain
+_REPLICATES = 32  # estimates, for each of a few draws
+_EASED = 0.5  # of the wanted variance, at which fewer particles do: away from where more are taken
 _WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at most
 
 
@@ -81,9 +84,41 @@ def more_particles(
     return other
 
 
+def fewer_particles(
+    marginal: TunedEstimator,
+    draws: list[dict[str, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> TunedEstimator | None:
+    """A copy of a marginal model with as few particles as do; none if it has no more than that.
+
+    What warm-up wanted while chains were far away is too much where they arrive.
+
+    Arguments:
+        marginal: The model, whose proposal has been fitted.
+        draws: Constrained parameter values.
+        args: The model's arguments.
+        kwargs: Its keyword arguments.
+    """
+    if marginal.num_particles:
+        return None
+    layouts = marginal.plan(*args, **kwargs).layouts.values()
+    count = max(2, *(len(layout.strata) for layout in layouts))
+    other = copy.copy(marginal)
+    while count < max(layout.num_particles for layout in layouts):
+        other.settle(count)
+        estimates = [
+            repeated_estimates(other, draw, _REPLICATES, args, kwargs).sum(-1) for draw in draws
+        ]
+        if float(torch.stack(estimates).var(-1).median()) <= _EASED * WANTED_VARIANCE:
+            return other
+        count *= 2
+    return None
+
+
 def _number(variance: float) -> int:
     """How many particles bring an estimate's variance from that with one to where it does well."""
-    wanted = 2 ** math.ceil(math.log2(max(1.0, variance / _WANTED_VARIANCE)))
+    wanted = 2 ** math.ceil(math.log2(max(1.0, variance / _PRIOR_VARIANCE)))
     return min(max(wanted, _FEWEST), _MOST)
 
 
