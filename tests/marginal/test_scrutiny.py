@@ -13,9 +13,10 @@ import pyro_hamflow as phf
 from pyro_hamflow.marginal import pilot as pilot_module
 from pyro_hamflow.marginal import preparation as preparation_module
 from pyro_hamflow.marginal import scrutiny as scrutiny_module
-from pyro_hamflow.marginal.mending import more_particles
+from pyro_hamflow.marginal.mending import fewer_particles, more_particles
 from pyro_hamflow.marginal.proposals import mixture as mixture_module
 from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses
+from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
@@ -163,3 +164,19 @@ def test_warm_up_takes_more_particles_of_the_prior_where_they_are_too_few():
     assert variances[1] / more.settled_particles <= 4.0 or more.settled_particles == 512
     given = phf.marginalize(seizures, ["u"], num_particles=32, proposal="prior")
     assert more_particles(given, [here], (x, y), {}) is None
+
+
+def test_warm_up_takes_fewer_particles_where_they_are_more_than_enough():
+    """What it wanted while chains were far away is not kept where they arrive."""
+    x = torch.linspace(-1.0, 1.0, 40).double()
+    y = dist.Poisson((3.0 + x + 0.6 * torch.randn(40)).exp()).sample()
+    marginal = phf.marginalize(seizures, ["u"])
+    here = marginal.pilot((x, y), {})
+    marginal.settle(16)
+    fewer = fewer_particles(marginal, [here], (x, y), {})
+    assert fewer.settled_particles <= 4
+    assert repeated_estimates(fewer, here, 400, (x, y), {}).sum(-1).var() <= 1.0
+    assert fewer_particles(fewer, [here], (x, y), {}) is None
+    given = phf.marginalize(seizures, ["u"], num_particles=16)
+    given.pilot((x, y), {})
+    assert fewer_particles(given, [here], (x, y), {}) is None
