@@ -132,6 +132,7 @@ def fit_anew_at(iterations, monkeypatch):
         return copy.copy(model) if next(calls) in iterations else None
 
     monkeypatch.setattr(estimator_module, "_WANTED_VARIANCE", -1.0)
+    monkeypatch.setattr(estimator_module, "_WANTED_FACTORISED_VARIANCE", -1.0)
     monkeypatch.setattr(estimator_module, "refit_at", refit)
     monkeypatch.setattr(estimator_module, "mend_proposal", lambda *arguments: None)
 
