@@ -14,8 +14,9 @@ from pyro_hamflow.programs.capture import Program, sizes_made
 _EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
 _COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each operation of it
 # Of the calls that take as long as to compile, made before it is compiled. What a run calls a few
-# hundred times, while it tunes, is never compiled; what draws call is, after a tenth of that time.
-_PATIENCE = 0.1
+# hundred times, while it tunes, is never compiled; what draws call is, while warm-up lasts: with a
+# tenth in place of a fiftieth, eight schools were compiled among their draws.
+_PATIENCE = 0.02
 
 _OPTIONS = {
     # Checks of the inputs' strides cost more than a small gradient does.
