@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
-from pyro_hamflow.marginal.settle import WANTED_VARIANCE, repeated_estimates
+from pyro_hamflow.marginal.settle import WANTED_VARIANCE, settle_below
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 
 _PRIOR_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
@@ -102,18 +102,10 @@ def fewer_particles(
     """
     if marginal.num_particles:
         return None
-    layouts = marginal.plan(*args, **kwargs).layouts.values()
-    count = max(2, *(len(layout.strata) for layout in layouts))
+    marginal.plan(*args, **kwargs)  # a look at the model, which a copy shares
     other = copy.copy(marginal)
-    while count < max(layout.num_particles for layout in layouts):
-        other.settle(count)
-        estimates = [
-            repeated_estimates(other, draw, _REPLICATES, args, kwargs).sum(-1) for draw in draws
-        ]
-        if float(torch.stack(estimates).var(-1).median()) <= _EASED * WANTED_VARIANCE:
-            return other
-        count *= 2
-    return None
+    enough = settle_below(other, draws, _EASED * WANTED_VARIANCE, _REPLICATES, args, kwargs)
+    return other if enough else None
 
 
 def _number(variance: float) -> int:

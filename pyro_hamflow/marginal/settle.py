@@ -58,16 +58,44 @@ def settle_particles(
         args: The model's arguments.
         kwargs: The model's keyword arguments.
     """
+    pilot = [marginal.prepared.pilot]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if not settle_below(marginal, pilot, WANTED_VARIANCE, _REPLICATES, args, kwargs):
+            marginal.settle(None)
+
+
+def settle_below(
+    marginal: TunedEstimator,
+    draws: list[dict[str, Tensor]],
+    variance: float,
+    num_replicates: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Takes the fewest particles, doubling from two, for which estimates vary less than so much.
+
+    Arguments:
+        marginal: A model whose proposal has been fitted; changed in place.
+        draws: Constrained parameter values, over which the median counts.
+        variance: That of the log estimate which is small enough.
+        num_replicates: How many estimates it is measured by.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+
+    Returns:
+        Whether fewer than it had are enough.
+    """
     layouts = marginal.plan(*args, **kwargs).layouts.values()
     most = max(layout.num_particles for layout in layouts)
     count = max(2, *(len(layout.strata) for layout in layouts))
-    pilot = marginal.prepared.pilot
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        while count < most:
-            marginal.settle(count)
-            estimates = repeated_estimates(marginal, pilot, _REPLICATES, args, kwargs).sum(-1)
-            if float(estimates.std()) ** 2 <= WANTED_VARIANCE:
-                return
-            count *= 2
-    marginal.settle(None)
+    while count < most:
+        marginal.settle(count)
+        estimates = [
+            repeated_estimates(marginal, draw, num_replicates, args, kwargs).sum(-1)
+            for draw in draws
+        ]
+        if float(torch.stack(estimates).var(-1).median()) <= variance:
+            return True
+        count *= 2
+    return False

@@ -131,7 +131,7 @@ def fit_anew_at(iterations, monkeypatch):
     def refit(model, *rest):
         return copy.copy(model) if next(calls) in iterations else None
 
-    monkeypatch.setattr(estimator_module, "_WANTED_VARIANCE", -1.0)
+    monkeypatch.setattr(estimator_module, "WANTED_VARIANCE", -1.0)
     monkeypatch.setattr(estimator_module, "_WANTED_FACTORISED_VARIANCE", -1.0)
     monkeypatch.setattr(estimator_module, "refit_at", refit)
     monkeypatch.setattr(estimator_module, "mend_proposal", lambda *arguments: None)

@@ -13,6 +13,7 @@ from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.mending import fewer_particles, mend_proposal, more_particles, refit_at
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.marginal.scrutiny import look, misses
+from pyro_hamflow.marginal.settle import WANTED_VARIANCE
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.transitions.base import State, Transition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
@@ -32,7 +33,6 @@ _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are
 # per second with four seeds, 16 made 2.0 and 3.5.
 _WANTED_FACTORISED_VARIANCE = 4.0
 _LAVISH_VARIANCE = 0.25  # below which half the particles would do
-_WANTED_VARIANCE = 1.0  # of the estimate, as where the number of particles is settled
 _LOOKS = 4  # draws of warm-up, of a chain each, at which the estimator is looked at
 _FAR = 1.0  # of the pilot from the mode, in posterior standard deviations
 _METHODS = ("auto", "joint", "conditional")
@@ -144,7 +144,7 @@ class EstimatorTuning:
         """Fits the estimator anew, at the mean of the window's draws, where that is worth it.
 
         Nothing changes where the estimate's variance is small enough, for a new estimator means new
-        programs.
+        programs; but where it is far smaller, fewer particles are taken.
 
         Returns:
             The new target, with the positions and fresh noise; none if nothing has changed.
@@ -159,7 +159,7 @@ class EstimatorTuning:
             better = None
             variance = _variance(potential, state.position)
             is_noisy = variance > (
-                _WANTED_FACTORISED_VARIANCE if potential.factorises else _WANTED_VARIANCE
+                _WANTED_FACTORISED_VARIANCE if potential.factorises else WANTED_VARIANCE
             )
             if is_noisy and not model.proposal.needs_fit:
                 better = more_particles(model, draws, args, kwargs)
