@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import pyro_hamflow
+from pyro_hamflow.flows.coupling import AffineCoupling
+from pyro_hamflow.flows.gaussian_mixture import GaussianMixture, fit_mixture, geometric_mean
+from pyro_hamflow.flows.population import flow_for
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import (
@@ -34,13 +37,18 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         math=math,
         pyro=pyro,
         torch=torch,
+        AffineCoupling=AffineCoupling,
         Evaluation=Evaluation,
+        GaussianMixture=GaussianMixture,
         Info=Info,
         Kernel=Kernel,
         ModelTarget=ModelTarget,
         Potential=Potential,
         State=State,
         draw_uniform=draw_uniform,
+        fit_mixture=fit_mixture,
+        flow_for=flow_for,
+        geometric_mean=geometric_mean,
         metropolis=metropolis,
         select_state=select_state,
     )

@@ -21,6 +21,7 @@ from pyro_hamflow.flows.standardised import standardised
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import run_with
+from pyro_hamflow.model.unused import is_improper
 from pyro_hamflow.programs.validation import no_validation
 
 _PILOT_DRAWS = 1000
@@ -178,6 +179,7 @@ class PriorDistribution(TorchDistribution):
         model: A Pyro model.
         args: Its arguments.
         kwargs: Its keyword arguments.
+        transforms: As in :class:`~pyro_hamflow.model.potential.Potential`.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -185,7 +187,11 @@ class PriorDistribution(TorchDistribution):
     has_rsample = False
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        transforms: Mapping[str, Any] | None = None,
     ) -> None:
         def hidden(msg: Any) -> bool:
             return msg["type"] == "sample" and (
@@ -194,7 +200,8 @@ class PriorDistribution(TorchDistribution):
                 or msg["infer"].get("noise", False)
             )
 
-        self.potential = Potential(poutine.block(model, hide_fn=hidden), args, kwargs)
+        blocked = poutine.block(model, hide_fn=hidden)
+        self.potential = Potential(blocked, args, kwargs, transforms=transforms)
         super().__init__(torch.Size(), torch.Size([self.potential.dimension]), validate_args=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PriorDistribution:
@@ -207,7 +214,7 @@ class PriorDistribution(TorchDistribution):
         def draw(zero: Tensor) -> Tensor:
             with _DrawApart(zero):
                 trace = run_with(
-                    potential.model, lambda msg: None, *potential.args, **potential.kwargs
+                    potential.original, lambda msg: None, *potential.args, **potential.kwargs
                 )
             return potential.flatten(
                 {s.name: trace.nodes[s.name]["value"] for s in potential.sites}
@@ -229,3 +236,18 @@ class PriorDistribution(TorchDistribution):
         flat = value.reshape(-1, value.shape[-1])
         noise = flat.new_zeros(len(flat), 0)
         return -energy(self.potential, flat, noise).reshape(value.shape[:-1])
+
+
+def prior_of(potential: Potential) -> PriorDistribution | None:
+    """The prior of a potential's positions, where draws and density of it can be had."""
+    nodes = potential.plain_trace.nodes
+    if any(is_improper(nodes[site.name]) for site in potential.sites):
+        return None
+    prior = PriorDistribution(
+        potential.original, potential.args, potential.kwargs, potential.transforms
+    )
+    if prior.potential.dimension != potential.dimension:
+        return None  # noise counts as parameters
+    with torch.random.fork_rng():
+        good = prior.log_prob(prior.sample((_PILOT_DRAWS,))).isfinite().all()
+    return prior if bool(good) else None

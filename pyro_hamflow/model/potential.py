@@ -97,7 +97,7 @@ class Potential:
         max_plate_nesting: int | None = None,
     ) -> None:
         self.programs = ProgramCache(self, compile_graphs=compile_graphs)
-        self.model = self._original = model
+        self.model = self.original = model
         self.args = args
         self.kwargs = dict(kwargs or {})
         self.separate_noise = separate_noise
@@ -161,7 +161,7 @@ class Potential:
 
     def _trace_plainly(self) -> poutine.Trace:
         """A run of the model at draws from its priors, always the same."""
-        return plain_run(self._original, self.args, self.kwargs)
+        return plain_run(self.original, self.args, self.kwargs)
 
     # --- one chain, in Python -------------------------------------------------------------------
 
@@ -343,8 +343,8 @@ class Potential:
         self.args, self.kwargs = args, dict(kwargs)
         try:
             with torch.random.fork_rng():
-                if hasattr(self._original, "holding"):
-                    self._hold = self._original.holding(*args, **kwargs)
+                if hasattr(self.original, "holding"):
+                    self._hold = self.original.holding(*args, **kwargs)
                 if self._key is not None and self._look().key == self._key:
                     self.plain_trace = self._trace_plainly()
                     self.programs.failures.clear()
