@@ -10,7 +10,9 @@ from pyro_hamflow.marginal.quality import EstimatorQuality, estimator_quality
 from pyro_hamflow.mcmc.kernels.flow import FlowMH
 from pyro_hamflow.mcmc.kernels.hmc_nuts import HMC, NUTS
 from pyro_hamflow.mcmc.kernels.hnn import HNNHMC, HNNNUTS
+from pyro_hamflow.mcmc.kernels.mala import MALA
 from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginalHMC, PseudoMarginalNUTS
+from pyro_hamflow.mcmc.kernels.random_walk import RandomWalk
 from pyro_hamflow.mcmc.mcmc import MCMC
 from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh, EllipticalSliceRefresh
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic, RelativisticKinetic
@@ -27,6 +29,7 @@ __all__ = [
     "HMC",
     "HNNHMC",
     "HNNNUTS",
+    "MALA",
     "MCMC",
     "NUTS",
     "AmortizedSurrogate",
@@ -44,6 +47,7 @@ __all__ = [
     "PotentialNetwork",
     "PseudoMarginalHMC",
     "PseudoMarginalNUTS",
+    "RandomWalk",
     "RelativisticKinetic",
     "ReverseKL",
     "SoftUniform",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +10,9 @@ import pytest
 import torch
 
 from pyro_hamflow import MCMC, AutoNeuralHamiltonianFlow, FlowMH, marginalize, to_inference_data
-from pyro_hamflow.mcmc.transitions.independence import FlowMHTransition
+from pyro_hamflow.mcmc.transitions import independence
+from pyro_hamflow.mcmc.transitions.base import metropolis
+from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
 from tests.helpers.exact_draws import (
     HMC_TARGETS,
     check,
@@ -71,36 +72,33 @@ class Spoilt:
         return value
 
 
+COUNTS = [1, 5]  # proposals of each chain
 SETTINGS = {"plain": (), "reverse encoder": (("reverse_encoder", True),)}
-
-
-def without_steps(transition):
-    """The transition as one that is given a tuning and a number of steps, and needs neither."""
-    return SimpleNamespace(
-        target=transition.target,
-        state_at=transition.state_at,
-        step=lambda state, tuning, num_steps: transition.step(state),
-    )
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", HMC_TARGETS)
-def test_invariance(name, settings):
-    transition = without_steps(FlowMHTransition(potential_of(name), guide_of(name, settings)))
+@pytest.mark.parametrize("count", COUNTS)
+def test_invariance(name, settings, count):
+    transition = IndependenceTransition(potential_of(name), guide_of(name, settings), count)
     check_known(name, "diagonal", transition, 1.0, 1, moves=3)
 
 
-@pytest.mark.parametrize("name", ["prior-8", "laplace-2", "function-8", "rqmc-8", "by_hand-1"])
-def test_invariance_with_noise(name):
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("prior-8", 1), ("prior-8", 3), ("laplace-2", 1), ("function-8", 1), ("rqmc-8", 1)]
+    + [("by_hand-1", 1), ("by_hand-1", 4)],
+)
+def test_invariance_with_noise(name, count):
     target = make_target(name)
-    check(target, without_steps(FlowMHTransition(target.potential, guide_of(name))))
+    check(target, IndependenceTransition(target.potential, guide_of(name), count))
 
 
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("how", ["momenta forgotten", "other flow", "base alone"])
-def test_spoilt_guides_are_noticed(how):
-    transition = without_steps(
-        FlowMHTransition(potential_of("skewed"), Spoilt(guide_of("skewed"), how))
-    )
+def test_spoilt_guides_are_noticed(how, count):
+    guide = Spoilt(guide_of("skewed"), how)
+    transition = IndependenceTransition(potential_of("skewed"), guide, count)
     with pytest.raises(AssertionError, match="standard errors"):
         check_known("skewed", "diagonal", transition, 1.0, 1, moves=3)
 
@@ -108,7 +106,7 @@ def test_spoilt_guides_are_noticed(how):
 @pytest.mark.parametrize("how", ["noise held", "judged by parameters alone"])
 def test_spoilt_noise_is_noticed(how, monkeypatch):
     target = make_target("prior-8")
-    transition = without_steps(FlowMHTransition(target.potential, guide_of("prior-8")))
+    transition = IndependenceTransition(target.potential, guide_of("prior-8"))
     plain = transition.step
 
     def step(state, tuning, num_steps):
@@ -121,6 +119,74 @@ def test_spoilt_noise_is_noticed(how, monkeypatch):
 
     with pytest.raises(AssertionError):
         check(target, transition, step=step)
+
+
+def forget_where_it_was(monkeypatch):
+    """As if one of all N + 1 were picked, but the present one had no part in it."""
+    monkeypatch.setattr(
+        independence,
+        "metropolis",
+        lambda error, uniform: metropolis(torch.zeros_like(error), uniform),
+    )
+
+
+def forget_the_others(monkeypatch):
+    """As if the proposal that was picked were the only one."""
+    honest = IndependenceTransition._next
+
+    def first_of(self, chains):
+        proposals = honest(self, chains)
+        weights = proposals.log_weight.reshape(chains, -1)
+        best = weights == weights.amax(1, keepdim=True)
+        return proposals._replace(log_weight=weights.masked_fill(~best, -torch.inf).flatten())
+
+    monkeypatch.setattr(IndependenceTransition, "_next", first_of)
+
+
+@pytest.mark.parametrize("spoil", [forget_where_it_was, forget_the_others])
+def test_spoilt_choices_are_noticed(spoil, monkeypatch):
+    transition = IndependenceTransition(potential_of("skewed"), guide_of("skewed"), 5)
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_known("skewed", "diagonal", transition, 1.0, 1, moves=3)
+
+
+class Failing:
+    """A guide that loses its numbers where the first coordinate is positive."""
+
+    def __init__(self, guide, value):
+        self.guide, self.value = guide, value
+
+    def prepare(self, *args):
+        self.guide.prepare(*args)
+
+    def draw(self, count):
+        position, log_density = self.guide.draw(count)
+        return position, torch.where(position[:, 0] > 0, self.value, log_density)
+
+    def log_ratio(self, position):
+        return torch.where(position[:, 0] > 0, self.value, self.guide.log_ratio(position))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf])
+@pytest.mark.parametrize("count", COUNTS)
+def test_lost_numbers_are_rejections(value, count):
+    """No move leads from where the guide has no density, or there; none is lost on the way."""
+    transition = IndependenceTransition(
+        potential_of("skewed"), Failing(guide_of("skewed"), value), count
+    )
+    position = HMC_TARGETS["skewed"][2](2000)
+    state = transition.state_at(position, position.new_zeros(2000, 0))
+    moved = torch.zeros(2000, dtype=torch.bool)
+    for _ in range(3):
+        state, info = transition.step(state)
+        assert bool(info.acceptance_rate.isfinite().all())
+        moved |= info.accepted
+    beyond = position[:, 0] > 0
+    assert bool(state.position.isfinite().all())
+    assert bool((state.position[~beyond, 0] <= 0).all())
+    assert bool(moved[~beyond].any())
+    assert torch.equal(state.position[beyond], position[beyond])
 
 
 def conjugate(y):

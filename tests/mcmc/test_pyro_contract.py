@@ -37,7 +37,7 @@ from tests.helpers.laws import scores
 
 RUNNERS = {"ours": MCMC, "Pyro's": pyro.infer.MCMC}
 KERNELS = [phf.HMC, phf.NUTS, phf.PseudoMarginalHMC, phf.PseudoMarginalNUTS]
-KERNELS += [phf.HNNHMC, phf.HNNNUTS, phf.FlowMH]
+KERNELS += [phf.HNNHMC, phf.HNNNUTS, phf.FlowMH, phf.MALA, phf.RandomWalk]
 
 
 def scaled(y):

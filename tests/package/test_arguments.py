@@ -14,12 +14,14 @@ from pyro_hamflow import (
     HMC,
     HNNHMC,
     HNNNUTS,
+    MALA,
     MCMC,
     NUTS,
     AutoNeuralHamiltonianFlow,
     NeuralHamiltonianFlow,
     PseudoMarginalHMC,
     PseudoMarginalNUTS,
+    RandomWalk,
 )
 from pyro_hamflow.flows.bases import SoftUniform
 from pyro_hamflow.flows.losses import ReverseKL
@@ -28,7 +30,7 @@ from pyro_hamflow.surrogates.losses import GradientMatching, TrajectoryMatching
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 NAN, INF = math.nan, math.inf
-KERNELS = (HMC, NUTS, PseudoMarginalHMC, PseudoMarginalNUTS, HNNHMC, HNNNUTS)
+KERNELS = (HMC, NUTS, PseudoMarginalHMC, PseudoMarginalNUTS, HNNHMC, HNNNUTS, MALA, RandomWalk)
 LEARNING = (HNNHMC, HNNNUTS)
 
 
@@ -77,7 +79,7 @@ def test_numbers_of_all_kernels(kernel, name, value, error):
         kernel(model, **{name: value})
 
 
-@pytest.mark.parametrize("kernel", [HMC, NUTS])
+@pytest.mark.parametrize("kernel", [HMC, NUTS, MALA, RandomWalk])
 @pytest.mark.parametrize(("value", "message"), MATRICES)
 def test_inverse_mass(kernel, value, message):
     with pytest.raises(ValueError, match=f"`inverse_mass_matrix` {message}"):

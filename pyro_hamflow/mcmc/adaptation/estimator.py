@@ -48,6 +48,7 @@ class EstimatorTuning:
         refresh: The move of the noise under the conditional method; fresh independent noise for
             every element if not given.
         trajectories: How trajectories end.
+        required: Whether models without noise are refused; else their parameters alone are moved.
 
     Attributes:
         chosen_method: The method that moves are made by.
@@ -58,12 +59,20 @@ class EstimatorTuning:
         ValueError: If the method is unknown.
     """
 
-    def __init__(self, method: str, refresh: Refresh | None, trajectories: Trajectories) -> None:
+    def __init__(
+        self,
+        method: str,
+        refresh: Refresh | None,
+        trajectories: Trajectories,
+        *,
+        required: bool = True,
+    ) -> None:
         if method not in _METHODS:
             raise ValueError(f"`method` is {method!r}: expected one of {_METHODS}")
         self.method = method
         self.refresh = refresh or CorrelatedRefresh()
         self.trajectories = trajectories
+        self.required = required
         self.chosen_method = method
         self.variance = math.nan
         self.max_pareto_k = math.nan
@@ -104,6 +113,8 @@ class EstimatorTuning:
 
     def transition(self, potential: Potential, position: Tensor) -> Transition:
         """The move of parameters and noise, for chains that start at given positions."""
+        if not potential.noise_sites and not self.required:
+            return self.trajectories.parameter_transition(potential, len(position))
         if not potential.noise_sites:
             raise ValueError(
                 "the model has no noise sites: expected a model from `marginalize`, or one that "

@@ -3,7 +3,8 @@ r"""Independence Metropolis: every proposal comes from a frozen guide.
 The guide draws positions with something more, such as momenta: its density M is that of the pair.
 The target is the posterior times the density r of that something given the position, and for a
 likelihood estimate times that of its noise. A proposal is accepted with the ratio of the importance
-weights :math:`W = p(\theta, y \mid u)\, r / M` there and here.
+weights :math:`W = p(\theta, y \mid u)\, r / M` there and here; of several, one is picked by its
+weight first.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.checks import fills
+from pyro_hamflow.checks import fills, whole
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import select
-from pyro_hamflow.mcmc.transitions.independence import FlowMHTransition
+from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
 from pyro_hamflow.model.guides import DensityGuide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import fault
@@ -38,12 +39,15 @@ class FlowMH(Kernel):
         guide: A trained :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills
             the protocol :class:`~pyro_hamflow.model.guides.DensityGuide`. It must not be trained
             further while draws are made.
+        num_proposals: How many proposals are made for each draw. They are evaluated together, so
+            that several cost little more than one wherever overhead outweighs arithmetic.
         jit_compile: Whether to compile the model's density to machine code.
 
     Raises:
         TypeError: If the model is not callable, or the guide lacks a method of the protocol.
-        ValueError: When run, if the guide is of another dimension than the model, or the model has
-            one of the faults that :class:`~pyro_hamflow.model.potential.Potential` lists.
+        ValueError: If the number is less than one; when run, if the guide is of another dimension
+            than the model, or the model has one of the faults that
+            :class:`~pyro_hamflow.model.potential.Potential` lists.
 
     Invariant:
         The posterior, exactly; on a model with noise sites the extended density of parameters and
@@ -65,9 +69,15 @@ class FlowMH(Kernel):
     """
 
     def __init__(
-        self, model: Callable[..., Any], guide: DensityGuide, *, jit_compile: bool = False
+        self,
+        model: Callable[..., Any],
+        guide: DensityGuide,
+        *,
+        num_proposals: int = 1,
+        jit_compile: bool = False,
     ) -> None:
         fills("guide", guide, DensityGuide)
+        self.num_proposals = whole("num_proposals", num_proposals, 1)
         super().__init__(ModelTarget(model, separate_noise=True, jit_compile=jit_compile))
         self._guide = guide
 
@@ -106,9 +116,12 @@ class FlowMH(Kernel):
             f"{fault(potential, position[bad], noise[bad])}"
         )
 
-    def make_transition(self, potential: Potential, position: Tensor) -> FlowMHTransition:
-        return FlowMHTransition(potential, self._guide)
+    def make_transition(self, potential: Potential, position: Tensor) -> IndependenceTransition:
+        return IndependenceTransition(potential, self._guide, self.num_proposals)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings | {"guide": repr(self._guide).splitlines()[0]}
+        return super().settings | {
+            "guide": repr(self._guide).splitlines()[0],
+            "num_proposals": self.num_proposals,
+        }

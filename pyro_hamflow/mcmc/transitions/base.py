@@ -54,7 +54,8 @@ class Info(NamedTuple):
             ``tree_depth``, how often the trajectory doubled, and ``reached_max_treedepth``, whether
             it ended because it might not double again; ``surrogate_accepted``, whether a draw was
             taken that a surrogate led to, and ``surrogate_error``, by how much the surrogate
-            misjudged the energy gained on the way there.
+            misjudged the energy gained on the way there; of moves made of several,
+            ``global_accepted`` and ``local_acceptance_rate`` and their like, by the parts' names.
     """
 
     accepted: Tensor

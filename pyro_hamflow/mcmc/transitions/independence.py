@@ -1,6 +1,18 @@
-"""Independence Metropolis: every proposal comes from a frozen guide."""
+r"""Proposals of a frozen guide, several at once, in place of where a chain is.
+
+With q the guide's density and :math:`w = e^{-U} / q` the importance weight, one of N proposals is
+picked by their weights, and taken with the probability
+
+.. math:: \min\Bigl(1, \frac{\sum_i w_i}{w_0 + \sum_{i \ne k} w_i}\Bigr),
+
+where :math:`w_0` is the weight of the present position and k is the proposal that was picked. One
+proposal is Metropolis's. Iterated sampling importance resampling, which picks one among all N + 1
+by their weights, is exact as well, but moves less often from anywhere to anywhere.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,47 +20,73 @@ from torch import Tensor
 from pyro_hamflow.mcmc.transitions.base import (
     Info,
     State,
+    Tuning,
     draw_uniform,
     metropolis,
     select_state,
 )
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
+
+_ROWS = 512  # of proposals made together: on small models they cost little more than four
+_ELEMENTS = 2**18  # of their positions and noise, beyond which arithmetic takes the time
 
 
-class FlowMHTransition:
-    """Proposes a draw of the guide for each chain, noise included.
+class IndependenceTransition:
+    """Proposes draws of the guide for each chain, noise included.
 
     What the guide draws besides the position is redrawn from r, which leaves the target as it is,
-    before each proposal; so that chains do not stay where it was lucky.
+    before each move; so that chains do not stay where it was lucky. As proposals do not depend on
+    where chains are, those of many moves are made and evaluated together.
+
+    Where a weight is no finite number, the proposal is not taken; and where the guide's density is
+    none at a chain's own position, it stays, for it could not come back.
 
     Arguments:
         target: The target.
-        guide: The guide.
+        guide: The guide, trained no further.
+        num_proposals: How many proposals are made for each chain and move.
 
     Invariant:
         The extended density of parameters and noise, exactly, for any guide that stays the same.
+
+    References:
+        | Monte Carlo Strategies in Scientific Computing (Liu, 2001), 5.5: multiple-try Metropolis
+        | Particle Markov chain Monte Carlo methods (Andrieu, Doucet, Holenstein, 2010), 2.4.2, for
+          iterated sampling importance resampling
+        | https://doi.org/10.1111/j.1467-9868.2009.00736.x
     """
 
-    def __init__(self, target: Potential, guide: DensityGuide) -> None:
+    def __init__(self, target: Potential, guide: DensityGuide, num_proposals: int = 1) -> None:
         self.target = target
         self.guide = guide
+        self.num_proposals = num_proposals
+        self._ahead: list[_Proposals] = []
 
     def state_at(self, position: Tensor, noise: Tensor) -> State:
         evaluation = self.target.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
     @torch.no_grad()
-    def step(self, state: State) -> tuple[State, Info]:
+    def step(
+        self, state: State, tuning: Tuning | None = None, num_steps: int = 0
+    ) -> tuple[State, Info]:
+        """Moves every chain once; nothing is tuned. Gradients stay those of where it was."""
         chains = len(state.position)
-        here = log_ratio_at(self.guide, state.position)
-        position, there = draw_from(self.guide, self.target, chains)
-        noise = self.target.draw_noise(chains)
-        evaluation = self.target.evaluate(position, noise)
-        error = evaluation.value.double() - state.evaluation.value.double()
-        error = error + (there.double() - here.double())
+        log_ratio = log_ratio_at(self.guide, state.position)
+        here = _log_weight(state.evaluation.value, log_ratio).nan_to_num(
+            torch.inf, torch.inf, -torch.inf
+        )
+        proposals = self._next(chains)
+        log_weights = proposals.log_weight.reshape(chains, -1)
+        pick = (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(1)
+        others = log_weights.scatter(1, pick[:, None], here[:, None])
+        error = others.logsumexp(1) - log_weights.logsumexp(1)
         decision = metropolis(error, draw_uniform(chains, error.device))
-        proposed = State(position, noise, state.gradient, evaluation)
+        rows = torch.arange(chains, device=pick.device) * self.num_proposals + pick
+        picked = proposals.at(rows)
+        proposed = State(picked.position, picked.noise, state.gradient, picked.evaluation)
         moved = select_state(decision.accepted, proposed, state)
         # A poor proposal is no divergence of a trajectory: there is none.
         decision = decision._replace(diverging=torch.zeros_like(decision.diverging))
@@ -57,6 +95,48 @@ class FlowMHTransition:
             energy=moved.evaluation.value.double(),
             n_steps=0,
             n_gradients=0,
-            n_densities=1,
+            n_densities=self.num_proposals,
         )
         return moved, info
+
+    def _next(self, num_chains: int) -> _Proposals:
+        """The proposals of one move; those of one chain are neighbours."""
+        rows = num_chains * self.num_proposals
+        if not self._ahead:
+            width = max(1, self.target.dimension + self.target.noise_dimension)
+            moves = max(1, min(_ROWS, _ELEMENTS // width) // rows)
+            made = self._propose(moves * rows)
+            self._ahead = [made.at(slice(i * rows, (i + 1) * rows)) for i in range(moves)]
+        return self._ahead.pop()
+
+    def _propose(self, count: int) -> _Proposals:
+        position, log_ratio = draw_from(self.guide, self.target, count)
+        noise = self.target.draw_noise(count)
+        evaluation = self.target.evaluate(position, noise)
+        log_weight = _log_weight(evaluation.value, log_ratio)
+        log_weight = log_weight.masked_fill(~log_weight.isfinite(), -torch.inf)
+        return _Proposals(position, noise, evaluation, log_weight)
+
+
+class _Proposals(NamedTuple):
+    """Draws of a guide with their noise, the target there, and their weights; rows first."""
+
+    position: Tensor
+    noise: Tensor
+    evaluation: Evaluation
+    log_weight: Tensor
+
+    def at(self, rows: Tensor | slice) -> _Proposals:
+        """Some of them."""
+        position, noise, evaluation, log_weight = self
+        parts = (
+            {name: part[rows] for name, part in named.items()}
+            for named in (evaluation.log_likelihoods, evaluation.local)
+        )
+        evaluation = Evaluation(evaluation.value[rows], *parts)
+        return _Proposals(position[rows], noise[rows], evaluation, log_weight[rows])
+
+
+def _log_weight(value: Tensor, log_ratio: Tensor) -> Tensor:
+    """The logarithm of the importance weight, up to a constant, in float64."""
+    return -(value.double() + log_ratio.double())

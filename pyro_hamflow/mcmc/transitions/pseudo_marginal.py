@@ -169,7 +169,7 @@ class ConditionalTransition:
         fresh = self.inner.refreshed(changed, tuning)
         info = info._replace(
             energy=info.energy + (fresh.evaluation.value - here.value).double(),
-            n_gradients=info.n_gradients + 1,
+            n_gradients=info.n_gradients + int(fresh is not changed),
             n_densities=info.n_densities + 1 + count,
         )
         return fresh, info.adding(refresh_rate=share)

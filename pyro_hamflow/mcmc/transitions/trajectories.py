@@ -1,4 +1,4 @@
-"""How trajectories end: after a length of time, or where they turn back."""
+"""How trajectories end: after a length of time, where they turn back, or after a random step."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pyro_hamflow.mcmc.transitions.base import Observe, ParameterTransition, Tra
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
+from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.model.target import Target
 
 _DEEPEST = 20  # doublings: a million points
@@ -118,3 +119,23 @@ class NUTSTrajectories:
     @property
     def settings(self) -> dict[str, Any]:
         return {"max_tree_depth": self.max_tree_depth}
+
+
+@dataclass(frozen=True)
+class RandomSteps:
+    """Single steps of a random walk."""
+
+    def parameter_transition(
+        self, target: Target, num_chains: int, observe: Observe | None = None
+    ) -> ParameterTransition:
+        return RandomWalkTransition(target)
+
+    def joint_transition(self, target: Target, num_chains: int) -> Transition:
+        raise NotImplementedError("a random walk has no joint move of parameters and noise")
+
+    def draw_num_steps(self, step_size: float) -> int:
+        return 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {}
