@@ -29,9 +29,9 @@ from tests.helpers.exact_draws import (
     make_target,
     potential_of,
 )
+from tests.helpers.guides import guide_of
 from tests.helpers.laws import scores
 from tests.helpers.targets import effects
-from tests.mcmc.test_flow_mh import guide_of
 
 TUNING = Tuning(0.7, GaussianKinetic(torch.tensor([0.7, 0.6, 0.9], dtype=torch.float64)))
 NOISY = ["prior-8", "laplace-2", "rqmc-8", "by_hand-1"]
