@@ -75,9 +75,8 @@ class IndependenceTransition:
         """Moves every chain once; nothing is tuned. Gradients stay those of where it was."""
         chains = len(state.position)
         log_ratio = log_ratio_at(self.guide, state.position)
-        here = _log_weight(state.evaluation.value, log_ratio).nan_to_num(
-            torch.inf, torch.inf, -torch.inf
-        )
+        here = _log_weight(state.evaluation.value, log_ratio)
+        here = here.masked_fill(~log_ratio.isfinite(), torch.inf)
         proposals = self._next(chains)
         log_weights = proposals.log_weight.reshape(chains, -1)
         pick = (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(1)
