@@ -37,6 +37,7 @@ from pyro_hamflow.model.trace import (
     is_latent,
     outline,
     plate_nesting,
+    run_with,
 )
 from pyro_hamflow.model.unused import find_unused, with_own_prior
 from pyro_hamflow.programs.capture import Program
@@ -135,7 +136,7 @@ class Potential:
                     "so many dimensions are plates"
                 )
             nesting = max(nesting, max_plate_nesting)
-        self._enumerated = bool(discrete)
+        self._enumerated, self._nesting = bool(discrete), nesting
         if discrete:
             marked = poutine.infer_config(model, sum_out)
             self.model = poutine.enum(marked, first_available_dim=-1 - nesting)
@@ -148,7 +149,7 @@ class Potential:
         with refuse_branches(discrete):
             trace = first_that_works(lambda point: self.trace(point, 0.0 * noise), points)
         refuse_moving_supports(self.sites, trace, transforms)
-        self._evaluator = TraceEinsumEvaluator(trace, bool(discrete), nesting)
+        self._evaluator = self.evaluator_of(trace)
         self._unused = self._find_unused(trace)
         self._factor = _FACTORS[0]
         self._key = explained(
@@ -185,6 +186,15 @@ class Potential:
         for name, unused in self._unused.items():
             trace.nodes[name].update(with_own_prior(trace.nodes[name], unused))
         return trace
+
+    def evaluator_of(self, trace: poutine.Trace) -> TraceEinsumEvaluator:
+        """What adds up the densities of runs with the sites of this one, as the potential does."""
+        return TraceEinsumEvaluator(trace, self._enumerated, self._nesting)
+
+    def run_freely(self) -> poutine.Trace:
+        """A run of the model, every latent site drawn from its prior."""
+        with self._hold():
+            return run_with(self._original, lambda msg: None, *self.args, **self.kwargs)
 
     def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
         """The potential of one chain, by running the model: vectors in, a scalar out."""

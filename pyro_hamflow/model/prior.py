@@ -1,0 +1,215 @@
+"""The prior of a Pyro model: its density on the real line, and draws from it.
+
+The prior is what the model's latent sites say, the Jacobians of their maps to the real line
+included; all else, the observed sites and what ``pyro.factor`` adds, is the likelihood. Noise
+sites are latent, with density N(0, I); where they are a vector apart, that density is left out
+here as it is in the potential.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import ImproperUniform
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_hamflow.model.function import FunctionPotential
+from pyro_hamflow.model.gradients import value_and_gradients
+from pyro_hamflow.model.missing import entries_that_count
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.sites import add_jacobians
+from pyro_hamflow.model.supports import base_of
+from pyro_hamflow.model.trace import is_latent
+from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.program_cache import ProgramCache
+from pyro_hamflow.programs.validation import no_validation
+
+_REMEDY = "expected a proper prior, or a guide to start from"
+
+
+class Prior:
+    """The prior of a model as minus a log density, batched, and draws from it.
+
+    Arguments:
+        potential: The model.
+
+    Raises:
+        ValueError: If a site's prior is improper, masked or scaled, so that the model does not draw
+            from it, or the potential is a function without a model.
+
+    Example:
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> prior = Prior(Potential(model, (torch.tensor(0.5),)))
+        >>> position, noise = prior.draw(4)
+        >>> value, gradient = prior.graph("gradient", 4)(position, noise)
+        >>> bool(torch.allclose(gradient, position))  # log of the scale is N(0, 1)
+        True
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+        self.example = potential.example
+        if isinstance(potential, FunctionPotential):
+            raise ValueError(f"a `potential_fn` has no prior: {_REMEDY}")
+        position, noise = self.known_to_work("gradient")
+        trace = potential.trace(position, noise)
+        for name, site in trace.nodes.items():
+            if is_latent(site):
+                _refuse_undrawable(name, site)
+        self._evaluator = potential.evaluator_of(_prior_part(trace))
+        self.programs = ProgramCache(self, compile_graphs=potential.programs.compile_graphs)
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        """Minus the log density and its gradients, of kinds as targets have them."""
+        return self.programs.graph(kind, num_chains)
+
+    def value(self, position: Tensor, noise: Tensor) -> Tensor:
+        """Minus the log density at positions ``(chains, dimension)``, of shape ``(chains,)``."""
+        return self.programs.program("value", len(position))(position, noise)[0]
+
+    def draw(self, num_chains: int) -> tuple[Tensor, Tensor]:
+        """Positions ``(chains, dimension)`` and noise, from runs of the model.
+
+        All runs are made as one where the model's operations allow it, and one after the other
+        elsewhere.
+        """
+        rows = self.potential.programs.rows_at_once("gradient", num_chains)
+        seeds = torch.zeros(num_chains, device=self.example.device)
+        try:
+            with _pure_randomness():
+                draw = torch.func.vmap(self._draw_one, randomness="different", chunk_size=rows)
+                return draw(seeds)
+        except Exception:  # whatever a model's own code may raise where it is batched
+            position, noise = zip(*map(self._draw_one, seeds), strict=True)
+            return torch.stack(position), torch.stack(noise)
+
+    def _draw_one(self, _: Tensor) -> tuple[Tensor, Tensor]:
+        potential = self.potential
+        with torch.no_grad():
+            nodes = potential.run_freely().nodes
+            position = potential.flatten({s.name: nodes[s.name]["value"] for s in potential.sites})
+            noise = [nodes[site.name]["value"].reshape(-1) for site in potential.noise_sites]
+            return position, torch.cat([position[:0], *noise]).to(position)
+
+    # --- what a cache makes programs of ---------------------------------------------------------
+
+    def _value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
+        potential = self.potential
+        trace = _prior_part(potential.trace(position, noise))
+        with no_validation():
+            log_prior = self._evaluator.log_prob(trace)
+            if not isinstance(log_prior, Tensor):  # no site has a density
+                log_prior = self.example.new_zeros(())
+            return -add_jacobians(log_prior, potential.sites, potential.unravel(position))
+
+    def function(self, kind: str) -> Program:
+        """What a kind of program does for one chain: gradients, gradient, or value."""
+
+        def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                noise = noise.detach().requires_grad_()
+                return value_and_gradients(self._value_of_one(position, noise), position, noise)
+
+        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                return value_and_gradients(self._value_of_one(position, noise), position)
+
+        def value(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (self._value_of_one(position, noise),)
+
+        return {"gradients": gradients, "gradient": gradient, "value": value}[kind]
+
+    def examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
+        """Arguments to capture a kind's program with, chains first."""
+        return self.potential.vectors(num_chains)
+
+    def known_to_work(self, kind: str) -> tuple[Tensor, ...]:
+        """Arguments of one chain at which the model has run."""
+        return self.potential.known_to_work("gradient")
+
+    def from_middle(self, factor: float, position: Tensor) -> Tensor:
+        """A position in this direction from the middle of those that the model is looked at."""
+        return self.potential.from_middle(factor, position)
+
+    def begins_gradient(self, kind: str) -> bool:
+        """Whether a kind's results are the first of the gradient's, of one argument more."""
+        return False
+
+    def is_unchanged(self) -> bool:
+        """Programs of priors are shared with nobody."""
+        return True
+
+
+def _prior_part(trace: poutine.Trace) -> poutine.Trace:
+    """A run of a model with nothing but its latent sites."""
+    part = trace.copy()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not is_latent(site):
+            part.remove_node(name)
+    return part
+
+
+def _refuse_undrawable(name: str, site: Any) -> None:
+    """Raises a ValueError if a run of the model does not draw from the prior's density."""
+    counts = torch.as_tensor(entries_that_count(site["fn"], site["mask"]))
+    if isinstance(base_of(site["fn"]), ImproperUniform):
+        raise ValueError(f"the prior of site '{name}' is improper: {_REMEDY}")
+    if not bool(counts.all()):
+        raise ValueError(f"the prior of site '{name}' is masked, and so improper: {_REMEDY}")
+    if not bool((torch.as_tensor(site["scale"]) == 1.0).all()):
+        raise ValueError(
+            f"the prior of site '{name}' is scaled, and cannot be drawn from: {_REMEDY}"
+        )
+
+
+class _PureRandomness(TorchFunctionMode):
+    """Random numbers that fill a tensor in place become new ones, which can differ by row."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        draw = _IN_PLACE.get(function)
+        return function(*args, **(kwargs or {})) if draw is None else draw(*args, **(kwargs or {}))
+
+
+def _uniform(tensor: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
+    return low + (high - low) * torch.rand_like(tensor)
+
+
+def _normal(tensor: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+    return mean + std * torch.randn_like(tensor)
+
+
+def _exponential(tensor: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
+    return -torch.log1p(-torch.rand_like(tensor)) / rate
+
+
+def _cauchy(tensor: Tensor, median: float = 0.0, scale: float = 1.0, **_: Any) -> Tensor:
+    return median + scale * torch.tan(torch.pi * (torch.rand_like(tensor) - 0.5))
+
+
+_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
+    Tensor.uniform_: _uniform,
+    Tensor.normal_: _normal,
+    Tensor.exponential_: _exponential,
+    Tensor.cauchy_: _cauchy,
+}
+
+
+@contextmanager
+def _pure_randomness() -> Iterator[None]:
+    with _PureRandomness(), warnings.catch_warnings():
+        # An operation without a batching rule is looped over: slower, and as right.
+        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
+        yield

@@ -1,0 +1,146 @@
+r"""The path from a density that can be drawn from to a posterior.
+
+At the inverse temperature :math:`\lambda` its density is :math:`r^{1 - \lambda} \gamma^\lambda`,
+for the reference r and the unnormalised posterior :math:`\gamma`. From the prior that is the prior
+times the likelihood to the power of :math:`\lambda`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.programs.capture import Program
+
+
+class Reference(Protocol):
+    """A normalised density on the real line, and draws from it.
+
+    Noise is N(0, I) beside it, or drawn with the positions; that density is left out.
+    """
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        """Minus the log density and its gradients, of kinds as targets have them."""
+
+    def value(self, position: Tensor, noise: Tensor) -> Tensor:
+        """Minus the log density at positions ``(chains, dimension)``, of shape ``(chains,)``."""
+
+    def draw(self, num_chains: int) -> tuple[Tensor, Tensor]:
+        """Positions ``(chains, dimension)`` and noise ``(chains, noise_dimension)``."""
+
+
+class GuideReference:
+    """The density of a guide.
+
+    Arguments:
+        guide: The guide, frozen; its density has to be a function of positions.
+        potential: Whose parameters it draws.
+
+    Raises:
+        ValueError: If its density at one and the same position differs from call to call, as that
+            of a guide does which draws momenta beside.
+    """
+
+    def __init__(self, guide: DensityGuide, potential: Potential) -> None:
+        self.guide = guide
+        self.potential = potential
+        with torch.no_grad():
+            position = draw_from(guide, potential, 2)[0]
+            if not torch.equal(log_ratio_at(guide, position), log_ratio_at(guide, position)):
+                raise ValueError(
+                    "`guide` tells another log density at each call, for it draws momenta beside "
+                    "positions: expected one whose density is a function of positions"
+                )
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        def program(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                value = -log_ratio_at(self.guide, position)
+                (gradient,) = torch.autograd.grad(value.sum(), position)
+            still = (torch.zeros_like(noise),) if kind == "gradients" else ()
+            return value.detach(), gradient, *still
+
+        return program
+
+    def value(self, position: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad():
+            return -log_ratio_at(self.guide, position)
+
+    def draw(self, num_chains: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            position = draw_from(self.guide, self.potential, num_chains)[0]
+        return position, self.potential.draw_noise(num_chains)
+
+
+class TemperedTarget:
+    """A point of the path between a reference and a posterior, as a target.
+
+    Arguments:
+        reference: Where the path begins.
+        potential: The posterior, where it ends.
+
+    Attributes:
+        inverse_temperature: Where on the path this is, a scalar between 0 and 1. It is an argument
+            of all captured programs, so that it may be changed at any time.
+
+    Example:
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> potential = Potential(model, (torch.tensor(4.0),))
+        >>> from pyro_hamflow.model.prior import Prior
+        >>> target = TemperedTarget(Prior(potential), potential)
+        >>> target.inverse_temperature.fill_(0.5)
+        tensor(0.5000)
+        >>> value, gradient = target.graph("gradient", 1)(torch.ones(1, 1), torch.zeros(1, 0))
+        >>> gradient  # 1 - 0.5 * (4 - 1)
+        tensor([[-0.5000]])
+    """
+
+    def __init__(self, reference: Reference, potential: Potential) -> None:
+        self.reference, self.potential = reference, potential
+        self.dimension, self.noise_dimension = potential.dimension, potential.noise_dimension
+        self.example = potential.example
+        self.inverse_temperature = torch.zeros_like(potential.example)
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        start = self.reference.graph(kind, num_chains)
+        end = self.potential.graph(kind, num_chains)
+
+        def program(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            pairs = zip(start(position, noise), end(position, noise), strict=True)
+            return tuple(torch.lerp(a, b, self.inverse_temperature) for a, b in pairs)
+
+        return program
+
+    def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
+        return self.potential.vectors(num_chains)
+
+    def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
+        if isinstance(self.reference, GuideReference):  # networks of others' are not recorded
+            return function
+
+        def at(inverse_temperature: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            here, self.inverse_temperature = self.inverse_temperature, inverse_temperature
+            try:
+                return function(*inputs)
+            finally:
+                self.inverse_temperature = here
+
+        programs = self.potential.programs
+        program = programs.accelerate(self, name, at, self.inverse_temperature, *examples)
+        return lambda *inputs: program(self.inverse_temperature, *inputs)
+
+    def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
+        values = self.ends(position, noise)
+        return Evaluation(torch.lerp(*values, self.inverse_temperature), {}, {})
+
+    def ends(self, position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The energies of the reference and of the posterior, each of shape ``(chains,)``."""
+        return self.reference.value(position, noise), self.potential.value(position, noise)

@@ -1,0 +1,129 @@
+"""Moves of a whole population, tuned on it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
+from pyro_hamflow.model.tempered import TemperedTarget
+
+_TARGET = 0.8  # of the acceptance
+_GAIN = 1.5  # of the logarithm of the step size, for each unit of acceptance
+_LARGEST = 1.5  # step in whitened coordinates, where steps of 2 are unstable
+_TURN = 2.0  # the time of a trajectory there, a little more than a quarter of a turn
+_MOST_STEPS = 8  # of a trajectory
+_JITTER = 0.3  # standard deviation of the logarithm of particles' steps
+_MOST_DENSE = 300  # dimensions with a dense mass
+_SHRINKAGE = (5.0, 0.2)  # in particles, and particles for each dimension
+
+
+class PopulationMoves:
+    """HMC moves of all particles, noise included, with one step size and one mass.
+
+    The mass is the mean curvature that the scores show (their second moment), which knows nothing
+    of how far modes are apart; positions' variances, which do, would make steps too long within a
+    mode.
+
+    Arguments:
+        target: What is left invariant; it may change between moves.
+        position: Particles to begin with, of shape ``(particles, dimension)``, by whose variances
+            the first moves go.
+
+    Attributes:
+        tuning: Step size and mass.
+        num_gradients: How many gradients each particle has taken.
+
+    Invariant:
+        The target, exactly, while the tuning stays the same.
+    """
+
+    def __init__(self, target: TemperedTarget, position: Tensor) -> None:
+        self.target = target
+        self.num_gradients = 0
+        self.rows = target.potential.programs.rows_at_once("gradient", len(position))
+        self.transition: Transition
+        if target.noise_dimension:
+            self.transition = JointTransition(target, self.rows)
+        else:
+            self.transition = HMCTransition(target, self.rows)
+        self._gradient = target.graph("gradient", self.rows)
+        good = position[position.isfinite().all(-1)].double()
+        if target.dimension <= _MOST_DENSE:
+            spread = torch.cov(good.mT).reshape(target.dimension, target.dimension)
+            spread = spread + 1e-9 * spread.diagonal().mean() * torch.eye(len(spread)).to(spread)
+        else:
+            spread = good.var(0)
+        self.tuning = Tuning(0.5, GaussianKinetic(spread.to(position)))
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps a trajectory takes."""
+        return max(1, min(_MOST_STEPS, round(_TURN / self.tuning.step_size)))
+
+    def __call__(
+        self, position: Tensor, noise: Tensor, num_moves: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Moves all particles so many times.
+
+        Returns:
+            Their positions, noise, and mean acceptance, of shape ``(particles,)``.
+        """
+        parts = []
+        for some in zip(position.split(self.rows), noise.split(self.rows), strict=True):
+            state, rates = self.transition.state_at(*some), []
+            for _ in range(num_moves):
+                state, info = self.transition.step(state, self._jittered(), self.num_steps)
+                rates.append(info.acceptance_rate)
+            parts.append((state.position, state.noise, torch.stack(rates).mean(0)))
+        self.num_gradients += 1 + num_moves * self.num_steps
+        moved, its_noise, rate = (torch.cat(part) for part in zip(*parts, strict=True))
+        return moved, its_noise, rate
+
+    def _jittered(self) -> Tuning:
+        jitter = torch.randn(self.rows, dtype=torch.float64, device=self.target.example.device)
+        return self.tuning._replace(step_scale=(_JITTER * jitter).exp().clamp(0.5, 1.3))
+
+    def scores(self, position: Tensor, noise: Tensor) -> Tensor:
+        """The target's gradient at all particles."""
+        self.num_gradients += 1
+        parts = zip(position.split(self.rows), noise.split(self.rows), strict=True)
+        return torch.cat([self._gradient(*some)[1] for some in parts])
+
+    def tune_step(self, acceptance: float) -> None:
+        """Lengthens steps that are mostly accepted, and shortens others."""
+        size = self.tuning.step_size * math.exp(_GAIN * (acceptance - _TARGET))
+        self.tuning = self.tuning._replace(step_size=min(size, _LARGEST))
+
+    def tune_mass(self, scores: Tensor, weights: Tensor) -> None:
+        """Takes the scores' second moment for the mass, shrunk to what it was.
+
+        Arguments:
+            scores: The target's gradient at the particles.
+            weights: Of the particles, adding up to one.
+        """
+        good = scores.isfinite().all(-1)
+        scores = scores[good].double()
+        weights = weights[good] / weights[good].sum()
+        count = 1.0 / float(weights.square().sum())
+        before = self.tuning.kinetic
+        root = before.root.double()
+        few, each = _SHRINKAGE
+        shrinkage = few + each * self.target.dimension
+        if before.is_dense:
+            whitened = scores @ root
+            moment = (whitened * weights[:, None]).mT @ whitened
+            identity = torch.eye(len(moment)).to(moment)
+            moment = (count * moment + shrinkage * identity) / (count + shrinkage)
+            inverse = root @ torch.linalg.inv(moment) @ root.mT
+            inverse = 0.5 * (inverse + inverse.mT)
+        else:
+            moment = (scores * root).square().mul(weights[:, None]).sum(0)
+            moment = (count * moment + few) / (count + few)
+            inverse = before.inverse_mass.double() / moment
+        self.tuning = self.tuning._replace(kinetic=GaussianKinetic(inverse.to(before.inverse_mass)))

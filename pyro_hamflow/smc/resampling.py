@@ -1,0 +1,69 @@
+"""Weights of populations: what they are worth, and how they are made equal again."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def normalised(log_weights: Tensor) -> Tensor:
+    """Weights that add up to one in each row of ``(*, particles)``; equal where all are zero."""
+    dead = log_weights.amax(-1, keepdim=True) == -torch.inf
+    return torch.where(dead, 0.0, log_weights).softmax(-1)
+
+
+def effective_size(log_weights: Tensor) -> Tensor:
+    """What the weights of each row of ``(*, particles)`` are worth; zero if all are."""
+    total, squares = log_weights.logsumexp(-1), (2.0 * log_weights).logsumexp(-1)
+    return (2.0 * total - squares).exp().nan_to_num(0.0)
+
+
+def conditional_size(log_weights: Tensor, log_increments: Tensor) -> float:
+    """What a step of weights is worth, as a share of what they were worth before.
+
+    Particles of weight zero, before or after, count as nothing; a step that kills some is worth
+    what the others make of it.
+
+    Arguments:
+        log_weights: Of any shape.
+        log_increments: What is added to them.
+    """
+    shares = normalised(log_weights.flatten())
+    alive = log_increments.flatten() > -torch.inf
+    shares = torch.where(alive, shares, 0.0)
+    ratio = (log_increments - log_increments.max()).exp().flatten().nan_to_num(0.0)
+    first, second = (shares * ratio).sum(), (shares * ratio.square()).sum()
+    return float(first.square() / (second * shares.sum()))
+
+
+def resample_systematically(log_weights: Tensor) -> Tensor:
+    """Indices of particles, picked by weight in each row, by one uniform number for each row.
+
+    Arguments:
+        log_weights: Of shape ``(rows, particles)``; a row without any weight is kept as it is.
+
+    Returns:
+        Indices within the rows, of the same shape.
+
+    Invariant:
+        A particle is picked as often as its weight says on average, and never more than one time
+        more or less.
+
+    Example:
+        >>> resample_systematically(torch.tensor([[0.5, 0.0, 0.5, 0.0]]).log())
+        tensor([[0, 0, 2, 2]])
+    """
+    rows, count = log_weights.shape
+    uniform = torch.rand(rows, 1, dtype=torch.float64, device=log_weights.device)
+    levels = (torch.arange(count, device=log_weights.device) + uniform) / count
+    heights = normalised(log_weights.double()).cumsum(-1)
+    heights = heights / heights[:, -1:]
+    levels = levels.clamp(max=1.0 - 2.0**-53)
+    return torch.searchsorted(heights, levels, right=True).clamp(max=count - 1)
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    """The logarithm of the mean of exponentials along the last dimension."""
+    return values.logsumexp(-1) - math.log(values.shape[-1])

@@ -1,0 +1,203 @@
+"""Populations annealed to posteriors: evidence, moments and weights of modes against the truth."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_hamflow import marginalize
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.tempered import GuideReference
+from pyro_hamflow.smc import annealing
+from pyro_hamflow.smc.annealing import anneal
+from tests.helpers.targets import effects
+from tests.helpers.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
+
+Y = torch.tensor([1.2, -0.3, 2.0, 0.4, 0.9], dtype=torch.float64)
+
+
+def conjugate(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def conjugate_evidence(y):
+    covariance = torch.eye(len(y)) + 4.0
+    return float(dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y))
+
+
+def schools(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", 8):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+
+def normal(dimension, scale):
+    return dist.Normal(torch.zeros(dimension), scale).to_event(1)
+
+
+def of_density(prior, log_density):
+    """A model whose posterior is a density: it begins at a prior, and has that taken out again."""
+
+    def model():
+        x = pyro.sample("x", prior)
+        pyro.factor("density", log_density(x) - prior.log_prob(x))
+
+    return model
+
+
+def many_well(pairs):
+    def log_density(x):
+        a, b = x[:pairs], x[pairs:]
+        return (-(a**4) + 6.0 * a**2 + 0.5 * a).sum() - 0.5 * b.square().sum()
+
+    return of_density(normal(2 * pairs, 2.0), log_density)
+
+
+def two_modes(dimension):
+    """A mixture, 1:3, of normals of variance .5 about -2.5 and 2.5."""
+
+    def log_density(x):
+        parts = [normal(dimension, 0.5**0.5).log_prob(x - m) for m in (-2.5, 2.5)]
+        return torch.logaddexp(parts[0] + math.log(0.25), parts[1] + math.log(0.75))
+
+    return of_density(normal(dimension, 5.0), log_density)
+
+
+WELL, POSITIVE = 10.293479707, 0.844307
+
+
+def assert_evidence(population, expected, largest):
+    error = population.log_evidence_error
+    assert error < largest
+    assert abs(population.log_evidence - expected) < 3.0 * error
+
+
+def share(population, belongs):
+    """The weight of some particles, and its standard error from the parts."""
+    weights = population.log_weights.softmax(0).reshape(len(population.parts_log_evidence), -1)
+    parts = (weights * belongs.reshape(weights.shape)).sum(1)
+    whole = weights.sum(1)
+    total = parts.sum() / whole.sum()
+    return float(total), float((parts - total * whole).square().sum().sqrt())
+
+
+def test_conjugate_posterior():
+    population = anneal(Potential(conjugate, (Y,)))
+    assert_evidence(population, conjugate_evidence(Y), 0.03)
+    weights, position = population.log_weights.softmax(0), population.position[:, 0]
+    mean = float((weights * position).sum())
+    precision = 0.25 + len(Y)
+    expected = float(Y.sum()) / precision
+    error = math.sqrt(1.0 / precision / len(position))
+    assert abs(mean - expected) < 4.0 * error
+    variance = float((weights * (position - expected).square()).sum())
+    assert abs(variance * precision - 1.0) < 4.0 * math.sqrt(2.0 / len(position))
+
+
+def test_gradient_is_the_posteriors():
+    potential = Potential(conjugate, (Y,))
+    population = anneal(potential, 200)
+    expected = potential.graph("gradient", 200)(population.position, population.noise)[1]
+    torch.testing.assert_close(population.gradient, expected)
+
+
+def test_eight_schools():
+    data = (torch.as_tensor(SCHOOLS_SIGMA), torch.as_tensor(SCHOOLS_Y))
+    population = anneal(Potential(schools, tuple(part.double() for part in data)))
+    assert_evidence(population, -31.3114, 0.1)
+
+
+def test_many_well():
+    population = anneal(Potential(many_well(3)), 4000)
+    assert_evidence(population, 3 * WELL, 0.1)
+    for pair in range(3):
+        found, error = share(population, (population.position[:, pair] > 0.0).double())
+        assert abs(found - POSITIVE) < 3.0 * error
+        assert error < 0.03
+
+
+def test_weights_of_modes():
+    population = anneal(Potential(two_modes(16)), 4000)
+    assert_evidence(population, 0.0, 0.1)
+    found, error = share(population, (population.position.sum(-1) < 0.0).double())
+    assert error < 0.03
+    assert abs(found - 0.25) < 3.0 * error
+
+
+def test_a_marginal_model_with_its_noise():
+    marginal = marginalize(effects, ["x"], num_particles=4, proposal="prior")
+    population = anneal(Potential(marginal, (Y,), separate_noise=True), 4000)
+    assert population.noise.shape[0] == 4000
+    covariance = torch.eye(len(Y)) + 4.0
+    expected = dist.MultivariateNormal(torch.zeros(len(Y)), covariance).log_prob(Y)
+    assert_evidence(population, float(expected), 0.1)
+
+
+def test_from_a_guide():
+    class Aside:
+        fn = dist.Normal(-3.0, 1.0)
+
+        def prepare(self, *args, **kwargs):
+            pass
+
+        def draw(self, num_samples):
+            position = self.fn.sample((num_samples, 1))
+            return position, self.log_ratio(position)
+
+        def log_ratio(self, position):
+            return self.fn.log_prob(position)[:, 0]
+
+    potential = Potential(conjugate, (Y,))
+    population = anneal(potential, reference=GuideReference(Aside(), potential))
+    assert_evidence(population, conjugate_evidence(Y), 0.1)
+
+
+def half_missing():
+    """Data that allow half of the prior: three quarters of it, for two values."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    allowed = torch.where(x > 0.0, 0.0, -torch.inf)
+    pyro.factor("f", allowed - 0.5 * x.square())
+
+
+def test_particles_of_infinite_energy_count_as_weight_zero():
+    population = anneal(Potential(half_missing), 4000)
+    assert_evidence(population, math.log(0.5 / math.sqrt(2.0)), 0.05)
+    assert bool((population.position[population.log_weights > -torch.inf] > 0.0).all())
+
+
+def test_evidence_that_drops_infinite_particles_is_noticed(monkeypatch):
+    def dropping(values):
+        good = values.isfinite()
+        return values.logsumexp(-1) - good.sum(-1).double().log()
+
+    monkeypatch.setattr(annealing, "log_mean_exp", dropping)
+    population = anneal(Potential(half_missing), 4000)
+    with pytest.raises(AssertionError):
+        assert_evidence(population, math.log(0.5 / math.sqrt(2.0)), 0.05)
+
+
+def test_resampling_that_ignores_weights_is_noticed(monkeypatch):
+    def ignoring(log_weights):
+        return torch.arange(log_weights.shape[1]).expand(log_weights.shape)
+
+    monkeypatch.setattr(annealing, "resample_systematically", ignoring)
+    population = anneal(Potential(many_well(3)), 4000)
+    with pytest.raises(AssertionError):
+        assert_evidence(population, 3 * WELL, 0.1)
+
+
+def test_a_prior_that_never_meets_the_data_is_refused():
+    def impossible():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", torch.where(x > 50.0, 0.0, -torch.inf))
+
+    with pytest.raises(ValueError, match="no draw to start from has a posterior density"):
+        anneal(Potential(impossible), 200)
