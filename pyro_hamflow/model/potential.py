@@ -194,7 +194,7 @@ class Potential:
     def run_freely(self) -> poutine.Trace:
         """A run of the model, every latent site drawn from its prior."""
         with self._hold():
-            return run_with(self._original, lambda msg: None, *self.args, **self.kwargs)
+            return run_with(self.original, lambda msg: None, *self.args, **self.kwargs)
 
     def value_of_one(self, position: Tensor, noise: Tensor) -> Tensor:
         """The potential of one chain, by running the model: vectors in, a scalar out."""
