@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.noise_layout import PRIOR_SHARE, Stratum
+from pyro_hamflow.marginal.gaussian_form import Component
+from pyro_hamflow.marginal.noise_layout import PRIOR_SHARE, Layout, Stratum
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.points import place_points
 from pyro_hamflow.marginal.proposals.base import Particle, Proposal, component_log_weight
@@ -55,44 +57,65 @@ def estimate(
         each: What applies a function to each particle.
     """
     layout = plan.layouts[group.name]
-    log_weights, values, origins, start = [], [], [], 0
-    parts = zip(layout.strata, layout.split(u.to(layout.example)), strict=True)
-    for _, alike in groupby(parts, lambda pair: pair[0].components):
-        strata, parts_alike = zip(*alike, strict=True)
-        points = [
-            place_points(layout.points, stratum.count, part)
-            for stratum, part in zip(strata, parts_alike, strict=True)
-        ]
+    log_weights, values, origins = [], [], []
+    noise = layout.split(u.to(layout.example))
+    for _, together in groupby(range(len(noise)), lambda i: _run_of(proposal, layout.strata[i])):
+        numbers = list(together)
+        strata = [layout.strata[i] for i in numbers]
+        points = [place_points(layout.points, layout.strata[i].count, noise[i]) for i in numbers]
         rows = [torch.cat(points)]
-        stop = start + len(rows[0])
-        sources = proposal.sources(layout, strata[0])
-        if sources is not None:
-            rows.append(sources[start:stop])
+        if len(numbers) > 1:
+            counts = torch.tensor([stratum.count for stratum in strata])
+            rows.append(torch.tensor(numbers).repeat_interleave(counts).to(u.device))
+        components = _components(layout, strata)
 
         def one(
-            coordinates: Tensor, source: Tensor | None = None, stratum: Stratum = strata[0]
+            coordinates: Tensor,
+            source: Tensor | None = None,
+            first: Stratum = strata[0],
+            components: Mapping[str, Component] = components,
         ) -> Any:
-            particle = proposal.particle(plan, group, stratum, coordinates, parameters, source)
-            return _weigh(plan, group, stratum, coordinates, particle, parameters)
+            particle = proposal.particle(plan, group, first, coordinates, parameters, source)
+            own = {
+                name: of[source] if isinstance(of, Tensor) else of
+                for name, of in components.items()
+            }
+            return _weigh(plan, group, first, own, coordinates, particle, parameters)
 
         weights, value, origin = each(one, *rows)
         log_weights.append(weights)
         values.append(value)
         origins.append(origin)
-        start = stop
     weights = torch.cat(log_weights)
     factors = layout.log_factors.reshape(-1, *[1] * (weights.dim() - 1))
-    joined, noise = (
+    joined, made_of = (
         {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         for parts in (values, origins)
     )
-    return Estimate(group, weights + factors, joined, noise)
+    return Estimate(group, weights + factors, joined, made_of)
+
+
+def _run_of(proposal: Proposal, stratum: Stratum) -> object:
+    """Equal for particles that one run of the model makes."""
+    return stratum.is_shared if proposal.joins_components else stratum.components
+
+
+def _components(layout: Layout, strata: list[Stratum]) -> dict[str, Component]:
+    """Of each site with a mixture prior the component of some strata; if several, that of each."""
+    of = {stratum.components for stratum in strata}
+    if len(of) == 1:
+        return dict(*of)
+    found: dict[str, Component] = {}
+    for name, _ in strata[0].components:
+        found[name] = layout.each([dict(stratum.components)[name] for stratum in layout.strata])
+    return found
 
 
 def _weigh(
     plan: Plan,
     group: Group,
     stratum: Stratum,
+    components: Mapping[str, Component],
     coordinates: Tensor,
     particle: Particle,
     parameters: dict[str, Tensor],
@@ -102,7 +125,8 @@ def _weigh(
     Arguments:
         plan: The model.
         group: The group of local sites.
-        stratum: Which components of mixture priors the particle belongs to.
+        stratum: The particle's, or the first of those that are run together.
+        components: Of each site with a mixture prior, which one the particle belongs to.
         coordinates: Its noise, of shape ``(*group.shape, dimension)``.
         particle: What draws it.
         parameters: The values of all sites that are not integrated out.
@@ -111,7 +135,7 @@ def _weigh(
         Its log weight for each element, the values of the local sites, and their origins, where
         the proposal tells them.
     """
-    blocks, components = plan.layouts[group.name].blocks, dict(stratum.components)
+    blocks = plan.layouts[group.name].blocks
     log_ratios: list[list[Tensor]] = []
     others: list[Tensor] = []
     values: dict[str, Tensor] = {}

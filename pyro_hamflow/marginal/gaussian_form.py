@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
+import pyro.poutine as poutine
 import torch
 import torch.distributions as torch_dist
 from torch import Tensor
@@ -16,6 +17,8 @@ _MULTIVARIATE = (torch_dist.MultivariateNormal, torch_dist.LowRankMultivariateNo
 
 
 _GAUSSIANS = (torch_dist.Normal, *_MULTIVARIATE)
+
+Component: TypeAlias = int | Tensor  # of a mixture, the tensor a scalar
 
 
 class GaussianForm(NamedTuple):
@@ -42,7 +45,7 @@ class GaussianForm(NamedTuple):
 
 
 def gaussian_form(
-    name: str, fn: Any, component: int | None = None, near: Reference | None = None
+    name: str, fn: Any, component: Component | None = None, near: Reference | None = None
 ) -> GaussianForm:
     """Writes a prior, or a component of a mixture, as a transform of a Gaussian vector.
 
@@ -55,6 +58,10 @@ def gaussian_form(
     Raises:
         ValueError: If no such transform is known for the prior.
     """
+    if component is not None and isinstance(fn.component_distribution, torch_dist.Normal):
+        of_all = fn.component_distribution
+        loc, scale = (pick(part, -1, component) for part in (of_all.loc, of_all.scale))
+        fn, component = torch_dist.Normal(loc, scale, validate_args=False), None
     if component is not None:
         if near is not None:
             near = Reference(*(part.unsqueeze(len(fn.batch_shape)) for part in near))
@@ -63,10 +70,10 @@ def gaussian_form(
 
         def expand(v: Tensor) -> Tensor:
             value = form.value(v.unsqueeze(-2).expand(*v.shape[:-1], count, v.shape[-1]))
-            return value.select(value.dim() - 1 - len(fn.event_shape), component)
+            return pick(value, value.dim() - 1 - len(fn.event_shape), component)
 
         return GaussianForm(
-            form.loc.select(dim, component), form.precision.select(dim, component), expand
+            pick(form.loc, dim, component), pick(form.precision, dim, component), expand
         )
     if isinstance(fn, torch_dist.Normal):
         loc, scale = torch.broadcast_tensors(fn.loc, fn.scale)
@@ -98,6 +105,27 @@ def gaussian_form(
             f"expects a transform of normal noise; {error}"
         ) from error
     return GaussianForm(scores.loc, scores.scale.pow(-2).diag_embed(), scores.value)
+
+
+def pick(tensor: Tensor, dim: int, component: Component) -> Tensor:
+    """A component's part of a tensor that has those of all components along a dimension."""
+    if isinstance(component, int):
+        return tensor.select(dim, component)
+    return tensor.index_select(dim, component.reshape(1)).squeeze(dim)
+
+
+def gaussian_shapes(
+    trace: poutine.Trace, splits: Mapping[str, int | None]
+) -> dict[str, torch.Size]:
+    """The shapes of the coordinates in which priors are Gaussian.
+
+    Arguments and errors are those of :meth:`Proposal.noise_shapes`.
+    """
+    shapes = {}
+    for name, split in splits.items():
+        form = gaussian_form(name, trace.nodes[name]["fn"], None if split is None else 0)
+        shapes[name] = form.loc.shape[-1:]
+    return shapes
 
 
 def has_gaussian_form(fn: Any, component: int | None) -> bool:

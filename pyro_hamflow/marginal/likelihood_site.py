@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -59,6 +60,30 @@ class LikelihoodSite:
 
 
 Sites = dict[str, tuple[LikelihoodSite, LikelihoodSite]]  # of each local site, the pilot's first
+
+
+def chosen(options: list[Sites], number: Tensor) -> Sites:
+    """One of several groups of sites that are alike, by its number, a scalar."""
+
+    def pick(parts: Iterable[Tensor]) -> Tensor:
+        return torch.stack(torch.broadcast_tensors(*parts))[number]
+
+    def one(sites: list[LikelihoodSite]) -> LikelihoodSite:
+        couplings = [site.coupling for site in sites if site.coupling is not None]
+        slopes = [site.slopes for site in sites if site.slopes is not None]
+        held = [site.near for site in sites if site.near is not None]
+        return LikelihoodSite(
+            pick(site.tightness for site in sites),
+            pick(site.precision for site in sites),
+            pick(site.linear for site in sites),
+            pick(couplings) if couplings else None,
+            pick(slopes) if slopes else None,
+            Reference(*map(pick, zip(*held, strict=True))) if held else None,
+        )
+
+    pairs = {name: zip(*(sites[name] for sites in options), strict=True) for name in options[0]}
+    chosen_pairs = {name: [one(list(sites)) for sites in pair] for name, pair in pairs.items()}
+    return {name: (narrow, wide) for name, (narrow, wide) in chosen_pairs.items()}
 
 
 class Spread(NamedTuple):

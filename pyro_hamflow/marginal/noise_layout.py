@@ -153,13 +153,13 @@ class Layout:
         return torch.tensor(flags, device=self.example.device)
 
     @cached_property
-    def sources(self) -> Tensor:
-        """The mode that each particle lies about; for those from the prior, the number of modes."""
-        rows = []
-        for s in self.strata:
-            alike = sum(t.components == s.components and not t.from_prior for t in self.strata)
-            rows += s.count * [alike if s.from_prior else s.mode]
-        return torch.tensor(rows, device=self.example.device)
+    def choices(self) -> tuple[Components, ...]:
+        """The choices of components of the mixture priors."""
+        return tuple(dict.fromkeys(stratum.components for stratum in self.strata))
+
+    def each(self, numbers: list[int] | list[bool]) -> Tensor:
+        """A number for each stratum, as a tensor."""
+        return torch.tensor(numbers, device=self.example.device)
 
     def noise_shape(self, group: Group) -> torch.Size:
         vectors = sum(noise_count(self.points, stratum.count) for stratum in self.strata)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_hamflow.programs.functions import InOtherWords
 from pyro_hamflow.programs.values import ValueDependence, ValueGuard
 
 Rule = Callable[..., Any]
@@ -70,7 +71,8 @@ class Recorder(TorchDispatchMode):
             self._varying.add(node)
             self._note(example, node)
         # What a model compiles for itself would hide its operations.
-        with torch.compiler.set_stance("force_eager"), ValueGuard(self._varies), self:
+        eagerly = torch.compiler.set_stance("force_eager")
+        with eagerly, InOtherWords(), ValueGuard(self._varies), self:
             result = function(*examples)
         self.graph.output(tree_map(self._node_of, result))
         return result
@@ -202,9 +204,8 @@ class Recorder(TorchDispatchMode):
 
     def _varies(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the arguments."""
-        if self._nodes.get(tensor) in self._varying:
-            return True
-        return bool(self._written) and tensor.untyped_storage()._cdata in self._written
+        written = bool(self._written) and tensor.untyped_storage()._cdata in self._written
+        return written or self._nodes.get(tensor) in self._varying
 
     def _any_varies(self, arguments: Any, inputs: Any) -> bool:
         nodes: list[Node] = []

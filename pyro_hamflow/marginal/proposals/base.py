@@ -20,7 +20,8 @@ import torch
 import torch.distributions as torch_dist
 from torch import Tensor
 
-from pyro_hamflow.marginal.noise_layout import Components, Layout, Stratum
+from pyro_hamflow.marginal.gaussian_form import Component, pick
+from pyro_hamflow.marginal.noise_layout import Components, Stratum
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.structure import Group
 
@@ -44,14 +45,15 @@ class Draw(NamedTuple):
 class Particle(Protocol):
     """What draws one particle of every element of a group, one local site after the other."""
 
-    def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
+    def draw(self, name: str, fn: Any, noise: Tensor, component: Component | None) -> Draw:
         """Draws the value of a site.
 
         Arguments:
             name: The site.
             fn: Its prior distribution, given all that comes before it.
             noise: Standard normal noise, of shape ``batch_shape + noise_shape``.
-            component: Which component of a mixture prior to draw from; ``None`` for others.
+            component: Which component of a mixture prior to draw from; ``None`` for others. A
+                tensor where the proposal joins components.
         """
 
     def mix(self, log_ratios: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -76,6 +78,8 @@ class Proposal(ABC):
     Attributes:
         name: What it is called where settings are printed.
         stratified: Whether each component of a mixture prior gets particles of its own.
+        joins_components: Whether particles of different components are made by one run of the
+            model, which takes less time.
         enough_particles: How many particles mostly serve well.
         is_defended: Whether some particles come from the prior, lest it misses something.
         needs_fit: Whether it has to be fitted to the data, at a pilot value of the parameters.
@@ -86,6 +90,7 @@ class Proposal(ABC):
 
     name: str
     stratified: bool = True
+    joins_components: bool = False
     enough_particles: int = 32
     is_defended: bool = False
     needs_fit: bool = False
@@ -124,23 +129,11 @@ class Proposal(ABC):
         Arguments:
             plan: The model.
             group: The group.
-            stratum: The particle's, or one with the same components.
+            stratum: The particle's, or the first of those that are run together.
             coordinates: Its noise, of shape ``(*group.shape, dimension)``.
             parameters: The values of all sites that are not integrated out.
-            source: The particle's entry of :meth:`sources`.
+            source: The number of the particle's stratum; none where a single one is run.
         """
-
-    def sources(self, layout: Layout, stratum: Stratum) -> Tensor | None:
-        """Where particles come from that share their components; none if all from the same place.
-
-        Arguments:
-            layout: The noise of a group.
-            stratum: The first with these components.
-
-        Returns:
-            An entry for each particle of the layout.
-        """
-        return None
 
     def modes(self, group: Group) -> dict[Components, int]:
         """How many modes have particles of their own, by components; one where not given."""
@@ -178,7 +171,6 @@ def component_count(fn: Any) -> int | None:
     return None
 
 
-def component_log_weight(fn: torch_dist.MixtureSameFamily, component: int) -> Tensor:
+def component_log_weight(fn: torch_dist.MixtureSameFamily, component: Component) -> Tensor:
     """The log weight of one component of a mixture, of the mixture's batch shape."""
-    logits = fn.mixture_distribution.logits
-    return torch.log_softmax(logits, -1)[..., component]
+    return pick(fn.mixture_distribution.logits, -1, component)  # whose exponentials sum to one

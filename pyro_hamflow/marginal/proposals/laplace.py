@@ -48,7 +48,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -59,9 +59,21 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.fitted import Anchor, Fit, Fitted, keep_what_moves
-from pyro_hamflow.marginal.gaussian_form import GaussianForm, gaussian_form
+from pyro_hamflow.marginal.gaussian_form import (
+    Component,
+    GaussianForm,
+    gaussian_form,
+    gaussian_shapes,
+)
 from pyro_hamflow.marginal.joint_density import Joint, joint_density, references
-from pyro_hamflow.marginal.likelihood_site import Sites, apply, log_gaussian, origin_of, solve
+from pyro_hamflow.marginal.likelihood_site import (
+    Sites,
+    apply,
+    chosen,
+    log_gaussian,
+    origin_of,
+    solve,
+)
 from pyro_hamflow.marginal.noise_layout import Block, Components, Layout, Stratum
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal
@@ -103,7 +115,7 @@ class LaplaceParticle:
         self.tells_origins = tells_origins
         self.before: list[Tensor] = []
 
-    def draw(self, name: str, fn: object, noise: Tensor, component: int | None) -> Draw:
+    def draw(self, name: str, fn: object, noise: Tensor, component: Component | None) -> Draw:
         form = gaussian_form(name, fn, component, self.sites[name][0].near).to(noise.dtype)
         precision, linear = self.site(name, form, self.sites)
         v, log_proposal = _propose(form, precision, linear, noise, self.from_prior)
@@ -139,6 +151,7 @@ class LaplaceProposal(Proposal):
     is_defended: bool = True
     tells_origins: bool = False
     name = "laplace"
+    joins_components = True
     enough_particles = 16
     needs_fit = True
     is_final = False
@@ -147,9 +160,6 @@ class LaplaceProposal(Proposal):
         self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
     ) -> dict[str, torch.Size]:
         return gaussian_shapes(trace, splits)
-
-    def sources(self, layout: Layout, stratum: Stratum) -> Tensor | None:
-        return layout.from_prior if stratum.is_shared else None
 
     def particle(
         self,
@@ -160,9 +170,17 @@ class LaplaceProposal(Proposal):
         parameters: dict[str, Tensor],
         source: Tensor | None,
     ) -> LaplaceParticle:
-        found, shift = fitted_for(self.fitted, group, stratum, parameters)
-        blocks, tells = plan.layouts[group.name].blocks, self.tells_origins
-        return LaplaceParticle(group, blocks, found.sites[0], shift, source, tells_origins=tells)
+        layout, tells = plan.layouts[group.name], self.tells_origins
+        found, shift = fitted_for(self.fitted, group, layout.choices, parameters)
+        sites, from_prior = found[layout.choices.index(stratum.components)].sites[0], None
+        if source is not None and len(found) > 1:
+            choice = layout.each([layout.choices.index(s.components) for s in layout.strata])
+            sites = chosen([fit.sites[0] for fit in found], choice[source])
+        if stratum.is_shared:
+            number = layout.strata.index(stratum) if source is None else source
+            from_prior = layout.each([s.from_prior for s in layout.strata])[number]
+        blocks = layout.blocks
+        return LaplaceParticle(group, blocks, sites, shift, from_prior, tells_origins=tells)
 
     def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         def fit_one(
@@ -191,31 +209,20 @@ class LaplaceProposal(Proposal):
         return replace(self, tells_origins=True)
 
 
-def gaussian_shapes(
-    trace: poutine.Trace, splits: Mapping[str, int | None]
-) -> dict[str, torch.Size]:
-    """The shapes of the coordinates in which priors are Gaussian.
-
-    Arguments and errors are those of :meth:`Proposal.noise_shapes`.
-    """
-    shapes = {}
-    for name, split in splits.items():
-        form = gaussian_form(name, trace.nodes[name]["fn"], None if split is None else 0)
-        shapes[name] = form.loc.shape[-1:]
-    return shapes
-
-
 def fitted_for(
-    fit: Fit | None, group: Group, stratum: Stratum, parameters: dict[str, Tensor]
-) -> tuple[Fitted, Tensor | None]:
-    """What was fitted for a particle, and how far the parameters have moved since.
+    fit: Fit | None,
+    group: Group,
+    choices: Sequence[Components],
+    parameters: dict[str, Tensor],
+) -> tuple[list[Fitted], Tensor | None]:
+    """What was fitted for choices of components, and how far the parameters have moved since.
 
     Raises:
         RuntimeError: If nothing was.
     """
     if fit is None:
         raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
-    return fit.sites[group.name, stratum.components], fit.anchor.shift(parameters)
+    return [fit.sites[group.name, of] for of in choices], fit.anchor.shift(parameters)
 
 
 def fit_groups(

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.fitted import Anchor, Fit, Fitted
-from pyro_hamflow.marginal.gaussian_form import gaussian_form
+from pyro_hamflow.marginal.gaussian_form import Component, gaussian_form, gaussian_shapes
 from pyro_hamflow.marginal.joint_density import Joint
 from pyro_hamflow.marginal.likelihood_site import (
     Sites,
@@ -50,7 +50,6 @@ from pyro_hamflow.marginal.proposals.laplace import (
     LaplaceParticle,
     fit_groups,
     fitted_for,
-    gaussian_shapes,
 )
 from pyro_hamflow.marginal.scores import Reference
 from pyro_hamflow.marginal.site_fit import fit_modes
@@ -89,7 +88,7 @@ class MixtureParticle(LaplaceParticle):
         self.spread = spread
         self.source = source
 
-    def draw(self, name: str, fn: object, noise: Tensor, component: int | None) -> Draw:
+    def draw(self, name: str, fn: object, noise: Tensor, component: Component | None) -> Draw:
         form = gaussian_form(name, fn, component, self.sites[name][0].near).to(noise.dtype)
         tail = Block(0, 1, self.group.frames, torch.Size([1])).spread(
             self.spread.tail[..., None], self.group
@@ -151,9 +150,6 @@ class MixtureProposal(Proposal):
     ) -> dict[str, torch.Size]:
         return gaussian_shapes(trace, splits)
 
-    def sources(self, layout: Layout, stratum: Stratum) -> Tensor:
-        return layout.sources
-
     def particle(
         self,
         plan: Plan,
@@ -163,12 +159,15 @@ class MixtureProposal(Proposal):
         parameters: dict[str, Tensor],
         source: Tensor | None,
     ) -> MixtureParticle:
-        found, shift = fitted_for(self.fitted, group, stratum, parameters)
-        if found.spread is None or source is None:
+        (found,), shift = fitted_for(self.fitted, group, [stratum.components], parameters)
+        if found.spread is None:
             raise RuntimeError("the proposal was fitted about one mode: expected several")
-        blocks, modes, tells = plan.layouts[group.name].blocks, found.sites, self.tells_origins
-        spread = found.spread
-        return MixtureParticle(group, blocks, modes, spread, shift, source, tells_origins=tells)
+        layout, tells = plan.layouts[group.name], self.tells_origins
+        number = layout.strata.index(stratum) if source is None else source
+        modes, spread = found.sites, found.spread
+        mode = layout.each([len(modes) if s.from_prior else s.mode for s in layout.strata])[number]
+        blocks = layout.blocks
+        return MixtureParticle(group, blocks, modes, spread, shift, mode, tells_origins=tells)
 
     def modes(self, group: Group) -> dict[Components, int]:
         if self.fitted is None:

@@ -10,6 +10,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.gaussian_form import Component, pick
 from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.normal_transform import normal_transform
 from pyro_hamflow.marginal.plan import Plan
@@ -21,14 +22,14 @@ from pyro_hamflow.model.float_type import float_type
 class PriorParticle:
     """A particle of the prior, whose weight is the likelihood alone."""
 
-    def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
+    def draw(self, name: str, fn: Any, noise: Tensor, component: Component | None) -> Draw:
         noise = noise.to(float_type(fn, noise.dtype))
         if component is None:
             return Draw(normal_transform(fn).draw(noise), ())
         transform = normal_transform(fn.component_distribution)
         dim = noise.dim() - len(transform.noise_shape)
         value = transform.draw(noise.unsqueeze(dim))
-        return Draw(value.select(value.dim() - 1 - len(fn.event_shape), component), ())
+        return Draw(pick(value, value.dim() - 1 - len(fn.event_shape), component), ())
 
     def mix(self, log_ratios: list[Tensor]) -> tuple[Tensor, None]:
         return log_ratios[0], None
@@ -43,6 +44,7 @@ class PriorProposal(Proposal):
     """
 
     name = "prior"
+    joins_components = True
     is_final = False
 
     def noise_shapes(

@@ -10,6 +10,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.normal_transform import NormalTransform, normal_transform, support
 from pyro_hamflow.marginal.plan import Plan
@@ -34,7 +35,7 @@ class ProgramParticle:
     distributions: dict[str, Any]
     values: dict[str, Tensor]
 
-    def draw(self, name: str, fn: Any, noise: Tensor, component: int | None) -> Draw:
+    def draw(self, name: str, fn: Any, noise: Tensor, component: Component | None) -> Draw:
         source, value = self.distributions[name], self.values[name]
         return Draw(value, (fn.log_prob(value) - source.log_prob(value),))
 
