@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions.transforms import IndependentTransform
 
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.choice import choose_proposal
@@ -35,6 +36,8 @@ _FIRST_LENGTH = 1.0  # the longest change of an unconstrained coordinate at firs
 _SLACK = 0.01  # by which the potential may rise where its slope falls: gradients are approximate
 _NEAR = 0.05  # posterior standard deviations
 _RADIUS = 2.0  # of the box that other kernels start in, too
+_END = 40.0  # of the logarithm by which a support is stretched: a scale of 4e-18 to 2e17
+_BEYOND = 60.0  # which is too far to have been led there, not thrown
 
 
 class Pilot(NamedTuple):
@@ -43,10 +46,12 @@ class Pilot(NamedTuple):
     Attributes:
         values: Constrained values of the parameters.
         distance: How far the top may be, in posterior standard deviations.
+        escaped: Sites that every climb has led to the end of their support.
     """
 
     values: dict[str, Tensor]
     distance: float
+    escaped: tuple[str, ...] = ()
 
 
 class Top(NamedTuple):
@@ -66,7 +71,9 @@ def find_pilot(
     """Climbs the estimated posterior to its top, fitting the likelihood sites on the way.
 
     Few particles do, however many the marginal model has. A climb that does not come to rest is
-    followed by others, from random places as far from zero as other kernels' chains start.
+    followed by others, from random places as far from zero as other kernels' chains start. None
+    goes on beyond what is taken for the end of a support; where all of them come there, the density
+    may have no bound, and the pilot is where the first began.
 
     Arguments:
         marginal: A marginal model.
@@ -98,6 +105,9 @@ def find_pilot(
         noise = _even_noise(rough.plan(*args, **kwargs), potential)
 
         def gradient(position: Tensor) -> tuple[float, Tensor]:
+            if _at_end(potential, position, _END):
+                thrown = bool(_at_end(potential, position, _BEYOND))
+                return math.inf if thrown else -math.inf, torch.zeros_like(position)
             try:
                 rough.follow(potential.constrain(position), *args, **kwargs)
                 position = position.detach().requires_grad_()
@@ -108,6 +118,8 @@ def find_pilot(
             return float(value.detach()), slope
 
         tops: list[Top] = []
+        starts: list[Tensor] = []
+        escaped: set[str] = set()
         for trial in range(_STARTS if potential.dimension else 0):
             # Not zero itself, which may be a saddle, as it is for mixtures.
             position = 0.1 * torch.randn(potential.dimension).to(potential.example)
@@ -118,13 +130,33 @@ def find_pilot(
                     given = start.get(part.name)
                     if given is not None and given.shape == part.shape:
                         position[part.start : part.stop] = given.to(position).reshape(-1)
-            tops.append(climb(gradient, position))
-            if tops[-1].distance <= _NEAR:
+            starts.append(position)
+            top = climb(gradient, position)
+            if top.value == -math.inf:
+                escaped |= _at_end(potential, top.position, _END)
+                continue
+            tops.append(top)
+            if top.distance <= _NEAR:
                 break
-    if not tops:
+    if not starts:
         return Pilot({}, 0.0)
+    if not tops:
+        return Pilot(potential.constrain(starts[0]), math.inf, tuple(sorted(escaped)))
     best = min(tops, key=lambda top: top.value if math.isfinite(top.value) else math.inf)
     return Pilot(potential.constrain(best.position), best.distance)
+
+
+def _at_end(potential: Potential, position: Tensor, end: float) -> set[str]:
+    """The sites that a position puts at the end of their support, as a scale is at zero."""
+    found = set()
+    for site in potential.sites:
+        free, transform = position[site.start : site.stop].reshape(site.shape), site.transform
+        while isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        stretch = transform.log_abs_det_jacobian(free, transform(free)).abs()
+        if bool((stretch * stretch.numel() > end * free.numel()).any()):
+            found.add(site.name)
+    return found
 
 
 def _even_noise(plan: Plan, potential: Potential) -> Tensor:

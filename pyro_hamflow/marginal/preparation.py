@@ -35,7 +35,16 @@ def prepare(
     marginal.fit(*args, pilot=found.values, **kwargs)
     if marginal.num_particles is None and marginal.proposal.needs_fit:
         settle_particles(marginal, args, kwargs)
-    remark = None
+    remark = _told_of_ends(found.escaped) if found.escaped else None
     if found.distance <= _FAR:  # a proposal fitted far away misses this and that
         remark = mend_proposal(marginal, [found.values], args, kwargs)
     marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
+
+
+def _told_of_ends(sites: tuple[str, ...]) -> str:
+    names = " and ".join(f"'{name}'" for name in sites)
+    return (
+        "the posterior density may have no bound: in the search for its mode it rose all the way "
+        f"to the end of the support of {names}, as a scale goes to zero for data that are fitted "
+        "exactly; look at the priors of scales."
+    )

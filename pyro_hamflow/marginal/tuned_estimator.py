@@ -43,7 +43,7 @@ class Prepared:
         key: Of the structure of the model and data that it was fitted to; none before that.
         pilot: The constrained parameter values that it was fitted at.
         distance: How far these may be from the posterior's top, in its standard deviations.
-        remark: What the proposal misses there, in a sentence.
+        remark: What the proposal misses there, or what the search found, in a sentence.
     """
 
     proposal: Proposal | None

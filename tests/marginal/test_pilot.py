@@ -115,3 +115,42 @@ def test_model_without_parameters_needs_no_pilot():
             pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
     assert phf.marginalize(model, ["x"]).pilot((torch.ones(3),), {}) == {}
+
+
+def effects_with_error(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    error = pyro.sample("error", dist.HalfCauchy(1.0))
+    with pyro.plate("subject", len(y), dim=-2):
+        x = pyro.sample("x", dist.Normal(mean, s))
+        with pyro.plate("visit", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(x, error), obs=y)
+
+
+def test_search_ends_soon_where_the_density_has_no_bound(monkeypatch):
+    """Of equal data: the error of an observation goes to zero, and the density to infinity."""
+    evaluated, climb = [], pilot_module.climb
+
+    def counted(gradient, start):
+        return climb(lambda at: (evaluated.append(at), gradient(at))[1], start)
+
+    monkeypatch.setattr(pilot_module, "climb", counted)
+    marginal = phf.marginalize(effects_with_error, ["x"])
+    kernel = phf.PseudoMarginalNUTS(marginal)
+    mcmc = phf.MCMC(kernel, 5, 5, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run(torch.full((10, 4), 2.0))
+    assert len(evaluated) < 60  # of 550 that climbs without an end take
+    assert any("no bound" in said and "'error'" in said for said in mcmc.messages)
+    assert "did not come to rest" not in " ".join(mcmc.messages)
+    assert 0.1 < float(marginal.prepared.pilot["error"]) < 10.0
+
+
+def test_tiny_errors_are_found():
+    """Scales of 1e-9 lie far from where the search begins, and this side of the end."""
+    y = 2.0 + torch.randn(10, 1, dtype=torch.float64)
+    y = y + 1e-9 * torch.randn(10, 4, dtype=torch.float64)
+    marginal = phf.marginalize(effects_with_error, ["x"])
+    pilot = marginal.pilot((y,), {})
+    assert marginal.prepared.distance < 0.1 and marginal.prepared.remark is None
+    within = float((y - y.mean(1, keepdim=True)).square().sum() / 30.0) ** 0.5
+    assert abs(float(pilot["error"]) / within - 1.0) < 0.3

@@ -104,7 +104,7 @@ class EstimatorTuning:
         found = model.prepared
         if found.remark:
             self.plan.say(found.remark, first=True)
-        if found.distance > _FAR:
+        elif found.distance > _FAR:
             self.plan.say(
                 "the search for the posterior's mode did not come to rest; the chains may start "
                 f"{found.distance:.2g} posterior standard deviations from it, and warm-up "
