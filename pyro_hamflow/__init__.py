@@ -8,6 +8,7 @@ from pyro_hamflow.flows.losses import ForwardKL, ReverseKL
 from pyro_hamflow.marginal.marginalize import marginalize, noise
 from pyro_hamflow.marginal.quality import EstimatorQuality, estimator_quality
 from pyro_hamflow.mcmc.kernels.flow import FlowMH
+from pyro_hamflow.mcmc.kernels.flow_nuts import FlowNUTS
 from pyro_hamflow.mcmc.kernels.hmc_nuts import HMC, NUTS
 from pyro_hamflow.mcmc.kernels.hnn import HNNHMC, HNNNUTS
 from pyro_hamflow.mcmc.kernels.mala import MALA
@@ -38,6 +39,7 @@ __all__ = [
     "EllipticalSliceRefresh",
     "EstimatorQuality",
     "FlowMH",
+    "FlowNUTS",
     "ForwardKL",
     "GradientMatching",
     "ImportanceSamples",

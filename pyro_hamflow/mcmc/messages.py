@@ -75,6 +75,8 @@ def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site])
         if place == len(values):  # no number at all
             continue
         name = _name(sites, int(columns[place]))
+        if kind == "rhat" and _LARGEST_RHAT < values[place] < np.inf:
+            _look_for_clusters(result, rows[..., place], name)
         result.values[f"{extreme}_{kind}"] = float(values[place])
         result.values[f"{extreme}_{kind}_parameter"] = name
         if kind == "rhat" and values[place] > _LARGEST_RHAT:
@@ -87,6 +89,27 @@ def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site])
                 f"The effective sample size of '{name}' ({kind[4:]}) is {values[place]:.0f}, below "
                 f"{_FEWEST_EFFECTIVE} for each chain: draw more."
             )
+
+
+def _look_for_clusters(result: Report, values: np.ndarray, name: str) -> None:
+    """Says if chains fall into groups whose draws of a parameter, ``(chains, draws)``, are apart.
+
+    Each group's draws lie between its least and its largest, and none of another's do.
+    """
+    groups: list[int] = []
+    reached = -np.inf
+    for chain in values[values.min(1).argsort()]:
+        if chain.min() > reached:
+            groups.append(0)
+        groups[-1] += 1
+        reached = max(reached, chain.max())
+    result.values["clusters"] = len(groups)
+    if len(groups) > 1:
+        result.messages.append(
+            f"No chain ever crosses between {len(groups)} clusters of draws of '{name}' (with "
+            f"{', '.join(map(str, groups))} chains): the shares of the draws are not their "
+            "probabilities; use `FlowNUTS`, or if this was one, more of its particles."
+        )
 
 
 def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:

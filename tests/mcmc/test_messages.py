@@ -130,6 +130,17 @@ def test_chains_that_never_moved_are_told(where):
     assert told(position).messages[0].startswith("R-hat of 'b[0, 2]' is inf")
 
 
+@pytest.mark.parametrize(("shift", "groups"), [(0.5, None), (20.0, "1, 3"), (-20.0, "3, 1")])
+def test_clusters_that_no_chain_leaves_are_told(shift, groups):
+    position = independent()
+    position[1:, :, 3] += shift
+    messages = [m for m in told(position).messages if "ever crosses" in m]
+    assert len(messages) == (groups is not None)
+    assert all(f"2 clusters of draws of 'b[0, 2]' (with {groups} chains)" in m for m in messages)
+    position[0, 7, 3] += shift  # one draw of the other cluster
+    assert not [m for m in told(position).messages if "ever crosses" in m]
+
+
 def test_few_draws_are_not_judged():
     assert told(independent(2, 20).cumsum(1)).messages == []
 

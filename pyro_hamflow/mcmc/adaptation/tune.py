@@ -126,8 +126,13 @@ class Tune:
     def successor(self, state: State) -> tuple[Phase, State] | None:
         return None if self.adapting else (self._draw(), state)
 
+    def final_transition(self) -> Transition:
+        """The move that draws are made by."""
+        return self.transition
+
     def _draw(self) -> Sample:
-        transition, tuning, trajectories = self.transition, self.tuning, self.trajectories
+        transition, tuning = self.final_transition(), self.tuning
+        trajectories = self.trajectories
 
         def advance(state: State) -> tuple[State, Info]:
             return transition.step(state, tuning, trajectories.draw_num_steps(tuning.step_size))

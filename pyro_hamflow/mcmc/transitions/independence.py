@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import (
+    Decision,
     Info,
     State,
     Tuning,
@@ -28,6 +29,7 @@ from pyro_hamflow.mcmc.transitions.base import (
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.target import Target
 
 _ROWS = 512  # of proposals made together: on small models they cost little more than four
 _ELEMENTS = 2**18  # of their positions and noise, beyond which arithmetic takes the time
@@ -59,10 +61,11 @@ class IndependenceTransition:
     """
 
     def __init__(self, target: Potential, guide: DensityGuide, num_proposals: int = 1) -> None:
-        self.target = target
+        self.target: Target = target
+        self._potential = target
         self.guide = guide
         self.num_proposals = num_proposals
-        self._ahead: list[_Proposals] = []
+        self._ahead: list[Proposals] = []
 
     def state_at(self, position: Tensor, noise: Tensor) -> State:
         evaluation = self.target.evaluate(position, noise)
@@ -74,21 +77,13 @@ class IndependenceTransition:
     ) -> tuple[State, Info]:
         """Moves every chain once; nothing is tuned. Gradients stay those of where it was."""
         chains = len(state.position)
-        log_ratio = log_ratio_at(self.guide, state.position)
-        here = _log_weight(state.evaluation.value, log_ratio)
-        here = here.masked_fill(~log_ratio.isfinite(), torch.inf)
         proposals = self._next(chains)
         log_weights = proposals.log_weight.reshape(chains, -1)
-        pick = (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(1)
-        others = log_weights.scatter(1, pick[:, None], here[:, None])
-        error = others.logsumexp(1) - log_weights.logsumexp(1)
-        decision = metropolis(error, draw_uniform(chains, error.device))
+        pick, decision = choose(self.log_weight_at(state), log_weights)
         rows = torch.arange(chains, device=pick.device) * self.num_proposals + pick
         picked = proposals.at(rows)
         proposed = State(picked.position, picked.noise, state.gradient, picked.evaluation)
         moved = select_state(decision.accepted, proposed, state)
-        # A poor proposal is no divergence of a trajectory: there is none.
-        decision = decision._replace(diverging=torch.zeros_like(decision.diverging))
         info = Info(
             *decision,
             energy=moved.evaluation.value.double(),
@@ -98,26 +93,33 @@ class IndependenceTransition:
         )
         return moved, info
 
-    def _next(self, num_chains: int) -> _Proposals:
+    def log_weight_at(self, state: State) -> Tensor:
+        """The logarithm of the weight of where chains are, infinite where they have to stay."""
+        log_ratio = log_ratio_at(self.guide, state.position)
+        here = _log_weight(state.evaluation.value, log_ratio)
+        return here.masked_fill(~log_ratio.isfinite(), torch.inf)
+
+    def propose(self, count: int) -> Proposals:
+        """Draws of the guide with fresh noise, and the target there."""
+        position, log_ratio = draw_from(self.guide, self._potential, count)
+        noise = self._potential.draw_noise(count)
+        evaluation = self.target.evaluate(position, noise)
+        log_weight = _log_weight(evaluation.value, log_ratio)
+        log_weight = log_weight.masked_fill(~log_weight.isfinite(), -torch.inf)
+        return Proposals(position, noise, evaluation, log_weight)
+
+    def _next(self, num_chains: int) -> Proposals:
         """The proposals of one move; those of one chain are neighbours."""
         rows = num_chains * self.num_proposals
         if not self._ahead:
             width = max(1, self.target.dimension + self.target.noise_dimension)
             moves = max(1, min(_ROWS, _ELEMENTS // width) // rows)
-            made = self._propose(moves * rows)
+            made = self.propose(moves * rows)
             self._ahead = [made.at(slice(i * rows, (i + 1) * rows)) for i in range(moves)]
         return self._ahead.pop()
 
-    def _propose(self, count: int) -> _Proposals:
-        position, log_ratio = draw_from(self.guide, self.target, count)
-        noise = self.target.draw_noise(count)
-        evaluation = self.target.evaluate(position, noise)
-        log_weight = _log_weight(evaluation.value, log_ratio)
-        log_weight = log_weight.masked_fill(~log_weight.isfinite(), -torch.inf)
-        return _Proposals(position, noise, evaluation, log_weight)
 
-
-class _Proposals(NamedTuple):
+class Proposals(NamedTuple):
     """Draws of a guide with their noise, the target there, and their weights; rows first."""
 
     position: Tensor
@@ -125,7 +127,7 @@ class _Proposals(NamedTuple):
     evaluation: Evaluation
     log_weight: Tensor
 
-    def at(self, rows: Tensor | slice) -> _Proposals:
+    def at(self, rows: Tensor | slice) -> Proposals:
         """Some of them."""
         position, noise, evaluation, log_weight = self
         parts = (
@@ -133,7 +135,25 @@ class _Proposals(NamedTuple):
             for named in (evaluation.log_likelihoods, evaluation.local)
         )
         evaluation = Evaluation(evaluation.value[rows], *parts)
-        return _Proposals(position[rows], noise[rows], evaluation, log_weight[rows])
+        return Proposals(position[rows], noise[rows], evaluation, log_weight[rows])
+
+
+def choose(here: Tensor, log_weights: Tensor) -> tuple[Tensor, Decision]:
+    """Picks one of each chain's proposals by their weights, and decides whether it is taken.
+
+    Arguments:
+        here: Logarithms of the weights of where chains are, of shape ``(chains,)``.
+        log_weights: Those of their proposals, of shape ``(chains, proposals)``.
+
+    Returns:
+        Which proposal was picked, of shape ``(chains,)``, and the decision.
+    """
+    pick = (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(1)
+    others = log_weights.scatter(1, pick[:, None], here[:, None])
+    error = others.logsumexp(1) - log_weights.logsumexp(1)
+    decision = metropolis(error, draw_uniform(len(here), error.device))
+    # A poor proposal is no divergence of a trajectory: there is none.
+    return pick, decision._replace(diverging=torch.zeros_like(decision.diverging))
 
 
 def _log_weight(value: Tensor, log_ratio: Tensor) -> Tensor:

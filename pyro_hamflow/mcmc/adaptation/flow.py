@@ -1,0 +1,298 @@
+"""Jumps from a flow beside local moves: how they are found before draws are kept, and phases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.flows.fit import TrainableGuide
+from pyro_hamflow.flows.losses import Objective
+from pyro_hamflow.flows.mixture_flow import DefendedFlow
+from pyro_hamflow.flows.population import flow_for, train_flow
+from pyro_hamflow.mcmc.adaptation.base import RunPlan
+from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
+from pyro_hamflow.mcmc.adaptation.tune import Tune
+from pyro_hamflow.mcmc.adaptation.walkers import Jumps, Visited, Walkers
+from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
+from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
+from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
+from pyro_hamflow.model.guides import DensityGuide, log_ratio_at
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.networks.training import train
+from pyro_hamflow.smc.annealing import anneal
+from pyro_hamflow.smc.resampling import resample_systematically
+
+_WALKERS = 1000  # that explore
+_TRIED = 4  # draws of a trained flow, of which each walker is one
+_MOVES = 4  # local moves between two jumps of a round
+_ROUNDS = 6  # of moves and training, at most
+_STEPS = 400  # of one training
+_BATCH = 256  # draws, from which a step's loss is estimated
+_LEARNING_RATE = 5e-3  # that of `fit_guide`
+_REVERSE = 0.1  # how much of the reverse divergence is added where a user's guide is trained
+_RISE = 0.01  # of the acceptance, for which another round is made
+_HIGH = 0.8  # acceptance, which more training would hardly raise
+_SLOW = 0.5  # autocorrelation of local moves from which on jumps may pay
+_GAIN = 1.5  # in independent draws for which they are worth their time
+_DRAWS = 4000  # that a flow is trained on
+_CHECK_EVERY = 25  # steps of a training
+_LEAST = 1e-3  # of a draw, that one is worth where it cannot be told
+_FEW_REMOTE = 0.005  # of walkers, as there are in the tails of any flow
+_LOW = 0.05  # acceptance, below which jumps are rare
+_NO_JUMPS = Jumps(0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class FlowChoices:
+    """What the user chose of jumps.
+
+    Attributes:
+        flow: What makes them; built for the population if not given.
+        adapt_flow: Whether it is trained before draws are kept, if it can be.
+        num_proposals: How many proposals are made for each; found if not given.
+        num_particles: How many particles are moved from the prior to the posterior.
+    """
+
+    flow: DensityGuide | None
+    adapt_flow: bool
+    num_proposals: int | None
+    num_particles: int
+
+
+class Found(NamedTuple):
+    """What a search has found.
+
+    Attributes:
+        position: Draws about from the posterior, of shape ``(walkers, dimension)``.
+        noise: Their noise.
+        tuning: Step size and mass of the local move.
+        guide: What makes jumps; nothing where they do not pay.
+        jumps: How they go.
+    """
+
+    position: Tensor
+    noise: Tensor
+    tuning: Tuning
+    guide: DensityGuide | None
+    jumps: Jumps
+
+
+class FlowSearch:
+    """Looks for the posterior's modes, and for a flow that jumps between them.
+
+    Arguments:
+        choices: What the user chose.
+        potential: The target.
+        hamiltonian: How the local move's trajectories end, and what is tuned of them.
+        make_transition: Makes the local move.
+        plan: What the run is to be; is told what the user should know.
+    """
+
+    def __init__(
+        self,
+        choices: FlowChoices,
+        potential: Potential,
+        hamiltonian: Hamiltonian,
+        make_transition: Callable[[Potential, Tensor], Transition],
+        plan: RunPlan,
+    ) -> None:
+        self.choices = choices
+        self.potential = potential
+        self.hamiltonian = hamiltonian
+        self.make_transition = make_transition
+        self.plan = plan
+        self._learns = choices.flow is None or (choices.adapt_flow and _can_learn(choices.flow))
+
+    def run(self) -> Found:
+        """Finds a population, tunes the local move on it, and trains the flow on where it goes."""
+        walkers = self._walkers()
+        walkers.warm_up()
+        persistence = walkers.persistence()
+        guide, jumps = None, _NO_JUMPS
+        if persistence < _SLOW:
+            self.plan.say(
+                "local moves alone forget where they were within a few draws, so that jumps would "
+                "not pay: draws are made without them."
+            )
+        else:
+            guide = self._trained(walkers)
+            jumps = walkers.jumps(guide)
+            if gain(persistence, jumps.acceptance_rate) < _GAIN:
+                self.plan.say(
+                    f"only {jumps.acceptance_rate:.1%} of the flow's jumps would be accepted, too "
+                    "few for what they cost: draws are made without them."
+                )
+                guide = None
+            else:
+                self._tell(jumps)
+        state = walkers.state
+        return Found(state.position, state.noise, walkers.tuning, guide, jumps)
+
+    def _tell(self, jumps: Jumps) -> None:
+        if jumps.remote > _FEW_REMOTE:
+            self.plan.say(
+                f"{jumps.remote:.1%} of the population's draws lie where the flow has next to no "
+                "density, so that jumps hardly ever lead there: the shares of the draws there need "
+                "not be right; take more particles, or a flow that covers more."
+            )
+        if jumps.acceptance_rate < _LOW:
+            self.plan.say(
+                f"only {jumps.acceptance_rate:.1%} of the flow's jumps are accepted: the shares of "
+                "modes converge slowly; draw more, take more particles, or another flow."
+            )
+
+    # --- the population -------------------------------------------------------------------------
+
+    def _walkers(self) -> Walkers:
+        potential = self.potential
+        step_and_mass = self.hamiltonian.step_and_mass
+        kinetic = step_and_mass.first_kinetic(potential)
+        if self._learns:
+            population = anneal(potential, self.choices.num_particles)
+            spread = population.tuning.kinetic.inverse_mass
+            position, noise = population.position, population.noise
+            log_weights = population.log_weights
+        else:
+            guide = cast(DensityGuide, self.choices.flow)
+            with torch.no_grad():
+                drawn = IndependenceTransition(potential, guide).propose(_TRIED * _WALKERS)
+            position, noise, log_weights = drawn.position, drawn.noise, drawn.log_weight
+            if not bool((log_weights > -torch.inf).any()):
+                raise ValueError(
+                    f"`flow` drew no point of finite density in {len(position)} tries: expected a "
+                    "flow that meets the posterior"
+                )
+            spread = torch.cov(position.double().mT).reshape(2 * (potential.dimension,))
+        if step_and_mass.adapt_mass_matrix and step_and_mass.inverse_mass_matrix is None:
+            if kinetic.is_dense and spread.dim() == 1:
+                spread = spread.diag()
+            kinetic = step_and_mass.kinetic_by(potential, spread.to(potential.example), kinetic)
+        picked = _resampled(log_weights, _WALKERS)
+        position, noise = position[picked], noise[picked]
+        transition = self.make_transition(potential, position)
+        return Walkers(potential, self.hamiltonian, transition, position, noise, kinetic)
+
+    # --- the flow -------------------------------------------------------------------------------
+
+    def _trained(self, walkers: Walkers) -> DensityGuide:
+        """The flow, trained in rounds while its acceptance rises, in the best state that it had."""
+        given = self.choices.flow
+        if given is not None:
+            if self._learns:
+                guide = cast(TrainableGuide, given)
+                self._train_given(guide, walkers.visited(_DRAWS))
+                self._train_in_rounds(guide, walkers, self._train_given)
+            return given
+        visited = walkers.visited(_DRAWS)
+        gradient = self._gradient(visited)
+        built = flow_for(self.potential, visited.position, gradient, num_layers=0)
+        if walkers.jump(built) < _HIGH:  # the mixture alone will not do
+            built = flow_for(self.potential, visited.position, gradient)
+            self._train_in_rounds(built, walkers, self._train_built)
+        return built
+
+    def _train_in_rounds(
+        self,
+        guide: TrainableGuide,
+        walkers: Walkers,
+        learn: Callable[[Any, Visited], None],
+    ) -> None:
+        """Jumps, moves and trainings while more jumps are accepted; the best state is kept."""
+        best, kept, waited = -1.0, copy.deepcopy(guide.state_dict()), 0
+        for number in range(_ROUNDS):
+            rate = walkers.jump(guide)
+            waited = 0 if rate > best + _RISE else waited + 1
+            if rate > best:
+                best, kept = rate, copy.deepcopy(guide.state_dict())
+            if rate > _HIGH or waited == 2 or number == _ROUNDS - 1:
+                break
+            walkers.move(_MOVES)
+            learn(guide, walkers.visited(_DRAWS))
+        guide.load_state_dict(kept)
+
+    def _train_built(self, guide: DefendedFlow, visited: Visited) -> None:
+        """Trains the flow that was built, by draws and the gradients there."""
+        train_flow(guide.flow, visited.position, self._gradient(visited))
+
+    def _gradient(self, visited: Visited) -> Tensor:
+        """The potential's gradient wherever walkers have been."""
+        parts = zip(visited.position.split(_WALKERS), visited.noise.split(_WALKERS), strict=True)
+        return torch.cat([self.potential.gradients(*part)[1] for part in parts])
+
+    def _train_given(self, guide: TrainableGuide, visited: Visited) -> None:
+        """Trains a user's flow on draws, with a share of the reverse divergence."""
+        draws = visited.position
+        objective = Objective(guide, self.potential, _BATCH)
+
+        def loss(progress: float) -> Tensor:
+            picked = draws[torch.randint(len(draws), (_BATCH,), device=draws.device)]
+            return objective.reverse() * _REVERSE - log_ratio_at(guide, picked).mean()
+
+        train(
+            guide,
+            loss,
+            measure=lambda progress, mean: mean,
+            num_steps=_STEPS,
+            learning_rate=_LEARNING_RATE,
+            check_every=_CHECK_EVERY,
+            patience=_STEPS,
+        )
+
+
+def _can_learn(flow: DensityGuide) -> bool:
+    """Whether a flow has the methods of a torch module, and parameters to train."""
+    methods = ("parameters", "state_dict", "load_state_dict")
+    if not all(callable(getattr(flow, name, None)) for name in methods):
+        return False
+    return any(part.requires_grad for part in cast(TrainableGuide, flow).parameters())
+
+
+def gain(persistence: float, rate: float) -> float:
+    """How many times as many independent draws jumps make of as many moves.
+
+    Arguments:
+        persistence: The autocorrelation of one local move.
+        rate: The acceptance of a jump, which leads anywhere.
+
+    Example:
+        >>> gain(0.0, 0.9), gain(0.5, 0.5), gain(0.99, 0.0)
+        (1.0, 1.8, 1.0)
+    """
+    alone, beside = persistence, persistence * (1.0 - rate)
+    return (1.0 + alone) / max(1.0 - alone, _LEAST) * (1.0 - beside) / (1.0 + beside)
+
+
+def _resampled(log_weights: Tensor, count: int) -> Tensor:
+    """Indices of so many particles, picked by their weights, in random order."""
+    pieces = -(-count // len(log_weights))
+    rows = log_weights.expand(pieces, -1)
+    picked = resample_systematically(rows).flatten()
+    return picked[torch.randperm(len(picked), device=picked.device)[:count]]
+
+
+class TuneBesideJumps(Tune):
+    """Tunes the local move; then draws by cycles of it and of jumps.
+
+    Arguments:
+        args: As :class:`~pyro_hamflow.mcmc.adaptation.tune.Tune` has them.
+        guide: What makes jumps; without one, draws are made by the local move.
+        num_proposals: How many proposals are made for each.
+    """
+
+    def __init__(self, *args: Any, guide: DensityGuide | None, num_proposals: int) -> None:
+        super().__init__(*args)
+        self.guide = guide
+        self.num_proposals = num_proposals
+
+    def final_transition(self) -> Transition:
+        local = self.transition
+        if self.guide is None:
+            return local
+        target = cast(Potential, local.target)
+        jumps = IndependenceTransition(target, self.guide, self.num_proposals)
+        return CycleTransition({"local": local, "global": jumps})

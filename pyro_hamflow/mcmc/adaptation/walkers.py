@@ -1,0 +1,151 @@
+"""Many chains that go before the user's own: what they find is what jumps are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
+from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
+from pyro_hamflow.mcmc.transitions.base import Transition
+from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, choose
+from pyro_hamflow.model.guides import DensityGuide
+from pyro_hamflow.model.potential import Potential
+
+_WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
+_APART = 4  # moves, after which a walker is compared with where it was
+_MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
+_NOISE = 3.5  # standard errors of a correlation, which the largest of many may reach by chance
+_COUNTS = (1, 2, 4, 8, 16, 32)  # of proposals that may be made for a jump
+_WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
+_LONGEST_STAY = 1.2  # jumps that are tried where a chain is, on average, beyond the first
+
+
+class Visited(NamedTuple):
+    """Where walkers have been: positions and their noise, rows first."""
+
+    position: Tensor
+    noise: Tensor
+
+
+class Walkers:
+    """Chains that start from draws about the posterior, and move locally and by jumps.
+
+    Arguments:
+        potential: The target.
+        hamiltonian: How the local move's trajectories end, and what is tuned of them.
+        transition: The local move, of as many chains as there are walkers.
+        position: Where they start, of shape ``(walkers, dimension)``.
+        noise: Their noise.
+        kinetic: The first kinetic energy.
+
+    Attributes:
+        state: Where they are.
+        tuning: The step size and the mass of the local move.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        hamiltonian: Hamiltonian,
+        transition: Transition,
+        position: Tensor,
+        noise: Tensor,
+        kinetic: GaussianKinetic,
+    ) -> None:
+        self.potential = potential
+        self.hamiltonian = hamiltonian
+        self.transition = transition
+        self.state = transition.state_at(position, noise)
+        self.tuning = hamiltonian.step_and_mass.first_tuning(kinetic)
+        self._path: list[Visited] = []
+
+    def warm_up(self) -> None:
+        """Finds step size and mass, each walker's spread about its own mean."""
+        step_and_mass = self.hamiltonian.step_and_mass
+        if step_and_mass.adapt_step_size and step_and_mass.step_size is None:
+            size = step_and_mass.reasonable_step_size(self.transition, self.state, self.tuning)
+            self.tuning = self.tuning._replace(step_size=size)
+        warmup = step_and_mass.warm_up(self.potential, self.tuning, _WARM_UP)
+        trajectories = self.hamiltonian.trajectories
+        for state, _ in warmed(warmup, self.transition, trajectories, self.state, _MOST_STEPS):
+            self.state = state
+        self.tuning = warmup.tuning._replace(step_scale=None)
+
+    def move(self, count: int) -> None:
+        """Makes local moves, and remembers where they led."""
+        for _ in range(count):
+            steps = self.hamiltonian.trajectories.draw_num_steps(self.tuning.step_size)
+            steps = min(steps, _MOST_STEPS)
+            self.state, _ = self.transition.step(self.state, self.tuning, steps)
+            self._path.append(Visited(self.state.position, self.state.noise))
+
+    def jump(self, guide: DensityGuide) -> float:
+        """Makes a jump, and tells its acceptance."""
+        jumps = IndependenceTransition(self.potential, guide)
+        state, info = jumps.step(self.state)
+        self.state = self.transition.state_at(state.position, state.noise)
+        return float(info.acceptance_rate.mean())
+
+    def persistence(self) -> float:
+        """The lag-one autocorrelation of local moves, of the coordinate that is slowest.
+
+        It is that of walkers that started from the posterior, so that modes between which no move
+        leads make it one. By ranks; what chance alone may give is taken off.
+        """
+        before = torch.cat([self.state.position, self.state.evaluation.value[:, None]], 1)
+        self.move(_APART)
+        after = torch.cat([self.state.position, self.state.evaluation.value[:, None]], 1)
+        first, last = _standard_ranks(before), _standard_ranks(after)
+        correlation = (first * last).mean(0).max()
+        excess = float(correlation) - _NOISE / math.sqrt(len(first))
+        return max(excess, 0.0) ** (1.0 / _APART)
+
+    def visited(self, most: int) -> Visited:
+        """The latest places where they have been, so many at most."""
+        count = max(1, most // len(self.state.position))
+        position, noise = zip(*self._path[-count:], strict=True)
+        return Visited(torch.cat(position)[-most:], torch.cat(noise)[-most:])
+
+    @torch.no_grad()
+    def jumps(self, guide: DensityGuide) -> Jumps:
+        """How a guide's jumps would go from where walkers are: for how many proposals."""
+        transition = IndependenceTransition(self.potential, guide)
+        here = transition.log_weight_at(self.state)
+        proposed = transition.propose(max(_COUNTS) * len(here)).log_weight
+        typical = proposed.logsumexp(0) - math.log(len(proposed))
+        remote = float((here > typical + math.log(_REMOTE)).double().mean())
+        for count in _COUNTS:
+            log_weights = proposed[: count * len(here)].reshape(len(here), count)
+            rate = float(choose(here, log_weights)[1].acceptance_rate.mean())
+            stay = (here - typical - math.log(count)).exp().clamp(min=1.0).mean()
+            if rate >= _WANTED_RATE and float(stay) <= _LONGEST_STAY:
+                break
+        return Jumps(count, rate, remote)
+
+
+_REMOTE = 1000.0  # times the mean weight: a walker there is left once in a thousand jumps
+
+
+class Jumps(NamedTuple):
+    """What a guide's jumps are worth.
+
+    Attributes:
+        num_proposals: How many proposals to make for each.
+        acceptance_rate: How often one is made.
+        remote: The share of walkers where the guide has next to no density.
+    """
+
+    num_proposals: int
+    acceptance_rate: float
+    remote: float
+
+
+def _standard_ranks(rows: Tensor) -> Tensor:
+    """The ranks of each column, of mean zero and variance one."""
+    ranks = rows.argsort(0).argsort(0).double()
+    return (ranks - ranks.mean(0)) / ranks.std(0)
