@@ -20,6 +20,7 @@ from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic,
 from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
+from pyro_hamflow.smc.sampler import AnnealedSampler
 from pyro_hamflow.surrogates.amortized.learn import learn_surrogate
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
 from pyro_hamflow.surrogates.losses import GradientMatching, TrajectoryMatching
@@ -34,6 +35,7 @@ __all__ = [
     "MCMC",
     "NUTS",
     "AmortizedSurrogate",
+    "AnnealedSampler",
     "AutoNeuralHamiltonianFlow",
     "CorrelatedRefresh",
     "EllipticalSliceRefresh",

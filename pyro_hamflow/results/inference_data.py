@@ -65,14 +65,15 @@ def to_inference_data(
     counted from the left among those of the site that are no plates, event dimensions included. A
     name that is still taken gets its ending once more.
 
-    Weighted draws of :func:`~pyro_hamflow.importance_sample` become draws of equal weight, as many
-    as they are effectively worth, picked at random; ``sample_stats`` keeps their log weights, and
-    the attributes the evidence and Pareto's k.
+    Weighted draws of :func:`~pyro_hamflow.importance_sample` and of a
+    :class:`~pyro_hamflow.AnnealedSampler` become draws of equal weight, as many as they are
+    effectively worth, picked at random; ``sample_stats`` keeps their log weights, and the
+    attributes the evidence and, of the former, Pareto's k.
 
     Arguments:
         result: A :class:`pyro_hamflow.MCMC` after its run, a :class:`pyro.infer.MCMC` after a run
-            of one of this package's kernels, or what :func:`~pyro_hamflow.importance_sample`
-            returns.
+            of one of this package's kernels, what :func:`~pyro_hamflow.importance_sample` returns,
+            or a :class:`pyro_hamflow.AnnealedSampler` after its run.
         coords: Coordinate values of dimensions, under the name of the plate or of the result.
         dims: Names for the dimensions of a site that are no plates, in order.
         log_likelihood: Whether to include that group, which takes time where likelihoods are

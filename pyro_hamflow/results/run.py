@@ -16,6 +16,7 @@ from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.mcmc import MCMC
 from pyro_hamflow.smc.importance import ImportanceSamples
+from pyro_hamflow.smc.sampler import AnnealedSampler
 from pyro_hamflow.version import __version__
 
 
@@ -37,9 +38,15 @@ class Run:
     told: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, result: Any) -> None:
-        if isinstance(result, ImportanceSamples):
+        if isinstance(result, ImportanceSamples | AnnealedSampler):
             self.kernel, self.tuning_steps = result, 0
-            self.draws = _picked(result)
+            try:
+                self.draws = _picked(result)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
+            if isinstance(result, AnnealedSampler):
+                self.sampling_time, self.seed = result.sampling_time, result.seed
+                self.told = {"messages": [result.message]}
             return
         kernel = getattr(result, "kernel", None)
         if not isinstance(kernel, Kernel):
@@ -77,7 +84,9 @@ class Run:
             "kernel_settings": json.dumps(plain(self.kernel.settings), allow_nan=False),
         }
         if isinstance(self.kernel, ImportanceSamples):
-            for name in ("log_evidence", "log_evidence_error", "pareto_k", "ess"):
+            attributes["pareto_k"] = self.kernel.pareto_k
+        if isinstance(self.kernel, ImportanceSamples | AnnealedSampler):
+            for name in ("log_evidence", "log_evidence_error", "ess"):
                 attributes[name] = float(getattr(self.kernel, name))
         if self.sampling_time is not None:
             attributes["sampling_time"] = self.sampling_time
@@ -106,7 +115,7 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else repr(value)
 
 
-def _picked(result: ImportanceSamples) -> Draws:
+def _picked(result: ImportanceSamples | AnnealedSampler) -> Draws:
     """Draws of equal weight, as many as the weighted ones are worth."""
     picked = result.pick(max(1, int(result.ess)))
 

@@ -38,14 +38,15 @@ def conditional_size(log_weights: Tensor, log_increments: Tensor) -> float:
     return float(first.square() / (second * shares.sum()))
 
 
-def resample_systematically(log_weights: Tensor) -> Tensor:
+def resample_systematically(log_weights: Tensor, num_picked: int | None = None) -> Tensor:
     """Indices of particles, picked by weight in each row, by one uniform number for each row.
 
     Arguments:
         log_weights: Of shape ``(rows, particles)``; a row without any weight is kept as it is.
+        num_picked: How many are picked in each row; as many as there are if not given.
 
     Returns:
-        Indices within the rows, of the same shape.
+        Indices within the rows, of shape ``(rows, num_picked)``.
 
     Invariant:
         A particle is picked as often as its weight says on average, and never more than one time
@@ -57,7 +58,8 @@ def resample_systematically(log_weights: Tensor) -> Tensor:
     """
     rows, count = log_weights.shape
     uniform = torch.rand(rows, 1, dtype=torch.float64, device=log_weights.device)
-    levels = (torch.arange(count, device=log_weights.device) + uniform) / count
+    picked = count if num_picked is None else num_picked
+    levels = (torch.arange(picked, device=log_weights.device) + uniform) / picked
     heights = normalised(log_weights.double()).cumsum(-1)
     heights = heights / heights[:, -1:]
     levels = levels.clamp(max=1.0 - 2.0**-53)

@@ -14,6 +14,8 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.smc import annealing
 from pyro_hamflow.smc.annealing import anneal
+from tests.helpers.densities import POSITIVE, WELL, many_well, two_modes
+from tests.helpers.evidence import assert_evidence, share
 from tests.helpers.targets import effects
 from tests.helpers.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 
@@ -37,56 +39,6 @@ def schools(sigma, y):
     with pyro.plate("school", 8):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
-
-
-def normal(dimension, scale):
-    return dist.Normal(torch.zeros(dimension), scale).to_event(1)
-
-
-def of_density(prior, log_density):
-    """A model whose posterior is a density: it begins at a prior, and has that taken out again."""
-
-    def model():
-        x = pyro.sample("x", prior)
-        pyro.factor("density", log_density(x) - prior.log_prob(x))
-
-    return model
-
-
-def many_well(pairs):
-    def log_density(x):
-        a, b = x[:pairs], x[pairs:]
-        return (-(a**4) + 6.0 * a**2 + 0.5 * a).sum() - 0.5 * b.square().sum()
-
-    return of_density(normal(2 * pairs, 2.0), log_density)
-
-
-def two_modes(dimension):
-    """A mixture, 1:3, of normals of variance .5 about -2.5 and 2.5."""
-
-    def log_density(x):
-        parts = [normal(dimension, 0.5**0.5).log_prob(x - m) for m in (-2.5, 2.5)]
-        return torch.logaddexp(parts[0] + math.log(0.25), parts[1] + math.log(0.75))
-
-    return of_density(normal(dimension, 5.0), log_density)
-
-
-WELL, POSITIVE = 10.293479707, 0.844307
-
-
-def assert_evidence(population, expected, largest):
-    error = population.log_evidence_error
-    assert error < largest
-    assert abs(population.log_evidence - expected) < 3.0 * error
-
-
-def share(population, belongs):
-    """The weight of some particles, and its standard error from the parts."""
-    weights = population.log_weights.softmax(0).reshape(len(population.parts_log_evidence), -1)
-    parts = (weights * belongs.reshape(weights.shape)).sum(1)
-    whole = weights.sum(1)
-    total = parts.sum() / whole.sum()
-    return float(total), float((parts - total * whole).square().sum().sqrt())
 
 
 def test_conjugate_posterior():

@@ -1,0 +1,282 @@
+"""What users name: a model's posterior and evidence by a population."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_hamflow.checks import between, fills, flag, whole
+from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.model.guides import DensityGuide
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.tempered import GuideReference
+from pyro_hamflow.smc.annealing import Passage, Population, anneal
+from pyro_hamflow.smc.resampling import effective_size, resample_systematically
+
+_LARGEST_ERROR = 0.5  # of the log evidence
+_LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
+
+
+class AnnealedSampler:
+    r"""A population of particles, moved from the prior to the posterior along temperatures.
+
+    At the inverse temperature :math:`\lambda` the density is the prior times the likelihood to the
+    power of :math:`\lambda`. The likelihood is all that a model says beside its latent sites:
+    observed sites, and what ``pyro.factor`` adds. So modes need not be known: they come apart as
+    the temperature falls, each with its share of the particles. A density of one's own, written as
+    a ``pyro.factor`` over latent sites, begins at the sites' priors as well: it should hold the
+    density divided by that of the priors, and these should cover it.
+
+    A first population finds temperatures (by the conditional effective sample size), step sizes and
+    masses; a second starts anew, moves by these, and is what one gets.
+
+    Arguments:
+        model: A Pyro model, which may be a marginal one: its noise is then a part of each particle.
+        flow: A guide to begin at in place of the prior, as a model needs whose prior is improper;
+            the density along the path is then that of the guide to the power of
+            :math:`1 - \lambda` times that of the posterior to the power of :math:`\lambda`.
+        num_particles: How many particles there are.
+        num_replicates: Into how many parts they fall, that are moved and resampled apart from each
+            other. How much these differ gives the error of the evidence.
+        conditional_ess: What the weights of the step to the next temperature are to be worth, as a
+            share of the particles: the closer to one, the more temperatures there are.
+        num_moves: How many trajectories particles follow at each temperature.
+        seed: Makes a run repeat itself; torch's current random state if not given.
+        jit_compile: Whether to compile the model's programs to machine code.
+        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+
+    Raises:
+        TypeError: If the guide lacks a method of the protocol.
+        ValueError: If a number lies outside its range.
+
+    Invariant:
+        The mean of the weights is the evidence, without bias, and weighted means over the draws are
+        consistent, whatever the first population has found.
+
+    References:
+        | Sequential Monte Carlo samplers (Del Moral, Doucet, Jasra, 2006)
+        | https://doi.org/10.1111/j.1467-9868.2006.00553.x
+
+    Example:
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mean.abs(), 0.1), obs=y)  # two modes
+        >>> sampler = AnnealedSampler(model, num_particles=800, seed=0)
+        >>> sampler.run(torch.tensor(1.0))
+        >>> exact = dist.Normal(0.0, math.sqrt(1.01)).log_prob(torch.tensor(1.0)) + math.log(2.0)
+        >>> abs(sampler.log_evidence - float(exact)) < 4 * sampler.log_evidence_error
+        True
+        >>> abs(float(sampler.mean((sampler.samples["mean"] > 0.0).double())) - 0.5) < 0.1
+        True
+    """
+
+    separate_noise = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: DensityGuide | None = None,
+        *,
+        num_particles: int = 2000,
+        num_replicates: int = 8,
+        conditional_ess: float = 0.97,
+        num_moves: int = 2,
+        seed: int | None = None,
+        jit_compile: bool = False,
+        disable_progbar: bool = False,
+    ) -> None:
+        self._target = ModelTarget(model, separate_noise=True, jit_compile=jit_compile)
+        if flow is not None:
+            fills("flow", flow, DensityGuide)
+        self.flow = flow
+        self.num_replicates = whole("num_replicates", num_replicates, 2)
+        self.num_particles = whole("num_particles", num_particles, 2 * num_replicates)
+        self.conditional_ess = between("conditional_ess", conditional_ess, 0.0, 1.0, ends="none")
+        self.num_moves = whole("num_moves", num_moves, 1)
+        self.seed = seed
+        self.disable_progbar = flag("disable_progbar", disable_progbar)
+        self.sampling_time = 0.0
+        self._population: Population | None = None
+        self._local: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        if self._population is None:
+            return f"AnnealedSampler({self.num_particles} particles, not run)"
+        return (
+            f"AnnealedSampler({len(self.position)} particles, log_evidence="
+            f"{self.log_evidence:.4f} +- {self.log_evidence_error:.2g}, ess={self.ess:.0f})"
+        )
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Moves a population to the posterior of a model with these arguments."""
+        began = time.perf_counter()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        potential = self._target.prepare(args, kwargs)
+        reference = None
+        if self.flow is not None:
+            self.flow.prepare(*args, **kwargs)
+            reference = GuideReference(self.flow, potential)
+        hidden = self.disable_progbar or "CI" in os.environ
+        with tqdm(total=200, disable=hidden, bar_format=_BAR) as bar:
+            self._population = anneal(
+                potential,
+                self.num_particles,
+                reference=reference,
+                num_replicates=self.num_replicates,
+                conditional_ess=self.conditional_ess,
+                num_moves=self.num_moves,
+                report=lambda passage: _show(bar, passage),
+            )
+        self._local = _recover(potential, self.population)
+        self.sampling_time = time.perf_counter() - began
+
+    @property
+    def population(self) -> Population:
+        """All particles, on the real line, and what happened to them."""
+        if self._population is None:
+            raise RuntimeError("there are no draws yet: call `run` first")
+        return self._population
+
+    @property
+    def potential(self) -> Potential:
+        """The posterior."""
+        return self._target.potential
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model."""
+        assert self._target.model is not None
+        return self._target.model
+
+    @property
+    def position(self) -> Tensor:
+        """The draws on the real line, of shape ``(num_particles, dimension)``."""
+        return self.population.position
+
+    @property
+    def local(self) -> dict[str, Tensor]:
+        """Recovered values of sites that were integrated out."""
+        return self._local
+
+    @property
+    def log_weights(self) -> Tensor:
+        """The logarithms of the draws' weights, whose exponentials have the evidence as mean."""
+        return self.population.log_weights
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights, adding up to one."""
+        return self.log_weights.softmax(0)
+
+    @property
+    def log_evidence(self) -> float:
+        """The logarithm of the estimated evidence."""
+        return self.population.log_evidence
+
+    @property
+    def log_evidence_error(self) -> float:
+        """Its standard error, from how much the parts of the population differ."""
+        return self.population.log_evidence_error
+
+    @property
+    def ess(self) -> float:
+        """What the weights are worth; draws that are copies of each other have moved since."""
+        return float(effective_size(self.log_weights))
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """The draws in their supports, recovered local sites included; they count by weight."""
+        return self.potential.constrain(self.position) | self._local
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the draws were made, in plain values."""
+        return {
+            "method": "annealed sampling",
+            "start": "prior" if self.flow is None else repr(self.flow).splitlines()[0],
+            "num_particles": len(self.position),
+            "num_replicates": self.num_replicates,
+            "conditional_ess": self.conditional_ess,
+            "num_moves": self.num_moves,
+            "num_temperatures": len(self.population.passages),
+        }
+
+    @property
+    def message(self) -> str:
+        """What the run says about its result, in a sentence."""
+        error = self.log_evidence_error
+        worst = min(self.population.passages, key=lambda passage: passage.acceptance_rate)
+        if not error < _LARGEST_ERROR:
+            return (
+                f"The evidence cannot be relied on, nor the weights of modes: the parts of the "
+                f"population differ so much that the error of its logarithm is {error:.2g}; take "
+                "more particles (`num_particles`), more moves (`num_moves`), or temperatures that "
+                "are closer (`conditional_ess`)."
+            )
+        if worst.acceptance_rate < _LOWEST_ACCEPTANCE:
+            return (
+                f"At the inverse temperature {worst.inverse_temperature:.3g} only "
+                f"{worst.acceptance_rate:.0%} of the moves were accepted, so that the population "
+                "may have missed what it should have spread to: take temperatures that are closer "
+                "(`conditional_ess`), or more moves (`num_moves`)."
+            )
+        return (
+            f"The parts of the population agree: the error of the log evidence is {error:.2g}, and "
+            f"the weights of the draws are worth {self.ess:.0f} equal ones."
+        )
+
+    def pick(self, num_samples: int) -> Tensor:
+        """Indices of draws, picked by their weights, in random order.
+
+        Arguments:
+            num_samples: How many; where weights are equal, no draw is picked twice before all are.
+        """
+        index = resample_systematically(self.log_weights[None], num_samples)[0]
+        return index[torch.randperm(num_samples, device=index.device)]
+
+    def resample(self, num_samples: int) -> dict[str, Tensor]:
+        """Draws of equal weight, picked by their weights.
+
+        Arguments:
+            num_samples: How many.
+        """
+        picked = self.pick(num_samples)
+        return {name: value[picked] for name, value in self.samples.items()}
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The weighted mean of values ``(num_particles, *)`` over the draws."""
+        weights = self.weights.to(value).reshape(-1, *[1] * (value.dim() - 1))
+        return (weights * value).sum(0)
+
+
+_BAR = "{l_bar}{bar}| [{elapsed}{postfix}]"
+
+
+def _show(bar: tqdm[Any], passage: Passage) -> None:
+    """Half of the bar is for the first population, half for the second."""
+    done = bar.n % 100
+    there = 100.0 * passage.inverse_temperature
+    bar.set_postfix(
+        inverse_temperature=f"{passage.inverse_temperature:.3g}",
+        ess=f"{passage.ess:.2f}",
+        acceptance=f"{passage.acceptance_rate:.2f}",
+        refresh=False,
+    )
+    bar.update(max(0.0, there - done))
+
+
+def _recover(potential: Potential, population: Population) -> dict[str, Tensor]:
+    """A draw of the local sites that were integrated out, given each particle."""
+    if not potential.estimates:
+        return {}
+    rows = potential.programs.rows_at_once("evaluate", len(population.position))
+    pairs = zip(population.position.split(rows), population.noise.split(rows), strict=True)
+    parts = [potential.evaluate(*pair).local for pair in pairs]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
