@@ -235,10 +235,11 @@ class MCMC:
                 state, info = kernel.advance(state)
                 record = warm if warming else kept
                 if self.save_warmup or not warming:
-                    record.append(state, info, kernel.step_size)
+                    record.append(kernel.shown(state), info, kernel.step_size)
                 if self.hook_fn is not None:
                     stage = ("Warmup" if warming else "Sample") + label
-                    moved = state.position if num_chains > 1 else state.position[0]
+                    position = kernel.shown(state).position
+                    moved = position if num_chains > 1 else position[0]
                     params = kernel.potential.unravel(moved)
                     self.hook_fn(kernel, params, stage, iteration if warming else drawn)
                 iteration, drawn = iteration + warming, drawn + (not warming)

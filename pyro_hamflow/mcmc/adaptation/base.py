@@ -25,6 +25,7 @@ class RunPlan:
         most_warmup_steps: How many there may be; as many as must be if not given.
         num_draws: How many draws of each chain follow, where the runner tells.
         messages: What the user is to be told, in a sentence each.
+        before: How many iterations of warm-up were made before those that are counted here.
     """
 
     kernel: str
@@ -33,6 +34,7 @@ class RunPlan:
     most_warmup_steps: int | None = None
     num_draws: int | None = None
     messages: list[str] = field(default_factory=list)
+    before: int = 0
 
     def say(self, sentence: str, *, first: bool = False) -> None:
         """Adds a message, or puts it before all others."""

@@ -76,7 +76,7 @@ class Hamiltonian:
         state = transition.state_at(position, noise)
         kinetic = kinetic or step_and_mass.first_kinetic(potential)
         if plan.warmup_steps and step_and_mass.adapt_mass_matrix and kinetic.is_identity:
-            scales = first_scales(potential, position, noise)
+            scales = first_scales(transition.target, position, noise)
             kinetic = GaussianKinetic(scales.diag() if kinetic.is_dense else scales)
         most = plan.most_warmup_steps if may_go_on and step_and_mass.adapts else None
         tuning = step_and_mass.first_tuning(kinetic)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.target import Target
 
 _FEWEST_PER_DIMENSION = 2  # positions: a covariance of as many as dimensions is singular
 _FLOOR = 1e3  # smallest spreads that count, in units of rounding
@@ -177,7 +177,7 @@ def _geometric_mean(first: Tensor, second: Tensor) -> Tensor:
     return (mean + mean.mT) / 2.0
 
 
-def first_scales(potential: Potential, position: Tensor, noise: Tensor) -> Tensor:
+def first_scales(target: Target, position: Tensor, noise: Tensor) -> Tensor:
     """A first diagonal, from how fast gradients change about the points where chains start.
 
     Points are drawn about each start in a box, and then, again and again, about as far as the
@@ -186,7 +186,7 @@ def first_scales(potential: Potential, position: Tensor, noise: Tensor) -> Tenso
     matrix, whatever their sizes.
 
     Arguments:
-        potential: The target.
+        target: The target.
         position: Where chains start, of shape ``(chains, dimension)``.
         noise: Their noise.
 
@@ -194,7 +194,7 @@ def first_scales(potential: Potential, position: Tensor, noise: Tensor) -> Tenso
         The diagonal of an inverse mass, of shape ``(dimension,)``.
     """
     chains = len(position)
-    gradient = potential.graph("gradient", chains)
+    gradient = target.graph("gradient", chains)
     scale = torch.ones_like(position[0])
     _, here = gradient(position, noise)
     for _ in range(_ROUNDS):

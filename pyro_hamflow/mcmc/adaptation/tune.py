@@ -111,9 +111,8 @@ class Tune:
                 "a scale goes to zero for data that are fitted exactly: look at priors of scales.",
                 first=True,
             )
-        took = f"warm-up went on to {warmup.warmup_steps} iterations"
-        if not warmup.has_gone_on:
-            took = f"warm-up took {warmup.warmup_steps} iterations"
+        count = self.plan.before + warmup.warmup_steps
+        took = f"warm-up {'went on to' if warmup.has_gone_on else 'took'} {count} iterations"
         if warmup.doubts:
             limit = ", its limit," if warmup.may_go_on else ""
             self.plan.say(

@@ -48,11 +48,13 @@ from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import Adapter
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateChoices, SurrogateRun
+from pyro_hamflow.mcmc.adaptation.transport import Transporting
 from pyro_hamflow.mcmc.adaptation.verdict import SurrogateReport
 from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.kernels.pyro_face import PyroFace
 from pyro_hamflow.mcmc.transitions.base import Info, State, padded
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.transported import Transport, TransportedTarget
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 
@@ -63,6 +65,7 @@ class Kernel(PyroFace):
         source: The model.
         hamiltonian: How trajectories end and what is tuned of them, if moves are Hamiltonian.
         choices: How a learned energy is followed, if one is.
+        transporting: How moves are transported, if they are.
 
     Attributes:
         planned_draws: How many draws of each chain follow, where the runner tells.
@@ -75,10 +78,12 @@ class Kernel(PyroFace):
         source: ModelTarget,
         hamiltonian: Hamiltonian | None = None,
         choices: SurrogateChoices | None = None,
+        transporting: Transporting | None = None,
     ) -> None:
         super().__init__()
         self.source = source
         self.choices = choices
+        self._transporting = transporting
         self._hamiltonian = hamiltonian
         self._surrogate_run: SurrogateRun | None = None
         self.planned_draws: int | None = None
@@ -103,6 +108,10 @@ class Kernel(PyroFace):
         """The phase that a run begins with, and its first state."""
         if self._surrogate_run is not None:
             return surrogate.first_phase(self._surrogate_run, position, noise)
+        if self._transporting is not None:
+            return self._transporting.first_phase(
+                self.potential, self.hamiltonian, self.plan, position, noise
+            )
         transition = self.make_transition(self.potential, position)
         if self._hamiltonian is not None:
             return self._hamiltonian.first_phase(
@@ -116,6 +125,8 @@ class Kernel(PyroFace):
         """Where chains start, and their noise."""
         if self._surrogate_run is not None:
             return surrogate.start(self._surrogate_run, num_chains, initial_params)
+        if self._transporting is not None:
+            return self._transporting.start(self.source, num_chains, initial_params)
         return self.source.start(num_chains, initial_params)
 
     @property
@@ -127,6 +138,7 @@ class Kernel(PyroFace):
             "jit_compile": self.source.jit_compile,
             **({} if self._hamiltonian is None else self._hamiltonian.settings),
             **({} if self._surrogate_run is None else self._surrogate_run.settings),
+            **({} if self._transporting is None else self._transporting.settings),
         }
 
     # --- all chains at once: our runner -----------------------------------------------------------
@@ -196,7 +208,19 @@ class Kernel(PyroFace):
         return self._followed(state)
 
     def moved_to(self, position: Tensor, noise: Tensor) -> State:
+        target = self.phase.transition.target
+        if isinstance(target, TransportedTarget):
+            position = target.coordinates(position)
         return self.phase.transition.state_at(position, noise)
+
+    def shown(self, state: State) -> State:
+        """A state in the model's own coordinates, where it is moved in those of a map."""
+        target = self.phase.transition.target
+        if not isinstance(target, TransportedTarget):
+            return state
+        position, log_volume = target.positions(state.position)
+        found = state.evaluation._replace(value=state.evaluation.value + log_volume)
+        return state._replace(position=position, evaluation=found)
 
     @property
     def phase(self) -> Phase:
@@ -263,6 +287,12 @@ class Kernel(PyroFace):
     def surrogate(self) -> PotentialNetwork | None:
         """The network that the latest run learned or was given; none if it followed none."""
         return None if self._surrogate_run is None else self._surrogate_run.surrogate
+
+    @property
+    def transport(self) -> Transport | None:
+        """The map in whose coordinates moves are made; none if they are plain ones."""
+        target = self.phase.transition.target
+        return target.transport if isinstance(target, TransportedTarget) else None
 
     @property
     def report(self) -> SurrogateReport:

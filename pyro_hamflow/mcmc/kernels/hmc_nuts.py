@@ -9,6 +9,7 @@ from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import FullMass, InverseMass
 from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
+from pyro_hamflow.mcmc.adaptation.transport import Transporting
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories, NUTSTrajectories
 from pyro_hamflow.model.function import PotentialFunction
@@ -29,6 +30,12 @@ class HMC(Kernel):
             given.
         jitter: By which share trajectories are at random shorter or longer.
         max_num_steps: The most steps of a trajectory, where their number is not given.
+        transport: A map of the parameters, in whose coordinates moves are made: ``"flow"`` learns one
+            in warm-up, and drops it if it gains nothing; or a trained guide that has one, such as
+            :class:`~pyro.infer.autoguide.AutoIAFNormal`, or anything that fills the protocol
+            :class:`~pyro_hamflow.model.transported.Transport`, neither to be trained further while
+            draws are made. It pays where scales differ from place to place, as in funnels and
+            hierarchical models; chains in different modes stay where they are.
 
     The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
     of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`, in Pyro's order.
@@ -39,12 +46,14 @@ class HMC(Kernel):
             :class:`~pyro_hamflow.model.potential.Potential` lists.
 
     Invariant:
-        The posterior, exactly, once warm-up has ended: step size and mass are then frozen, and the
-        random length of a trajectory does not depend on its state.
+        The posterior, exactly, once warm-up has ended: step size, mass and map are then frozen, and
+        the random length of a trajectory does not depend on its state.
 
     References:
         | MCMC using Hamiltonian dynamics (Neal, 2011)
         | https://arxiv.org/abs/1206.1901
+        | NeuTra-lizing bad geometry in HMC using neural transport (Hoffman et al., 2019)
+        | https://arxiv.org/abs/1903.03704
 
     Example:
         >>> def model(y):
@@ -79,6 +88,7 @@ class HMC(Kernel):
         inverse_mass_matrix: InverseMass | None = None,
         jitter: float = 0.4,
         max_num_steps: int = 1000,
+        transport: Any = None,
     ) -> None:
         meaningless("jit_options", given=jit_options is not None)
         meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
@@ -105,6 +115,7 @@ class HMC(Kernel):
                     max_stepsize=max_stepsize,
                 ),
             ),
+            transporting=None if transport is None else Transporting(transport),
         )
 
     @property
@@ -132,6 +143,7 @@ class NUTS(Kernel):
         model: A Pyro model.
         use_multinomial_sampling: Points are always picked by their weights; slices are not.
         max_tree_depth: The most doublings of a trajectory, 10 by default: 1,023 steps.
+        transport: As in :class:`HMC`.
 
     The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
     of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`, in Pyro's order.
@@ -142,7 +154,7 @@ class NUTS(Kernel):
             :class:`~pyro_hamflow.model.potential.Potential` lists.
 
     Invariant:
-        The posterior, exactly, once warm-up has ended: step size and mass are then frozen.
+        The posterior, exactly, once warm-up has ended: step size, mass and map are then frozen.
 
     References:
         | The No-U-Turn Sampler (Hoffman, Gelman, 2014)
@@ -179,6 +191,7 @@ class NUTS(Kernel):
         init_strategy: Strategy | None = None,
         *,
         inverse_mass_matrix: InverseMass | None = None,
+        transport: Any = None,
     ) -> None:
         meaningless("jit_options", given=jit_options is not None)
         meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
@@ -203,4 +216,5 @@ class NUTS(Kernel):
                     target_accept_prob=target_accept_prob,
                 ),
             ),
+            transporting=None if transport is None else Transporting(transport),
         )

@@ -51,6 +51,10 @@ class PyroFace(MCMCKernel):
         """The state of chains that were put somewhere."""
 
     @abstractmethod
+    def shown(self, state: State) -> State:
+        """A state in the model's own coordinates."""
+
+    @abstractmethod
     def progress(self, info: Info, record: Record) -> dict[str, str]:
         """What a progress bar shows."""
 
@@ -104,7 +108,7 @@ class PyroFace(MCMCKernel):
         self._state, info = self.advance(state)
         self._last = info
         if not warming:
-            self._record.append(self._state, info, self.step_size)
+            self._record.append(self.shown(self._state), info, self.step_size)
         self._returned = self._params(self._state)
         return self._returned
 
@@ -113,7 +117,8 @@ class PyroFace(MCMCKernel):
         self._returned = None
 
     def _params(self, state: State) -> dict[str, Tensor]:
-        return {n: v[0] for n, v in self.potential.unravel(state.position).items()}
+        position = self.shown(state).position
+        return {n: v[0] for n, v in self.potential.unravel(position).items()}
 
     def logging(self) -> dict[str, str] | None:
         """What Pyro's progress bar shows."""
