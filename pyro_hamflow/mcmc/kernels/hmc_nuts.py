@@ -30,8 +30,8 @@ class HMC(Kernel):
             given.
         jitter: By which share trajectories are at random shorter or longer.
         max_num_steps: The most steps of a trajectory, where their number is not given.
-        transport: A map of the parameters, in whose coordinates moves are made: ``"flow"`` learns one
-            in warm-up, and drops it if it gains nothing; or a trained guide that has one, such as
+        transport: A map of the parameters, in whose coordinates moves are made: ``"flow"`` learns
+            one in warm-up, and drops it if it gains nothing; or a trained guide that has one, as
             :class:`~pyro.infer.autoguide.AutoIAFNormal`, or anything that fills the protocol
             :class:`~pyro_hamflow.model.transported.Transport`, neither to be trained further while
             draws are made. It pays where scales differ from place to place, as in funnels and
