@@ -1,5 +1,6 @@
 """Hamiltonian inference with learned parts, for Pyro."""
 
+from pyro_hamflow.flows.auto_flow import AutoFlow
 from pyro_hamflow.flows.bases import SoftUniform
 from pyro_hamflow.flows.fit import fit_flow, fit_guide
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
@@ -36,6 +37,7 @@ __all__ = [
     "NUTS",
     "AmortizedSurrogate",
     "AnnealedSampler",
+    "AutoFlow",
     "AutoNeuralHamiltonianFlow",
     "CorrelatedRefresh",
     "EllipticalSliceRefresh",

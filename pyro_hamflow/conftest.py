@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import Distribution
 
 import pyro_hamflow
 from pyro_hamflow.flows.coupling import AffineCoupling
@@ -25,6 +27,11 @@ from pyro_hamflow.mcmc.transitions.base import (
 )
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+
+_ASKED = Distribution._validate_args, Distribution.arg_constraints
+import zuko  # noqa: E402  # it has torch's distributions accept any argument
+
+Distribution._validate_args, Distribution.arg_constraints = _ASKED  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
@@ -50,5 +57,7 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         flow_for=flow_for,
         geometric_mean=geometric_mean,
         metropolis=metropolis,
+        partial=partial,
         select_state=select_state,
+        zuko=zuko,
     )

@@ -77,6 +77,16 @@ def standard_normal(dimension: int, example: Tensor | None = None, scale: float 
     return dist.Normal(zero, zero + scale).to_event(1)
 
 
+def students_t(example: Tensor, freedom: float) -> Any:
+    """Independent coordinates of Student's t.
+
+    Arguments:
+        example: A vector of the dimension, type and device to draw on.
+        freedom: The degrees of freedom.
+    """
+    return dist.StudentT(example.new_full(example.shape, freedom)).to_event(1)
+
+
 def map_tensors(thing: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a distribution with all its tensors changed, as modules do when they move."""
     if isinstance(thing, Tensor):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_hamflow.flows.coupling import AffineCoupling
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
+from pyro_hamflow.flows.standardised import standardise
 
 _SHARE = 0.05  # of each defence
 _FREEDOM = 4.0
@@ -57,8 +58,7 @@ class MixtureFlow(nn.Module):
 
     def pull(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Points z of positions, and the log growth of volume on the way back."""
-        centred = (position - self.loc).mT
-        z = torch.linalg.solve_triangular(self.scale_tril, centred, upper=False).mT
+        z = standardise(position, self.loc, self.scale_tril)
         growth = -self.scale_tril.diagonal().log().sum()
         for layer in reversed(self.layers):
             z, by_layer = cast(AffineCoupling, layer).inverse(z)

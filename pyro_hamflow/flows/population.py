@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_hamflow.flows.coupling import couplings
 from pyro_hamflow.flows.gaussian_mixture import fit_mixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
+from pyro_hamflow.flows.standardised import standardise
 from pyro_hamflow.flows.start import prior_of
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.training import Training, train
@@ -51,7 +52,7 @@ def flow_for(
     position, score, weights = _usable(position, -gradient, log_weights)
     held_out = torch.arange(len(position)) % _HELD_OUT == 0
     loc, scale_tril = _whitening(position, score, weights)
-    whitened = torch.linalg.solve_triangular(scale_tril, (position - loc).mT, upper=False).mT
+    whitened = standardise(position, loc, scale_tril)
     mixture = fit_mixture(whitened, score @ scale_tril, weights, held_out)
     layers = couplings(position.shape[-1], num_layers, hidden)
     flow = MixtureFlow(loc, scale_tril, mixture, layers).to(position)

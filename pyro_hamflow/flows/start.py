@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import constraints
@@ -25,7 +24,6 @@ from pyro_hamflow.model.unused import is_improper
 from pyro_hamflow.programs.validation import no_validation
 
 _PILOT_DRAWS = 1000
-_FREEDOM = 20.0
 _ROUNDS = 20
 _STEPS = 25
 _FLATTEST = 1e-6  # the least curvature that counts as one
@@ -52,15 +50,15 @@ def find_start(
         saved: Centre and scale, where they are known.
 
     Returns:
-        The centre, the scale as a lower triangle, and a distribution.
+        The centre, the scale as a lower triangle, and a distribution; none for ``"laplace"``, where
+        the posterior is about standard.
 
     Raises:
         ValueError: If the distribution is of another dimension.
     """
     if start == "laplace":
-        freedom = position.new_full((len(position),), _FREEDOM)
         loc, scale_tril = saved or laplace(potential_of_one(model, args, kwargs, sites), position)
-        return loc, scale_tril, dist.StudentT(freedom).to_event(1)
+        return loc, scale_tril, None
     given = PriorDistribution(model, args, kwargs) if start == "prior" else start
     if tuple(given.event_shape) != (len(position),):
         raise ValueError(
