@@ -1,4 +1,4 @@
-"""The model's potential as a function to train through."""
+"""The model's potential, and that of its prior, as functions to train through."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.prior import Prior
 
 
-def energy(potential: Potential, position: Tensor, noise: Tensor) -> Tensor:
+def energy(potential: Potential | Prior, position: Tensor, noise: Tensor) -> Tensor:
     """The potential of positions, its gradient in them known to autograd.
 
     Arguments:
@@ -29,7 +30,7 @@ class _Energy(torch.autograd.Function):
     """The captured program gives value and gradient at once."""
 
     @staticmethod
-    def forward(ctx: Any, position: Tensor, noise: Tensor, potential: Potential) -> Tensor:
+    def forward(ctx: Any, position: Tensor, noise: Tensor, potential: Potential | Prior) -> Tensor:
         program = potential.programs.program("gradient", len(position))
         value, gradient = program(position.detach(), noise)
         ctx.save_for_backward(gradient)

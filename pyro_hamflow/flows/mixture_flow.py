@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyro_hamflow.flows.coupling import AffineCoupling
+from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
 from pyro_hamflow.flows.standardised import standardise
+from pyro_hamflow.model.prior import Prior
 
 _SHARE = 0.05  # of each defence
 _FREEDOM = 4.0
@@ -88,7 +91,7 @@ class DefendedFlow(nn.Module):
 
     Arguments:
         flow: What is defended; what is trained further.
-        prior: A distribution of positions; with none, there is no such share.
+        prior: The model's; with none, there is no such share.
 
     Example:
         >>> potential = Potential(lambda: pyro.sample("x", dist.Normal(0.0, 2.0)))
@@ -99,7 +102,7 @@ class DefendedFlow(nn.Module):
         True
     """
 
-    def __init__(self, flow: MixtureFlow, prior: Any = None) -> None:
+    def __init__(self, flow: MixtureFlow, prior: Prior | None = None) -> None:
         super().__init__()
         self.flow = flow
         self.prior = prior
@@ -121,7 +124,7 @@ class DefendedFlow(nn.Module):
         position, _ = flow.push(z)
         wide = kind > 1.0 - _SHARE
         if self.prior is not None and wide.any():
-            drawn = self.prior.sample((int(wide.sum()),)).to(position)
+            drawn, _ = self.prior.draw(int(wide.sum()))
             position = position.index_put((wide,), drawn)
         return position, self.log_ratio(position)
 
@@ -133,6 +136,9 @@ class DefendedFlow(nn.Module):
         own = mixture.log_density(z) + growth
         if self.prior is None:
             return torch.logaddexp(own + math.log1p(-_SHARE), heavy)
-        wide = self.prior.log_prob(position) + defence
+        # Of the noise the parameters know nothing.
+        noise = position.new_zeros(len(position), self.prior.potential.noise_dimension)
+        value_of = partial(energy, self.prior) if torch.is_grad_enabled() else self.prior.value
+        wide = defence - value_of(position, noise)
         own = own + math.log1p(-2.0 * _SHARE)
         return torch.logsumexp(torch.stack([own, heavy, wide]), 0)

@@ -12,8 +12,8 @@ from pyro_hamflow.flows.coupling import couplings
 from pyro_hamflow.flows.gaussian_mixture import fit_mixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
 from pyro_hamflow.flows.standardised import standardise
-from pyro_hamflow.flows.start import prior_of
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.networks.training import Training, train
 
 _HELD_OUT = 5  # one of so many draws judges what the others are fitted to
@@ -60,7 +60,7 @@ def flow_for(
         fit = _fit(flow, position, score, weights, num_steps=num_steps)
         if not fit.best_loss < fit.checks[0] - _WORTHWHILE:
             flow.layers = nn.ModuleList()
-    return DefendedFlow(flow.to(potential.example), prior_of(potential))
+    return DefendedFlow(flow.to(potential.example), _prior_of(potential))
 
 
 def train_flow(
@@ -141,6 +141,14 @@ def _forward_loss(flow: MixtureFlow, position: Tensor, score: Tensor) -> Tensor:
     (pull,) = torch.autograd.grad(pulled, start)
     pull = pull.clamp(-_STEEPEST, _STEEPEST)
     return 0.5 * ((pull * z).sum(-1) - log_density).mean()
+
+
+def _prior_of(potential: Potential) -> Prior | None:
+    """The prior, where it can be drawn from."""
+    try:
+        return Prior(potential)
+    except ValueError:
+        return None
 
 
 def _usable(

@@ -20,7 +20,6 @@ from pyro_hamflow.flows.standardised import standardised
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import run_with
-from pyro_hamflow.model.unused import is_improper
 from pyro_hamflow.programs.validation import no_validation
 
 _PILOT_DRAWS = 1000
@@ -177,7 +176,6 @@ class PriorDistribution(TorchDistribution):
         model: A Pyro model.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        transforms: As in :class:`~pyro_hamflow.model.potential.Potential`.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -185,11 +183,7 @@ class PriorDistribution(TorchDistribution):
     has_rsample = False
 
     def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        transforms: Mapping[str, Any] | None = None,
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         def hidden(msg: Any) -> bool:
             return msg["type"] == "sample" and (
@@ -198,8 +192,7 @@ class PriorDistribution(TorchDistribution):
                 or msg["infer"].get("noise", False)
             )
 
-        blocked = poutine.block(model, hide_fn=hidden)
-        self.potential = Potential(blocked, args, kwargs, transforms=transforms)
+        self.potential = Potential(poutine.block(model, hide_fn=hidden), args, kwargs)
         super().__init__(torch.Size(), torch.Size([self.potential.dimension]), validate_args=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PriorDistribution:
@@ -234,18 +227,3 @@ class PriorDistribution(TorchDistribution):
         flat = value.reshape(-1, value.shape[-1])
         noise = flat.new_zeros(len(flat), 0)
         return -energy(self.potential, flat, noise).reshape(value.shape[:-1])
-
-
-def prior_of(potential: Potential) -> PriorDistribution | None:
-    """The prior of a potential's positions, where draws and density of it can be had."""
-    nodes = potential.plain_trace.nodes
-    if any(is_improper(nodes[site.name]) for site in potential.sites):
-        return None
-    prior = PriorDistribution(
-        potential.original, potential.args, potential.kwargs, potential.transforms
-    )
-    if prior.potential.dimension != potential.dimension:
-        return None  # noise counts as parameters
-    with torch.random.fork_rng():
-        good = prior.log_prob(prior.sample((_PILOT_DRAWS,))).isfinite().all()
-    return prior if bool(good) else None

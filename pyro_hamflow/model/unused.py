@@ -47,7 +47,7 @@ def find_unused(nodes: Mapping[str, Any], log_density: Callable[[Values], Tensor
     Raises:
         ValueError: If nothing depends on entries of an improper site without bounds.
     """
-    improper = {name for name, node in nodes.items() if is_improper(node)}
+    improper = {n for n, node in nodes.items() if isinstance(base_of(node["fn"]), ImproperUniform)}
     asked = {
         name: entries
         for name, node in nodes.items()
@@ -60,11 +60,6 @@ def find_unused(nodes: Mapping[str, Any], log_density: Callable[[Values], Tensor
     for name in improper & set(unused):
         _refuse_improper(name, unused.pop(name))
     return {name: entries for name, entries in unused.items() if entries.any()}
-
-
-def is_improper(site: Any) -> bool:
-    """Whether a site's prior is flat, with no draws of its own."""
-    return isinstance(base_of(site["fn"]), ImproperUniform)
 
 
 def _masked_entries(site: Any) -> Tensor:

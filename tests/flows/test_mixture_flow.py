@@ -15,6 +15,7 @@ from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
 from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.prior import Prior
 
 SHARE = 0.25
 
@@ -65,7 +66,12 @@ def built(model, draws, **settings):
     return potential, flow_for(potential, draws, gradient, **settings)
 
 
-def random_flow(dimension, components=3, prior=None):
+def normal_prior(dimension):
+    normal = dist.Normal(torch.zeros(dimension), 3.0).to_event(1)
+    return Prior(Potential(lambda: pyro.sample("x", normal)))
+
+
+def random_flow(dimension, components=3):
     """Nothing fitted: every part of it at random."""
     small = dimension**-0.5
     roots = torch.randn(components, dimension, dimension).tril(-1) * 0.5 * small
@@ -91,7 +97,7 @@ def test_density_is_the_same_by_two_routes(dimension):
     flow = random_flow(dimension)
     position, log_density = flow.draw(200)
     torch.testing.assert_close(flow.log_ratio(position), log_density, rtol=1e-10, atol=1e-10)
-    defended = DefendedFlow(flow, dist.Normal(torch.zeros(dimension), 3.0).to_event(1))
+    defended = DefendedFlow(flow, normal_prior(dimension))
     position, log_density = defended.draw(200)
     torch.testing.assert_close(defended.log_ratio(position), log_density, rtol=1e-10, atol=1e-10)
 
@@ -101,7 +107,7 @@ def test_density_is_that_of_the_draws(defended):
     """It adds up to one on a grid, and tells how many draws there are on each side of a line."""
     flow = random_flow(2)
     if defended:
-        flow = DefendedFlow(flow, dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        flow = DefendedFlow(flow, normal_prior(2))
     line = torch.linspace(-60.0, 60.0, 1201)
     grid = torch.cartesian_prod(line, line)
     with torch.no_grad():
@@ -147,6 +153,17 @@ def test_gradients_flow_through_draws_and_densities():
     assert flow.mixture.log_shares.grad is None  # which draws come from where is no smooth choice
     flow.log_ratio(position.detach()).sum().backward()
     assert flow.mixture.log_shares.grad.abs().sum() > 0
+
+
+def test_gradients_in_positions_are_those_of_all_shares():
+    flow = DefendedFlow(random_flow(3), normal_prior(3))
+    for position in (torch.randn(3), 40.0 + torch.randn(3)):  # within, and where the prior is all
+        position = position[None].requires_grad_()
+        (gradient,) = torch.autograd.grad(flow.log_ratio(position).sum(), position)
+        steps = 1e-5 * torch.eye(3)
+        with torch.no_grad():
+            ends = flow.log_ratio(position + steps), flow.log_ratio(position - steps)
+        torch.testing.assert_close(gradient[0], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dimension", [2, 16, 64])
