@@ -29,7 +29,7 @@ from pyro_hamflow import (
 from pyro_hamflow.flows.losses import Objective
 from pyro_hamflow.flows.start import PriorDistribution
 from pyro_hamflow.model.potential import Potential
-from tests.flows.test_guide import ELBOS, JIT, Y, conjugate, evidence, mixed, posterior, subsampled
+from tests.helpers.guided import ELBOS, JIT, Y, conjugate, evidence, mixed, posterior, subsampled
 from tests.helpers.targets import effects
 from tests.helpers.zuko_flows import FLOWS, flows, zuko
 

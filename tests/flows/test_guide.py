@@ -13,16 +13,9 @@ import pytest
 import torch
 from pyro.infer import (
     SVI,
-    JitTrace_ELBO,
-    JitTraceGraph_ELBO,
-    JitTraceMeanField_ELBO,
     Predictive,
-    RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-    TraceTailAdaptive_ELBO,
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
@@ -41,53 +34,19 @@ from pyro_hamflow import (
 from pyro_hamflow.flows.losses import Objective
 from pyro_hamflow.flows.start import PriorDistribution
 from pyro_hamflow.model.potential import Potential
+from tests.helpers.guided import (
+    ELBOS,
+    JIT,
+    Y,
+    conjugate,
+    evidence,
+    mixed,
+    posterior,
+    subsampled,
+)
 from tests.helpers.targets import effects
 
-Y = torch.tensor([1.2, -0.3, 2.0, 0.4, 0.9], dtype=torch.float64)
 SMALL = {"hidden": (8, 8), "num_steps": 3}
-
-
-def conjugate(y):
-    mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 2.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
-
-
-def evidence(y):
-    covariance = torch.eye(len(y)) + 4.0
-    return float(dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y))
-
-
-def mixed(y):
-    """Sites of several supports and shapes, in a plate and outside."""
-    scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
-    share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
-    with pyro.plate("data", len(y)):
-        x = pyro.sample("x", dist.Normal(share[..., 0], scale))
-        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
-
-
-def subsampled(y):
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-    with pyro.plate("data", len(y), subsample_size=2) as index:
-        pyro.sample("y", dist.Normal(mean, 1.0), obs=y[index])
-
-
-ELBOS = {
-    "trace": Trace_ELBO,
-    "several particles": lambda: Trace_ELBO(num_particles=3),
-    "vectorised particles": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True),
-    "graph": TraceGraph_ELBO,
-    "mean field": TraceMeanField_ELBO,
-    "Renyi": lambda: RenyiELBO(num_particles=3, vectorize_particles=True),
-    "tail-adaptive": lambda: TraceTailAdaptive_ELBO(num_particles=3, vectorize_particles=True),
-    "enumeration": lambda: TraceEnum_ELBO(max_plate_nesting=1),
-}
-JIT = {
-    "trace, jit": JitTrace_ELBO,
-    "graph, jit": JitTraceGraph_ELBO,
-    "mean field, jit": JitTraceMeanField_ELBO,
-}
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
@@ -482,11 +441,6 @@ class Gaussian(torch.nn.Module):
 
     def log_ratio(self, position):
         return dist.Normal(self.loc, self.log_scale.exp()).log_prob(position).sum(-1)
-
-
-def posterior(y):
-    precision = len(y) + 0.25
-    return dist.Normal(y.sum() / precision, precision**-0.5)
 
 
 @pytest.mark.parametrize("loss", ["reverse", "forward"])
