@@ -22,8 +22,9 @@ class EstimatorQuality(NamedTuple):
         num_particles: The number of particles it was found for.
         suggested_num_particles: About how many would bring the variance to one, where both ways of
             pseudo-marginal HMC move freely.
-        max_pareto_k: The shape of the heaviest tail of the weights of an element's particles. Above
-            0.7 the standard deviations cannot be relied on: the largest weights may be missing.
+        max_pareto_k: The shape of the tail of the particles' weights, of the elements that vary
+            most. Above 0.7 the standard deviations cannot be relied on: the largest weights may be
+            missing.
     """
 
     standard_deviation: float

@@ -98,6 +98,33 @@ def test_nothing_is_missed_where_there_is_one_mode():
     assert misses(marginal, [pilot], (Y.round(),), {}) is None
 
 
+@pytest.mark.parametrize("level", [0.0, 2.0, 5.0])
+def test_pareto_k_is_small_where_the_estimate_hardly_varies(level):
+    model, _ = effects(lambda x: dist.Poisson((level + x).exp()))
+    y = dist.Poisson((level + torch.randn(40)).exp()).sample()
+    marginal = phf.marginalize(model, ["x"], proposal="laplace")
+    marginal.fit(y, pilot={"mean": torch.tensor(0.0)})
+    found = look(marginal, {"mean": torch.tensor(0.1)}, (y,), {})
+    assert found.variance(1) < 3.0
+    assert found.max_pareto_k < 0.7
+    alone = [
+        Look(found.log_likelihood[[i]], found.error[[i]], found.log_weights[:, [i]])
+        for i in range(40)
+    ]
+    assert max(one.max_pareto_k for one in alone) > 0.7  # of one element it says little
+
+
+@pytest.mark.parametrize("term", ["square", "absolute"])
+def test_pareto_k_is_large_where_a_proposal_fits_badly(term):
+    model, _ = effects(SEVERAL_MODES[term])
+    y = Y.repeat(5)
+    marginal = phf.marginalize(model, ["x"], proposal="laplace")
+    marginal.fit(y, pilot={"mean": torch.tensor(0.3)})
+    found = look(marginal, {"mean": torch.tensor(0.3)}, (y,), {})
+    assert found.variance(1) > 10.0
+    assert found.max_pareto_k > 1.0
+
+
 def test_only_what_exceeds_its_error_is_missed():
     weights = torch.zeros(4, 3)
     default = look_of([0.0, 0.0, 0.0], [0.01, 0.01, 0.01], weights)

@@ -53,7 +53,7 @@ class EstimatorTuning:
     Attributes:
         chosen_method: The method that moves are made by.
         variance: That of the log estimate, where it was looked at last.
-        max_pareto_k: The heaviest tail of the weights, at the end of warm-up.
+        max_pareto_k: The shape of the weights' tail, the worst of some draws at the end of warm-up.
 
     Raises:
         ValueError: If the method is unknown.
