@@ -10,6 +10,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.infer.mcmc.util import _PEMaker
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -56,7 +57,7 @@ class FunctionPotential(Potential):
                 f"`transforms` names {unknown}: expected names of the parameters {list(example)}"
             )
         self.outward = dict(transforms or {})
-        self.potential_fn = potential_fn
+        self.potential_fn = _uncompiled(potential_fn)
         self._example = {name: value.detach() for name, value in example.items()}
         sites = {name: _Flat(value) for name, value in self._example.items()}
 
@@ -98,6 +99,18 @@ class FunctionPotential(Potential):
         return super().flatten(
             {n: self.outward[n](v) if n in self.outward else v for n, v in values.items()}
         )
+
+
+def _uncompiled(function: PotentialFunction) -> PotentialFunction:
+    """What Pyro's ``initialize_model(jit_compile=True)`` would have TorchScript compile.
+
+    Programs here are recorded from the operations of the model itself. TorchScript's own would hide
+    them, and it compares the model's numbers while it runs, where that cannot be recorded.
+    """
+    method: Any = getattr(function, "func", None)
+    if getattr(method, "__func__", None) is _PEMaker._potential_fn_jit:
+        return method.__self__._potential_fn
+    return function
 
 
 class _Flat(TorchDistribution):

@@ -209,6 +209,20 @@ def test_function_and_transforms_of_a_model(runner):
     check(draws, *moments_of_scale())
 
 
+def test_function_of_a_model_that_pyro_has_compiled():
+    """Where TorchScript compares the model's numbers, its operations cannot be recorded."""
+    start, function, maps, _ = initialize_model(
+        scaled, model_args=(Y,), jit_compile=True, skip_jit_warnings=True
+    )
+    plain = initialize_model(scaled, model_args=(Y,))[1]
+    kernel = NUTS(potential_fn=function, transforms=maps)
+    start = {name: value.expand(2, *value.shape).clone() for name, value in start.items()}
+    state = kernel.begin(2, 0, (), {}, start)
+    assert kernel.potential.programs.fallback_reason is None
+    expected = [plain({name: value[i] for name, value in start.items()}) for i in range(2)]
+    torch.testing.assert_close(state.evaluation.value, torch.stack(expected))
+
+
 def test_function_that_compiles_itself_when_it_is_first_called():
     """As those of Pyro's do with ``jit_compile``: it is not to find itself recorded meanwhile."""
     compiled = []
