@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyro_hamflow tests tutorials benchmarks
 
-.PHONY: demo paper test slow lint types format bench clean
+.PHONY: demo paper test test-gpu slow lint types format bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/python tutorials/quickstart.py
@@ -16,6 +16,9 @@ paper: $(VENV)/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-gpu: $(VENV)/test  # says where there is no CUDA device
+	$(BIN)/python -m pytest tests/package/test_devices.py -rs
 
 slow: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist loadfile --slow

@@ -33,8 +33,9 @@ class Table:
 def machine() -> str:
     """The machine, in words."""
     threads = torch.get_num_threads()
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} used, "
+        f"{os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} used{card}, "
         f"torch {torch.__version__.split('+')[0]}, float64"
     )
 

@@ -15,6 +15,7 @@ from benchmarks import (
     amortized,
     coverage,
     coverage_compiled,
+    devices,
     flows,
     glmm,
     gradients,
@@ -45,6 +46,7 @@ TOPICS = {
     "marginal_guides": marginal_guides,
     "surrogate": surrogate,
     "amortized": amortized,
+    "devices": devices,
 }
 
 

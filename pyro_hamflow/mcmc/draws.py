@@ -66,7 +66,8 @@ class Record:
         def stack(parts: list[Any]) -> Tensor:
             if not isinstance(parts[0], Tensor):
                 dtype = torch.float64 if isinstance(parts[0], float) else torch.long
-                return torch.tensor(parts, dtype=dtype).expand(chains, -1).clone()
+                whole = torch.tensor(parts, dtype=dtype, device="cpu")
+                return whole.expand(chains, -1).clone()
             return torch.stack(parts, 1).detach().cpu()
 
         return Draws(
@@ -96,7 +97,8 @@ class Draws:
             return torch.cat([tensor[:, :length] for tensor in tensors])
 
         def stat(name: str, part: Draws) -> Tensor:
-            missing = torch.full(part.position.shape[:2], math.nan, dtype=torch.float64)
+            shape = part.position.shape[:2]
+            missing = part.position.new_full(shape, math.nan, dtype=torch.float64)
             return part.stats.get(name, missing)
 
         names = dict.fromkeys(name for part in parts for name in part.stats)

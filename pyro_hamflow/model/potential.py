@@ -308,10 +308,11 @@ class Potential:
         """Positions and noise to capture programs with; random, but always the same."""
         if num_chains not in self._vectors:
             generator = torch.Generator().manual_seed(0)
-            self._vectors[num_chains] = (
-                torch.randn(num_chains, self.dimension, generator=generator).to(self.example),
-                torch.randn(num_chains, self.noise_dimension, generator=generator).to(self.example),
+            position, noise = (
+                torch.randn(num_chains, size, generator=generator, device="cpu").to(self.example)
+                for size in (self.dimension, self.noise_dimension)
             )
+            self._vectors[num_chains] = position, noise
         return self._vectors[num_chains]
 
     def _look(self) -> Fingerprint:

@@ -145,7 +145,7 @@ class _Follower(TorchDispatchMode):
     def _claim(self, tensor: Tensor, owner: Tensor, mixer: str | None) -> _Memory:
         width = tensor.element_size()
         count = tensor.untyped_storage().nbytes() // width
-        memory = _Memory(owner.expand(count).clone(), width, mixer)
+        memory = _Memory(owner.to(tensor.device).expand(count).clone(), width, mixer)
         self._memories.set(tensor, memory)
         return memory
 

@@ -48,6 +48,11 @@ class Call:
             if argument.has_default_value():
                 self.arguments[argument.name] = argument.default_value
         self.arguments |= dict(zip(names, args, strict=False)) | kwargs
+        devices = [tensor.device for tensor in self.tensors()]
+        beside = [
+            device for device in devices if device.type != "cpu"
+        ]  # may read the CPU's scalars
+        self._device = (beside or devices or [torch.device("cpu")])[0]
 
     @property
     def name(self) -> str:
@@ -69,10 +74,10 @@ class Call:
         return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
 
     def owner(self, value: Any) -> Tensor:
-        """The owners of an argument; :data:`NONE` if it is no tensor."""
+        """The owners of an argument, where the operation runs; :data:`NONE` if it is no tensor."""
         if isinstance(value, Tensor):
-            return self.follower.owner(value)
-        return torch.zeros((), dtype=torch.long)
+            return self.follower.owner(value).to(self._device)
+        return torch.zeros((), dtype=torch.long, device=self._device)
 
     def is_constant(self, value: Any) -> bool:
         """Whether an argument has no owner."""

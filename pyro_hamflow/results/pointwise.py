@@ -79,7 +79,7 @@ def pointwise(
         generator = torch.Generator().manual_seed((int(seed or 0) + _STREAM) % 2**63)
         parts = [
             estimator.average(draws, generator)
-            for draws in torch.arange(len(estimator.position)).split(_DRAWS)
+            for draws in torch.arange(len(estimator.position), device="cpu").split(_DRAWS)
         ]
     values, errors, points = (torch.cat(part) for part in zip(*parts, strict=True))
     by_element = errors.square().mean(0).sqrt()
@@ -155,7 +155,7 @@ class _Estimator:
             many points they are.
         """
         value, error, places = self._replicate(0, draws, [], generator)
-        points = torch.full(value.shape, self._count(0))
+        points = value.new_full(value.shape, self._count(0), dtype=torch.long)
         level = 1
         while self._count(level) <= MOST_POINTS:
             by_element = error.square().mean(0).sqrt()
@@ -214,9 +214,11 @@ class _Estimator:
         program, noise_dimension = self._program(level)
         count = _REPLICATES * (1 if self._models else self._growth(level))
         shape = (len(draws) * count, noise_dimension)
-        noise = torch.randn(shape, generator=generator, dtype=self.position.dtype)
+        noise = torch.randn(shape, generator=generator, dtype=self.position.dtype, device="cpu")
         rows = [self.position[draws.to(self.position.device)], *places]
-        position, *others = (row.repeat_interleave(count, 0) for row in rows)
+        position, *others = (
+            row.to(self.position.device).repeat_interleave(count, 0) for row in rows
+        )
         found = program(position, noise.to(position), *others)
         flat = [
             part.double().reshape(len(part), -1)

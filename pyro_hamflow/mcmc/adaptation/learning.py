@@ -54,7 +54,8 @@ class Learning:
         self.num_chains = num_chains
         self.moves = SurrogateMoves(learner.potential, run, num_chains)
         self.trial = Trial()
-        self.visited = Covariance(learner.potential.dimension, dense=dense)
+        potential = learner.potential
+        self.visited = Covariance(potential.dimension, dense=dense, device=potential.example.device)
         self._trajectories = run.hamiltonian.trajectories
         self._step_and_mass = run.hamiltonian.step_and_mass
         self._transition: Transition | None = None  # along the surrogate, once there is one

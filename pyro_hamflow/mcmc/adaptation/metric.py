@@ -7,6 +7,8 @@ on its way, tells all scales and correlations, where draws alone would tell how 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,15 @@ class Covariance:
     Arguments:
         dimension: Of the rows.
         dense: Whether to keep the whole matrix, or its diagonal alone.
+        device: Where rows lie.
     """
 
-    def __init__(self, dimension: int, *, dense: bool) -> None:
+    def __init__(self, dimension: int, *, dense: bool, device: torch.device | None = None) -> None:
         self.dense = dense
-        self._mean = torch.zeros(1, dimension, dtype=torch.float64)
-        self._sum = torch.zeros((dimension, dimension) if dense else (dimension,)).double()
-        self._counts = torch.zeros(1, 1, dtype=torch.float64)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._mean = zeros((1, dimension))
+        self._sum = zeros((dimension, dimension) if dense else (dimension,))
+        self._counts = zeros((1, 1))
 
     @property
     def count(self) -> int:
@@ -42,7 +46,7 @@ class Covariance:
 
     def update(self, rows: Tensor) -> None:
         """Takes in a row of each chain, ``(chains, dimension)``; skips those not finite."""
-        batch = rows.double().cpu()
+        batch = rows.double()
         finite = batch.isfinite().all(-1, keepdim=True)
         old, self._counts = self._counts, self._counts + finite
         shift = torch.where(finite, batch - self._mean, 0.0)
@@ -78,6 +82,7 @@ class Metric:
     Arguments:
         dimension: Of the positions.
         dense: Whether the mass is a whole matrix, or its diagonal alone.
+        device: Where positions lie.
 
     References:
         | Tuning diagonal scale matrices for HMC (Tran and Kleppe, 2024)
@@ -92,9 +97,9 @@ class Metric:
         [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, dimension: int, *, dense: bool) -> None:
-        self.positions = Covariance(dimension, dense=dense)
-        self.gradients = Covariance(dimension, dense=dense)
+    def __init__(self, dimension: int, *, dense: bool, device: torch.device | None = None) -> None:
+        self.positions = Covariance(dimension, dense=dense, device=device)
+        self.gradients = Covariance(dimension, dense=dense, device=device)
 
     @property
     def count(self) -> int:

@@ -221,4 +221,5 @@ class WarmUp:
 
     def _new_metric(self) -> Metric:
         inverse_mass = self.tuning.kinetic.inverse_mass
-        return Metric(len(inverse_mass), dense=inverse_mass.dim() == 2)
+        dense = inverse_mass.dim() == 2
+        return Metric(len(inverse_mass), dense=dense, device=inverse_mass.device)
