@@ -16,6 +16,7 @@ import pyro_hamflow
 from pyro_hamflow.flows.coupling import AffineCoupling
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture, fit_mixture, geometric_mean
 from pyro_hamflow.flows.population import flow_for
+from pyro_hamflow.flows.pyro_guides import PyroGuide
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import (
@@ -51,6 +52,7 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         Kernel=Kernel,
         ModelTarget=ModelTarget,
         Potential=Potential,
+        PyroGuide=PyroGuide,
         State=State,
         draw_uniform=draw_uniform,
         fit_mixture=fit_mixture,

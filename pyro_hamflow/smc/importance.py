@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_hamflow.checks import fills, whole
+from pyro_hamflow.checks import whole
+from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import Guide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import largest_tensor
@@ -138,7 +140,7 @@ class ImportanceSamples:
 
 def importance_sample(
     model: Callable[..., Any],
-    guide: Guide,
+    guide: Guide | AutoGuide,
     *args: Any,
     num_samples: int = 10_000,
     seed: int | None = None,
@@ -157,8 +159,10 @@ def importance_sample(
 
     Arguments:
         model: The Pyro model.
-        guide: An :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills the
-            protocol :class:`~pyro_hamflow.model.guides.Guide`.
+        guide: An :class:`~pyro_hamflow.AutoFlow` or
+            :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, one of Pyro's own guides whose density
+            is known, or anything that fills the protocol
+            :class:`~pyro_hamflow.model.guides.Guide`.
         args: The model's arguments.
         num_samples: How many draws.
         seed: Makes the draws repeat themselves; torch's current random state if not given.
@@ -191,7 +195,7 @@ def importance_sample(
         >>> abs(found.log_evidence - float(exact)) < 5 * found.log_evidence_error
         True
     """
-    fills("guide", guide, Guide)
+    guide = as_guide("guide", guide, Guide)
     whole("num_samples", num_samples, 2)
     if seed is not None:
         torch.manual_seed(seed)

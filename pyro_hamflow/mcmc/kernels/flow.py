@@ -13,14 +13,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_hamflow.checks import fills, whole
+from pyro_hamflow.checks import whole
+from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import select
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
-from pyro_hamflow.model.guides import DensityGuide, draw_from
+from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import fault
 
@@ -36,9 +38,11 @@ class FlowMH(Kernel):
 
     Arguments:
         model: A Pyro model.
-        guide: A trained :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills
-            the protocol :class:`~pyro_hamflow.model.guides.DensityGuide`. It must not be trained
-            further while draws are made.
+        guide: A trained :class:`~pyro_hamflow.AutoFlow` or
+            :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, one of Pyro's own guides whose density
+            is known, or anything that fills the protocol
+            :class:`~pyro_hamflow.model.guides.DensityGuide`. It must not be trained further while
+            draws are made.
         num_proposals: How many proposals are made for each draw. They are evaluated together, so
             that several cost little more than one wherever overhead outweighs arithmetic.
         jit_compile: Whether to compile the model's density to machine code.
@@ -71,15 +75,14 @@ class FlowMH(Kernel):
     def __init__(
         self,
         model: Callable[..., Any],
-        guide: DensityGuide,
+        guide: DensityGuide | AutoGuide,
         *,
         num_proposals: int = 1,
         jit_compile: bool = False,
     ) -> None:
-        fills("guide", guide, DensityGuide)
+        self._guide: DensityGuide = as_guide("guide", guide, DensityGuide)
         self.num_proposals = whole("num_proposals", num_proposals, 1)
         super().__init__(ModelTarget(model, separate_noise=True, jit_compile=jit_compile))
-        self._guide = guide
 
     def prepare(
         self,
@@ -89,7 +92,8 @@ class FlowMH(Kernel):
     ) -> Potential:
         potential = super().prepare(args, kwargs, initial_params)
         self._guide.prepare(*args, **kwargs)
-        self._draw(potential, 1)  # refuses a guide of another model
+        with torch.no_grad():  # refuses a guide of another model, or without an inverse
+            log_ratio_at(self._guide, self._draw(potential, 1).clone())
         return potential
 
     @torch.no_grad()

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_hamflow.checks import fills, flag, whole
+from pyro_hamflow.checks import flag, whole
+from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.mcmc.adaptation.base import Phase
 from pyro_hamflow.mcmc.adaptation.flow import FlowChoices, FlowSearch, Found, TuneBesideJumps
@@ -19,7 +21,7 @@ from pyro_hamflow.mcmc.kernels.mala import MALA
 from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginalHMC, PseudoMarginalNUTS
 from pyro_hamflow.mcmc.kernels.random_walk import RandomWalk
 from pyro_hamflow.mcmc.transitions.base import State
-from pyro_hamflow.model.guides import DensityGuide, draw_from
+from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 
 _LOCAL = (HMC, NUTS, MALA, RandomWalk, PseudoMarginalHMC, PseudoMarginalNUTS)
@@ -43,9 +45,9 @@ class FlowNUTS(Kernel):
     Arguments:
         model: A Pyro model.
         flow: What makes jumps: a guide that fills the protocol
-            :class:`~pyro_hamflow.model.guides.DensityGuide`. A mixture of Gaussians, bent by
-            coupling layers and defended by shares of the prior and of a wider self, is built if
-            none is given.
+            :class:`~pyro_hamflow.model.guides.DensityGuide`, or one of Pyro's own. A mixture of
+            Gaussians, bent by coupling layers and defended by shares of the prior and of a wider
+            self, is built if none is given.
         local: The kernel of the same model that moves within modes, such as ``HMC(model)`` or
             ``MALA(model)``, set up as wished; if not given :class:`NUTS`, or
             :class:`PseudoMarginalNUTS` of a model from :func:`marginalize`.
@@ -92,7 +94,7 @@ class FlowNUTS(Kernel):
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
-        flow: DensityGuide | None = None,
+        flow: DensityGuide | AutoGuide | None = None,
         local: Kernel | None = None,
         *,
         adapt_flow: bool = True,
@@ -101,7 +103,7 @@ class FlowNUTS(Kernel):
         jit_compile: bool = False,
     ) -> None:
         if flow is not None:
-            fills("flow", flow, DensityGuide)
+            flow = as_guide("flow", flow, DensityGuide)
         if num_proposals is not None:
             whole("num_proposals", num_proposals, 1)
         whole("num_particles", num_particles, 2)
@@ -129,7 +131,8 @@ class FlowNUTS(Kernel):
         if flow is not None:
             flow.prepare(*args, **kwargs)
             with torch.no_grad():
-                draw_from(flow, potential, 1)  # refuses a flow of another model
+                position, _ = draw_from(flow, potential, 1)  # refuses a flow of another model
+                log_ratio_at(flow, position.clone())  # or without an inverse
         return potential
 
     def start(
