@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -19,6 +20,13 @@ def float_type(fn: Any, default: torch.dtype) -> torch.dtype:
     """
     found = [part.dtype for part in floats(fn)]
     return reduce(torch.promote_types, found) if found else default
+
+
+def example_of(values: Sequence[Tensor]) -> Tensor:
+    """A zero of the type that can hold all values, on the device of the first."""
+    first = values[0] if values else torch.zeros(())
+    dtype = reduce(torch.promote_types, (value.dtype for value in values), first.dtype)
+    return torch.zeros((), dtype=dtype, device=first.device)
 
 
 def floats(fn: Any) -> list[Tensor]:

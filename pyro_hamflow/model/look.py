@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from torch import Tensor
 
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.trace import refuse_subsampling, run_with
+from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.programs.failures import first_that_works
 from pyro_hamflow.programs.fingerprint import Fingerprint, explained
 
+# Where the model is looked at.
+FACTORS = (0.3, 0.1, 0.03, -0.3, 1.0, -1.0, 2.0, 0.0)  # times a fixed random position
 _SEEDS = 20  # draws from the priors
 
 
@@ -39,6 +44,45 @@ def check_data(plain: poutine.Trace) -> None:
     refuse_subsampling(plain)
     refuse_nan(plain)
     warn_of_rounding(plain)
+
+
+class Looks:
+    """What a model does when it is looked at, to be told from what it does later.
+
+    Arguments:
+        look: What it does at a point, so many times a fixed one.
+        function: What is looked at, to explain its failures by.
+        inputs: Its arguments at that fixed point.
+
+    Attributes:
+        factor: Where it was looked at: at the first where its numbers allow it.
+        key: What it did; ``None`` if that cannot be told.
+
+    Raises:
+        ValueError: If the model draws random numbers of its own.
+    """
+
+    def __init__(
+        self, look: Callable[[float], Fingerprint], function: Program, *inputs: Tensor
+    ) -> None:
+        self._look = look
+        self.factor = FACTORS[0]
+        self.key = explained(
+            lambda: key_of_two(*first_that_works(self._twice, FACTORS)), function, *inputs
+        )
+
+    def _twice(self, factor: float) -> tuple[Fingerprint, Fingerprint]:
+        self.factor = factor
+        with torch.random.fork_rng():
+            return self._look(factor), self._look(factor)
+
+    def is_unchanged(self) -> bool:
+        """Whether the model still does what it did when it was looked at first."""
+        if self.key is not None:
+            # Whatever a model's own code may raise.
+            with torch.random.fork_rng(), suppress(Exception):
+                return self._look(self.factor).key == self.key
+        return False
 
 
 def key_of_two(first: Fingerprint, second: Fingerprint) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_hamflow.model.function import FunctionPotential
-from pyro_hamflow.model.gradients import value_and_gradients
+from pyro_hamflow.model.gradients import gradient_functions
 from pyro_hamflow.model.missing import entries_that_count
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import add_jacobians
@@ -64,7 +64,7 @@ class Prior:
         for name, site in trace.nodes.items():
             if is_latent(site):
                 _refuse_undrawable(name, site)
-        self._evaluator = potential.evaluator_of(_prior_part(trace))
+        self._evaluator = potential.runs.evaluator_of(_prior_part(trace))
         self.programs = ProgramCache(self, compile_graphs=potential.programs.compile_graphs)
 
     def graph(self, kind: str, num_chains: int) -> Program:
@@ -94,7 +94,7 @@ class Prior:
     def _draw_one(self, _: Tensor) -> tuple[Tensor, Tensor]:
         potential = self.potential
         with torch.no_grad():
-            nodes = potential.run_freely().nodes
+            nodes = potential.runs.freely().nodes
             position = potential.flatten({s.name: nodes[s.name]["value"] for s in potential.sites})
             noise = [nodes[site.name]["value"].reshape(-1) for site in potential.noise_sites]
             return position, torch.cat([position[:0], *noise]).to(position)
@@ -113,22 +113,11 @@ class Prior:
     def function(self, kind: str) -> Program:
         """What a kind of program does for one chain: gradients, gradient, or value."""
 
-        def gradients(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                position = position.detach().requires_grad_()
-                noise = noise.detach().requires_grad_()
-                return value_and_gradients(self._value_of_one(position, noise), position, noise)
-
-        def gradient(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                position = position.detach().requires_grad_()
-                return value_and_gradients(self._value_of_one(position, noise), position)
-
         def value(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
                 return (self._value_of_one(position, noise),)
 
-        return {"gradients": gradients, "gradient": gradient, "value": value}[kind]
+        return (gradient_functions(self._value_of_one) | {"value": value})[kind]
 
     def examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
         """Arguments to capture a kind's program with, chains first."""

@@ -22,6 +22,37 @@ class Evaluation(NamedTuple):
     local: dict[str, Tensor]
 
 
+class Recovery:
+    """The likelihood estimates in a model, and what a program's results say of their sites.
+
+    Arguments:
+        sites: The sites of a run that hold estimates.
+        num_noise_sites: How many noise sites the model has.
+
+    Attributes:
+        estimates: The estimates.
+        num_choices: How many particles are picked when local sites are recovered.
+        factorises: Whether all noise belongs to estimates whose elements multiply to the
+            likelihood.
+    """
+
+    def __init__(self, sites: list[Any], num_noise_sites: int) -> None:
+        self.estimates = [site["infer"]["estimate"] for site in sites]
+        self.num_choices = sum(estimate.group.shape.numel() for estimate in self.estimates)
+        plain = [site for site in sites if site["scale"] == 1.0 and site["mask"] is None]
+        self.factorises = 0 < len(plain) == num_noise_sites == len(sites)
+
+    def evaluation(self, value: Tensor, *results: Tensor) -> Evaluation:
+        """A value with the results of :func:`pick_particles` by name."""
+        rest = iter(results)
+        local: dict[str, Tensor] = {}
+        log_likelihoods = {}
+        for estimate in self.estimates:
+            log_likelihoods[estimate.group.name] = next(rest)
+            local |= {name: next(rest) for name in estimate.group.sites}
+        return Evaluation(value, log_likelihoods, local)
+
+
 def estimate_sites(trace: poutine.Trace) -> list[Any]:
     """The sites of a run that hold likelihood estimates."""
     return [

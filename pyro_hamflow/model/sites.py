@@ -111,8 +111,13 @@ def stack_sites(
         names: Those that share the vector.
         transforms: From their support to the real line, for sites that are not to be moved by the
             registered map.
+
+    Raises:
+        ValueError: If a transform is not one of these sites'.
     """
     sites, start, given = [], 0, dict(transforms or {})
+    if unknown := sorted(set(given) - set(names)):
+        raise ValueError(f"`transforms` names {unknown}: expected names of the sites {names}")
     for name in names:
         site = latent[name]
         if name in given:

@@ -274,7 +274,7 @@ def _show(bar: tqdm[Any], passage: Passage) -> None:
 
 def _recover(potential: Potential, population: Population) -> dict[str, Tensor]:
     """A draw of the local sites that were integrated out, given each particle."""
-    if not potential.estimates:
+    if not potential.recovery.estimates:
         return {}
     rows = potential.programs.rows_at_once("evaluate", len(population.position))
     pairs = zip(population.position.split(rows), population.noise.split(rows), strict=True)

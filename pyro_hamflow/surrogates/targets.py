@@ -118,7 +118,7 @@ class JudgedDensity:
     def graph(self, kind: str, num_chains: int) -> Program:
         """The true energy, and the gradient that is followed, of every chain."""
         potential = self._potential
-        uniform = self.example.new_full((num_chains, potential.num_choices), 0.5)
+        uniform = self.example.new_full((num_chains, potential.recovery.num_choices), 0.5)
         if self.trust is None:
             evaluate = potential.graph("evaluate", num_chains)
 

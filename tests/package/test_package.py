@@ -37,7 +37,6 @@ MOST_LINES = 300
 LONGER = {
     "mcmc.kernels.base": "one class; a third of it is documentation with a worked example",
     "mcmc.mcmc": "one class, with the surface of Pyro's runner and all of its arguments explained",
-    "model.potential": "the one place where samplers meet a model, and its programs",
 }
 
 

@@ -130,7 +130,7 @@ class EstimatorTuning:
     def _choose(self, potential: Potential, position: Tensor) -> str:
         """Which of the two ways serves, by the variance of the estimate where the chains start."""
         self.variance = _variance(potential, position)
-        if potential.factorises and self.variance <= _LARGEST_FACTORISED_VARIANCE:
+        if potential.recovery.factorises and self.variance <= _LARGEST_FACTORISED_VARIANCE:
             method, why = "conditional", "each element's noise is refreshed on its own"
         elif self.variance <= _LARGEST_VARIANCE:
             method, why = "conditional", "fresh noise is often accepted as a whole"
@@ -170,7 +170,7 @@ class EstimatorTuning:
             better = None
             variance = _variance(potential, state.position)
             is_noisy = variance > (
-                _WANTED_FACTORISED_VARIANCE if potential.factorises else WANTED_VARIANCE
+                _WANTED_FACTORISED_VARIANCE if potential.recovery.factorises else WANTED_VARIANCE
             )
             if is_noisy and not model.proposal.needs_fit:
                 better = more_particles(model, draws, args, kwargs)

@@ -55,7 +55,8 @@ class Blocks:
     """
 
     def __init__(self, potential: Potential) -> None:
-        self.groups = [e.group for e in potential.estimates] if potential.factorises else []
+        recovery = potential.recovery
+        self.groups = [e.group for e in recovery.estimates] if recovery.factorises else []
         sites = {site.name: site for site in potential.noise_sites}
         self.sites = [sites[f"{group.name}_noise"] for group in self.groups]
 
