@@ -111,9 +111,9 @@ def forget_the_others(monkeypatch):
 
     def first_of(self, chains):
         proposals = honest(self, chains)
-        weights = proposals.log_weight.reshape(chains, -1)
+        weights = proposals.log_weights.reshape(chains, -1)
         best = weights == weights.amax(1, keepdim=True)
-        return proposals._replace(log_weight=weights.masked_fill(~best, -torch.inf).flatten())
+        return proposals._replace(log_weights=weights.masked_fill(~best, -torch.inf).flatten())
 
     monkeypatch.setattr(IndependenceTransition, "_next", first_of)
 

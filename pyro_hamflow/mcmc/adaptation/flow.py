@@ -19,15 +19,16 @@ from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.tune import Tune
 from pyro_hamflow.mcmc.adaptation.walkers import Jumps, Visited, Walkers
 from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
-from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
+from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, Proposals
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
 from pyro_hamflow.model.guides import DensityGuide, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.training import train
-from pyro_hamflow.smc.annealing import anneal
+from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.resampling import resample_systematically
 
 _WALKERS = 1000  # that explore
+_FEW, _HASTE = 500, 0.5  # particles that look first, and what their steps' weights are worth
 _TRIED = 4  # draws of a trained flow, of which each walker is one
 _MOVES = 4  # local moves between two jumps of a round
 _ROUNDS = 6  # of moves and training, at most
@@ -37,7 +38,7 @@ _LEARNING_RATE = 5e-3  # that of `fit_guide`
 _REVERSE = 0.1  # how much of the reverse divergence is added where a user's guide is trained
 _RISE = 0.01  # of the acceptance, for which another round is made
 _HIGH = 0.8  # acceptance, which more training would hardly raise
-_SLOW = 0.5  # autocorrelation of local moves from which on jumps may pay
+_SLOW = 0.7  # autocorrelation of local moves from which on jumps may pay
 _GAIN = 1.5  # in independent draws for which they are worth their time
 _DRAWS = 4000  # that a flow is trained on
 _CHECK_EVERY = 25  # steps of a training
@@ -109,10 +110,15 @@ class FlowSearch:
         self._learns = choices.flow is None or (choices.adapt_flow and _can_learn(choices.flow))
 
     def run(self) -> Found:
-        """Finds a population, tunes the local move on it, and trains the flow on where it goes."""
-        walkers = self._walkers()
-        walkers.warm_up()
+        """Finds a population, tunes the local move on it, and trains the flow on where it goes.
+
+        A few particles in haste tell whether that is worth it.
+        """
+        walkers = self._walkers(self._hasty_population() if self._learns else self._drawn())
         persistence = walkers.persistence()
+        if persistence >= _SLOW and self._learns:
+            walkers = self._walkers(anneal(self.potential, self.choices.num_particles))
+            persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
         if persistence < _SLOW:
             self.plan.say(
@@ -148,34 +154,40 @@ class FlowSearch:
 
     # --- the population -------------------------------------------------------------------------
 
-    def _walkers(self) -> Walkers:
-        potential = self.potential
-        step_and_mass = self.hamiltonian.step_and_mass
+    def _hasty_population(self) -> Population:
+        count = min(self.choices.num_particles, _FEW)
+        return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1)
+
+    @torch.no_grad()
+    def _drawn(self) -> Proposals:
+        """Draws of a trained flow, with their importance weights."""
+        guide = cast(DensityGuide, self.choices.flow)
+        drawn = IndependenceTransition(self.potential, guide).propose(_TRIED * _WALKERS)
+        if not bool((drawn.log_weights > -torch.inf).any()):
+            raise ValueError(
+                f"`flow` drew no point of finite density in {len(drawn.position)} tries: expected "
+                "one that meets the posterior"
+            )
+        return drawn
+
+    def _walkers(self, population: Population | Proposals) -> Walkers:
+        """Walkers that start from a population, as many as it is of at most, their moves tuned."""
+        potential, step_and_mass = self.potential, self.hamiltonian.step_and_mass
+        picked = _resampled(population.log_weights, min(len(population.position), _WALKERS))
+        position, noise = population.position[picked], population.noise[picked]
         kinetic = step_and_mass.first_kinetic(potential)
-        if self._learns:
-            population = anneal(potential, self.choices.num_particles)
-            spread = population.tuning.kinetic.inverse_mass
-            position, noise = population.position, population.noise
-            log_weights = population.log_weights
-        else:
-            guide = cast(DensityGuide, self.choices.flow)
-            with torch.no_grad():
-                drawn = IndependenceTransition(potential, guide).propose(_TRIED * _WALKERS)
-            position, noise, log_weights = drawn.position, drawn.noise, drawn.log_weight
-            if not bool((log_weights > -torch.inf).any()):
-                raise ValueError(
-                    f"`flow` drew no point of finite density in {len(position)} tries: expected a "
-                    "flow that meets the posterior"
-                )
-            spread = torch.cov(position.double().mT).reshape(2 * (potential.dimension,))
         if step_and_mass.adapt_mass_matrix and step_and_mass.inverse_mass_matrix is None:
+            if isinstance(population, Population):
+                spread = population.tuning.kinetic.inverse_mass
+            else:
+                spread = torch.cov(position.double().mT).reshape(2 * (potential.dimension,))
             if kinetic.is_dense and spread.dim() == 1:
                 spread = spread.diag()
             kinetic = step_and_mass.kinetic_by(potential, spread.to(potential.example), kinetic)
-        picked = _resampled(log_weights, _WALKERS)
-        position, noise = position[picked], noise[picked]
         transition = self.make_transition(potential, position)
-        return Walkers(potential, self.hamiltonian, transition, position, noise, kinetic)
+        walkers = Walkers(potential, self.hamiltonian, transition, position, noise, kinetic)
+        walkers.warm_up()
+        return walkers
 
     # --- the flow -------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 
 _WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
-_APART = 4  # moves, after which a walker is compared with where it was
+_APART = 10  # moves, after which a walker is compared with where it was
 _MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
 _NOISE = 3.5  # standard errors of a correlation, which the largest of many may reach by chance
 _COUNTS = (1, 2, 4, 8, 16, 32)  # of proposals that may be made for a jump
@@ -92,17 +92,20 @@ class Walkers:
         return float(info.acceptance_rate.mean())
 
     def persistence(self) -> float:
-        """The lag-one autocorrelation of local moves, of the coordinate that is slowest.
+        """The lag-one autocorrelation of local moves, of the slowest coordinate or the density.
 
         It is that of walkers that started from the posterior, so that modes between which no move
-        leads make it one. By ranks; what chance alone may give is taken off.
+        leads make it one. Of values, which a small mode far away shows in, or of ranks, whichever
+        is larger; what chance alone may give is taken off.
         """
         before = torch.cat([self.state.position, self.state.evaluation.value[:, None]], 1)
         self.move(_APART)
         after = torch.cat([self.state.position, self.state.evaluation.value[:, None]], 1)
-        first, last = _standard_ranks(before), _standard_ranks(after)
-        correlation = (first * last).mean(0).max()
-        excess = float(correlation) - _NOISE / math.sqrt(len(first))
+        correlation = max(
+            float((_standard(first) * _standard(last)).mean(0).max())
+            for first, last in ((before, after), (_ranks(before), _ranks(after)))
+        )
+        excess = correlation - _NOISE / math.sqrt(len(before))
         return max(excess, 0.0) ** (1.0 / _APART)
 
     def visited(self, most: int) -> Visited:
@@ -116,7 +119,7 @@ class Walkers:
         """How a guide's jumps would go from where walkers are: for how many proposals."""
         transition = IndependenceTransition(self.potential, guide)
         here = transition.log_weight_at(self.state)
-        proposed = transition.propose(max(_COUNTS) * len(here)).log_weight
+        proposed = transition.propose(max(_COUNTS) * len(here)).log_weights
         typical = proposed.logsumexp(0) - math.log(len(proposed))
         remote = float((here > typical + math.log(_REMOTE)).double().mean())
         for count in _COUNTS:
@@ -145,7 +148,12 @@ class Jumps(NamedTuple):
     remote: float
 
 
-def _standard_ranks(rows: Tensor) -> Tensor:
-    """The ranks of each column, of mean zero and variance one."""
-    ranks = rows.argsort(0).argsort(0).double()
-    return (ranks - ranks.mean(0)) / ranks.std(0)
+def _ranks(rows: Tensor) -> Tensor:
+    """The ranks of each column."""
+    return rows.argsort(0).argsort(0)
+
+
+def _standard(rows: Tensor) -> Tensor:
+    """Each column with mean zero and variance one; zero where it does not vary."""
+    rows = rows.double()
+    return ((rows - rows.mean(0)) / rows.std(0)).nan_to_num(0.0)

@@ -78,7 +78,7 @@ class IndependenceTransition:
         """Moves every chain once; nothing is tuned. Gradients stay those of where it was."""
         chains = len(state.position)
         proposals = self._next(chains)
-        log_weights = proposals.log_weight.reshape(chains, -1)
+        log_weights = proposals.log_weights.reshape(chains, -1)
         pick, decision = choose(self.log_weight_at(state), log_weights)
         rows = torch.arange(chains, device=pick.device) * self.num_proposals + pick
         picked = proposals.at(rows)
@@ -104,9 +104,9 @@ class IndependenceTransition:
         position, log_ratio = draw_from(self.guide, self._potential, count)
         noise = self._potential.draw_noise(count)
         evaluation = self.target.evaluate(position, noise)
-        log_weight = _log_weight(evaluation.value, log_ratio)
-        log_weight = log_weight.masked_fill(~log_weight.isfinite(), -torch.inf)
-        return Proposals(position, noise, evaluation, log_weight)
+        log_weights = _log_weight(evaluation.value, log_ratio)
+        log_weights = log_weights.masked_fill(~log_weights.isfinite(), -torch.inf)
+        return Proposals(position, noise, evaluation, log_weights)
 
     def _next(self, num_chains: int) -> Proposals:
         """The proposals of one move; those of one chain are neighbours."""
@@ -125,17 +125,17 @@ class Proposals(NamedTuple):
     position: Tensor
     noise: Tensor
     evaluation: Evaluation
-    log_weight: Tensor
+    log_weights: Tensor
 
     def at(self, rows: Tensor | slice) -> Proposals:
         """Some of them."""
-        position, noise, evaluation, log_weight = self
+        position, noise, evaluation, log_weights = self
         parts = (
             {name: part[rows] for name, part in named.items()}
             for named in (evaluation.log_likelihoods, evaluation.local)
         )
         evaluation = Evaluation(evaluation.value[rows], *parts)
-        return Proposals(position[rows], noise[rows], evaluation, log_weight[rows])
+        return Proposals(position[rows], noise[rows], evaluation, log_weights[rows])
 
 
 def choose(here: Tensor, log_weights: Tensor) -> tuple[Tensor, Decision]:
