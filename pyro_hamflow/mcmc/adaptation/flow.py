@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -11,37 +10,24 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.flows.fit import TrainableGuide
-from pyro_hamflow.flows.losses import Objective
-from pyro_hamflow.flows.mixture_flow import DefendedFlow
-from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
+from pyro_hamflow.mcmc.adaptation.flow_training import FlowTraining, can_learn
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.tune import Tune
-from pyro_hamflow.mcmc.adaptation.walkers import Jumps, Visited, Walkers
+from pyro_hamflow.mcmc.adaptation.walkers import Jumps, Walkers
 from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, Proposals
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
-from pyro_hamflow.model.guides import DensityGuide, log_ratio_at
+from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.networks.training import train
 from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.resampling import resample_systematically
 
 _WALKERS = 1000  # that explore
 _FEW, _HASTE = 500, 0.5  # particles that look first, and what their steps' weights are worth
 _TRIED = 4  # draws of a trained flow, of which each walker is one
-_MOVES = 4  # local moves between two jumps of a round
-_ROUNDS = 6  # of moves and training, at most
-_STEPS = 400  # of one training
-_BATCH = 256  # draws, from which a step's loss is estimated
-_LEARNING_RATE = 5e-3  # that of `fit_guide`
-_REVERSE = 0.1  # how much of the reverse divergence is added where a user's guide is trained
-_RISE = 0.01  # of the acceptance, for which another round is made
-_HIGH = 0.8  # acceptance, which more training would hardly raise
 _SLOW = 0.7  # autocorrelation of local moves from which on jumps may pay
 _GAIN = 1.5  # in independent draws for which they are worth their time
-_DRAWS = 4000  # that a flow is trained on
-_CHECK_EVERY = 25  # steps of a training
 _LEAST = 1e-3  # of a draw, that one is worth where it cannot be told
 _FEW_REMOTE = 0.005  # of walkers, as there are in the tails of any flow
 _LOW = 0.05  # acceptance, below which jumps are rare
@@ -107,7 +93,7 @@ class FlowSearch:
         self.hamiltonian = hamiltonian
         self.make_transition = make_transition
         self.plan = plan
-        self._learns = choices.flow is None or (choices.adapt_flow and _can_learn(choices.flow))
+        self._learns = choices.flow is None or (choices.adapt_flow and can_learn(choices.flow))
 
     def run(self) -> Found:
         """Finds a population, tunes the local move on it, and trains the flow on where it goes.
@@ -126,7 +112,10 @@ class FlowSearch:
                 "not pay: draws are made without them."
             )
         else:
-            guide = self._trained(walkers)
+            training = FlowTraining(self.potential, walkers)
+            guide = self.choices.flow or training.built()
+            if self.choices.flow is not None and self._learns:
+                training.given(cast(TrainableGuide, guide))
             jumps = walkers.jumps(guide)
             if gain(persistence, jumps.acceptance_rate) < _GAIN:
                 self.plan.say(
@@ -188,80 +177,6 @@ class FlowSearch:
         walkers = Walkers(potential, self.hamiltonian, transition, position, noise, kinetic)
         walkers.warm_up()
         return walkers
-
-    # --- the flow -------------------------------------------------------------------------------
-
-    def _trained(self, walkers: Walkers) -> DensityGuide:
-        """The flow, trained in rounds while its acceptance rises, in the best state that it had."""
-        given = self.choices.flow
-        if given is not None:
-            if self._learns:
-                guide = cast(TrainableGuide, given)
-                self._train_given(guide, walkers.visited(_DRAWS))
-                self._train_in_rounds(guide, walkers, self._train_given)
-            return given
-        visited = walkers.visited(_DRAWS)
-        gradient = self._gradient(visited)
-        built = flow_for(self.potential, visited.position, gradient, num_layers=0)
-        if walkers.jump(built) < _HIGH:  # the mixture alone will not do
-            built = flow_for(self.potential, visited.position, gradient)
-            self._train_in_rounds(built, walkers, self._train_built)
-        return built
-
-    def _train_in_rounds(
-        self,
-        guide: TrainableGuide,
-        walkers: Walkers,
-        learn: Callable[[Any, Visited], None],
-    ) -> None:
-        """Jumps, moves and trainings while more jumps are accepted; the best state is kept."""
-        best, kept, waited = -1.0, copy.deepcopy(guide.state_dict()), 0
-        for number in range(_ROUNDS):
-            rate = walkers.jump(guide)
-            waited = 0 if rate > best + _RISE else waited + 1
-            if rate > best:
-                best, kept = rate, copy.deepcopy(guide.state_dict())
-            if rate > _HIGH or waited == 2 or number == _ROUNDS - 1:
-                break
-            walkers.move(_MOVES)
-            learn(guide, walkers.visited(_DRAWS))
-        guide.load_state_dict(kept)
-
-    def _train_built(self, guide: DefendedFlow, visited: Visited) -> None:
-        """Trains the flow that was built, by draws and the gradients there."""
-        train_flow(guide.flow, visited.position, self._gradient(visited))
-
-    def _gradient(self, visited: Visited) -> Tensor:
-        """The potential's gradient wherever walkers have been."""
-        parts = zip(visited.position.split(_WALKERS), visited.noise.split(_WALKERS), strict=True)
-        return torch.cat([self.potential.gradients(*part)[1] for part in parts])
-
-    def _train_given(self, guide: TrainableGuide, visited: Visited) -> None:
-        """Trains a user's flow on draws, with a share of the reverse divergence."""
-        draws = visited.position
-        objective = Objective(guide, self.potential, _BATCH)
-
-        def loss(progress: float) -> Tensor:
-            picked = draws[torch.randint(len(draws), (_BATCH,), device=draws.device)]
-            return objective.reverse() * _REVERSE - log_ratio_at(guide, picked).mean()
-
-        train(
-            guide,
-            loss,
-            measure=lambda progress, mean: mean,
-            num_steps=_STEPS,
-            learning_rate=_LEARNING_RATE,
-            check_every=_CHECK_EVERY,
-            patience=_STEPS,
-        )
-
-
-def _can_learn(flow: DensityGuide) -> bool:
-    """Whether a flow has the methods of a torch module, and parameters to train."""
-    methods = ("parameters", "state_dict", "load_state_dict")
-    if not all(callable(getattr(flow, name, None)) for name in methods):
-        return False
-    return any(part.requires_grad for part in cast(TrainableGuide, flow).parameters())
 
 
 def gain(persistence: float, rate: float) -> float:

@@ -23,6 +23,7 @@ _NOISE = 3.5  # standard errors of a correlation, which the largest of many may 
 _COUNTS = (1, 2, 4, 8, 16, 32)  # of proposals that may be made for a jump
 _WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
 _LONGEST_STAY = 1.2  # jumps that are tried where a chain is, on average, beyond the first
+_REMOTE = 1000.0  # jumps, after which a walker leaves where it is: they are as good as none
 
 
 class Visited(NamedTuple):
@@ -121,17 +122,14 @@ class Walkers:
         here = transition.log_weight_at(self.state)
         proposed = transition.propose(max(_COUNTS) * len(here)).log_weights
         typical = proposed.logsumexp(0) - math.log(len(proposed))
-        remote = float((here > typical + math.log(_REMOTE)).double().mean())
         for count in _COUNTS:
             log_weights = proposed[: count * len(here)].reshape(len(here), count)
             rate = float(choose(here, log_weights)[1].acceptance_rate.mean())
             stay = (here - typical - math.log(count)).exp().clamp(min=1.0).mean()
             if rate >= _WANTED_RATE and float(stay) <= _LONGEST_STAY:
                 break
+        remote = float((here > typical + math.log(_REMOTE * count)).double().mean())
         return Jumps(count, rate, remote)
-
-
-_REMOTE = 1000.0  # times the mean weight: a walker there is left once in a thousand jumps
 
 
 class Jumps(NamedTuple):
