@@ -16,6 +16,7 @@ from pyro_hamflow import (
     MALA,
     MCMC,
     NUTS,
+    AutoFlow,
     FlowNUTS,
     RandomWalk,
     marginalize,
@@ -118,6 +119,16 @@ def test_a_flow_is_trained_on_what_the_population_finds():
     check_shares(mcmc)
     assert kernel.flow is guide
     assert guide.shift.abs().max() < 0.3
+
+
+@pytest.mark.slow
+def test_a_flow_of_zuko_is_trained():
+    zuko = pytest.importorskip("zuko")
+    kernel = FlowNUTS(modes(), zuko.flows.NSF, num_particles=600)
+    mcmc = run_of(kernel)
+    check_shares(mcmc)
+    assert isinstance(kernel.flow, AutoFlow)
+    assert float(mcmc.draws.stats["global_accepted"].double().mean()) > 0.5
 
 
 def test_nothing_changes_while_draws_are_kept():
@@ -281,6 +292,8 @@ def test_bad_arguments_are_refused():
     model = modes()
     with pytest.raises(TypeError, match="`flow` is a str: expected a DensityGuide"):
         FlowNUTS(model, "normal")
+    with pytest.raises(TypeError, match="`flow` is a Linear: expected a flow of zuko"):
+        FlowNUTS(model, nn.Linear(2, 2))
     with pytest.raises(TypeError, match="`local` is .*: expected a kernel that moves locally"):
         FlowNUTS(model, local=HMC)
     with pytest.raises(ValueError, match="`local` is of another model"):

@@ -113,8 +113,10 @@ class FlowSearch:
             )
         else:
             training = FlowTraining(self.potential, walkers)
-            guide = self.choices.flow or training.built()
-            if self.choices.flow is not None and self._learns:
+            guide = self.choices.flow
+            if guide is None:
+                guide = training.built()
+            elif self._learns:
                 training.given(cast(TrainableGuide, guide))
             jumps = walkers.jumps(guide)
             if gain(persistence, jumps.acceptance_rate) < _GAIN:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_hamflow.checks import flag, whole
+from pyro_hamflow.flows.auto_flow import AutoFlow
 from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.mcmc.adaptation.base import Phase
@@ -45,7 +46,8 @@ class FlowNUTS(Kernel):
     Arguments:
         model: A Pyro model.
         flow: What makes jumps: a guide that fills the protocol
-            :class:`~pyro_hamflow.model.guides.DensityGuide`, or one of Pyro's own. A mixture of
+            :class:`~pyro_hamflow.model.guides.DensityGuide`, one of Pyro's own, or any flow of zuko,
+            of which an :class:`~pyro_hamflow.AutoFlow` is made that begins at the prior. A mixture of
             Gaussians, bent by coupling layers and defended by shares of the prior and of a wider
             self, is built if none is given.
         local: The kernel of the same model that moves within modes, such as ``HMC(model)`` or
@@ -94,7 +96,7 @@ class FlowNUTS(Kernel):
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
-        flow: DensityGuide | AutoGuide | None = None,
+        flow: Any = None,
         local: Kernel | None = None,
         *,
         adapt_flow: bool = True,
@@ -102,6 +104,8 @@ class FlowNUTS(Kernel):
         num_particles: int = 2000,
         jit_compile: bool = False,
     ) -> None:
+        if callable(flow) and not isinstance(flow, AutoGuide) and not hasattr(flow, "draw"):
+            flow = AutoFlow(cast(Callable[..., Any], model), flow, start="prior")
         if flow is not None:
             flow = as_guide("flow", flow, DensityGuide)
         if num_proposals is not None:
