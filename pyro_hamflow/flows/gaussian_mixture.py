@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # of components that are tried
-_GAIN = 0.03  # of the mean held-out log density, for which more components are taken
-_PATIENCE = 2  # counts in turn that bring no gain, before the search ends
-_PASSES = 10  # of the search for centres, and of the search for a count
-_FINAL_PASSES = 20
+_MOST = 64  # components
+_GAIN = 0.01  # of the mean held-out log density, for which more components are taken
+_PATIENCE = 3  # rounds of splits that bring no gain, before the search ends
+_FEW = 20  # draws, of which no two components are made
+_PASSES = 10  # of the search for centres, and of one fit
 _NEGLIGIBLE = 1e-4  # share of a draw that a component may leave out of its moments
 _LEAST_SHARE = 1e-3
+_LITTLE = 1e-3  # of a draw: a unit where a component has none
 _LEAST = 1e-12  # of an eigenvalue
 
 
@@ -97,13 +100,16 @@ class GaussianMixture(nn.Module):
 def fit_mixture(
     position: Tensor, score: Tensor, weights: Tensor, held_out: Tensor
 ) -> GaussianMixture:
-    """A mixture with as many components as the held-out log density asks for.
+    """A mixture that grows: the components that gain most by it are split in two, in rounds.
+
+    So small modes are found one by one that a mixture begun with all of its components misses. It
+    ends where held-out draws gain no more.
 
     Arguments:
         position: Draws in coordinates where they are about standard, ``(draws, dimension)``.
         score: The gradient of their log density, of the same shape.
         weights: Of the draws, ``(draws,)``; their mean is one.
-        held_out: Which draws judge the number of components, ``(draws,)``, true or false.
+        held_out: Which draws judge the components, ``(draws,)``, true or false.
 
     Example:
         >>> x = torch.randn(500, 2)
@@ -111,78 +117,144 @@ def fit_mixture(
         >>> fit_mixture(x, -x, torch.ones(500), held_out).num_components
         1
     """
-    kept = ~held_out
-    most = max(1, int(kept.sum()) // (2 * position.shape[-1]))
-    best_count, best, waited = 1, -math.inf, 0
-    for count in [count for count in _COUNTS if count <= most]:
-        mixture = _maximise(position[kept], score[kept], weights[kept], count, _PASSES)
-        log_density = mixture.log_density(position[held_out])
-        measured = float((weights[held_out] * log_density).sum() / weights[held_out].sum())
-        if measured > best + _GAIN:
-            best_count, best, waited = count, measured, 0
-        else:
-            waited += 1
-            if waited == _PATIENCE:
-                break
-    tries = [_maximise(position, score, weights, best_count, _FINAL_PASSES) for _ in range(2)]
-    return max(tries, key=lambda one: float((weights * one.log_density(position)).sum()))
-
-
-def _maximise(
-    position: Tensor, score: Tensor, weights: Tensor, count: int, passes: int
-) -> GaussianMixture:
-    """Expectation and maximisation in turn, from the clusters around centres far apart."""
-    nearest = torch.cdist(position, _centres(position, weights, count)).argmin(1)
-    shares = torch.nn.functional.one_hot(nearest, count).mT.to(position)
-    for _ in range(passes):
-        mixture = _from_shares(position, score, weights * shares)
-        if count == 1:
+    draws = _Draws(position, score, weights)
+    kept, judges = draws.where(~held_out), draws.where(held_out)
+    most = min(_MOST, max(1, len(kept.weights) // (2 * position.shape[-1])))
+    mixture = _from_shares(*kept, shares=kept.weights.new_ones(1, len(kept.weights)))
+    best, value, waited = mixture, _mean_log_density(mixture, judges), 0
+    while waited < _PATIENCE and (halves := _splits(mixture, kept)):
+        mixture = _maximise(_with_splits(mixture, halves), kept)
+        if mixture.num_components > most:
             break
-        updated = mixture.log_parts(position).softmax(0)
+        measured = _mean_log_density(mixture, judges)
+        waited = 0 if measured > value + _GAIN else waited + 1
+        if waited == 0:
+            best, value = mixture, measured
+    return _maximise(best, draws)
+
+
+def _mean_log_density(mixture: GaussianMixture, draws: _Draws) -> float:
+    weights = draws.weights / draws.weights.sum()
+    return float(weights @ mixture.log_density(draws.position))
+
+
+class _Draws(NamedTuple):
+    """Draws, the scores there, and their weights."""
+
+    position: Tensor
+    score: Tensor
+    weights: Tensor
+
+    def where(self, chosen: Tensor) -> _Draws:
+        return _Draws(*(part[chosen] for part in self))
+
+
+def _splits(mixture: GaussianMixture, draws: _Draws) -> dict[int, GaussianMixture]:
+    """By component, the two that are to replace it: where that gains about as much as anywhere."""
+    owner = mixture.log_parts(draws.position).argmax(0)
+    halves, gains = {}, {}
+    for index in range(mixture.num_components):
+        own = draws.where(owner == index)
+        if len(own.weights) < _FEW:
+            continue
+        one = _component(mixture, index)
+        two = halves[index] = _maximise(_halves(one, own), own)
+        by = two.log_density(own.position) - one.log_density(own.position)
+        gains[index] = float(own.weights @ by)
+    most = max(gains.values(), default=0.0)
+    return {index: halves[index] for index in gains if gains[index] >= min(most, 0.5 * most)}
+
+
+def _component(mixture: GaussianMixture, index: int) -> GaussianMixture:
+    """One component by itself."""
+    only = slice(index, index + 1)
+    return GaussianMixture(mixture.log_shares[only], mixture.mean[only], mixture.scale_tril[only])
+
+
+def _halves(one: GaussianMixture, own: _Draws) -> GaussianMixture:
+    """Two components, of the clusters of a component's draws, in its own unit."""
+    standard = (own.position - one.mean[0]) @ one.inverse_root[0].mT
+    nearest = torch.cdist(standard, _two_centres(standard, own.weights)).argmin(1)
+    shares = torch.nn.functional.one_hot(nearest, 2).mT.to(standard)
+    return _from_shares(*own, shares=shares)
+
+
+def _with_splits(
+    mixture: GaussianMixture, halves: Mapping[int, GaussianMixture]
+) -> GaussianMixture:
+    """The mixture, with the two halves of components that are split in place of these."""
+    log_shares = mixture.log_shares.log_softmax(0)
+    parts = [halves.get(i) or _component(mixture, i) for i in range(mixture.num_components)]
+    each = [part.log_shares.log_softmax(0) for part in parts]
+    return GaussianMixture(
+        torch.cat([total + share for total, share in zip(log_shares, each, strict=True)]),
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.scale_tril for part in parts]),
+    )
+
+
+def _maximise(mixture: GaussianMixture, draws: _Draws) -> GaussianMixture:
+    """Expectation and maximisation in turn."""
+    shares = mixture.log_parts(draws.position).softmax(0)
+    for _ in range(_PASSES):
+        mixture = _from_shares(*draws, shares=shares)
+        updated = mixture.log_parts(draws.position).softmax(0)
         change = float((updated - shares).abs().mean())
         shares = updated
-        if change < 1e-3 / count:
+        if change < 1e-3 / len(shares):
             break
     return mixture
 
 
-def _centres(position: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Centres of clusters: draws far apart, and then means of those that are nearest to each."""
-    centres = position[torch.multinomial(weights, 1)]
-    for _ in range(count - 1):
-        distance = torch.cdist(position, centres).amin(1).square() * weights + _LEAST
-        centres = torch.cat([centres, position[torch.multinomial(distance, 1)]])
-    for _ in range(_PASSES if count > 1 else 0):
+def _two_centres(position: Tensor, weights: Tensor) -> Tensor:
+    """Centres of two clusters: of draws far apart, and then of those that are nearest to each."""
+    first = position[torch.multinomial(weights, 1)]
+    distance = torch.cdist(position, first)[:, 0].square() * weights + _LEAST
+    centres = torch.cat([first, position[torch.multinomial(distance, 1)]])
+    for _ in range(_PASSES):
         nearest = torch.cdist(position, centres).argmin(1)
-        belongs = weights * torch.nn.functional.one_hot(nearest, count).mT.to(position)
+        belongs = weights * torch.nn.functional.one_hot(nearest, 2).mT.to(position)
         total = belongs.sum(1, keepdim=True)
         centres = torch.where(total > 0, (belongs @ position) / total.clamp(min=_LEAST), centres)
     return centres
 
 
-def _from_shares(position: Tensor, score: Tensor, shares: Tensor) -> GaussianMixture:
+def _from_shares(
+    position: Tensor, score: Tensor, weights: Tensor, shares: Tensor
+) -> GaussianMixture:
     """Components by the moments of draws and scores that belong to each, ``(components, draws)``.
 
     For a Gaussian of covariance S the draws' covariance is S, the scores' is its inverse, and the
     mean is where the score is zero. From few draws S is told best by both, as the matrix that takes
-    the one into the other; both are first drawn towards the identity, as if a few draws more had
-    it.
+    the one into the other. Both are first drawn towards the identity, as if a few draws more had
+    it, in a unit of each coordinate that is the component's own: it may be far narrower than all.
     """
     dimension = position.shape[-1]
     strength = 5.0 + 0.1 * dimension
+    shares = weights * shares
     means, roots = [], []
     for share in shares:
         belongs = share > _NEGLIGIBLE
-        weight = share[belongs]
-        mean, covariance = _moments(position[belongs], weight, strength)
-        mean_score, score_covariance = _moments(score[belongs], weight, strength)
+        x, own_score, weight = position[belongs], score[belongs], share[belongs]
+        unit = _unit(x, own_score, weight)
+        mean, covariance = _moments(x / unit, weight, strength)
+        mean_score, score_covariance = _moments(own_score * unit, weight, strength)
         between = geometric_mean(covariance, score_covariance)
         trusted = float(weight.sum() / (weight.sum() + strength))
-        means.append(mean + trusted * (between @ mean_score))
-        roots.append(torch.linalg.cholesky(between))
+        means.append(unit * (mean + trusted * (between @ mean_score)))
+        roots.append(unit[:, None] * torch.linalg.cholesky(between))
     total = shares.sum(1)
     log_shares = (total / total.sum()).clamp(min=_LEAST_SHARE).log()
     return GaussianMixture(log_shares, torch.stack(means), torch.stack(roots))
+
+
+def _unit(position: Tensor, score: Tensor, weight: Tensor) -> Tensor:
+    """Of each coordinate, by the spread of draws and of scores, ``(dimension,)``."""
+    spread, steepness = (
+        weight @ (part - weight @ part / weight.sum().clamp(min=_LEAST)).square() + _LITTLE
+        for part in (position, score)
+    )
+    return (spread / steepness) ** 0.25
 
 
 def _moments(x: Tensor, weight: Tensor, strength: float) -> tuple[Tensor, Tensor]:

@@ -204,7 +204,7 @@ def test_layers_bend_what_gaussians_cannot_cover():
 
 def test_further_training_is_by_held_out_draws():
     torch.manual_seed(0)
-    draws = crescents_draws(1000, 2)
+    draws = crescents_draws(200, 2)
     potential, defended = built(crescents(2), draws, num_steps=30)
     more = crescents_draws(3000, 2)
     _, gradient, _ = potential.gradients(more, more.new_zeros(len(more), 0))
