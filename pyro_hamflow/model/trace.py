@@ -115,7 +115,7 @@ def sum_to_elements(term: Tensor, frames: Frames, group: Frames, nesting: int) -
     """
     term = term.expand(torch.broadcast_shapes(term.shape, plate_shape(frames, nesting)))
     kept = {frame.dim for frame in group}
-    summed = [dim for dim in range(-nesting, 0) if dim not in kept]
+    summed = [dim for dim in range(-nesting, 0) if dim not in kept and term.shape[dim] != 1]
     return term.sum(summed, keepdim=True) if summed else term
 
 
