@@ -21,6 +21,7 @@ _POINTS = 128  # particles of an element, where a proposal is looked at
 _PRIOR_POINTS = 2048  # the same from the prior, few of which count
 _AT_ONCE = 256  # of these in one run of the model
 _WORST = 10  # elements whose weights' tail is fitted: those that vary most
+_LARGE = 5.0  # times the mean, a weight of which there is a tail to speak of
 # At their pilots 26 models of textbooks have no element beyond both: up to 4.9 errors, by tails of
 # the prior's weights. Where modes are missed, as for y ~ Normal(x**2, .3), it is 9 to 48.
 _ERRORS = 5.0
@@ -50,16 +51,19 @@ class Look(NamedTuple):
 
         Their weights relative to each element's total are taken together. Those of one element are
         too few to tell a heavy tail from a short one: the largest shape of ten of them is above one
-        where the variance of the estimate is .05.
+        where the variance of the estimate is .05. And a shape knows no scale: weights that differ
+        by a tenth may have any. So it is zero at most where none is five times their mean.
         """
         worst = self.error.nan_to_num(nan=math.inf).topk(min(_WORST, len(self.error))).indices
         weights = self.log_weights[:, worst]
-        weights = weights - weights.logsumexp(0)
+        weights = weights - weights.logsumexp(0) + math.log(len(weights))
         finite = weights[weights.isfinite()]
         if len(finite) < 2 or float(finite.max() - finite.min()) <= 1e-9:
             return -math.inf
         k = psislw((finite - finite.max()).cpu().numpy())[1]
-        return k if math.isfinite(k) else -math.inf
+        if not math.isfinite(k):
+            return -math.inf
+        return k if float(finite.max()) > math.log(_LARGE) else min(k, 0.0)
 
 
 def look(
