@@ -168,7 +168,7 @@ class MCMC:
         self._draws = self._warmup_draws = self._samples = None
         self.interrupted = False
         self._heard: list[str] = []
-        self.warmup_steps = self._planned_warmup_steps
+        self.warmup_steps = 0
         self.sampling_time = self.warmup_time = 0.0
         vectorized = self.chain_method == "vectorized"
         batches = 1 if vectorized else self.num_chains
@@ -249,13 +249,13 @@ class MCMC:
                 if not hidden and ((iteration + drawn) % max(1, total // 200) == 0):
                     bar.set_postfix(kernel.progress(info, kept), refresh=False)
                 bar.update()
+                self.warmup_steps = max(iteration, self.warmup_steps)
                 if warming:
                     self.warmup_time += time.perf_counter() - began
                 else:
                     self.sampling_time += time.perf_counter() - began
                 if warming and not kernel.warming:
                     bar.set_description("Sample" + label)
-            self.warmup_steps = max(iteration, self.warmup_steps)
 
     def _refuse_unknown_sites(self) -> None:
         names = [site.name for site in self.kernel.potential.sites]

@@ -25,6 +25,7 @@ from pyro_hamflow import (
 from pyro_hamflow.mcmc.adaptation.flow import gain
 from pyro_hamflow.mcmc.transitions.base import select_state
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
+from tests.helpers.calibration import CHAINS, check_uniform
 from tests.helpers.laws import scores
 
 SHARE, CENTRE, VARIANCE = 0.25, 2.5, 0.5
@@ -216,6 +217,7 @@ def test_jumps_are_dropped_where_local_moves_do():
     (message,) = mcmc.messages
     assert message.startswith("FlowNUTS: local moves alone forget")
     assert "global_accepted" not in mcmc.draws.stats
+    assert mcmc.warmup_steps == to_inference_data(mcmc).posterior.attrs["tuning_steps"] == 50
     mean = mcmc.get_samples(group_by_chain=True)["mean"]
     assert abs(scores(mean.numpy(), Y.sum() / (len(Y) + 0.25))) < 4.5
 
@@ -283,6 +285,43 @@ def test_spoilt_jumps_are_found_out(spoil, monkeypatch):
     kernel = FlowNUTS(modes(), Normals([-CENTRE, CENTRE]), adapt_flow=False)
     with pytest.raises(AssertionError):
         check_shares(run_of(kernel))
+
+
+PRIOR, ERROR = dist.Normal(0.4, 1.5), 0.2
+
+
+def folded(y):
+    """The absolute value of x, with an error: two modes, whose shares the prior tells."""
+    x = pyro.sample("x", PRIOR)
+    pyro.sample("y", dist.Normal(x.abs(), ERROR), obs=y)
+
+
+def ranks_of_prior_draws(runs):
+    """How many of as many chains' last draws lie below the true value, and below its size."""
+    kernel = FlowNUTS(folded, num_particles=200)
+    ranks = {"x": [], "size": []}
+    for number in range(runs):
+        torch.manual_seed(1000 + number)
+        true = PRIOR.sample()
+        y = true.abs() + ERROR * torch.randn(())
+        x = run_of(kernel, y, draws=10, chains=CHAINS, seed=number).get_samples(
+            group_by_chain=True
+        )["x"][:, -1]
+        ranks["x"].append((x < true).sum())
+        ranks["size"].append((x.abs() < true.abs()).sum())
+    return {name: torch.stack(found) for name, found in ranks.items()}
+
+
+@pytest.mark.slow
+def test_prior_draws_rank_anywhere():
+    check_uniform(ranks_of_prior_draws(120))
+
+
+@pytest.mark.slow
+def test_spoilt_jumps_rank_elsewhere(monkeypatch):
+    jump_from_the_left_alone(monkeypatch)
+    with pytest.raises(AssertionError, match="the ranks of x are not uniform"):
+        check_uniform(ranks_of_prior_draws(60))
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -48,19 +48,24 @@ class FlowTraining:
         """A flow of its own: a mixture of Gaussians, bent by layers if it will not do alone."""
         visited = self.walkers.visited(_DRAWS)
         gradient = self._gradient(visited)
-        flow = flow_for(self.potential, visited.position, gradient, num_layers=0)
-        if self.walkers.jump(flow) < _HIGH:
-            flow = flow_for(self.potential, visited.position, gradient)
-            self._train_in_rounds(flow, self._train_built)
-        return flow
+        mixture = flow_for(self.potential, visited.position, gradient, num_layers=0)
+        rate = self.walkers.jump(mixture)
+        if rate > _HIGH:
+            return mixture
+        flow = flow_for(self.potential, visited.position, gradient)
+        return flow if self._train_in_rounds(flow, self._train_built) > rate else mixture
 
     def given(self, guide: TrainableGuide) -> None:
         """Trains a user's flow, in place."""
         self._train_given(guide, self.walkers.visited(_DRAWS))
         self._train_in_rounds(guide, self._train_given)
 
-    def _train_in_rounds(self, guide: Learner, learn: Callable[[Learner, Visited], None]) -> None:
-        """Jumps, moves and trainings while more jumps are accepted; the best state is kept."""
+    def _train_in_rounds(self, guide: Learner, learn: Callable[[Learner, Visited], None]) -> float:
+        """Jumps, moves and trainings while more jumps are accepted.
+
+        Returns:
+            The acceptance of the best state, in which it is left.
+        """
         best, kept, waited = -1.0, copy.deepcopy(guide.state_dict()), 0
         for number in range(_ROUNDS):
             rate = self.walkers.jump(guide)
@@ -72,6 +77,7 @@ class FlowTraining:
             self.walkers.move(_MOVES)
             learn(guide, self.walkers.visited(_DRAWS))
         guide.load_state_dict(kept)
+        return best
 
     def _train_built(self, flow: DefendedFlow, visited: Visited) -> None:
         """Trains by draws and the gradients there."""
