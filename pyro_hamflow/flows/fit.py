@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from pyro_hamflow.checks import fills, positive, whole
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
 from pyro_hamflow.flows.losses import GuideLoss, Objective, ReverseKL
+from pyro_hamflow.flows.lost_modes import describe_lost_modes
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.training import Trainable, Training, train
@@ -55,7 +57,8 @@ def fit_guide(
 
     The model is captured once, its gradients are those of the samplers, so that a step costs little
     more than the flow. Parameters of the model's own (``pyro.param``) stay as they are, and data
-    must not be subsampled: for both use :class:`pyro.infer.SVI`.
+    must not be subsampled: for both use :class:`pyro.infer.SVI`. Where descents from elsewhere find
+    modes that the guide lacks, it warns in the end: with how much of the posterior, and what to do.
 
     Arguments:
         model: The Pyro model.
@@ -99,7 +102,7 @@ def fit_guide(
     keep_with(guide, potential.programs.captured)  # for those who correct it
     guide.prepare(*args, **kwargs)
     objective = Objective(guide, potential, num_particles)
-    return _train(
+    training = _train(
         guide,
         lambda progress: loss(objective, progress),
         settled=loss.settled,
@@ -108,6 +111,10 @@ def fit_guide(
         patience=patience,
         disable_progbar=disable_progbar,
     )
+    lost = describe_lost_modes(guide, potential)
+    if lost is not None:
+        warnings.warn(lost, stacklevel=2)
+    return training
 
 
 def fit_flow(

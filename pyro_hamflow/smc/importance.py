@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_hamflow.checks import whole
+from pyro_hamflow.flows.lost_modes import describe_lost_modes
 from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import Guide, draw_from
 from pyro_hamflow.model.potential import Potential
@@ -35,12 +36,14 @@ class ImportanceSamples:
             as mean.
         local: Recovered values of sites that were integrated out.
         num_invalid: How many densities were no number.
+        lost: What modes the guide has lost, in a sentence; ``None`` if no such is seen.
     """
 
     position: Tensor = field(repr=False)
     log_weights: Tensor = field(repr=False)
     local: dict[str, Tensor] = field(repr=False)
     num_invalid: int
+    lost: str | None = field(repr=False)
     potential: Potential = field(repr=False)
     model: Callable[..., Any] = field(repr=False)
     guide: str = field(repr=False)
@@ -105,6 +108,8 @@ class ImportanceSamples:
     @property
     def message(self) -> str:
         """What the weights say about the result, in a sentence."""
+        if self.lost is not None:
+            return self.lost
         said = f"Pareto k is {self.pareto_k:.2f}: "
         if self.pareto_k < _LARGEST_K:
             return said + f"the corrected draws can be relied on; they are worth {self.ess:.0f}."
@@ -171,7 +176,8 @@ def importance_sample(
         kwargs: The model's keyword arguments.
 
     Returns:
-        Draws and weights. ``pareto_k`` says whether to trust them.
+        Draws and weights. ``pareto_k`` says whether to trust them, and ``message`` whether the
+        guide lacks modes, which descents of the potential from elsewhere have found.
 
     Raises:
         TypeError: If the guide lacks a method of the protocol.
@@ -209,11 +215,14 @@ def importance_sample(
         ]
     position, log_weight, local = _join(batches)
     invalid = log_weight.isnan()
+    log_weight = torch.where(invalid, -torch.inf, log_weight)
+    weights, _ = smooth_weights(log_weight)
     return ImportanceSamples(
         position,
-        torch.where(invalid, -torch.inf, log_weight),
+        log_weight,
         local,
         int(invalid.sum()),
+        describe_lost_modes(guide, potential, (position, weights)),
         potential,
         model,
         repr(guide).splitlines()[0],

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.pareto import psislw
 
 _REPEATS = 500  # of a simulated mean
+_ALIKE = 1e-9  # difference of log weights, of rounding alone
 _COVERAGE = 0.954  # of two standard errors
 
 
@@ -18,14 +19,18 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     """Normalised weights whose tail is smoothed, and the shape k of that tail.
 
     ArviZ does both. Where nearly all weight is on a handful of draws it finds no tail to fit: k is
-    then infinite, and the weights stay as they are.
+    then infinite, and the weights stay as they are; and where all are alike, minus infinity.
     """
     finite = log_weights[log_weights.isfinite()].double()
     if len(finite) < 2:
         count = max(len(log_weights), 1)
         return torch.full_like(log_weights, 1.0 / count, dtype=torch.float64), math.inf
-    smoothed, k = psislw((finite - finite.max()).cpu().numpy())
     weights = torch.zeros_like(log_weights, dtype=torch.float64)
+    if float(finite.max() - finite.min()) < _ALIKE:
+        weights[log_weights.isfinite()] = 1.0 / len(finite)
+        return weights, -math.inf
+    with np.errstate(all="ignore"):  # many of the largest may be the same
+        smoothed, k = psislw((finite - finite.max()).cpu().numpy())
     weights[log_weights.isfinite()] = torch.as_tensor(smoothed).to(weights).softmax(0)
     return weights, float(k)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -395,7 +396,9 @@ def test_losses_differ_in_the_modes_they_find():
     }.items():
         torch.manual_seed(1)
         guide = AutoNeuralHamiltonianFlow(two_modes, **settings)
-        fit_guide(two_modes, guide, loss=loss, num_steps=600, learning_rate=1e-2, seed=0)
+        told = pytest.warns(UserWarning, match="lost modes with about 50 % .* x = -[23]")
+        with told if name == "reverse" else nullcontext():
+            fit_guide(two_modes, guide, loss=loss, num_steps=600, learning_rate=1e-2, seed=0)
         shares[name] = share_right(guide)
     assert shares["reverse"] > 0.95
     assert abs(shares["forward"] - 0.5) < 0.1

@@ -104,7 +104,7 @@ def test_the_posterior_itself_has_weights_alike(name):
         )
     found = importance_sample(conjugate, guide, Y, num_samples=500, seed=0)
     assert abs(found.log_evidence - evidence(Y)) < 1e-6
-    assert found.ess > 499.0
+    assert found.ess > 499.0 and found.pareto_k < 0.7 and found.log_evidence_error < 1e-6
 
 
 @pytest.mark.parametrize("kernel", [FlowMH, FlowNUTS])
