@@ -6,6 +6,7 @@ from pyro_hamflow.flows.fit import fit_flow, fit_guide
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
 from pyro_hamflow.flows.losses import ForwardKL, ReverseKL
+from pyro_hamflow.flows.symmetry import SymmetrisedGuide
 from pyro_hamflow.marginal.marginalize import marginalize, noise
 from pyro_hamflow.marginal.quality import EstimatorQuality, estimator_quality
 from pyro_hamflow.mcmc.kernels.flow import FlowMH
@@ -57,6 +58,7 @@ __all__ = [
     "RelativisticKinetic",
     "ReverseKL",
     "SoftUniform",
+    "SymmetrisedGuide",
     "TrajectoryMatching",
     "estimator_quality",
     "fit_flow",

@@ -33,6 +33,7 @@ class Descent:
         program = self.potential.programs.program("gradient", len(position))
         value, gradient, *_ = program(position, self.noise.expand(len(position), -1))
         good = value.isfinite() & gradient.isfinite().all(-1)
+        value, gradient = value.to(position), gradient.to(position)
         return torch.where(good, value, torch.inf), torch.where(good[:, None], gradient, 0.0)
 
     def run(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,20 +90,21 @@ def _lost(
     guide: Guide, potential: Potential, weighted: tuple[Tensor, Tensor] | None
 ) -> tuple[float, Tensor | None]:
     """How much of the posterior lies in modes that the guide lacks, and where the largest is."""
-    draws = guide.draw(_DRAWS + _PROBES)[0].detach()
+    own = guide.draw(_DRAWS + _PROBES)[0].detach()
+    draws = own.to(potential.example)  # whose type may be another
     descent = Descent(potential, draws.std(0), potential.draw_noise(1))
     modes = _find_modes(descent, _starts(potential, draws))
     if len(modes) < 2:
         return 0.0, None
     position = torch.stack([mode.position for mode in modes])
-    log_density = _log_density(guide, position)
+    log_density = _log_density(guide, position.to(own))
     if log_density is None:
         return 0.0, None
     log_mass = log_density.new_tensor([mode.log_mass for mode in modes])
     value = log_density.new_tensor([mode.value for mode in modes])
     share, guides_share = log_mass.softmax(0), (log_mass + value + log_density).softmax(0)
     if weighted is not None:
-        nearest = torch.stack([mode.log_density(weighted[0]) for mode in modes]).argmax(0)
+        nearest = torch.stack([mode.log_density(weighted[0].to(draws)) for mode in modes]).argmax(0)
         by_weight = torch.zeros_like(share).index_add(0, nearest, weighted[1].to(share))
         guides_share = guides_share.maximum(by_weight)
     lost = torch.where(guides_share < _FEW * share, share, 0.0)

@@ -207,6 +207,21 @@ def test_noise_is_held():
     assert describe_lost_modes(guide, Potential(model, (Y,), separate_noise=True)) is None
 
 
+def test_types_may_differ():
+    """The guide's positions are single, and what the model makes of them is double."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(1, dtype=torch.float32), 4.0).to_event(1))
+        pyro.factor("modes", two_normals(0.5, (3.0, 0.5), (-3.0, 0.5))(x.double()))
+
+    settings = {"hidden": (8, 8), "num_steps": 3}
+    guide = AutoNeuralHamiltonianFlow(model, **settings)
+    guide.prepare()
+    position, _ = guide.draw(2)
+    told = describe_lost_modes(guide, Potential(model, separate_noise=True))
+    assert position.dtype == torch.float32 and abs(share_told(told) - 0.5) < 0.05
+
+
 def test_looking_changes_no_draws():
     results = []
     for looks in (False, True):
