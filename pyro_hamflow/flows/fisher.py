@@ -16,7 +16,7 @@ from pyro_hamflow.flows.transport_flow import TransportFlow
 from pyro_hamflow.networks.training import Training, train
 
 _BATCH = 256  # points in a step
-_RATE = 5e-3  # of learning, at first
+FIRST_RATE, LATER_RATE = 5e-3, 2e-3  # of learning, by a new map and by one that goes on
 _CHECKS, _PATIENCE = 20, 0.3  # of a training, and the share of its steps without progress
 
 
@@ -40,6 +40,7 @@ def fit_transport(
     held_out: Tensor,
     *,
     num_steps: int,
+    learning_rate: float = FIRST_RATE,
 ) -> Training:
     """Fits a flow to gradients of a potential, in place, by the Fisher divergence.
 
@@ -51,6 +52,7 @@ def fit_transport(
         gradient: The potential's gradient there.
         held_out: Which points are held out, to tell states apart by, of shape ``(points,)``.
         num_steps: The most steps of the optimiser.
+        learning_rate: Of its first steps; it decays to nothing.
 
     Returns:
         How it went, measured at the points held out.
@@ -73,7 +75,7 @@ def fit_transport(
         loss,
         measure=measure,
         num_steps=num_steps,
-        learning_rate=_RATE,
+        learning_rate=learning_rate,
         check_every=check_every,
         patience=_PATIENCE * num_steps,
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.flows.fisher import divergences, fit_transport
+from pyro_hamflow.flows.fisher import FIRST_RATE, LATER_RATE, divergences, fit_transport
 from pyro_hamflow.flows.transport_flow import TransportFlow
 from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
@@ -192,14 +192,22 @@ class TransportLearning:
             like = step_and_mass.first_kinetic(potential)
             self._kinetic = step_and_mass.kinetic_by(potential, dense, like)
         scale = inverse_mass_of(spread.diag(), change.diag(), count, ones)
-        flow = TransportFlow(self._sizes).to(x)
-        flow.loc.copy_(x.mean(0) - scale * g.mean(0))
-        flow.scale.copy_(scale.sqrt())
-        known = [flow] if self._flow is None else [flow, self._flow]
+        fresh = TransportFlow(self._sizes).to(x)
+        fresh.loc.copy_(x.mean(0) - scale * g.mean(0))
+        fresh.scale.copy_(scale.sqrt())
+        known = [fresh] if self._flow is None else [fresh, self._flow]
         flow = min(known, key=lambda flow: _divergence(flow.pull(x, g), held_out))
-        steps = _STEPS if self.refits else _LAST_STEPS
         self._flow = flow.requires_grad_(True)
-        self.trainings.append(fit_transport(flow, x, g, held_out, num_steps=steps))
+        self.trainings.append(
+            fit_transport(
+                flow,
+                x,
+                g,
+                held_out,
+                num_steps=_STEPS if self.refits else _LAST_STEPS,
+                learning_rate=FIRST_RATE if flow is fresh else LATER_RATE,
+            )
+        )
         frozen = copy.deepcopy(flow).requires_grad_(False)
         if len(moved) == potential.dimension:
             return TransportedTarget(potential, frozen)
