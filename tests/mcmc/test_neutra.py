@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pyro
@@ -11,6 +12,7 @@ import pyro.infer
 import pyro.optim
 import pytest
 import torch
+import zuko
 from pyro import poutine
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -26,7 +28,9 @@ from pyro_hamflow import (
     HMC,
     MCMC,
     NUTS,
+    AutoFlow,
     AutoNeuralHamiltonianFlow,
+    fit_guide,
     marginalize,
     to_inference_data,
 )
@@ -86,6 +90,22 @@ def test_guides_of_pyro(kind):
     else:
         model = gamma_model
     mcmc = run(NUTS(model, transport=trained_guide(kind, model)), Y)
+    assert_gamma(mcmc.get_samples(group_by_chain=True)["rate"].numpy())
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [zuko.flows.MAF, pytest.param(zuko.flows.NSF, marks=pytest.mark.slow)],
+    ids=lambda flow: flow.__name__,
+)
+def test_flows_of_zuko(flow):
+    def model(y):
+        gamma_model(y)
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    guide = AutoFlow(model, partial(flow, transforms=2, hidden_features=(8,)))
+    fit_guide(model, guide, Y, num_steps=50, disable_progbar=True)
+    mcmc = run(NUTS(model, transport=guide), Y, num_samples=300, warmup_steps=100)
     assert_gamma(mcmc.get_samples(group_by_chain=True)["rate"].numpy())
 
 

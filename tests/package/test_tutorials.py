@@ -19,6 +19,7 @@ PROMISED = {
     "neural_nuts": {"neural_nuts.png", "neural_nuts.pt"},
     "pseudo_marginal": {"pseudo_marginal.png"},
     "hamiltonian_flow_guide": {"hamiltonian_flow_guide.png"},
+    "neutra": {"neutra.png"},
 }
 # Reproductions of figures of a paper: `make paper`.
 PAPER = {
