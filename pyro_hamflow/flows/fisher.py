@@ -16,8 +16,8 @@ from pyro_hamflow.flows.transport_flow import TransportFlow
 from pyro_hamflow.networks.training import Training, train
 
 _BATCH = 256  # points in a step
-FIRST_RATE, LATER_RATE = 5e-3, 2e-3  # of learning, by a new map and by one that goes on
-_CHECKS, _PATIENCE = 20, 0.3  # of a training, and the share of its steps without progress
+FIRST_RATE, LATER_RATE = 2e-2, 5e-3  # of learning, by a new map and by one that goes on
+_CHECKS = 20  # of a training, which takes all its steps: many gain only as the rate falls
 
 
 def divergences(coordinates: Tensor, gradient: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def fit_transport(
         num_steps=num_steps,
         learning_rate=learning_rate,
         check_every=check_every,
-        patience=_PATIENCE * num_steps,
+        patience=num_steps,
     )
     flow.load_state_dict(trained.state_dict())
     return training

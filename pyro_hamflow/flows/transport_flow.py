@@ -132,6 +132,15 @@ class Coupling(nn.Module):
         self.linear = nn.Parameter(torch.zeros(outputs, inputs))
         self.constant = nn.Parameter(torch.zeros(outputs))
 
+    # Weights are counted in units of what many inputs add up to: learning rates suit all widths.
+    @property
+    def _last(self) -> Tensor:
+        return self.last * (2.0 / math.sqrt(_WIDTH))
+
+    @property
+    def _linear(self) -> Tensor:
+        return self.linear / math.sqrt(len(self.fixed))
+
     def _condition(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The hidden layer's slope, the shift, and the logarithm of the scale over its bound.
 
@@ -139,7 +148,7 @@ class Coupling(nn.Module):
         """
         inner = a @ self.first.mT + self.bias
         hidden = torch.sqrt(1.0 + inner.square())
-        output = hidden @ self.last.mT + a @ self.linear.mT + self.constant
+        output = hidden @ self._last.mT + a @ self._linear.mT + self.constant
         shift, stretch = output.tensor_split(2, -1)
         return inner / hidden, shift, torch.tanh(stretch / _STRETCH)
 
@@ -166,8 +175,8 @@ class Coupling(nn.Module):
         before, of_before = (b - shift) / scale, of_b * scale
         of_stretch = (of_before * before - 1.0) * (1.0 - share.square())
         of_output = torch.cat([of_b, of_stretch], -1)
-        of_a = of_a + ((of_output @ self.last) * slope) @ self.first
-        of_a = of_a + of_output @ self.linear
+        of_a = of_a + ((of_output @ self._last) * slope) @ self.first
+        of_a = of_a + of_output @ self._linear
         return self._join(a, before), self._join(of_a, of_before)
 
 

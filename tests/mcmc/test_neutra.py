@@ -72,7 +72,7 @@ def assert_gamma(rate):
 
 
 def run(kernel, *args, **settings):
-    defaults = {"num_samples": 1000, "warmup_steps": 150, "num_chains": 4, "seed": 1}
+    defaults = {"num_samples": 400, "warmup_steps": 100, "num_chains": 4, "seed": 1}
     mcmc = MCMC(kernel, **defaults | settings)
     mcmc.run(*args)
     return mcmc
@@ -105,7 +105,7 @@ def test_flows_of_zuko(flow):
 
     guide = AutoFlow(model, partial(flow, transforms=2, hidden_features=(8,)))
     fit_guide(model, guide, Y, num_steps=50, disable_progbar=True)
-    mcmc = run(NUTS(model, transport=guide), Y, num_samples=300, warmup_steps=100)
+    mcmc = run(NUTS(model, transport=guide), Y, num_samples=150, warmup_steps=60)
     assert_gamma(mcmc.get_samples(group_by_chain=True)["rate"].numpy())
 
 
@@ -151,14 +151,17 @@ def test_starting_values_and_hooks():
 def test_in_pyros_runner():
     pyro.set_rng_seed(2)
     kernel = NUTS(gamma_model, transport=random_flow([1]))
-    mcmc = pyro.infer.MCMC(kernel, num_samples=1500, warmup_steps=150, disable_progbar=True)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=500, warmup_steps=100, disable_progbar=True)
     mcmc.run(Y)
     assert_gamma(mcmc.get_samples(group_by_chain=True)["rate"].numpy())
-    assert to_inference_data(mcmc).posterior["rate"].shape == (1, 1500)
+    assert to_inference_data(mcmc).posterior["rate"].shape == (1, 500)
 
 
 def test_same_seed_same_draws():
-    first, second = (run(NUTS(funnel, transport="flow"), num_samples=20, seed=3) for _ in range(2))
+    first, second = (
+        run(NUTS(funnel, transport="flow"), num_samples=20, warmup_steps=60, seed=3)
+        for _ in range(2)
+    )
     assert torch.equal(first.draws.position, second.draws.position)
 
 
@@ -166,7 +169,7 @@ def test_noise_is_not_transported():
     """Of a model with an estimated likelihood the parameters are; the posterior is normal."""
     y = torch.tensor([0.5, 1.5])
     marginal = marginalize(effects, ["x"], num_particles=4)
-    mcmc = run(NUTS(marginal, transport=random_flow([1])), y, num_samples=500)
+    mcmc = run(NUTS(marginal, transport=random_flow([1])), y, num_samples=300)
     mean = mcmc.get_samples(group_by_chain=True)["mean"].numpy()
     precision = 0.25 + 2.0
     assert abs(scores(mean, 2.0 / precision)) < LIMIT
@@ -205,7 +208,7 @@ def test_learned_map_of_funnel():
 
 def test_learned_map_is_frozen():
     """Draws follow the map that the last fit left."""
-    mcmc = run(NUTS(funnel, transport="flow"), num_samples=20)
+    mcmc = run(NUTS(funnel, transport="flow"), num_samples=5, warmup_steps=60)
     before = [part.clone() for part in mcmc.kernel.transport.state_dict().values()]
     state = mcmc.kernel.phase.transition.state_at(torch.zeros(4, 3), torch.zeros(4, 0))
     mcmc.kernel.advance(state)
