@@ -35,7 +35,9 @@ _STEPS, _LAST_STEPS = 200, 400  # of the optimiser, in each fit and in the last
 _MOST_POINTS = 10_000  # that are learned from
 _MOST_DIMENSIONS = 1000  # in which the linear parts of layers are some million numbers
 _FEWEST_WARMUP = 50  # iterations
-_NORMAL = 0.02  # a divergence by which plain coordinates are about normal
+# The divergence of the worst plain coordinate, below which all are about normal: a logistic
+# regression at .11 gained nothing, eight schools without a funnel at .73 two and a half times.
+_NORMAL = 0.15
 _WORTH = 0.5  # of the divergence in plain coordinates, below which a map's has to be
 
 
@@ -63,6 +65,7 @@ class TransportLearning:
         iteration: How many iterations were made.
         trainings: How the fits went.
         plain: The divergence in plain coordinates, at the points held out of the latest fit.
+        worst: That of the worst of them alone.
     """
 
     def __init__(self, potential: Potential, hamiltonian: Hamiltonian, plan: RunPlan) -> None:
@@ -70,7 +73,7 @@ class TransportLearning:
         self.log = GradientLog()
         self.iteration = 0
         self.trainings: list[Training] = []
-        self.plain = math.inf
+        self.plain = self.worst = math.inf
         self.refits = [math.ceil(share * plan.warmup_steps) for share in _REFITS]
         self._parameters = parameters_of(potential)
         self._sizes = [site.stop - site.start for site in _sites(potential)]
@@ -186,7 +189,10 @@ class TransportLearning:
         spread = torch.atleast_2d(spread)
         change = torch.atleast_2d(change)
         dense = inverse_mass_of(spread, change, count, torch.diag(ones))
-        self.plain = self._plain_divergence(x, g, dense, held_out)
+        z, slope = _whitened(x, g, dense)
+        self.plain = _divergence((z, slope), held_out)
+        each = zip(z.split(1, -1), slope.split(1, -1), strict=True)
+        self.worst = max(_divergence(one, held_out) for one in each)
         if len(moved) == potential.dimension:
             step_and_mass = self.hamiltonian.step_and_mass
             like = step_and_mass.first_kinetic(potential)
@@ -214,19 +220,10 @@ class TransportLearning:
         part = TransportedPart(frozen, moved, potential.dimension)
         return TransportedTarget(potential, part)
 
-    def _plain_divergence(
-        self, x: Tensor, g: Tensor, covariance: Tensor, held_out: Tensor
-    ) -> float:
-        """The divergence in the coordinates that a mass makes of the model's own."""
-        root = torch.linalg.cholesky(covariance.double())
-        centred = x.double() - x.double().mean(0) + g.double().mean(0) @ covariance.double()
-        z = torch.linalg.solve_triangular(root, centred.mT, upper=False).mT
-        return _divergence((z, g.double() @ root), held_out)
-
     def _objection(self) -> str | None:
         """Why plain coordinates are as good as the map's, if they are."""
         learned, plain = self.trainings[-1].best_loss, self.plain
-        if plain < _NORMAL:
+        if self.worst < _NORMAL:
             return f"the posterior is about normal (divergence {plain:.2g})"
         if not learned < _WORTH * plain:
             return (
@@ -234,6 +231,14 @@ class TransportLearning:
                 f"{learned:.2g}) than plain coordinates are ({plain:.2g})"
             )
         return None
+
+
+def _whitened(x: Tensor, g: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and gradients in the coordinates that a mass makes of the model's own."""
+    root = torch.linalg.cholesky(covariance.double())
+    centred = x.double() - x.double().mean(0) + g.double().mean(0) @ covariance.double()
+    z = torch.linalg.solve_triangular(root, centred.mT, upper=False).mT
+    return z, g.double() @ root
 
 
 @torch.no_grad()
