@@ -23,6 +23,7 @@ from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.sampler import AnnealedSampler
+from pyro_hamflow.smc.transport import AFT, CRAFT
 from pyro_hamflow.surrogates.amortized.learn import learn_surrogate
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
 from pyro_hamflow.surrogates.losses import GradientMatching, TrajectoryMatching
@@ -30,6 +31,8 @@ from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.version import __version__ as __version__
 
 __all__ = [
+    "AFT",
+    "CRAFT",
     "HMC",
     "HNNHMC",
     "HNNNUTS",

@@ -16,6 +16,7 @@ from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.validation import no_validation
 
 
 class Reference(Protocol):
@@ -59,7 +60,7 @@ class GuideReference:
 
     def graph(self, kind: str, num_chains: int) -> Program:
         def program(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
+            with torch.enable_grad(), no_validation():
                 position = position.detach().requires_grad_()
                 value = -log_ratio_at(self.guide, position)
                 (gradient,) = torch.autograd.grad(value.sum(), position)
@@ -69,7 +70,7 @@ class GuideReference:
         return program
 
     def value(self, position: Tensor, noise: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), no_validation():
             return -log_ratio_at(self.guide, position)
 
     def draw(self, num_chains: int) -> tuple[Tensor, Tensor]:

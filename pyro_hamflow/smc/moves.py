@@ -36,7 +36,7 @@ class PopulationMoves:
             the first moves go.
 
     Attributes:
-        tuning: Step size and mass.
+        tuning: Step size and mass, as the population shows them so far.
         num_gradients: How many gradients each particle has taken.
 
     Invariant:
@@ -61,33 +61,29 @@ class PopulationMoves:
             spread = good.var(0)
         self.tuning = Tuning(0.5, GaussianKinetic(spread.to(position)))
 
-    @property
-    def num_steps(self) -> int:
-        """How many steps a trajectory takes."""
-        return max(1, min(_MOST_STEPS, round(_TURN / self.tuning.step_size)))
-
     def __call__(
-        self, position: Tensor, noise: Tensor, num_moves: int
+        self, position: Tensor, noise: Tensor, tuning: Tuning, num_moves: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Moves all particles so many times.
 
         Returns:
             Their positions, noise, and mean acceptance, of shape ``(particles,)``.
         """
+        num_steps = max(1, min(_MOST_STEPS, round(_TURN / tuning.step_size)))
         parts = []
         for some in zip(position.split(self.rows), noise.split(self.rows), strict=True):
             state, rates = self.transition.state_at(*some), []
             for _ in range(num_moves):
-                state, info = self.transition.step(state, self._jittered(), self.num_steps)
+                state, info = self.transition.step(state, self._jittered(tuning), num_steps)
                 rates.append(info.acceptance_rate)
             parts.append((state.position, state.noise, torch.stack(rates).mean(0)))
-        self.num_gradients += 1 + num_moves * self.num_steps
+        self.num_gradients += 1 + num_moves * num_steps
         moved, its_noise, rate = (torch.cat(part) for part in zip(*parts, strict=True))
         return moved, its_noise, rate
 
-    def _jittered(self) -> Tuning:
+    def _jittered(self, tuning: Tuning) -> Tuning:
         jitter = torch.randn(self.rows, dtype=torch.float64, device=self.target.example.device)
-        return self.tuning._replace(step_scale=(_JITTER * jitter).exp().clamp(0.5, 1.3))
+        return tuning._replace(step_scale=(_JITTER * jitter).exp().clamp(0.5, 1.3))
 
     def scores(self, position: Tensor, noise: Tensor) -> Tensor:
         """The target's gradient at all particles."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,10 +17,15 @@ from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
-from pyro_hamflow.smc.annealing import Passage, Population, anneal
+from pyro_hamflow.smc.annealing import Population, anneal
+from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
+from pyro_hamflow.smc.particles import Passage
 from pyro_hamflow.smc.resampling import effective_size, resample_systematically
+from pyro_hamflow.smc.transport import AFT, CRAFT
 
+_ESS, _ESS_OF_FLOWS = 0.97, 0.5  # what a step's weights are to be worth
 _LARGEST_ERROR = 0.5  # of the log evidence
+_MANY_ERRORS = 4.0  # between two estimates of the evidence
 _LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
 
 
@@ -38,14 +44,18 @@ class AnnealedSampler:
 
     Arguments:
         model: A Pyro model, which may be a marginal one: its noise is then a part of each particle.
-        flow: A guide to begin at in place of the prior, as a model needs whose prior is improper;
-            the density along the path is then that of the guide to the power of
-            :math:`1 - \lambda` times that of the posterior to the power of :math:`\lambda`.
+        flow: :class:`AFT` or :class:`CRAFT`, for flows that carry particles from one temperature to
+            the next, and are trained on the first population. Or a guide to begin at in place of
+            the prior, as a model needs whose prior is improper; the density along the path is then
+            that of the guide to the power of :math:`1 - \lambda` times that of the posterior to the
+            power of :math:`\lambda`, and the importance weights of the guide's own draws are kept
+            beside, as :attr:`importance`.
         num_particles: How many particles there are.
         num_replicates: Into how many parts they fall, that are moved and resampled apart from each
             other. How much these differ gives the error of the evidence.
         conditional_ess: What the weights of the step to the next temperature are to be worth, as a
-            share of the particles: the closer to one, the more temperatures there are.
+            share of the particles, if no flow carries them: the closer to one, the more
+            temperatures there are. If not given, 0.97, and 0.5 with flows.
         num_moves: How many trajectories particles follow at each temperature.
         seed: Makes a run repeat itself; torch's current random state if not given.
         jit_compile: Whether to compile the model's programs to machine code.
@@ -62,6 +72,10 @@ class AnnealedSampler:
     References:
         | Sequential Monte Carlo samplers (Del Moral, Doucet, Jasra, 2006)
         | https://doi.org/10.1111/j.1467-9868.2006.00553.x
+
+    Attributes:
+        importance: Draws of the guide, if one was given, with their importance weights, whose
+            evidence is to agree with the population's.
 
     Example:
         >>> def model(y):
@@ -81,22 +95,25 @@ class AnnealedSampler:
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: DensityGuide | None = None,
+        flow: DensityGuide | AFT | CRAFT | None = None,
         *,
         num_particles: int = 2000,
         num_replicates: int = 8,
-        conditional_ess: float = 0.97,
+        conditional_ess: float | None = None,
         num_moves: int = 2,
         seed: int | None = None,
         jit_compile: bool = False,
         disable_progbar: bool = False,
     ) -> None:
         self._target = ModelTarget(model, separate_noise=True, jit_compile=jit_compile)
-        if flow is not None:
-            fills("flow", flow, DensityGuide)
-        self.flow = flow
+        self.transport = flow if isinstance(flow, AFT | CRAFT) else None
+        self.guide = None if isinstance(flow, AFT | CRAFT) else flow
+        if self.guide is not None:
+            fills("flow", self.guide, DensityGuide)
         self.num_replicates = whole("num_replicates", num_replicates, 2)
         self.num_particles = whole("num_particles", num_particles, 2 * num_replicates)
+        if conditional_ess is None:
+            conditional_ess = _ESS if self.transport is None else _ESS_OF_FLOWS
         self.conditional_ess = between("conditional_ess", conditional_ess, 0.0, 1.0, ends="none")
         self.num_moves = whole("num_moves", num_moves, 1)
         self.seed = seed
@@ -104,6 +121,7 @@ class AnnealedSampler:
         self.sampling_time = 0.0
         self._population: Population | None = None
         self._local: dict[str, Tensor] = {}
+        self.importance: ImportanceSamples | None = None
 
     def __repr__(self) -> str:
         if self._population is None:
@@ -120,9 +138,9 @@ class AnnealedSampler:
             torch.manual_seed(self.seed)
         potential = self._target.prepare(args, kwargs)
         reference = None
-        if self.flow is not None:
-            self.flow.prepare(*args, **kwargs)
-            reference = GuideReference(self.flow, potential)
+        if self.guide is not None:
+            self.guide.prepare(*args, **kwargs)
+            reference = GuideReference(self.guide, potential)
         hidden = self.disable_progbar or "CI" in os.environ
         with tqdm(total=200, disable=hidden, bar_format=_BAR) as bar:
             self._population = anneal(
@@ -132,9 +150,12 @@ class AnnealedSampler:
                 num_replicates=self.num_replicates,
                 conditional_ess=self.conditional_ess,
                 num_moves=self.num_moves,
+                transport=self.transport,
                 report=lambda passage: _show(bar, passage),
             )
         self._local = _recover(potential, self.population)
+        if self.guide is not None:
+            self.importance = importance_sample(self.model, self.guide, *args, **kwargs)
         self.sampling_time = time.perf_counter() - began
 
     @property
@@ -200,7 +221,8 @@ class AnnealedSampler:
         """How the draws were made, in plain values."""
         return {
             "method": "annealed sampling",
-            "start": "prior" if self.flow is None else repr(self.flow).splitlines()[0],
+            "start": "prior" if self.guide is None else repr(self.guide).splitlines()[0],
+            "transport": None if self.transport is None else repr(self.transport),
             "num_particles": len(self.position),
             "num_replicates": self.num_replicates,
             "conditional_ess": self.conditional_ess,
@@ -227,6 +249,16 @@ class AnnealedSampler:
                 "may have missed what it should have spread to: take temperatures that are closer "
                 "(`conditional_ess`), or more moves (`num_moves`)."
             )
+        guide = self.importance
+        if guide is not None:
+            between_them = abs(guide.log_evidence - self.log_evidence)
+            if between_them > _MANY_ERRORS * math.hypot(error, guide.log_evidence_error):
+                return (
+                    "The guide's importance weights give the log evidence "
+                    f"{guide.log_evidence:.2f}, the population gives {self.log_evidence:.2f}: one "
+                    "of them misses part of the posterior; take a wider guide, or more particles "
+                    "(`num_particles`)."
+                )
         return (
             f"The parts of the population agree: the error of the log evidence is {error:.2g}, and "
             f"the weights of the draws are worth {self.ess:.0f} equal ones."

@@ -12,7 +12,7 @@ import torch
 from pyro_hamflow import marginalize
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
-from pyro_hamflow.smc import annealing
+from pyro_hamflow.smc import particles
 from pyro_hamflow.smc.annealing import anneal
 from tests.helpers.densities import POSITIVE, WELL, many_well, two_modes
 from tests.helpers.evidence import assert_evidence, share
@@ -77,7 +77,7 @@ def test_many_well():
 
 
 def test_weights_of_modes():
-    population = anneal(Potential(two_modes(16)), 4000)
+    population = anneal(Potential(two_modes(16)), 4000, conditional_ess=0.95)
     assert_evidence(population, 0.0, 0.1)
     found, error = share(population, (population.position.sum(-1) < 0.0).double())
     assert error < 0.03
@@ -130,7 +130,7 @@ def test_evidence_that_drops_infinite_particles_is_noticed(monkeypatch):
         good = values.isfinite()
         return values.logsumexp(-1) - good.sum(-1).double().log()
 
-    monkeypatch.setattr(annealing, "log_mean_exp", dropping)
+    monkeypatch.setattr(particles, "log_mean_exp", dropping)
     population = anneal(Potential(half_missing), 4000)
     with pytest.raises(AssertionError):
         assert_evidence(population, math.log(0.5 / math.sqrt(2.0)), 0.05)
@@ -140,7 +140,7 @@ def test_resampling_that_ignores_weights_is_noticed(monkeypatch):
     def ignoring(log_weights):
         return torch.arange(log_weights.shape[1]).expand(log_weights.shape)
 
-    monkeypatch.setattr(annealing, "resample_systematically", ignoring)
+    monkeypatch.setattr(particles, "resample_systematically", ignoring)
     population = anneal(Potential(many_well(3)), 4000)
     with pytest.raises(AssertionError):
         assert_evidence(population, 3 * WELL, 0.1)

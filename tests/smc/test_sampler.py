@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import arviz
 import pyro
@@ -103,7 +104,9 @@ def test_local_sites_are_recovered():
 
 
 def test_says_that_few_particles_cannot_be_relied_on():
-    sampler = AnnealedSampler(two_modes(64), num_particles=16, num_replicates=2, seed=0)
+    sampler = AnnealedSampler(
+        two_modes(64), num_particles=16, num_replicates=2, conditional_ess=0.8, seed=0
+    )
     sampler.run()
     assert abs(sampler.log_evidence) > 10.0
     assert sampler.message.startswith("The evidence cannot be relied on, nor the weights of modes")
@@ -154,3 +157,42 @@ def test_arguments(name, value, error):
 def test_a_flow_has_to_be_a_guide():
     with pytest.raises(TypeError, match="`flow` is a str: expected a DensityGuide"):
         AnnealedSampler(scale_model, "flow")
+
+
+class Narrow:
+    """A guide that is a normal density."""
+
+    def __init__(self, loc, scale):
+        self.fn = dist.Normal(torch.tensor(loc), scale)
+
+    def __repr__(self):
+        return "Narrow()"
+
+    def prepare(self, *args, **kwargs):
+        pass
+
+    def draw(self, num_samples):
+        position = self.fn.sample((num_samples, 1))
+        return position, self.log_ratio(position)
+
+    def log_ratio(self, position):
+        return self.fn.log_prob(position)[:, 0]
+
+
+def test_from_a_guide_with_its_importance_weights_beside():
+    sampler = AnnealedSampler(scale_model, Narrow(0.0, 1.0), seed=0)
+    sampler.run(Y)
+    log_evidence, _ = by_quadrature(Y)
+    assert_evidence(sampler, log_evidence, 0.05)
+    assert_evidence(sampler.importance, log_evidence, 0.05)
+    assert sampler.message.startswith("The parts of the population agree")
+    assert sampler.settings["start"] == "Narrow()"
+
+
+def test_says_where_guide_and_population_disagree():
+    sampler = AnnealedSampler(scale_model, Narrow(0.0, 1.0), seed=0)
+    sampler.run(Y)
+    assert sampler.importance is not None
+    lower = sampler.importance.log_weights - 1.0
+    sampler.importance = replace(sampler.importance, log_weights=lower)
+    assert "one of them misses part of the posterior" in sampler.message

@@ -1,0 +1,164 @@
+"""A population on its way along a path of temperatures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.flows.near_identity import NearIdentity
+from pyro_hamflow.mcmc.transitions.base import Tuning
+from pyro_hamflow.model.tempered import TemperedTarget
+from pyro_hamflow.smc.moves import PopulationMoves
+from pyro_hamflow.smc.resampling import (
+    effective_size,
+    log_mean_exp,
+    normalised,
+    resample_systematically,
+)
+
+_DEPLETED = 0.5  # of the effective size, below which particles are resampled
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One temperature of a schedule.
+
+    Attributes:
+        inverse_temperature: Between 0 and 1.
+        tuning: Step size and mass of the moves there.
+        flow: What carries particles there from the temperature before, if anything does.
+    """
+
+    inverse_temperature: float
+    tuning: Tuning = field(repr=False)
+    flow: NearIdentity | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What happened to a population at one temperature.
+
+    Attributes:
+        inverse_temperature: Between 0 and 1.
+        ess: What the weights were worth on reaching it, as a share of the particles.
+        acceptance_rate: Of the moves there.
+    """
+
+    inverse_temperature: float
+    ess: float
+    acceptance_rate: float
+
+
+class Particles:
+    """A population, in parts that are resampled apart from each other.
+
+    Arguments:
+        target: The path; its temperature is that of the population, which draws from its start.
+        shape: How many parts there are, and how many particles each has.
+
+    Attributes:
+        position: Of shape ``(replicates * particles, dimension)``; parts follow each other.
+        noise: Of shape ``(replicates * particles, noise_dimension)``.
+        moves: What moves it.
+        log_weights: Since particles were resampled, of shape ``(replicates, particles)``.
+        log_evidence: Of what has been resampled, of shape ``(replicates, 1)``.
+    """
+
+    def __init__(self, target: TemperedTarget, shape: tuple[int, int]) -> None:
+        self.target, self.shape = target, shape
+        target.inverse_temperature.zero_()
+        self.position, self.noise = target.reference.draw(shape[0] * shape[1])
+        self.moves = PopulationMoves(target, self.position)
+        self.log_weights = self.position.new_zeros(shape, dtype=torch.float64)
+        self.log_evidence = self.log_weights[:, :1].clone()
+        self._known: tuple[Tensor, Tensor] | None = None
+        if not bool((self.log_ratio() > -torch.inf).any()):
+            raise ValueError(
+                "no draw to start from has a posterior density: expected a guide to start from, or "
+                "a prior that meets the data"
+            )
+
+    @property
+    def all_log_weights(self) -> Tensor:
+        """Whose exponentials have the evidence as mean."""
+        return self.log_weights + self.log_evidence
+
+    def log_ratio(self) -> Tensor:
+        """Log densities of the path's end against its start; minus infinity for what is no number.
+
+        Of shape ``(replicates, particles)``.
+        """
+        start, end = self._ends()
+        return self._log(start - end)
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """Energies of the path's start and end at all particles."""
+        if self._known is None:
+            self._known = self._ends_at(self.position)
+        return self._known
+
+    def _ends_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.moves.rows
+        parts = zip(position.split(rows), self.noise.split(rows), strict=True)
+        ends = [self.target.ends(*some) for some in parts]
+        start, end = (torch.cat(part).double() for part in zip(*ends, strict=True))
+        return start, end
+
+    def _log(self, increment: Tensor) -> Tensor:
+        """What is added to log weights; minus infinity for what is no number."""
+        return torch.where(increment.isfinite(), increment, -torch.inf).reshape(self.shape)
+
+    def pass_on(self, rung: Rung, num_moves: int) -> Passage:
+        """Takes the population to a temperature: flow, weights, resampling, moves."""
+        increments, self.position, self._known = self.reach(rung.inverse_temperature, rung.flow)
+        self.target.inverse_temperature.fill_(rung.inverse_temperature)
+        self.log_weights = self.log_weights + increments
+        size = effective_size(self.log_weights) / self.shape[1]
+        self._resample(size < _DEPLETED)
+        moved = self.moves(self.position, self.noise, rung.tuning, num_moves)
+        self.position, self.noise, rate = moved
+        self._known = None
+        acceptance = float((self.weights * rate).sum())
+        return Passage(rung.inverse_temperature, float(size.mean()), acceptance)
+
+    @torch.no_grad()
+    def reach(
+        self, inverse_temperature: float, flow: NearIdentity | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What the population would be at another temperature, before it is resampled and moves.
+
+        Returns:
+            What is added to the log weights, ``(replicates, particles)``, positions, and the
+            energies of the path's start and end there.
+        """
+        here = self.target.inverse_temperature
+        there = torch.full_like(here, inverse_temperature).double()
+        ends = self._ends()
+        if flow is None:
+            return self._log((there - here) * (ends[0] - ends[1])), self.position, ends
+        before = ends[0] if float(here) == 0.0 else torch.lerp(*ends, here.double())
+        moved, growth = flow(self.position)
+        position = moved.to(self.position)
+        ends = self._ends_at(position)
+        return self._log(before - torch.lerp(*ends, there) + growth), position, ends
+
+    @property
+    def weights(self) -> Tensor:
+        """Of all particles, adding up to one."""
+        return normalised(self.all_log_weights.flatten())
+
+    def _resample(self, depleted: Tensor) -> None:
+        """Resamples some parts, of shape ``(replicates,)``."""
+        if not bool(depleted.any()):
+            return
+        depleted = depleted[:, None]
+        rows, count = self.shape
+        same = torch.arange(count, device=depleted.device)
+        index = torch.where(depleted, resample_systematically(self.log_weights), same)
+        index = (index + count * torch.arange(rows, device=depleted.device)[:, None]).flatten()
+        self.position, self.noise = self.position[index], self.noise[index]
+        gain = log_mean_exp(self.log_weights)[:, None]
+        self.log_evidence = self.log_evidence + torch.where(depleted, gain, 0.0)
+        self.log_weights = torch.where(depleted, 0.0, self.log_weights)
