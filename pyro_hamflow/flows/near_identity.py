@@ -1,4 +1,4 @@
-"""Maps close to the identity, that carry one density to another near it."""
+"""Maps close to the identity, which carry one density to another near it."""
 
 from __future__ import annotations
 

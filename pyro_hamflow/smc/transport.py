@@ -132,9 +132,7 @@ def transport_loss(
     return torch.where(good, value.to(moved) + along - along.detach() - growth, 0.0)
 
 
-def flow_to(
-    settings: AFT, inverse_temperature: float, particles: Particles
-) -> NearIdentity | None:
+def flow_to(settings: AFT, inverse_temperature: float, particles: Particles) -> NearIdentity | None:
     """A flow trained to carry a population to a temperature; none if that does not pay.
 
     Arguments:
