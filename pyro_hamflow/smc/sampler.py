@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -22,11 +21,9 @@ from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.particles import Passage
 from pyro_hamflow.smc.resampling import effective_size, resample_systematically
 from pyro_hamflow.smc.transport import AFT, CRAFT
+from pyro_hamflow.smc.verdict import describe
 
 _ESS, _ESS_OF_FLOWS = 0.97, 0.5  # what a step's weights are to be worth
-_LARGEST_ERROR = 0.5  # of the log evidence
-_MANY_ERRORS = 4.0  # between two estimates of the evidence
-_LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
 
 
 class AnnealedSampler:
@@ -233,36 +230,7 @@ class AnnealedSampler:
     @property
     def message(self) -> str:
         """What the run says about its result, in a sentence."""
-        error = self.log_evidence_error
-        worst = min(self.population.passages, key=lambda passage: passage.acceptance_rate)
-        if not error < _LARGEST_ERROR:
-            return (
-                f"The evidence cannot be relied on, nor the weights of modes: the parts of the "
-                f"population differ so much that the error of its logarithm is {error:.2g}; take "
-                "more particles (`num_particles`), more moves (`num_moves`), or temperatures that "
-                "are closer (`conditional_ess`)."
-            )
-        if worst.acceptance_rate < _LOWEST_ACCEPTANCE:
-            return (
-                f"At the inverse temperature {worst.inverse_temperature:.3g} only "
-                f"{worst.acceptance_rate:.0%} of the moves were accepted, so that the population "
-                "may have missed what it should have spread to: take temperatures that are closer "
-                "(`conditional_ess`), or more moves (`num_moves`)."
-            )
-        guide = self.importance
-        if guide is not None:
-            between_them = abs(guide.log_evidence - self.log_evidence)
-            if between_them > _MANY_ERRORS * math.hypot(error, guide.log_evidence_error):
-                return (
-                    "The guide's importance weights give the log evidence "
-                    f"{guide.log_evidence:.2f}, the population gives {self.log_evidence:.2f}: one "
-                    "of them misses part of the posterior; take a wider guide, or more particles "
-                    "(`num_particles`)."
-                )
-        return (
-            f"The parts of the population agree: the error of the log evidence is {error:.2g}, and "
-            f"the weights of the draws are worth {self.ess:.0f} equal ones."
-        )
+        return describe(self.population, self.importance)
 
     def pick(self, num_samples: int) -> Tensor:
         """Indices of draws, picked by their weights, in random order.

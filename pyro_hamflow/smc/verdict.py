@@ -1,0 +1,52 @@
+"""What a population says about its result."""
+
+from __future__ import annotations
+
+import math
+
+from pyro_hamflow.smc.annealing import Population
+from pyro_hamflow.smc.importance import ImportanceSamples
+from pyro_hamflow.smc.resampling import effective_size
+
+_LARGEST_ERROR = 0.5  # of the log evidence
+_MANY_ERRORS = 4.0  # between two estimates of the evidence
+_LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
+
+
+def describe(population: Population, guide: ImportanceSamples | None) -> str:
+    """Whether evidence and weights of modes can be relied on, in a sentence.
+
+    Arguments:
+        population: The population.
+        guide: Weighted draws of the guide that it began at, if it did.
+    """
+    error = population.log_evidence_error
+    if not error < _LARGEST_ERROR:
+        return (
+            "The evidence cannot be relied on, nor the weights of modes: the parts of the "
+            f"population differ so much that the error of its logarithm is {error:.2g}; take more "
+            "particles (`num_particles`), more moves (`num_moves`), or temperatures that are "
+            "closer (`conditional_ess`)."
+        )
+    worst = min(population.passages, key=lambda passage: passage.acceptance_rate)
+    if worst.acceptance_rate < _LOWEST_ACCEPTANCE:
+        return (
+            f"At the inverse temperature {worst.inverse_temperature:.3g} only "
+            f"{worst.acceptance_rate:.0%} of the moves were accepted, so that the population may "
+            "have missed what it should have spread to: take temperatures that are closer "
+            "(`conditional_ess`), or more moves (`num_moves`)."
+        )
+    if guide is not None:
+        between_them = abs(guide.log_evidence - population.log_evidence)
+        if between_them > _MANY_ERRORS * math.hypot(error, guide.log_evidence_error):
+            return (
+                "The guide's importance weights give the log evidence "
+                f"{guide.log_evidence:.2f}, the population gives {population.log_evidence:.2f}: "
+                "one of them misses part of the posterior; take a wider guide, or more particles "
+                "(`num_particles`)."
+            )
+    worth = float(effective_size(population.log_weights))
+    return (
+        f"The parts of the population agree: the error of the log evidence is {error:.2g}, and the "
+        f"weights of the draws are worth {worth:.0f} equal ones."
+    )
