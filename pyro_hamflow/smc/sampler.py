@@ -95,7 +95,7 @@ class AnnealedSampler:
         flow: DensityGuide | AFT | CRAFT | None = None,
         *,
         num_particles: int = 2000,
-        num_replicates: int = 8,
+        num_replicates: int = 16,
         conditional_ess: float | None = None,
         num_moves: int = 2,
         seed: int | None = None,
