@@ -46,7 +46,8 @@ class AnnealedSampler:
             the prior, as a model needs whose prior is improper; the density along the path is then
             that of the guide to the power of :math:`1 - \lambda` times that of the posterior to the
             power of :math:`\lambda`, and the importance weights of the guide's own draws are kept
-            beside, as :attr:`importance`.
+            beside, as :attr:`importance`. So data can come in parts: a guide fitted to the
+            posterior of some is where to begin at for all.
         num_particles: How many particles there are.
         num_replicates: Into how many parts they fall, that are moved and resampled apart from each
             other. How much these differ gives the error of the evidence.

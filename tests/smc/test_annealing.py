@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pyro_hamflow import marginalize
+from pyro_hamflow.flows.population import flow_for
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.smc import particles
@@ -153,3 +154,13 @@ def test_a_prior_that_never_meets_the_data_is_refused():
 
     with pytest.raises(ValueError, match="no draw to start from has a posterior density"):
         anneal(Potential(impossible), 200)
+
+
+def test_a_flow_of_some_data_is_where_to_begin_for_all():
+    some = Potential(conjugate, (Y[:2],))
+    population = anneal(some, 1000)
+    flow = flow_for(some, population.position, population.gradient, population.log_weights)
+    whole = Potential(conjugate, (Y,))
+    from_flow = anneal(whole, reference=GuideReference(flow, whole))
+    assert_evidence(from_flow, conjugate_evidence(Y), 0.02)
+    assert len(from_flow.passages) < len(anneal(whole, 1000).passages)
