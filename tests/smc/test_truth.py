@@ -73,7 +73,7 @@ def test_a_funnel_with_data():
 
 @pytest.mark.slow
 def test_many_well_in_32_dimensions():
-    sampler = run(many_well(16), num_particles=8000, conditional_ess=0.99)
+    sampler = run(many_well(16), num_particles=16_000)
     assert_evidence(sampler.population, 16 * WELL, 0.1)
     for pair in range(16):
         found, error = share(sampler.population, (sampler.position[:, pair] > 0.0).double())
