@@ -8,7 +8,7 @@ off the model itself: the plates from its trace, the dependencies from its opera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.grouping import check_site, describe_plates, group_sites
 from pyro_hamflow.marginal.structure import Group, Structure
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.trace import (
     is_deterministic,
@@ -38,8 +39,6 @@ from pyro_hamflow.programs.fingerprint import Fingerprint, explained, take_finge
 from pyro_hamflow.programs.storages import apart
 from pyro_hamflow.programs.validation import no_validation
 
-Model = Callable[..., Any]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -53,8 +52,8 @@ class Run:
     """
 
     model: Model
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: Args
+    kwargs: Kwargs
     values: dict[str, Tensor]
 
     def trace(self, values: Mapping[str, Tensor]) -> poutine.Trace:

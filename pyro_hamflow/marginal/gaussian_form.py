@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import pyro.poutine as poutine
 import torch
 import torch.distributions as torch_dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_hamflow.marginal.scores import Reference, reference, score_form
@@ -45,7 +46,10 @@ class GaussianForm(NamedTuple):
 
 
 def gaussian_form(
-    name: str, fn: Any, component: Component | None = None, near: Reference | None = None
+    name: str,
+    fn: TorchDistribution,
+    component: Component | None = None,
+    near: Reference | None = None,
 ) -> GaussianForm:
     """Writes a prior, or a component of a mixture, as a transform of a Gaussian vector.
 
@@ -128,7 +132,7 @@ def gaussian_shapes(
     return shapes
 
 
-def has_gaussian_form(fn: Any, component: int | None) -> bool:
+def has_gaussian_form(fn: TorchDistribution, component: int | None) -> bool:
     """Whether :func:`gaussian_form` knows a transform for a prior, or a component of a mixture."""
     try:
         gaussian_form("", fn, component)
@@ -137,7 +141,7 @@ def has_gaussian_form(fn: Any, component: int | None) -> bool:
     return True
 
 
-def _is_transformed_gaussian(fn: Any) -> bool:
+def _is_transformed_gaussian(fn: TorchDistribution) -> bool:
     """Whether a prior is a map of a Gaussian, of the same batch, that loses nothing."""
     if not isinstance(fn, torch_dist.TransformedDistribution):
         return _is_gaussian(fn)
@@ -146,13 +150,13 @@ def _is_transformed_gaussian(fn: Any) -> bool:
     return same and bijective and _is_transformed_gaussian(fn.base_dist)
 
 
-def _is_gaussian(fn: Any) -> bool:
+def _is_gaussian(fn: TorchDistribution) -> bool:
     if isinstance(fn, torch_dist.Independent):
         return isinstance(fn.base_dist, torch_dist.Normal)
     return isinstance(fn, _GAUSSIANS)
 
 
-def reference_of(fn: Any, value: Tensor, component: int | None) -> Reference | None:
+def reference_of(fn: TorchDistribution, value: Tensor, component: int | None) -> Reference | None:
     """Where the coordinates of a prior are held, at a value; none of Gaussian ones, which stay."""
     if component is not None:
         dim = len(fn.batch_shape)

@@ -24,7 +24,8 @@ from pyro_hamflow.marginal.hidden_sites import HideLocalSites, InPlates
 from pyro_hamflow.marginal.preparation import prepare
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.proposals.choice import AUTO, proposal_of
-from pyro_hamflow.marginal.tuned_estimator import Model, Prepared, TunedEstimator
+from pyro_hamflow.marginal.tuned_estimator import Prepared, TunedEstimator
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 
 
 def noise(
@@ -200,8 +201,8 @@ class MarginalModel(TunedEstimator):
 
     def prepare(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         start: dict[str, Tensor] | None = None,
     ) -> Prepared:
         """Fits the estimator to the data, unless it is fitted to the same model and data already.
@@ -222,7 +223,7 @@ class MarginalModel(TunedEstimator):
             self.prepared, self._layouts = draft.prepared, draft._layouts
         return self.prepared
 
-    def pilot(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    def pilot(self, args: Args, kwargs: Kwargs) -> dict[str, Tensor]:
         """The constrained parameter values of high posterior density that :meth:`prepare` finds."""
         return self.prepare(args, kwargs).pilot
 

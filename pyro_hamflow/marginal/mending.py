@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE, settle_below
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
+from pyro_hamflow.model.kinds import Args, Kwargs
 
 _PRIOR_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
 _FEWEST, _MOST = 32, 512  # particles from the prior
@@ -30,8 +30,8 @@ _WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at m
 def mend_proposal(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> str | None:
     """Fits several modes where a proposal that was left to be chosen misses something.
 
@@ -63,8 +63,8 @@ def mend_proposal(
 def more_particles(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> TunedEstimator | None:
     """A copy of a marginal model with more particles; none if it has enough.
 
@@ -87,8 +87,8 @@ def more_particles(
 def fewer_particles(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> TunedEstimator | None:
     """A copy of a marginal model with as few particles as do; none if it has no more than that.
 
@@ -123,8 +123,8 @@ def _enough(least: int, variance: float) -> int:
 def fit_modes(
     marginal: TunedEstimator,
     pilot: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> None:
     """Fits a Gaussian proposal of several modes, with the tails that serve each element best.
 
@@ -142,8 +142,8 @@ def fit_modes(
 def fit_at(
     marginal: TunedEstimator,
     pilot: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> None:
     """Fits a proposal, with the tails that serve each element best where it has a choice.
 
@@ -172,8 +172,8 @@ def refit_at(
     marginal: TunedEstimator,
     centre: dict[str, Tensor],
     draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> TunedEstimator | None:
     """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
 

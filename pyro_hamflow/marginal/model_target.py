@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_hamflow.checks import flag, whole
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.function import FunctionPotential, PotentialFunction
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import Strategy, find_start
 
@@ -44,7 +45,7 @@ class ModelTarget:
 
     def __init__(
         self,
-        model: Callable[..., Any] | None,
+        model: Model | None,
         *,
         potential_fn: PotentialFunction | None = None,
         separate_noise: bool = False,
@@ -89,8 +90,8 @@ class ModelTarget:
 
     def prepare(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         initial_params: Mapping[str, Tensor] | None = None,
     ) -> Potential:
         """Captures the model, unless it is captured already and has not changed since."""
@@ -118,7 +119,7 @@ class ModelTarget:
             )
         return potential
 
-    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
+    def capture(self, args: Args, kwargs: Kwargs) -> Potential:
         """Captures the model as it is now."""
         if self.model is None:
             raise RuntimeError("a potential function is captured by its parameters")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 import torch.distributions as torch_dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import AbsTransform
@@ -41,7 +42,7 @@ class NormalTransform(NamedTuple):
     draw: Callable[[Tensor], Tensor]
 
 
-def normal_transform(fn: Any) -> NormalTransform:
+def normal_transform(fn: TorchDistribution) -> NormalTransform:
     """Writes a distribution as a smooth transform of standard normal noise.
 
     Arguments:
@@ -135,7 +136,7 @@ def folded(fn: torch_dist.TransformedDistribution) -> bool:
     return any(isinstance(transform, AbsTransform) for transform in fn.transforms)
 
 
-def support(fn: Any) -> Any:
+def support(fn: TorchDistribution) -> Any:
     """Where a distribution's values lie."""
     try:
         return fn.support
@@ -170,7 +171,7 @@ def _dirichlet_draw(concentration: Tensor, u: Tensor) -> Tensor:
     return gamma / gamma.sum(-1, keepdim=True)
 
 
-def _inverse_cdf_draw(fn: Any, u: Tensor) -> Tensor:
+def _inverse_cdf_draw(fn: TorchDistribution, u: Tensor) -> Tensor:
     """A draw by the numerical inverse of ``fn.cdf``, with first derivatives.
 
     The second derivative in the noise is right, too.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch.distributions.transforms import IndependentTransform
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.choice import choose_proposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
+from pyro_hamflow.model.kinds import Args, Kwargs
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.supports import is_discrete, middle, transform_of
+from pyro_hamflow.model.supports import RADIUS, is_discrete, middle, transform_of
 from pyro_hamflow.model.trace import run_with
 
 # Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
@@ -35,7 +36,6 @@ _STARTS = 3  # of climbs, until one comes to rest
 _FIRST_LENGTH = 1.0  # the longest change of an unconstrained coordinate at first; then it grows
 _SLACK = 0.01  # by which the potential may rise where its slope falls: gradients are approximate
 _NEAR = 0.05  # posterior standard deviations
-_RADIUS = 2.0  # of the box that other kernels start in, too
 _END = 40.0  # of the logarithm by which a support is stretched: a scale of 4e-18 to 2e17
 _BEYOND = 60.0  # which is too far to have been led there, not thrown
 
@@ -64,8 +64,8 @@ class Top(NamedTuple):
 
 def find_pilot(
     marginal: TunedEstimator,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     start: dict[str, Tensor] | None = None,
 ) -> Pilot:
     """Climbs the estimated posterior to its top, fitting the likelihood sites on the way.
@@ -124,7 +124,7 @@ def find_pilot(
             # Not zero itself, which may be a saddle, as it is for mixtures.
             position = 0.1 * torch.randn(potential.dimension).to(potential.example)
             if trial:
-                position = _RADIUS * (2.0 * torch.rand(potential.dimension) - 1.0).to(position)
+                position = RADIUS * (2.0 * torch.rand(potential.dimension) - 1.0).to(position)
             elif start is not None:
                 for part in potential.sites:  # one of another shape is refused later, by name
                     given = start.get(part.name)

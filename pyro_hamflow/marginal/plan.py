@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_hamflow.marginal.noise_layout import Layout
 from pyro_hamflow.marginal.structure import Group, Structure
+from pyro_hamflow.model.kinds import Args, Kwargs, Model, Node
 from pyro_hamflow.model.trace import (
     log_density,
     run_with,
@@ -32,9 +32,9 @@ class Plan:
         layouts: The noise of each group of local sites.
     """
 
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    model: Model
+    args: Args
+    kwargs: Kwargs
     structure: Structure
     layouts: dict[str, Layout]
 
@@ -57,7 +57,7 @@ class Plan:
             for name in group.terms
         ]
 
-    def sum(self, density: Tensor, site: Any, group: Group) -> Tensor:
+    def sum(self, density: Tensor, site: Node, group: Group) -> Tensor:
         """Sums a site's log densities to the elements of a group."""
         rows = group.rows.get(site["name"])
         if rows is not None:

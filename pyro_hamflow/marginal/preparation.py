@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -11,14 +10,15 @@ from pyro_hamflow.marginal.mending import mend_proposal
 from pyro_hamflow.marginal.pilot import find_pilot
 from pyro_hamflow.marginal.settle import settle_particles
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
+from pyro_hamflow.model.kinds import Args, Kwargs
 
 _FAR = 1.0  # posterior standard deviations
 
 
 def prepare(
     marginal: TunedEstimator,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     start: dict[str, Tensor] | None,
 ) -> None:
     """Finds a pilot, fits the proposal there, and finds how many particles and modes it needs.

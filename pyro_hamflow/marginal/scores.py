@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributions as torch_dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_hamflow.marginal.gamma_quantile import gamma_score
@@ -63,7 +64,7 @@ class ScoreForm(NamedTuple):
         return self.transform.draw(z.reshape(z.shape[: z.dim() - 1] + self.transform.noise_shape))
 
 
-def score_form(fn: Any, example: Tensor, near: Reference | None) -> ScoreForm:
+def score_form(fn: TorchDistribution, example: Tensor, near: Reference | None) -> ScoreForm:
     """Writes a prior as a transform of normal noise.
 
     Arguments:
@@ -86,13 +87,13 @@ def score_form(fn: Any, example: Tensor, near: Reference | None) -> ScoreForm:
     return ScoreForm(transform, loc.expand(shape).reshape(flat), scale.expand(shape).reshape(flat))
 
 
-def reference(fn: Any, value: Tensor) -> Reference | None:
+def reference(fn: TorchDistribution, value: Tensor) -> Reference | None:
     """Holds the coordinate of a prior at a value; none where it cannot be held."""
     score = _score(fn)
     return score and Reference(value, *(part.detach() for part in score(value)))
 
 
-def _score(fn: Any) -> Score | None:
+def _score(fn: TorchDistribution) -> Score | None:
     """The normal score of values and the logarithm of its slope, elementwise.
 
     Both have first derivatives, in the distribution's parameters too. ``None`` where the
@@ -131,7 +132,7 @@ def _transformed(fn: torch_dist.TransformedDistribution) -> Score | None:
     return score
 
 
-def _with_slope(fn: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def _with_slope(fn: TorchDistribution, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """A score and its slope, which grows towards a support's ends and is infinite beyond.
 
     So a likelihood that lies beyond the support of a prior leaves no site in its coordinates.

@@ -8,7 +8,7 @@ nothing, find likelihood that the proposal's do not.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.pareto import psislw
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
+from pyro_hamflow.model.kinds import Args, Kwargs
 
 _POINTS = 128  # particles of an element, where a proposal is looked at
 _PRIOR_POINTS = 2048  # the same from the prior, few of which count
@@ -69,8 +70,8 @@ class Look(NamedTuple):
 def look(
     marginal: TunedEstimator,
     parameters: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     *,
     from_prior: bool = False,
     alone: bool = False,
@@ -136,8 +137,8 @@ def missed(default: Look, prior: Look) -> Tensor:
 def misses(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> str | None:
     """What a Gaussian proposal misses at some parameter values, in a sentence; mostly nothing.
 
@@ -154,8 +155,8 @@ def misses(
 def find_misses(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> tuple[str | None, float]:
     """What :func:`misses` says, without advice.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
+from pyro_hamflow.model.kinds import Args, Kwargs
 
 WANTED_VARIANCE = 1.0  # of the log estimate
 _REPLICATES = 100  # estimates: their variance is then known to a seventh
@@ -17,8 +16,8 @@ def repeated_estimates(
     marginal: TunedEstimator,
     parameters: dict[str, Tensor],
     num_replicates: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> Tensor:
     """Log estimates of all elements from fresh noise, of shape ``(replicates, elements)``.
 
@@ -45,9 +44,7 @@ def repeated_estimates(
     return torch.cat(elements, -1)
 
 
-def settle_particles(
-    marginal: TunedEstimator, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def settle_particles(marginal: TunedEstimator, args: Args, kwargs: Kwargs) -> None:
     """Finds the fewest particles that are enough at the pilot, doubling from two.
 
     No more than the proposal's own default are tried: beyond, more particles cost more than the
@@ -70,8 +67,8 @@ def settle_below(
     draws: list[dict[str, Tensor]],
     variance: float,
     num_replicates: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> bool:
     """Takes the fewest particles, doubling from two, for which estimates vary less than so much.
 

@@ -27,9 +27,8 @@ from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.proposals.choice import choose_proposal
 from pyro_hamflow.marginal.structure import Group, Structure
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.programs.vectorize import Vectorized
-
-Model = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,7 @@ class TunedEstimator(ABC):
         }
         return replace(plan, layouts=self._layouts)
 
-    def _is_current(
-        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def _is_current(self, structure: Structure, args: Args, kwargs: Kwargs) -> bool:
         """Whether the model does with these arguments what it did when it was analysed."""
         try:
             return Run(self.model, args, kwargs, structure.values).look().key == structure.key

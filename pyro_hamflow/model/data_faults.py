@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_hamflow.model.kinds import Node
 from pyro_hamflow.model.supports import support_of
 from pyro_hamflow.model.trace import is_deterministic, log_density
 from pyro_hamflow.programs.validation import no_validation
@@ -74,7 +74,7 @@ def refuse_nan(trace: poutine.Trace) -> None:
         )
 
 
-def _mask_over_missing(site: Any) -> str:
+def _mask_over_missing(site: Node) -> str:
     """What to write for a site whose data are incomplete."""
     fn, entries = site["fn"], "~data.isnan()"
     if not fn.event_dim:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pyro_hamflow.model.kinds import Node
 from pyro_hamflow.model.trace import is_latent
 
 
-def sum_out(site: Any) -> dict[str, Any]:
+def sum_out(site: Node) -> dict[str, Any]:
     """How a latent site is to be enumerated: over all its values at once, if it is discrete.
 
     Whatever a model says otherwise, a sum over some values, or over draws of them, is noisy.

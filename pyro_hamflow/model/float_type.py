@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributions as torch_dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 
-def float_type(fn: Any, default: torch.dtype) -> torch.dtype:
+def float_type(fn: TorchDistribution, default: torch.dtype) -> torch.dtype:
     """The floating-point type of a distribution's draws, by promotion of its arguments'.
 
     Arguments:
@@ -29,7 +30,7 @@ def example_of(values: Sequence[Tensor]) -> Tensor:
     return torch.zeros((), dtype=dtype, device=first.device)
 
 
-def floats(fn: Any) -> list[Tensor]:
+def floats(fn: TorchDistribution) -> list[Tensor]:
     """The floating-point tensors that a distribution is made of."""
     found: list[Tensor] = []
     seen: list[Any] = []  # a transform and its inverse hold each other

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.trace import refuse_subsampling, run_with
 from pyro_hamflow.programs.capture import Program
@@ -22,9 +22,7 @@ FACTORS = (0.3, 0.1, 0.03, -0.3, 1.0, -1.0, 2.0, 0.0)  # times a fixed random po
 _SEEDS = 20  # draws from the priors
 
 
-def plain_run(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> poutine.Trace:
+def plain_run(model: Model, args: Args, kwargs: Kwargs) -> poutine.Trace:
     """A run of a model at draws from its priors, always the same."""
 
     def run(seed: int) -> poutine.Trace:

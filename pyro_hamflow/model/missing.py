@@ -11,17 +11,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pyro_hamflow.model.kinds import Node
 from pyro_hamflow.model.supports import point_of
 
 _WRAPPERS = (MaskedDistribution, ExpandedDistribution)
 
 
-def without_gaps(site: Any) -> Any:
+def without_gaps(site: Node) -> Any:
     """The value of a site, with harmless numbers where it is masked and not finite.
 
     Arguments:
@@ -58,7 +60,7 @@ def _has_gaps(value: Tensor) -> bool:
         return False
 
 
-def entries_that_count(fn: Any, mask: Any) -> Any:
+def entries_that_count(fn: TorchDistribution, mask: Any) -> Any:
     """Which entries of values count, by a mask of batches and by all masks in a distribution.
 
     ``True`` or ``False`` if all or none do, else a tensor that broadcasts to the values.
@@ -85,7 +87,7 @@ def _sum_to(counts: Tensor, shape: torch.Size) -> Tensor:
     return counts
 
 
-def _harmless(name: str, fn: Any, value: Tensor, counts: Tensor) -> Tensor:
+def _harmless(name: str, fn: TorchDistribution, value: Tensor, counts: Tensor) -> Tensor:
     """A value for each entry at which densities and their derivatives are finite.
 
     The median of those that count, where it lies in the support: so it is of their size.

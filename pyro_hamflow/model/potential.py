@@ -8,7 +8,7 @@ of these two, batched over chains: captured as graphs where possible, run as Pyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_hamflow.model.enumeration import refuse_branches
 from pyro_hamflow.model.float_type import example_of
 from pyro_hamflow.model.gradients import gradient_functions
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.look import FACTORS, Looks
 from pyro_hamflow.model.recovery import Evaluation, Recovery, estimate_sites, pick_particles
 from pyro_hamflow.model.runs import Runs
@@ -77,9 +78,9 @@ class Potential:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        model: Model,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
         *,
         separate_noise: bool = False,
         compile_graphs: bool = False,
@@ -229,7 +230,7 @@ class Potential:
         """Whether the model still does what it did when it was looked at first."""
         return self._looks.is_unchanged()
 
-    def renew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def renew(self, args: Args, kwargs: Kwargs) -> bool:
         """Takes new arguments, if with them the model does what it did with those before.
 
         Programs hold as long as it does. Whether it does, is told by its operations and by all

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_hamflow.model.function import FunctionPotential
 from pyro_hamflow.model.gradients import gradient_functions
+from pyro_hamflow.model.kinds import Node
 from pyro_hamflow.model.missing import entries_that_count
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import add_jacobians
@@ -149,7 +150,7 @@ def _prior_part(trace: poutine.Trace) -> poutine.Trace:
     return part
 
 
-def _refuse_undrawable(name: str, site: Any) -> None:
+def _refuse_undrawable(name: str, site: Node) -> None:
     """Raises a ValueError if a run of the model does not draw from the prior's density."""
     counts = torch.as_tensor(entries_that_count(site["fn"], site["mask"]))
     if isinstance(base_of(site["fn"]), ImproperUniform):

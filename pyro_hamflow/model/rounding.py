@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
@@ -84,7 +84,7 @@ def describe_ends(sites: Sequence[Site], position: Tensor) -> str | None:
     return None
 
 
-def _counts(fn: Any) -> bool:
+def _counts(fn: TorchDistribution) -> bool:
     try:
         return bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):  # it tells no support

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import pyro.poutine as poutine
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
 from pyro_hamflow.model.enumeration import sum_out
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.look import check_data, plain_run
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.supports import is_discrete
@@ -44,9 +44,9 @@ class Runs:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        model: Model,
+        args: Args,
+        kwargs: Kwargs,
         *,
         separate_noise: bool,
         max_plate_nesting: int | None,
@@ -71,14 +71,14 @@ class Runs:
             marked = poutine.infer_config(model, sum_out)
             self.model = poutine.enum(marked, first_available_dim=-1 - self._nesting)
 
-    def _take(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _take(self, args: Args, kwargs: Kwargs) -> None:
         self.args, self.kwargs = args, dict(kwargs)
         self.plain_trace = plain_run(self.original, args, self.kwargs)
         self._hold: Callable[[], AbstractContextManager[None]] = nullcontext
         if hasattr(self.original, "holding"):  # it looks at itself each time that it runs
             self._hold = self.original.holding(*args, **self.kwargs)
 
-    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Runs:
+    def of(self, args: Args, kwargs: Kwargs) -> Runs:
         """The same model with other arguments, with which its sites are taken to be the same."""
         other = copy.copy(self)
         other._take(args, kwargs)

@@ -9,6 +9,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_hamflow.model.kinds import Node
 from pyro_hamflow.model.supports import support_of, transform_of
 
 
@@ -131,7 +132,7 @@ def stack_sites(
     return sites
 
 
-def chosen_transform(name: str, site: Any, given: Any) -> Any:
+def chosen_transform(name: str, site: Node, given: Any) -> Any:
     """The inverse of the map from its support to the real line that was given for a site.
 
     Raises:

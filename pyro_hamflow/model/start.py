@@ -11,13 +11,12 @@ from torch import Tensor
 
 from pyro_hamflow.model.data_faults import describe_impossible
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.supports import support_of
+from pyro_hamflow.model.supports import RADIUS, support_of
 from pyro_hamflow.model.trace import run_with
 from pyro_hamflow.programs.validation import no_validation
 
 Strategy = Callable[[Any], Tensor]
 
-_RADIUS = 2.0
 _TRIES = 100
 
 
@@ -25,7 +24,7 @@ def find_start(
     potential: Potential,
     num_chains: int,
     centre: Tensor | None = None,
-    radius: float = _RADIUS,
+    radius: float = RADIUS,
     strategy: Strategy | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws positions, uniformly around a centre, until every chain's potential is finite.

@@ -12,14 +12,17 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, Transform, biject_to, constraints
 from torch.nn.functional import logsigmoid, pad
 
+from pyro_hamflow.model.kinds import Node
+
 _WRAPPERS = (MaskedDistribution, ExpandedDistribution, Independent)
 _CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
-_RADIUS = 2.0
+RADIUS = 2.0  # of the box on the real line in which values are looked for
 _FIRMNESS = 8.0  # of the lengths of vectors that stand for directions
 
 
@@ -159,19 +162,19 @@ class LogCholesky(Transform):
         return (logs * (size + 2 - number)).sum(-1) + size * math.log(2.0)
 
 
-def is_circular(fn: Any) -> bool:
+def is_circular(fn: TorchDistribution) -> bool:
     """Whether the values of a distribution are angles."""
     return isinstance(base_of(fn), _CIRCULAR)
 
 
-def base_of(fn: Any) -> Any:
+def base_of(fn: TorchDistribution) -> Any:
     """A distribution without the masks, plates and event dimensions around it."""
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
     return fn
 
 
-def support_of(name: str, fn: Any) -> Any:
+def support_of(name: str, fn: TorchDistribution) -> Any:
     """The support of a site's distribution; raises a ValueError if it has none."""
     try:
         support = fn.support
@@ -197,7 +200,7 @@ def _of_components(support: Any) -> Any:
     return support
 
 
-def transform_of(name: str, fn: Any) -> Any:
+def transform_of(name: str, fn: TorchDistribution) -> Any:
     """The map from the real line to a site's support; raises a ValueError if none is known."""
     support = support_of(name, fn)
     if is_circular(fn):
@@ -221,7 +224,7 @@ def transform_of(name: str, fn: Any) -> Any:
         ) from error
 
 
-def point_of(name: str, fn: Any, like: Tensor) -> tuple[Any, Tensor]:
+def point_of(name: str, fn: TorchDistribution, like: Tensor) -> tuple[Any, Tensor]:
     """A site's support, and a value in its interior of the shape and type of another."""
     fn = getattr(fn, "component_distribution", fn)
     support = support_of(name, fn)
@@ -238,17 +241,17 @@ def middle(transform: Any, free: Tensor) -> Tensor:
     return transform(torch.full_like(free, float(isinstance(transform, Direction))))
 
 
-def first_value(name: str, fn: Any, *args: Any, **kwargs: Any) -> Tensor:
+def first_value(name: str, fn: TorchDistribution, *args: Any, **kwargs: Any) -> Tensor:
     """A draw of a site; of one that cannot be drawn, such as an improper one, a random value."""
     try:
         return fn(*args, **kwargs)
     except NotImplementedError:
         transform = transform_of(name, fn)
         free = torch.empty(transform.inverse_shape(fn.shape()))
-        return transform(free.uniform_(-_RADIUS, _RADIUS))
+        return transform(free.uniform_(-RADIUS, RADIUS))
 
 
-def is_discrete(name: str, site: Any) -> bool:
+def is_discrete(name: str, site: Node) -> bool:
     """Whether a site is summed out; raises a ValueError if it is discrete and cannot be."""
     fn = site["fn"]
     if getattr(fn, "has_enumerate_support", False):

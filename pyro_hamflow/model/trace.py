@@ -7,13 +7,14 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, TorchDistribution
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyro_hamflow.model.kinds import Model, Node
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.supports import base_of, first_value
 from pyro_hamflow.programs.validation import no_validation
@@ -21,13 +22,13 @@ from pyro_hamflow.programs.validation import no_validation
 Frames = tuple[CondIndepStackFrame, ...]
 
 
-def vectorized_frames(site: Any) -> Frames:
+def vectorized_frames(site: Node) -> Frames:
     """The vectorised plates around a site, leftmost dimension first."""
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     return tuple(sorted(frames, key=lambda frame: frame.dim))
 
 
-def is_latent(site: Any) -> bool:
+def is_latent(site: Node) -> bool:
     """Whether a node of a trace is a latent sample site; one that may only be one value is not."""
     return (
         site["type"] == "sample"
@@ -37,12 +38,12 @@ def is_latent(site: Any) -> bool:
     )
 
 
-def is_enumerable(site: Any) -> bool:
+def is_enumerable(site: Node) -> bool:
     """Whether a latent site is discrete and can be summed out."""
     return bool(getattr(site["fn"], "has_enumerate_support", False))
 
 
-def is_deterministic(site: Any) -> bool:
+def is_deterministic(site: Node) -> bool:
     """Whether a sample site records a deterministic value."""
     fn = base_of(site["fn"])
     fixed = not site["is_observed"] and isinstance(fn, Delta)
@@ -51,7 +52,7 @@ def is_deterministic(site: Any) -> bool:
     )
 
 
-def is_computed(site: Any) -> bool:
+def is_computed(site: Node) -> bool:
     """Whether a sample site's value follows from others.
 
     That of a deterministic site does, and that of a latent site which Pyro's reparametrisations
@@ -73,13 +74,13 @@ def refuse_subsampling(trace: poutine.Trace) -> None:
                 )
 
 
-def log_density(site: Any) -> Tensor:
+def log_density(site: Node) -> Tensor:
     """A sample site's log density, scaled and masked as the model says, not summed."""
     density = site["fn"].log_prob(without_gaps(site), *site["args"], **site["kwargs"])
     return scale_and_mask(density, site["scale"], site["mask"])
 
 
-def outline(name: str, site: Any) -> Any:
+def outline(name: str, site: Node) -> Any:
     """What a site of a trace is like, beside its values: equal where it is alike."""
     if site["type"] != "sample":
         return name
@@ -153,7 +154,7 @@ class SetValues(poutine.messenger.Messenger):
         if msg["is_observed"] or msg["done"] or isinstance(msg["fn"], _Subsample):
             return
         value = self.choose(msg)
-        fn: Any = msg["fn"]
+        fn: TorchDistribution = msg["fn"]
         if value is None and not getattr(fn, "has_enumerate_support", False):
             value = first_value(msg["name"], fn, *msg["args"], **msg["kwargs"])
         if value is not None:
@@ -162,7 +163,7 @@ class SetValues(poutine.messenger.Messenger):
 
 
 def run_with(
-    model: Callable[..., Any],
+    model: Model,
     choose: Callable[[Message], Tensor | None],
     *args: Any,
     **kwargs: Any,

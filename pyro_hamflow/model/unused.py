@@ -14,11 +14,12 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import ImproperUniform
+from pyro.distributions import ImproperUniform, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
+from pyro_hamflow.model.kinds import Node
 from pyro_hamflow.model.missing import entries_that_count
 from pyro_hamflow.model.supports import base_of
 from pyro_hamflow.programs.connectivity import NONE, ValueReadError, trace_owners
@@ -62,7 +63,7 @@ def find_unused(nodes: Mapping[str, Any], log_density: Callable[[Values], Tensor
     return {name: entries for name, entries in unused.items() if entries.any()}
 
 
-def _masked_entries(site: Any) -> Tensor:
+def _masked_entries(site: Node) -> Tensor:
     """Which entries of a latent site's value have no prior, for they are masked."""
     value = site["value"]
     counts = torch.as_tensor(entries_that_count(site["fn"], site["mask"]), device=value.device)
@@ -71,7 +72,7 @@ def _masked_entries(site: Any) -> Tensor:
     return ~counts.expand(value.shape)
 
 
-def _improper_entries(site: Any) -> Tensor:
+def _improper_entries(site: Node) -> Tensor:
     """All entries of an improper site, if its support has no end."""
     support = site["fn"].support
     while isinstance(support, constraints.independent):
@@ -146,7 +147,7 @@ def unused_entries(
     return whose(search(places))
 
 
-def with_own_prior(site: Any, unused: Tensor) -> dict[str, Any]:
+def with_own_prior(site: Node, unused: Tensor) -> dict[str, Any]:
     """What changes in a node of a trace where its unused entries keep their prior.
 
     Arguments:
@@ -162,7 +163,7 @@ def with_own_prior(site: Any, unused: Tensor) -> dict[str, Any]:
     return {"fn": fn, "mask": mask, "scale": scale}
 
 
-def _unmasked(fn: Any, unused: Tensor) -> Any:
+def _unmasked(fn: TorchDistribution, unused: Tensor) -> Any:
     if isinstance(fn, MaskedDistribution):
         mask = fn._mask | _all_of_events(unused, fn.event_dim)
         return _unmasked(fn.base_dist, unused).mask(mask)

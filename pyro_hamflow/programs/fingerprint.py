@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow.programs.owners import Call
@@ -141,7 +142,7 @@ class _Watcher(TorchDispatchMode):
         return Fingerprint(key, result, [memory.random for memory in memories])
 
     def __torch_dispatch__(
-        self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, target: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         memories: list[_Memory] = []

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 NONE, SEVERAL = 0, -1
@@ -38,7 +39,7 @@ class Call:
     """
 
     def __init__(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], follower: Follower
+        self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], follower: Follower
     ) -> None:
         self.target = target
         self.follower = follower

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from pyro_hamflow.programs.graph_recorder import Recorder, Rule, is_random, kind_of
@@ -33,7 +34,7 @@ class PureRecorder(Recorder):
         super().__init__(rules, live=live)
         self._calls: dict[str, Node] = {}
 
-    def _perform(self, target: Any, arguments: Any, inputs: Any, *, varies: bool) -> Any:
+    def _perform(self, target: OpOverload, arguments: Any, inputs: Any, *, varies: bool) -> Any:
         args, kwargs = arguments
         if not varies:
             return target(*args, **kwargs)
@@ -66,7 +67,7 @@ class PureRecorder(Recorder):
         return self._calls[key]
 
 
-def _returned(target: Any, args: Any) -> Node | None:
+def _returned(target: OpOverload, args: Any) -> Node | None:
     """The argument that an operation returns as it is, if its result is of the same kind."""
     if target in _COPIES or target in _SHAPES:
         return args[0]
@@ -75,7 +76,7 @@ def _returned(target: Any, args: Any) -> Node | None:
     return args[1] if target == _COPY else None
 
 
-def _product_of_transposes(target: Any, args: Any) -> tuple[Node, Node] | None:
+def _product_of_transposes(target: OpOverload, args: Any) -> tuple[Node, Node] | None:
     """A and B, if an operation makes the transpose of A times the transpose of B.
 
     Batches of a matrix times a vector come so. As B times the transpose of A, each of a batch has a
@@ -87,5 +88,5 @@ def _product_of_transposes(target: Any, args: Any) -> tuple[Node, Node] | None:
     return (left, right.args[0]) if _is_transpose(right.target, right.args) else None
 
 
-def _is_transpose(target: Any, args: Any) -> bool:
+def _is_transpose(target: OpOverload, args: Any) -> bool:
     return target == _TRANSPOSE and list(args[1]) == [1, 0]

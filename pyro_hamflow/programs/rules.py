@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._ops import OpOverload
 
 from pyro_hamflow.programs.graph_recorder import Rule, nan_where, nan_where_failed
 
@@ -21,14 +22,14 @@ _SOLVE = _aten.linalg_solve_triangular.default
 # --- for one chain ------------------------------------------------------------------------------
 
 
-def _index(tensor: Tensor, indices: list[Tensor | None]) -> Any:
+def _index(tensor: Tensor, indices: list[Tensor | None]) -> Tensor:
     """Indexes by numbers in place of masks: only then are shapes known before a program runs."""
     if not any(i is not None and i.dtype == torch.bool for i in indices):
         return NotImplemented
     return _aten.index.Tensor(tensor, _numbers(indices))
 
 
-def _index_put(tensor: Tensor, indices: list[Tensor | None], *rest: Any) -> Any:
+def _index_put(tensor: Tensor, indices: list[Tensor | None], *rest: Any) -> Tensor:
     if not any(i is not None and i.dtype == torch.bool for i in indices):
         return NotImplemented
     return _aten.index_put.default(tensor, _numbers(indices), *rest)
@@ -53,7 +54,7 @@ def _slice_scatter(
     start: int | None = None,
     end: int | None = None,
     step: int = 1,
-) -> Any:
+) -> Tensor:
     """Gives a slice bounds that count from the left and lie within the tensor."""
     bounds = range(*slice(start, end, step).indices(tensor.shape[dim]))
     if (start, end) == (bounds.start, bounds.stop):
@@ -67,7 +68,9 @@ def _select_scatter(tensor: Tensor, source: Tensor, dim: int, index: int) -> Ten
     return tensor.slice_scatter(source.unsqueeze(dim), dim, index, index + 1)
 
 
-def _as_strided(tensor: Tensor, size: list[int], stride: list[int], offset: int | None = 0) -> Any:
+def _as_strided(
+    tensor: Tensor, size: list[int], stride: list[int], offset: int | None = 0
+) -> Tensor:
     """Takes a view across dimensions by the numbers of its elements."""
     places = _places(tensor, size, stride, offset)
     return tensor.reshape(-1)[places.reshape(-1)].reshape(size)
@@ -75,7 +78,7 @@ def _as_strided(tensor: Tensor, size: list[int], stride: list[int], offset: int 
 
 def _as_strided_scatter(
     tensor: Tensor, source: Tensor, size: list[int], stride: list[int], offset: int | None = 0
-) -> Any:
+) -> Tensor:
     places = _places(tensor, size, stride, offset).reshape(-1)
     flat = tensor.reshape(-1).index_put((places,), source.reshape(-1))
     return flat.reshape(tensor.shape)
@@ -90,13 +93,13 @@ def _places(tensor: Tensor, size: list[int], stride: list[int], offset: int | No
     return memory.as_strided(size, stride, offset or 0)
 
 
-def _copy(tensor: Tensor, source: Tensor, *_: Any) -> Any:
+def _copy(tensor: Tensor, source: Tensor, *_: Any) -> Tensor:
     if source.shape == tensor.shape and source.dtype == tensor.dtype:
         return NotImplemented
     return source.to(tensor).expand(tensor.shape)
 
 
-def _has_no_batching_rule(target: Any) -> bool:
+def _has_no_batching_rule(target: OpOverload) -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
     return not any(has(target.name(), key) for key in keys)
@@ -141,12 +144,12 @@ def _of_finite(factorise: Any) -> Rule:
     return rule
 
 
-def _cholesky(matrix: Tensor, *upper: Any) -> Tensor:
+def _cholesky(matrix: Tensor, *upper: bool) -> Tensor:
     factorise = nan_where_failed(_aten.linalg_cholesky_ex.default)
     return factorise(matrix, upper=any(upper))[0]
 
 
-def _cholesky_inverse(triangle: Tensor, *upper: Any) -> Tensor:
+def _cholesky_inverse(triangle: Tensor, *upper: bool) -> Tensor:
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
     failed = ((diagonal == 0.0) | ~diagonal.isfinite()).any(-1)
     instead = torch.eye(triangle.shape[-1], dtype=triangle.dtype, device=triangle.device)
@@ -172,7 +175,9 @@ UNFAILING: dict[Any, Rule] = {
 # --- for many chains ----------------------------------------------------------------------------
 
 
-def _solve_together(triangle: Tensor, right: Tensor, *, left: bool = True, **settings: bool) -> Any:
+def _solve_together(
+    triangle: Tensor, right: Tensor, *, left: bool = True, **settings: bool
+) -> Tensor:
     """Solves for a whole batch as for one matrix where all share a triangle.
 
     The operation itself would copy the triangle for each of the batch.
@@ -199,7 +204,7 @@ def _fill(like: Rule) -> Rule:
     return constant
 
 
-def _look_up(tensor: Tensor, indices: list[Tensor | None]) -> Any:
+def _look_up(tensor: Tensor, indices: list[Tensor | None]) -> Tensor:
     """Reads along the last dimension by numbers, as of subjects: a gather is several times faster.
 
     So is a scattered sum in its gradient.
@@ -215,7 +220,7 @@ def _sum_at(
     indices: list[Tensor | None],
     values: Tensor,
     accumulate: bool = False,  # noqa: FBT001, FBT002  # as torch calls it
-) -> Any:
+) -> Tensor:
     numbers = _of_last_dimension(tensor, indices)
     if numbers is None or not accumulate or values.shape != (*tensor.shape[:-1], len(numbers)):
         return NotImplemented

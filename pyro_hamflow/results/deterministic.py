@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import is_computed, is_latent, run_with
 from pyro_hamflow.results.rows import Rows
@@ -31,7 +32,7 @@ class Deterministic(NamedTuple):
 
 def deterministic_values(
     potential: Potential,
-    model: Callable[..., Any],
+    model: Model,
     trace: poutine.Trace,
     position: Tensor,
     values: Mapping[str, Tensor],
@@ -60,7 +61,7 @@ def deterministic_values(
 
 
 def _from_sites(
-    potential: Potential, model: Callable[..., Any], sites: list[str], known: dict[str, Tensor]
+    potential: Potential, model: Model, sites: list[str], known: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], int]:
     """From the values of all latent sites."""
 

@@ -7,15 +7,15 @@ been accepted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import is_latent
 from pyro_hamflow.programs.capture import Program
@@ -51,9 +51,7 @@ class Pointwise:
     notes: list[str] = field(default_factory=list)
 
 
-def pointwise(
-    source: Potential, model: Callable[..., Any], position: Tensor, seed: int | None
-) -> Pointwise:
+def pointwise(source: Potential, model: Model, position: Tensor, seed: int | None) -> Pointwise:
     """The log-likelihood of every term at every draw, estimates from noise of their own.
 
     Where the likelihood is estimated, the estimates are averaged over fresh noise, until the
@@ -114,7 +112,7 @@ class _Estimator:
         is_noisy: Whether there is noise to average over.
     """
 
-    def __init__(self, source: Potential, model: Callable[..., Any], position: Tensor) -> None:
+    def __init__(self, source: Potential, model: Model, position: Tensor) -> None:
         self._source = source
         self._points = 1
         self._models: tuple[MarginalModel, ...] = ()

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.compilation import SelfCompiling
-from pyro_hamflow.surrogates.fit import fit_energy
+from pyro_hamflow.surrogates.fit import BATCH, fit_energy
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
-_BATCH, _STEPS = 256, 20  # points and steps of a training whose time is taken
+_STEPS = 20  # of a training whose time is taken
 _MOST_LOST = 0.1  # of the time that true gradients would take, spent in vain
 COMPILED = 0.15  # of an uncompiled program's time
 
@@ -87,7 +87,7 @@ def affordable_steps(ahead: float, each: float) -> int:
 def training_seconds(potential: Potential, hidden: Sequence[int]) -> float:
     """The seconds that a step of a network's training takes, once it is under way."""
     with torch.random.fork_rng():
-        z = torch.randn(_BATCH, potential.dimension).to(potential.example)
+        z = torch.randn(BATCH, potential.dimension).to(potential.example)
         points = Points(z, 0.5 * z.square().sum(-1), z, z[:, :0])
         network = PotentialNetwork(potential.dimension, hidden=hidden).to(z)
         matching, begins = GradientMatching(), list[float]()

@@ -18,7 +18,7 @@ from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 BLOCK, HELD_OUT = 16, 10  # neighbours, which are alike; one such block of so many is held out
 _CHECK = 50  # steps, about
-_BATCH = 256  # points in a step
+BATCH = 256  # points in a step
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def fit_energy(
 
 def _batches(count: int) -> Iterator[Tensor]:
     """Indices of points in random order, again and again."""
-    size = min(_BATCH, count)
+    size = min(BATCH, count)
     while True:
         order = torch.randperm(count)
         yield from (order[at : at + size] for at in range(0, count - size + 1, size))

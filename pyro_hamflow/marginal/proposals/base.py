@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import pyro.poutine as poutine
 import torch
 import torch.distributions as torch_dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_hamflow.marginal.gaussian_form import Component, pick
@@ -45,7 +46,9 @@ class Draw(NamedTuple):
 class Particle(Protocol):
     """What draws one particle of every element of a group, one local site after the other."""
 
-    def draw(self, name: str, fn: Any, noise: Tensor, component: Component | None) -> Draw:
+    def draw(
+        self, name: str, fn: TorchDistribution, noise: Tensor, component: Component | None
+    ) -> Draw:
         """Draws the value of a site.
 
         Arguments:
@@ -164,7 +167,7 @@ class Proposal(ABC):
         return None
 
 
-def component_count(fn: Any) -> int | None:
+def component_count(fn: TorchDistribution) -> int | None:
     """The number of components of a mixture; ``None`` for every other distribution."""
     if isinstance(fn, torch_dist.MixtureSameFamily):
         return int(fn.mixture_distribution.logits.shape[-1])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_hamflow.marginal.gaussian_form import Component, pick
@@ -22,7 +22,9 @@ from pyro_hamflow.model.float_type import float_type
 class PriorParticle:
     """A particle of the prior, whose weight is the likelihood alone."""
 
-    def draw(self, name: str, fn: Any, noise: Tensor, component: Component | None) -> Draw:
+    def draw(
+        self, name: str, fn: TorchDistribution, noise: Tensor, component: Component | None
+    ) -> Draw:
         noise = noise.to(float_type(fn, noise.dtype))
         if component is None:
             return Draw(normal_transform(fn).draw(noise), ())
@@ -64,7 +66,7 @@ class PriorProposal(Proposal):
         return PriorParticle()
 
 
-def _noise_shape(name: str, fn: Any, components: int | None) -> torch.Size:
+def _noise_shape(name: str, fn: TorchDistribution, components: int | None) -> torch.Size:
     try:
         source = fn if components is None else fn.component_distribution
         return normal_transform(source).noise_shape

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_hamflow.marginal.gaussian_form import Component
@@ -35,7 +36,9 @@ class ProgramParticle:
     distributions: dict[str, Any]
     values: dict[str, Tensor]
 
-    def draw(self, name: str, fn: Any, noise: Tensor, component: Component | None) -> Draw:
+    def draw(
+        self, name: str, fn: TorchDistribution, noise: Tensor, component: Component | None
+    ) -> Draw:
         source, value = self.distributions[name], self.values[name]
         return Draw(value, (fn.log_prob(value) - source.log_prob(value),))
 
@@ -112,7 +115,7 @@ class ProgramProposal(Proposal):
         )
 
 
-def _noise_shape(name: str, fn: Any, source: Any) -> torch.Size:
+def _noise_shape(name: str, fn: TorchDistribution, source: Any) -> torch.Size:
     """That of a site with a prior, from what the program samples it from."""
     if source.batch_shape != fn.batch_shape or source.event_shape != fn.event_shape:
         raise ValueError(
@@ -129,7 +132,7 @@ def _noise_shape(name: str, fn: Any, source: Any) -> torch.Size:
     return _transform(name, source).noise_shape
 
 
-def _transform(name: str, fn: Any) -> NormalTransform:
+def _transform(name: str, fn: TorchDistribution) -> NormalTransform:
     """The transform of a site of the program; raises a ValueError if none is known."""
     try:
         return normal_transform(fn)

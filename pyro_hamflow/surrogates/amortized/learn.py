@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_hamflow.checks import whole
 from pyro_hamflow.dynamics.integrators import ValueAndGradients, leapfrog_step
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian, matvec
 from pyro_hamflow.surrogates.amortized.probes import probe
 from pyro_hamflow.surrogates.amortized.simulated import SimulatedSets
@@ -25,7 +26,7 @@ _GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2  # of learning: the latter as where one p
 
 
 def learn_surrogate(
-    model: Callable[..., Any],
+    model: Model,
     *args: Any,
     num_sets: int = 4000,
     num_steps: int = 2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyro.poutine as poutine
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_hamflow.dynamics.integrators import ValueAndGradients
 from pyro_hamflow.model.gradients import value_and_gradients
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import batch, capture
 
@@ -39,9 +40,9 @@ class SimulatedSets:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        model: Model,
+        args: Args,
+        kwargs: Kwargs,
         num_sets: int,
         bar: tqdm[Any],
     ) -> None:
