@@ -25,7 +25,7 @@ from pyro_hamflow.marginal.preparation import prepare
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.proposals.choice import AUTO, proposal_of
 from pyro_hamflow.marginal.tuned_estimator import Prepared, TunedEstimator
-from pyro_hamflow.model.kinds import Args, Kwargs, Model
+from pyro_hamflow.model.kinds import Args, Arguments, Kwargs, Model
 
 
 def noise(
@@ -219,7 +219,7 @@ class MarginalModel(TunedEstimator):
         if self.prepared.key != structure.key:
             draft = copy.copy(self)
             with draft.hold(structure):
-                prepare(draft, args, kwargs, start)
+                prepare(draft, Arguments(args, kwargs), start)
             self.prepared, self._layouts = draft.prepared, draft._layouts
         return self.prepared
 

@@ -17,7 +17,7 @@ from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE, settle_below
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
-from pyro_hamflow.model.kinds import Args, Kwargs
+from pyro_hamflow.model.kinds import Arguments
 
 _PRIOR_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
 _FEWEST, _MOST = 32, 512  # particles from the prior
@@ -30,8 +30,7 @@ _WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at m
 def mend_proposal(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> str | None:
     """Fits several modes where a proposal that was left to be chosen misses something.
 
@@ -40,16 +39,18 @@ def mend_proposal(
     Arguments and results are those of :func:`misses`.
     """
     if not marginal.may_choose_proposal:
-        return misses(marginal, draws, args, kwargs)
-    said, variance = find_misses(marginal, draws, args, kwargs)
+        return misses(marginal, draws, data)
+    said, variance = find_misses(marginal, draws, data)
     if said is None:
         return None
     several = copy.copy(marginal)
-    fit_modes(several, draws[0], args, kwargs)
-    if find_misses(several, draws, args, kwargs)[0] is None:
-        own = max(look(several, draw, args, kwargs).variance(1) for draw in draws)
+    fit_modes(several, draws[0], data)
+    if find_misses(several, draws, data)[0] is None:
+        own = max(look(several, draw, data).variance(1) for draw in draws)
         if own < variance:
-            least = max(len(p.strata) for p in several.plan(*args, **kwargs).layouts.values())
+            least = max(
+                len(p.strata) for p in several.plan(*data.args, **data.kwargs).layouts.values()
+            )
             marginal.take_over(several.prepared)
             marginal.take(several.proposal, _enough(2 * least, own))
             return (
@@ -63,19 +64,17 @@ def mend_proposal(
 def more_particles(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> TunedEstimator | None:
     """A copy of a marginal model with more particles; none if it has enough.
 
     Arguments:
         marginal: The model, whose proposal is one that takes no fit, as the prior is.
         draws: Constrained parameter values.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
     """
-    layouts = marginal.plan(*args, **kwargs).layouts.values()
-    found = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
+    layouts = marginal.plan(*data.args, **data.kwargs).layouts.values()
+    found = sorted(look(marginal, draw, data).variance(1) for draw in draws)
     wanted = _number(found[len(found) // 2])
     if marginal.num_particles or wanted <= max(layout.num_particles for layout in layouts):
         return None
@@ -87,8 +86,7 @@ def more_particles(
 def fewer_particles(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> TunedEstimator | None:
     """A copy of a marginal model with as few particles as do; none if it has no more than that.
 
@@ -97,14 +95,13 @@ def fewer_particles(
     Arguments:
         marginal: The model, whose proposal has been fitted.
         draws: Constrained parameter values.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
     """
     if marginal.num_particles:
         return None
-    marginal.plan(*args, **kwargs)  # a look at the model, which a copy shares
+    marginal.plan(*data.args, **data.kwargs)  # a look at the model, which a copy shares
     other = copy.copy(marginal)
-    enough = settle_below(other, draws, _EASED * WANTED_VARIANCE, _REPLICATES, args, kwargs)
+    enough = settle_below(other, draws, _EASED * WANTED_VARIANCE, _REPLICATES, data)
     return other if enough else None
 
 
@@ -123,27 +120,26 @@ def _enough(least: int, variance: float) -> int:
 def fit_modes(
     marginal: TunedEstimator,
     pilot: dict[str, Tensor],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> None:
     """Fits a Gaussian proposal of several modes, with the tails that serve each element best.
 
     Arguments:
         marginal: A marginal model.
         pilot: Constrained parameter values.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
     """
-    marginal.plan(*args, **kwargs)  # a look at the model, before which nothing can be taken
+    marginal.plan(
+        *data.args, **data.kwargs
+    )  # a look at the model, before which nothing can be taken
     marginal.take(MixtureProposal(num_particles=marginal.num_particles))
-    fit_at(marginal, pilot, args, kwargs)
+    fit_at(marginal, pilot, data)
 
 
 def fit_at(
     marginal: TunedEstimator,
     pilot: dict[str, Tensor],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> None:
     """Fits a proposal, with the tails that serve each element best where it has a choice.
 
@@ -152,17 +148,17 @@ def fit_at(
     tails = marginal.proposal.tails
     if tails:
         marginal.take(marginal.proposal)  # with as many particles as the modes need that are found
-    marginal.fit(*args, pilot=pilot, **kwargs)
+    marginal.fit(*data.args, pilot=pilot, **data.kwargs)
     if not tails:
         return
-    plan = marginal.plan(*args, **kwargs)
+    plan = marginal.plan(*data.args, **data.kwargs)
     groups = plan.structure.groups
     sizes = [group.shape.numel() for group in groups]
     errors = []
     for tail in tails:
         one = plan.layouts[groups[0].name].example.new_tensor(tail)
         marginal.stretch({group.name: one.expand(group.shape) for group in groups})
-        errors.append(look(marginal, pilot, args, kwargs).error.nan_to_num(nan=math.inf))
+        errors.append(look(marginal, pilot, data).error.nan_to_num(nan=math.inf))
     best = one.new_tensor(tails)[torch.stack(errors).argmin(0)]
     parts = zip(groups, best.split(sizes), strict=True)
     marginal.stretch({group.name: part.reshape(group.shape) for group, part in parts})
@@ -172,8 +168,7 @@ def refit_at(
     marginal: TunedEstimator,
     centre: dict[str, Tensor],
     draws: list[dict[str, Tensor]],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> TunedEstimator | None:
     """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
 
@@ -181,23 +176,22 @@ def refit_at(
         marginal: The model.
         centre: Constrained parameter values at the middle of the draws.
         draws: Some draws.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
 
     Returns:
         The copy, with as many particles as bring the variance to one where none were given; none if
         its estimates vary about as much as those before.
     """
-    plan = marginal.plan(*args, **kwargs)  # a look at the model, which is run for it
+    plan = marginal.plan(*data.args, **data.kwargs)  # a look at the model, which is run for it
     count = max(layout.num_particles for layout in plan.layouts.values())
     other = marginal.refined(count, "iid")
     other.num_particles, other.points = marginal.num_particles, marginal.points
     with other.hold(plan.structure):
-        fit_at(other, centre, args, kwargs)
-        before = sorted(look(marginal, draw, args, kwargs).variance(1) for draw in draws)
-        after = sorted(look(other, draw, args, kwargs).variance(1) for draw in draws)
+        fit_at(other, centre, data)
+        before = sorted(look(marginal, draw, data).variance(1) for draw in draws)
+        after = sorted(look(other, draw, data).variance(1) for draw in draws)
         middle = len(draws) // 2
-        layouts = other.plan(*args, **kwargs).layouts.values()
+        layouts = other.plan(*data.args, **data.kwargs).layouts.values()
         if other.num_particles is None:
             # Those of the prior hardly count, and with one of the proposal's alone the logarithm
             # varies more than errors of many tell.

@@ -21,7 +21,7 @@ from torch.distributions.transforms import IndependentTransform
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.choice import choose_proposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
-from pyro_hamflow.model.kinds import Args, Kwargs
+from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import RADIUS, is_discrete, middle, transform_of
 from pyro_hamflow.model.trace import run_with
@@ -64,8 +64,7 @@ class Top(NamedTuple):
 
 def find_pilot(
     marginal: TunedEstimator,
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
     start: dict[str, Tensor] | None = None,
 ) -> Pilot:
     """Climbs the estimated posterior to its top, fitting the likelihood sites on the way.
@@ -77,11 +76,10 @@ def find_pilot(
 
     Arguments:
         marginal: A marginal model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
         start: Unconstrained values to start from; near zero if not given.
     """
-    plan = marginal.plan(*args, **kwargs)
+    plan = marginal.plan(*data.args, **data.kwargs)
     layouts = plan.layouts.values()
     least = max(len(layout.strata) for layout in layouts)
     most = max(layout.num_particles for layout in layouts)
@@ -92,7 +90,7 @@ def find_pilot(
         rough.take(choose_proposal(plan))
     with torch.random.fork_rng(), rough.hold(plan.structure):
         torch.manual_seed(0)
-        trace = run_with(marginal.model, lambda msg: None, *args, **kwargs)
+        trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
         somewhere = {}
         for name in plan.structure.parameters:
             site = trace.nodes[name]
@@ -100,16 +98,16 @@ def find_pilot(
                 transform = transform_of(name, site["fn"])
                 free = transform.inv(site["value"])
                 somewhere[name] = middle(transform, free)
-        rough.follow(somewhere, *args, **kwargs)  # so that the model can run at all
-        potential = Potential(rough, args, kwargs, separate_noise=True)
-        noise = _even_noise(rough.plan(*args, **kwargs), potential)
+        rough.follow(somewhere, *data.args, **data.kwargs)  # so that the model can run at all
+        potential = Potential(rough, *data, separate_noise=True)
+        noise = _even_noise(rough.plan(*data.args, **data.kwargs), potential)
 
         def gradient(position: Tensor) -> tuple[float, Tensor]:
             if _at_end(potential, position, _END):
                 thrown = bool(_at_end(potential, position, _BEYOND))
                 return math.inf if thrown else -math.inf, torch.zeros_like(position)
             try:
-                rough.follow(potential.constrain(position), *args, **kwargs)
+                rough.follow(potential.constrain(position), *data.args, **data.kwargs)
                 position = position.detach().requires_grad_()
                 value = potential.value_of_one(position, noise)
                 (slope,) = torch.autograd.grad(value, position)

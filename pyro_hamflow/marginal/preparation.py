@@ -10,34 +10,32 @@ from pyro_hamflow.marginal.mending import mend_proposal
 from pyro_hamflow.marginal.pilot import find_pilot
 from pyro_hamflow.marginal.settle import settle_particles
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
-from pyro_hamflow.model.kinds import Args, Kwargs
+from pyro_hamflow.model.kinds import Arguments
 
 _FAR = 1.0  # posterior standard deviations
 
 
 def prepare(
     marginal: TunedEstimator,
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
     start: dict[str, Tensor] | None,
 ) -> None:
     """Finds a pilot, fits the proposal there, and finds how many particles and modes it needs.
 
     Arguments:
         marginal: The model, which is held at its structure for these arguments.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
         start: Unconstrained values to begin the search for the pilot at.
     """
     if marginal.num_particles is None:
         marginal.settle(None)
-    found = find_pilot(marginal, args, kwargs, start)
-    marginal.fit(*args, pilot=found.values, **kwargs)
+    found = find_pilot(marginal, data, start)
+    marginal.fit(*data.args, pilot=found.values, **data.kwargs)
     if marginal.num_particles is None and marginal.proposal.needs_fit:
-        settle_particles(marginal, args, kwargs)
+        settle_particles(marginal, data)
     remark = _told_of_ends(found.escaped) if found.escaped else None
     if found.distance <= _FAR:  # a proposal fitted far away misses this and that
-        remark = mend_proposal(marginal, [found.values], args, kwargs)
+        remark = mend_proposal(marginal, [found.values], data)
     marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
 
 

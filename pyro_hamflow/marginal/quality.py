@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.scrutiny import look
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE, repeated_estimates
+from pyro_hamflow.model.kinds import Arguments
 
 
 class EstimatorQuality(NamedTuple):
@@ -78,12 +79,13 @@ def estimator_quality(
     if marginal.proposal.needs_fit:
         marginal.prepare(args, kwargs)
         plan = marginal.plan(*args, **kwargs)
-    joined = repeated_estimates(marginal, dict(parameters), num_replicates, args, kwargs)
+    data = Arguments(args, kwargs)
+    joined = repeated_estimates(marginal, dict(parameters), num_replicates, data)
     deviation = float(joined.sum(-1).std())
     ratio = deviation**2 / WANTED_VARIANCE
     factor = ratio if marginal.points == "iid" else math.sqrt(ratio)
     least = max(len(plan.layouts[group.name].strata) for group in plan.structure.groups)
     count = max(plan.layouts[group.name].num_particles for group in plan.structure.groups)
     suggested = max(least, math.ceil(count * factor)) if math.isfinite(ratio) else least
-    tail = look(marginal, dict(parameters), args, kwargs).max_pareto_k
+    tail = look(marginal, dict(parameters), data).max_pareto_k
     return EstimatorQuality(deviation, float(joined.std(0).max()), count, suggested, tail)

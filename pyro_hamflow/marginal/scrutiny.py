@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.pareto import psislw
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
-from pyro_hamflow.model.kinds import Args, Kwargs
+from pyro_hamflow.model.kinds import Arguments
 
 _POINTS = 128  # particles of an element, where a proposal is looked at
 _PRIOR_POINTS = 2048  # the same from the prior, few of which count
@@ -70,8 +70,7 @@ class Look(NamedTuple):
 def look(
     marginal: TunedEstimator,
     parameters: dict[str, Tensor],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
     *,
     from_prior: bool = False,
     alone: bool = False,
@@ -81,12 +80,11 @@ def look(
     Arguments:
         marginal: A marginal model whose proposal has been fitted.
         parameters: Constrained values of the parameters.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
         from_prior: Whether the particles come from the prior instead of the model's proposal.
         alone: Whether a Gaussian proposal goes without those from the prior that defend it.
     """
-    plan = marginal.plan(*args, **kwargs)
+    plan = marginal.plan(*data.args, **data.kwargs)
     least = max(len(layout.strata) for layout in plan.layouts.values())
     count = max(_AT_ONCE if from_prior else _POINTS, 8 * least)
     other = marginal.refined(count, "iid")
@@ -100,14 +98,16 @@ def look(
     elements = []
     with torch.random.fork_rng(), torch.no_grad(), other.hold(structure):
         torch.manual_seed(0)
-        plan = other.plan(*args, **kwargs)
+        plan = other.plan(*data.args, **data.kwargs)
         for group in structure.groups:
             layout = plan.layouts[group.name]
             parts: list[list[Tensor]] = [[] for _ in layout.strata]
             for _ in range(rounds):
                 u = torch.randn(layout.noise_shape(group), dtype=layout.example.dtype)
                 u = u.to(layout.example.device)
-                weights = other.estimate(group, u, dict(parameters), *args, **kwargs).log_weights
+                weights = other.estimate(
+                    group, u, dict(parameters), *data.args, **data.kwargs
+                ).log_weights
                 counts = [stratum.count for stratum in layout.strata]
                 for part, piece in zip(parts, weights.split(counts), strict=True):
                     part.append(piece.double().reshape(len(piece), -1) - math.log(rounds))
@@ -137,26 +137,23 @@ def missed(default: Look, prior: Look) -> Tensor:
 def misses(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> str | None:
     """What a Gaussian proposal misses at some parameter values, in a sentence; mostly nothing.
 
     Arguments:
         marginal: A marginal model whose proposal has been fitted.
         draws: Constrained parameter values.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
     """
-    said, _ = find_misses(marginal, draws, args, kwargs)
+    said, _ = find_misses(marginal, draws, data)
     return None if said is None else f"{said}: take `proposal='prior'`, or write one."
 
 
 def find_misses(
     marginal: TunedEstimator,
     draws: list[dict[str, Tensor]],
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> tuple[str | None, float]:
     """What :func:`misses` says, without advice.
 
@@ -169,8 +166,8 @@ def find_misses(
         return None, 0.0
     gaps, variance = [], 0.0
     for parameters in draws:
-        default = look(marginal, parameters, args, kwargs, alone=True)
-        prior = look(marginal, parameters, args, kwargs, from_prior=True)
+        default = look(marginal, parameters, data, alone=True)
+        prior = look(marginal, parameters, data, from_prior=True)
         gap = torch.zeros_like(default.log_likelihood)
         found = missed(default, prior)
         gap[found] = (prior.log_likelihood - default.log_likelihood)[found]

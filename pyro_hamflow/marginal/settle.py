@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
-from pyro_hamflow.model.kinds import Args, Kwargs
+from pyro_hamflow.model.kinds import Arguments
 
 WANTED_VARIANCE = 1.0  # of the log estimate
 _REPLICATES = 100  # estimates: their variance is then known to a seventh
@@ -16,8 +16,7 @@ def repeated_estimates(
     marginal: TunedEstimator,
     parameters: dict[str, Tensor],
     num_replicates: int,
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> Tensor:
     """Log estimates of all elements from fresh noise, of shape ``(replicates, elements)``.
 
@@ -25,10 +24,9 @@ def repeated_estimates(
         marginal: A marginal model whose proposal has been fitted.
         parameters: Constrained values of the parameters.
         num_replicates: How many estimates to make.
-        args: The model's arguments.
-        kwargs: Its keyword arguments.
+        data: What the model is called with.
     """
-    plan = marginal.plan(*args, **kwargs)
+    plan = marginal.plan(*data.args, **data.kwargs)
     elements = []
     for group in plan.structure.groups:
         layout = plan.layouts[group.name]
@@ -38,13 +36,13 @@ def repeated_estimates(
                 layout.noise_shape(group), dtype=layout.example.dtype, device=layout.example.device
             )
             with torch.no_grad(), marginal.hold(plan.structure):
-                estimate = marginal.estimate(group, u, parameters, *args, **kwargs)
+                estimate = marginal.estimate(group, u, parameters, *data.args, **data.kwargs)
             draws.append(estimate.log_weights.logsumexp(0).flatten())
         elements.append(torch.stack(draws).double())
     return torch.cat(elements, -1)
 
 
-def settle_particles(marginal: TunedEstimator, args: Args, kwargs: Kwargs) -> None:
+def settle_particles(marginal: TunedEstimator, data: Arguments) -> None:
     """Finds the fewest particles that are enough at the pilot, doubling from two.
 
     No more than the proposal's own default are tried: beyond, more particles cost more than the
@@ -52,13 +50,12 @@ def settle_particles(marginal: TunedEstimator, args: Args, kwargs: Kwargs) -> No
 
     Arguments:
         marginal: A model whose proposal has been fitted.
-        args: The model's arguments.
-        kwargs: The model's keyword arguments.
+        data: What the model is called with.
     """
     pilot = [marginal.prepared.pilot]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if not settle_below(marginal, pilot, WANTED_VARIANCE, _REPLICATES, args, kwargs):
+        if not settle_below(marginal, pilot, WANTED_VARIANCE, _REPLICATES, data):
             marginal.settle(None)
 
 
@@ -67,8 +64,7 @@ def settle_below(
     draws: list[dict[str, Tensor]],
     variance: float,
     num_replicates: int,
-    args: Args,
-    kwargs: Kwargs,
+    data: Arguments,
 ) -> bool:
     """Takes the fewest particles, doubling from two, for which estimates vary less than so much.
 
@@ -77,20 +73,18 @@ def settle_below(
         draws: Constrained parameter values, over which the median counts.
         variance: That of the log estimate which is small enough.
         num_replicates: How many estimates it is measured by.
-        args: The model's arguments.
-        kwargs: The model's keyword arguments.
+        data: What the model is called with.
 
     Returns:
         Whether fewer than it had are enough.
     """
-    layouts = marginal.plan(*args, **kwargs).layouts.values()
+    layouts = marginal.plan(*data.args, **data.kwargs).layouts.values()
     most = max(layout.num_particles for layout in layouts)
     count = max(2, *(len(layout.strata) for layout in layouts))
     while count < most:
         marginal.settle(count)
         estimates = [
-            repeated_estimates(marginal, draw, num_replicates, args, kwargs).sum(-1)
-            for draw in draws
+            repeated_estimates(marginal, draw, num_replicates, data).sum(-1) for draw in draws
         ]
         if float(torch.stack(estimates).var(-1).median()) <= variance:
             return True

@@ -15,6 +15,7 @@ from pyro_hamflow.marginal import modes as modes_module
 from pyro_hamflow.marginal.mending import fit_modes
 from pyro_hamflow.marginal.proposals.mixture import MixtureParticle
 from pyro_hamflow.marginal.scrutiny import look
+from pyro_hamflow.model.kinds import Arguments
 from tests.helpers.hard_terms import (
     HERE,
     PRIORS,
@@ -34,7 +35,7 @@ def fitted(model, sites, y, num_particles=None, points="iid"):
     marginal = phf.marginalize(
         model, sites, num_particles=num_particles, proposal="laplace", points=points
     )
-    fit_modes(marginal, PILOT, (y,), {})
+    fit_modes(marginal, PILOT, Arguments((y,)))
     return marginal
 
 
@@ -126,7 +127,7 @@ def test_modes_are_found_each_once():
     model, _ = one_site(PRIORS["normal"], TERMS["square"])
     marginal = phf.marginalize(model, ["x"], proposal="laplace")
     at = {"mean": torch.tensor(0.3).double()}
-    fit_modes(marginal, at, (y,), {})
+    fit_modes(marginal, at, Arguments((y,)))
     fit = marginal.proposal.fitted.sites["x", ()]
     assert len(fit.sites) == 2
     grid = torch.linspace(-4.0, 4.0, 8001)[:, None]
@@ -146,7 +147,7 @@ def test_an_effect_with_one_mode_among_others_loses_no_particle():
     y = torch.tensor([0.5, -1.0], dtype=torch.float64)
     model, exact = one_site(PRIORS["normal"], lambda x: dist.Normal(x, 0.5))
     marginal = fitted(model, ["x"], y, 16)
-    found = look(marginal, HERE, (y,), {}, alone=True)
+    found = look(marginal, HERE, Arguments((y,)), alone=True)
     assert found.variance(1) < 0.01
     exact = dist.Normal(HERE["mean"], math.sqrt(1.25)).log_prob(y)
     assert (found.log_likelihood - exact).abs().max() < 0.02

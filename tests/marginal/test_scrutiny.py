@@ -18,6 +18,7 @@ from pyro_hamflow.marginal.proposals import mixture as mixture_module
 from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
+from pyro_hamflow.model.kinds import Arguments
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
 Y = torch.tensor([0.8, 1.5, 0.3, 2.0, 1.1, 0.2, 0.9, 1.7], dtype=torch.float64)
@@ -58,7 +59,7 @@ def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
     named = phf.marginalize(model, ["x"], proposal="laplace")
     pilot = named.pilot((Y,), {})
     assert named.proposal.name == "laplace" and "take `proposal='prior'`" in named.prepared.remark
-    lost = exact(pilot["mean"], Y) - look(named, pilot, (Y,), {}, alone=True).log_likelihood
+    lost = exact(pilot["mean"], Y) - look(named, pilot, Arguments((Y,)), alone=True).log_likelihood
     assert lost.max() > 0.2
 
     chosen = phf.marginalize(model, ["x"])
@@ -67,9 +68,9 @@ def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
         chosen.proposal.name == "laplace"
         and "several modes of each are fitted" in chosen.prepared.remark
     )
-    prior = look(chosen, pilot, (Y,), {}, from_prior=True)
+    prior = look(chosen, pilot, Arguments((Y,)), from_prior=True)
     monkeypatch.setattr(scrutiny_module, "_POINTS", 4096)
-    found = look(chosen, pilot, (Y,), {})
+    found = look(chosen, pilot, Arguments((Y,)))
     assert (found.log_likelihood - exact(pilot["mean"], Y)).abs().max() < 0.03
     assert found.variance(1) < 0.1 * prior.variance(1)
 
@@ -84,7 +85,7 @@ def test_particles_come_from_the_prior_where_modes_are_still_missed(term, monkey
         chosen.proposal.name == "prior"
         and "particles come from the prior instead" in chosen.prepared.remark
     )
-    found = look(chosen, pilot, (Y,), {}, from_prior=True)
+    found = look(chosen, pilot, Arguments((Y,)), from_prior=True)
     gap = found.log_likelihood - exact(pilot["mean"], Y)
     assert bool((gap.abs() < 4.5 * found.error).all())
     assert found.error.max() < 0.2
@@ -95,7 +96,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
     marginal = phf.marginalize(model, ["x"])
     pilot = marginal.pilot((Y.round(),), {})
     assert marginal.proposal.name == "laplace" and marginal.prepared.remark is None
-    assert misses(marginal, [pilot], (Y.round(),), {}) is None
+    assert misses(marginal, [pilot], Arguments((Y.round(),))) is None
 
 
 @pytest.mark.parametrize("level", [0.0, 2.0, 5.0])
@@ -104,7 +105,7 @@ def test_pareto_k_is_small_where_the_estimate_hardly_varies(level):
     y = dist.Poisson((level + torch.randn(40)).exp()).sample()
     marginal = phf.marginalize(model, ["x"], proposal="laplace")
     marginal.fit(y, pilot={"mean": torch.tensor(0.0)})
-    found = look(marginal, {"mean": torch.tensor(0.1)}, (y,), {})
+    found = look(marginal, {"mean": torch.tensor(0.1)}, Arguments((y,)))
     assert found.variance(1) < 3.0
     assert found.max_pareto_k < 0.7
 
@@ -124,7 +125,7 @@ def test_pareto_k_is_large_where_a_proposal_fits_badly(term):
     y = Y.repeat(5)
     marginal = phf.marginalize(model, ["x"], proposal="laplace")
     marginal.fit(y, pilot={"mean": torch.tensor(0.3)})
-    found = look(marginal, {"mean": torch.tensor(0.3)}, (y,), {})
+    found = look(marginal, {"mean": torch.tensor(0.3)}, Arguments((y,)))
     assert found.variance(1) > 10.0
     assert found.max_pareto_k > 1.0
 
@@ -189,12 +190,12 @@ def test_warm_up_takes_more_particles_of_the_prior_where_they_are_too_few():
     assert marginal.settled_particles > 32
     here = {"beta": torch.tensor([3.0, 1.0]).double(), "s": torch.tensor(0.6).double()}
     few = phf.marginalize(seizures, ["u"], proposal="prior")
-    more = more_particles(few, [here], (x, y), {})
-    variances = [look(each, here, (x, y), {}).variance(1) for each in (few, more)]
+    more = more_particles(few, [here], Arguments((x, y)))
+    variances = [look(each, here, Arguments((x, y))).variance(1) for each in (few, more)]
     assert variances[0] / 32 > 4.0
     assert variances[1] / more.settled_particles <= 4.0 or more.settled_particles == 512
     given = phf.marginalize(seizures, ["u"], num_particles=32, proposal="prior")
-    assert more_particles(given, [here], (x, y), {}) is None
+    assert more_particles(given, [here], Arguments((x, y))) is None
 
 
 def test_warm_up_takes_fewer_particles_where_they_are_more_than_enough():
@@ -204,10 +205,10 @@ def test_warm_up_takes_fewer_particles_where_they_are_more_than_enough():
     marginal = phf.marginalize(seizures, ["u"])
     here = marginal.pilot((x, y), {})
     marginal.settle(16)
-    fewer = fewer_particles(marginal, [here], (x, y), {})
+    fewer = fewer_particles(marginal, [here], Arguments((x, y)))
     assert fewer.settled_particles <= 4
-    assert repeated_estimates(fewer, here, 400, (x, y), {}).sum(-1).var() <= 1.0
-    assert fewer_particles(fewer, [here], (x, y), {}) is None
+    assert repeated_estimates(fewer, here, 400, Arguments((x, y))).sum(-1).var() <= 1.0
+    assert fewer_particles(fewer, [here], Arguments((x, y))) is None
     given = phf.marginalize(seizures, ["u"], num_particles=16)
     given.pilot((x, y), {})
-    assert fewer_particles(given, [here], (x, y), {}) is None
+    assert fewer_particles(given, [here], Arguments((x, y))) is None

@@ -19,6 +19,7 @@ from pyro_hamflow.mcmc.transitions.base import State, Transition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
+from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 
@@ -164,7 +165,7 @@ class EstimatorTuning:
         model, potential = self.source.model, self.source.potential
         if not isinstance(model, MarginalModel) or model.proposal.is_final or not window:
             return None
-        args, kwargs = potential.args, potential.kwargs
+        data = Arguments(potential.args, potential.kwargs)
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
         with torch.random.fork_rng():
             better = None
@@ -173,22 +174,22 @@ class EstimatorTuning:
                 _WANTED_FACTORISED_VARIANCE if potential.recovery.factorises else WANTED_VARIANCE
             )
             if is_noisy and not model.proposal.needs_fit:
-                better = more_particles(model, draws, args, kwargs)
+                better = more_particles(model, draws, data)
             elif is_noisy:
                 centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))
-                better = refit_at(model, centre, draws, args, kwargs)
+                better = refit_at(model, centre, draws, data)
             elif variance < _LAVISH_VARIANCE and model.proposal.needs_fit:
-                better = fewer_particles(model, draws, args, kwargs)
+                better = fewer_particles(model, draws, data)
             candidate = better or copy.copy(model)
             if candidate.may_choose_proposal:
-                remark = mend_proposal(candidate, draws[:1], args, kwargs)
+                remark = mend_proposal(candidate, draws[:1], data)
                 if remark is not None:
                     self.plan.say(remark, first=True)
                     better = candidate
             if better is None:
                 return None
             model.adopt(better)
-            potential = self.source.capture(args, kwargs)
+            potential = self.source.capture(*data)
         return potential, *find_start(potential, len(state.position), state.position, 0.0)
 
     def examine(self, state: State) -> None:
@@ -203,11 +204,12 @@ class EstimatorTuning:
             )
         if not isinstance(model, MarginalModel):
             return
+        data = Arguments(potential.args, potential.kwargs)
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
         with torch.random.fork_rng():
-            looks = [look(model, draw, potential.args, potential.kwargs) for draw in draws]
+            looks = [look(model, draw, data) for draw in draws]
             self.max_pareto_k = max(found.max_pareto_k for found in looks)
-            remark = misses(model, draws, potential.args, potential.kwargs)
+            remark = misses(model, draws, data)
         if remark:
             self.plan.say(remark, first=True)
 
