@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyro_hamflow tests tutorials benchmarks
 
-.PHONY: demo paper test test-gpu slow lint types format bench clean
+.PHONY: demo paper lecture test test-gpu slow lint types format bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/python tutorials/quickstart.py
@@ -13,6 +13,9 @@ paper: $(VENV)/demo
 	cd tutorials/paper && ../../$(BIN)/python nine_modes.py
 	cd tutorials/paper && ../../$(BIN)/python robustness.py
 	cd tutorials/paper && ../../$(BIN)/python supernova.py
+
+lecture: $(VENV)/demo
+	cd tutorials/lecture && for system in *.py; do ../../$(BIN)/python $$system || exit 1; done
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist loadfile

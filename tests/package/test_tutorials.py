@@ -27,6 +27,8 @@ PAPER = {
     "robustness": {"robustness.md"},
     "supernova": {"supernova.png"},
 }
+# Systems of a lecture on sampling with generative models: `make lecture`.
+LECTURE = {path.stem: {f"{path.stem}.png"} for path in (TUTORIALS / "lecture").glob("*.py")}
 # The quickstart has no small version: its last cell demands good diagnostics of a run on real data,
 # which few draws cannot give. `test_documents.py` runs it as it is, among the slow tests.
 WHOLE = {"quickstart"}
@@ -58,3 +60,10 @@ def test_tutorial_runs(name, tmp_path, run_small, capsys):
 def test_reproduction_of_the_paper_runs(name, tmp_path, run_small):
     run_small(TUTORIALS / "paper" / f"{name}.py")
     assert {path.name for path in tmp_path.iterdir()} == PAPER[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LECTURE)
+def test_system_of_the_lecture_runs(name, tmp_path, run_small):
+    run_small(TUTORIALS / "lecture" / f"{name}.py")
+    assert {path.name for path in tmp_path.iterdir()} == LECTURE[name]
