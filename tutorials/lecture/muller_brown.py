@@ -66,8 +66,8 @@ print(f"on a grid: log Z {log_z:.4f}, share of the upper valley {truth:.4f}")
 
 # %% [markdown]
 # ## Importance sampling from a Gaussian at the deepest point
-# Too narrow, and the other valleys are missed with a small error and nothing to tell of it; too wide,
-# and few draws count.
+# Too narrow, and the other valleys are missed with a small error and nothing to tell of it; too
+# wide, and few draws count.
 
 
 # %%

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import arviz
 import matplotlib
@@ -54,8 +55,8 @@ STEPS = 200 if SMOKE else 1500
 
 def spline_flow(start):
     torch.manual_seed(3)
-    make = lambda features: zuko.flows.NSF(features, transforms=3, hidden_features=(32, 32))
-    return phf.AutoFlow(two_gaussians, make, start=start)
+    flow = partial(zuko.flows.NSF, transforms=3, hidden_features=(32, 32))
+    return phf.AutoFlow(two_gaussians, flow, start=start)
 
 
 def trained(start, loss):
@@ -124,8 +125,9 @@ for panel, (name, cloud) in zip(panels, shown.items(), strict=True):
     panel.set(title=f"{name}: {share_left(cloud):.2f} on the left", xlim=(-6, 6), ylim=(-3, 3))
 figure.savefig("two_gaussians.png", dpi=120)
 
-assert share_left(shown["reverse divergence"]) < 0.01  # collapse
-assert share_left(one_walker) < 0.01  # not discovered
-assert abs(share_left(two_walkers) - 0.25) < 0.05
+if not SMOKE:
+    assert share_left(shown["reverse divergence"]) < 0.01  # collapse
+    assert share_left(one_walker) < 0.01  # not discovered
+    assert abs(share_left(two_walkers) - 0.25) < 0.05
 assert abs(share - 0.25) < 4 * error
 assert abs(population.log_evidence) < 4 * population.log_evidence_error
