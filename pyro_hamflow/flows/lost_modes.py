@@ -27,6 +27,7 @@ from pyro_hamflow.model.prior import Prior
 _DRAWS, _PROBES = 24, 36  # descents from the guide, and from each of two other places
 _WIDTH = 3.0  # of probes, in standard deviations of the guide: Cauchy variables
 _MOST_MODES = 12  # that are looked at, the highest first
+_MOST_LOOKS = 48  # at Hessians, of modes or not
 _DECREMENT = 0.05  # nats that a mode may lie below where a descent has ended
 _SAME = 0.5  # squared standard deviations between what counts as one mode
 _MOMENTA = 16  # draws of what a guide's density may draw beside
@@ -126,10 +127,14 @@ def _find_modes(descent: Descent, starts: Tensor) -> list[_Mode]:
     """The modes that descents end in, the highest first."""
     ends, values, gradients = descent.run(starts)
     modes: list[_Mode] = []
-    for index in values.argsort()[: 4 * _MOST_MODES]:
+    looks = 0
+    for index in values.argsort():
         position, gradient = ends[index], gradients[index]
         if not values[index].isfinite() or any(mode.holds(position) for mode in modes):
             continue
+        looks += 1
+        if looks > _MOST_LOOKS:
+            break
         hessian = descent.hessian(position)
         root, fault = torch.linalg.cholesky_ex(hessian)
         if int(fault):

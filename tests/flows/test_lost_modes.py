@@ -119,6 +119,25 @@ def test_a_guide_of_the_double_well_that_has_both_is_not_blamed():
     assert abs(found.log_evidence - 10.2935) < 4 * found.log_evidence_error
 
 
+def test_a_mode_that_few_descents_end_in_is_found():
+    """Both wells of a guide that has the larger one alone."""
+
+    class Larger:
+        def prepare(self):
+            pass
+
+        def draw(self, count):
+            position = torch.randn(count, 2) * torch.tensor([0.2, 1.0]) + torch.tensor([1.75, 0.0])
+            return position, self.log_ratio(position)
+
+        def log_ratio(self, position):
+            scale = torch.tensor([0.2, 1.0])
+            return normal(position, torch.tensor([1.75, 0.0]), scale)
+
+    told = describe_lost_modes(Larger(), Potential(of_density(double_well, 2, 2.0)))
+    assert abs(share_told(told) - 0.156) < 0.02
+
+
 def test_a_share_that_weights_make_up_for_is_not_lost():
     """The guide has a hundredth of a mode of one half, and 20,000 draws."""
 
