@@ -140,17 +140,17 @@ for name, result in found.items():
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-panels[0].hist(log_period.exp(), bins=periods[::40].exp(), density=True, label="FlowNUTS")
-panels[0].plot(periods.exp(), density / width / periods.exp(), lw=0.7, color="k", label="grid")
-panels[0].set(xscale="log", xlim=(3, 100), xlabel="period in days", ylabel="density")
+panels[0].hist(log_period, bins=periods[::10], density=True, label="FlowNUTS")
+panels[0].plot(periods, density / width, lw=0.7, color="k", label="grid")
+panels[0].set(xlim=(1.1, 4.2), xlabel="log of the period in days", ylabel="density")
 panels[0].legend()
 times = torch.linspace(0.0, 180.0, 800)
-for one in range(0, len(log_period), len(log_period) // 30):
+for one in range(0, len(log_period), len(log_period) // 8):
     period, phase, amplitude, offset = (
         mcmc.get_samples()[name][one] for name in ("log_period", "phase", "amplitude", "offset")
     )
     curve = offset + amplitude * (2.0 * math.pi * times * (-period).exp() + phase).cos()
-    panels[1].plot(times, curve, lw=0.3, color="tab:blue")
+    panels[1].plot(times, curve, lw=0.6, color="tab:blue")
 panels[1].errorbar(DAYS, SPEEDS, ERROR, fmt="ko", ms=3)
 panels[1].set(xlabel="days", ylabel="velocity in m/s", title="orbits drawn")
 panels[2].errorbar(
