@@ -314,7 +314,9 @@ class Kernel(PyroFace):
         """The current inverse mass in Pyro's form: tuples of names of sites, and their block.
 
         A vector is the diagonal of one. Sites that no tuple of ``full_mass`` names are together, in
-        the order of their names.
+        the order of their names. Under a map (:attr:`transport` is not none) it is the inverse mass
+        of the map's coordinates: the numbers at a site's places are not of its own scale, for a map
+        may mix sites.
         """
         form = self.hamiltonian.step_and_mass.form(self.potential)
         return form.by_name(self.kinetic.inverse_mass)
