@@ -12,7 +12,7 @@ from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import Reference, TemperedTarget
-from pyro_hamflow.smc.particles import Particles, Passage, Rung
+from pyro_hamflow.smc.particles import Drift, Particles, Passage, Rung
 from pyro_hamflow.smc.resampling import conditional_size, log_mean_exp
 from pyro_hamflow.smc.transport import AFT, CRAFT, flow_at, flow_to, train_in_passes
 
@@ -33,6 +33,7 @@ class Population:
         passages: What happened at each temperature.
         tuning: Step size and mass of the moves at the end.
         num_gradients: How many gradients each particle took, those before it included.
+        drift: What changed as the population moved on at the end, if it did.
     """
 
     position: Tensor = field(repr=False)
@@ -43,6 +44,7 @@ class Population:
     passages: list[Passage] = field(repr=False)
     tuning: Tuning = field(repr=False)
     num_gradients: int
+    drift: Drift | None = None
 
     @property
     def log_evidence(self) -> float:
@@ -51,9 +53,15 @@ class Population:
 
     @property
     def log_evidence_error(self) -> float:
-        """Its standard error, from how much the parts differ."""
+        """Its standard error, from how much the parts differ, and a drift where there is one.
+
+        Parts that all miss the same agree with each other.
+        """
         relative = (self.parts_log_evidence - self.log_evidence).exp()
-        return float(relative.std()) / math.sqrt(len(relative))
+        error = float(relative.std()) / math.sqrt(len(relative))
+        if self.drift is None or not self.drift.matters:
+            return error
+        return math.hypot(error, self.drift.change)
 
 
 Report = Callable[[Passage], None]
@@ -68,6 +76,7 @@ def anneal(
     conditional_ess: float = 0.97,
     num_moves: int = 2,
     transport: AFT | CRAFT | None = None,
+    moves_on: bool = False,
     report: Report | None = None,
 ) -> Population:
     r"""Moves a population along a path of temperatures to the posterior.
@@ -86,6 +95,8 @@ def anneal(
         conditional_ess: What the weights of one step are to be worth, as a share of the particles.
         num_moves: How often particles move at each temperature.
         transport: The flows that carry particles from one temperature to the next, if any do.
+        moves_on: Whether the population moves on at the end, half as often as until then, so that a
+            drift shows whether it had arrived.
         report: Is told of each temperature.
 
     Raises:
@@ -106,7 +117,7 @@ def anneal(
     schedule, cost = find_schedule(target, shape, conditional_ess, num_moves, transport, report)
     if isinstance(transport, CRAFT):
         schedule = train_in_passes(transport, target, schedule, num_moves)
-    return follow(target, shape, schedule, num_moves, cost, report)
+    return follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
 
 
 def find_schedule(
@@ -150,6 +161,8 @@ def follow(
     num_moves: int,
     cost: int,
     report: Report | None,
+    *,
+    moves_on: bool,
 ) -> Population:
     """A population that nothing is learned from."""
     particles = Particles(target, shape)
@@ -158,6 +171,10 @@ def follow(
         passages.append(particles.pass_on(rung, num_moves))
         if report is not None:
             report(passages[-1])
+    drift = None
+    if moves_on:
+        further = max(1, len(schedule) * num_moves // 2)
+        drift = particles.move_on(schedule[-1].tuning, further)
     log_weights = particles.all_log_weights
     return Population(
         particles.position,
@@ -168,6 +185,7 @@ def follow(
         passages,
         schedule[-1].tuning,
         cost + particles.moves.num_gradients,
+        drift,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,9 @@ from pyro_hamflow.smc.resampling import (
 )
 
 _DEPLETED = 0.5  # of the effective size, below which particles are resampled
+_SMALLEST_DRIFT = 0.2  # of the mean log ratio, below which it is of no interest
+_MANY_NOISES = 4.0  # of it, beyond which a drift is no chance
+_TAIL, _RANGE = 0.05, 3.29  # tails left out of a normal spread; what is left, in deviations
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,28 @@ class Passage:
     inverse_temperature: float
     ess: float
     acceptance_rate: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How a population's mean log ratio changes as it moves on at the end of its path.
+
+    A population that has reached the posterior keeps its distribution. The log evidence is the
+    integral of the mean log ratio along the path; so what that has missed at each temperature is
+    missing from the log evidence.
+
+    Attributes:
+        change: Of the mean.
+        noise: Its standard deviation in a population that has arrived.
+    """
+
+    change: float
+    noise: float
+
+    @property
+    def matters(self) -> bool:
+        """Whether it is more than chance, and large enough to be of interest."""
+        return abs(self.change) > max(_SMALLEST_DRIFT, _MANY_NOISES * self.noise)
 
 
 class Particles:
@@ -122,6 +148,21 @@ class Particles:
         self._known = None
         acceptance = float((self.weights * rate).sum())
         return Passage(rung.inverse_temperature, float(size.mean()), acceptance)
+
+    def move_on(self, tuning: Tuning, num_moves: int) -> Drift:
+        """Moves the population at its temperature, and tells what that changes."""
+        weights, before = self.weights, self.log_ratio().flatten()
+        self.position, self.noise, _ = self.moves(self.position, self.noise, tuning, num_moves)
+        self._known = None
+        after = self.log_ratio().flatten()
+        good = before.isfinite() & after.isfinite() & (weights > 0.0)
+        if not bool(good.any()):
+            return Drift(math.nan, math.nan)
+        change = float((weights * (after - before))[good].sum())
+        # Few particles in narrow places have a share of the variance, which hides what others do.
+        ends = torch.tensor([_TAIL, 1.0 - _TAIL]).to(after)
+        spread = float(after[good].quantile(ends).diff()) / _RANGE
+        return Drift(change, spread * float((2.0 * weights.square().sum()).sqrt()))
 
     @torch.no_grad()
     def reach(

@@ -37,7 +37,9 @@ class AnnealedSampler:
     density divided by that of the priors, and these should cover it.
 
     A first population finds temperatures (by the conditional effective sample size), step sizes and
-    masses; a second starts anew, moves by these, and is what one gets.
+    masses; a second starts anew, moves by these, and is what one gets. At the end it moves on for a
+    while, which changes nothing if it has arrived at the posterior; a drift of the energies shows
+    that it has not, counts as an error of the evidence, and is told in :attr:`message`.
 
     Arguments:
         model: A Pyro model, which may be a marginal one: its noise is then a part of each particle.
@@ -50,7 +52,7 @@ class AnnealedSampler:
             posterior of some is where to begin at for all.
         num_particles: How many particles there are.
         num_replicates: Into how many parts they fall, that are moved and resampled apart from each
-            other. How much these differ gives the error of the evidence.
+            other. How much these differ gives the error of the evidence, with the drift.
         conditional_ess: What the weights of the step to the next temperature are to be worth, as a
             share of the particles, if no flow carries them: the closer to one, the more
             temperatures there are. If not given, 0.97, and 0.5 with flows.
@@ -149,6 +151,7 @@ class AnnealedSampler:
                 conditional_ess=self.conditional_ess,
                 num_moves=self.num_moves,
                 transport=self.transport,
+                moves_on=True,
                 report=lambda passage: _show(bar, passage),
             )
         self._local = _recover(potential, self.population)
@@ -201,7 +204,7 @@ class AnnealedSampler:
 
     @property
     def log_evidence_error(self) -> float:
-        """Its standard error, from how much the parts of the population differ."""
+        """Its standard error, from how much the population's parts differ, and a drift if any."""
         return self.population.log_evidence_error
 
     @property

@@ -20,7 +20,16 @@ def describe(population: Population, guide: ImportanceSamples | None) -> str:
         population: The population.
         guide: Weighted draws of the guide that it began at, if it did.
     """
-    error = population.log_evidence_error
+    error, drift = population.log_evidence_error, population.drift
+    if drift is not None and drift.matters:
+        return (
+            "The evidence cannot be relied on, nor the draws: as the population moved on at the "
+            "end, its mean log density against the start's changed by "
+            f"{drift.change:.2g} (chance makes {drift.noise:.2g}), so that it had not reached the "
+            "posterior, whose narrow parts moves may miss; write a scale and what depends on it as "
+            "`pyro.sample` statements in place of a `pyro.factor`, or begin at a guide (`flow`), "
+            "or take more moves (`num_moves`)."
+        )
     if not error < _LARGEST_ERROR:
         return (
             "The evidence cannot be relied on, nor the weights of modes: the parts of the "
