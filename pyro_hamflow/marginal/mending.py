@@ -57,7 +57,7 @@ def mend_proposal(
                 f"{said}; Gaussians about several modes of each are fitted instead, with "
                 f"{marginal.settled_particles} particles."
             )
-    marginal.take(PriorProposal(), _number(variance))
+    marginal.take(PriorProposal(), number_from_prior(variance))
     return f"{said}; particles come from the prior instead, {marginal.settled_particles} of each."
 
 
@@ -75,7 +75,7 @@ def more_particles(
     """
     layouts = marginal.plan(*data.args, **data.kwargs).layouts.values()
     found = sorted(look(marginal, draw, data).variance(1) for draw in draws)
-    wanted = _number(found[len(found) // 2])
+    wanted = number_from_prior(found[len(found) // 2])
     if marginal.num_particles or wanted <= max(layout.num_particles for layout in layouts):
         return None
     other = copy.copy(marginal)
@@ -105,7 +105,7 @@ def fewer_particles(
     return other if enough else None
 
 
-def _number(variance: float) -> int:
+def number_from_prior(variance: float) -> int:
     """How many particles bring an estimate's variance from that with one to where it does well."""
     wanted = 2 ** math.ceil(math.log2(max(1.0, variance / _PRIOR_VARIANCE)))
     return min(max(wanted, _FEWEST), _MOST)

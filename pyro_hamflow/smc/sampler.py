@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hamflow.checks import between, fills, flag, whole
+from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
@@ -19,6 +20,7 @@ from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.particles import Passage
+from pyro_hamflow.smc.reach import extend_reach
 from pyro_hamflow.smc.resampling import effective_size, resample_systematically
 from pyro_hamflow.smc.transport import AFT, CRAFT
 from pyro_hamflow.smc.verdict import describe
@@ -35,6 +37,10 @@ class AnnealedSampler:
     the temperature falls, each with its share of the particles. A density of one's own, written as
     a ``pyro.factor`` over latent sites, begins at the sites' priors as well: it should hold the
     density divided by that of the priors, and these should cover it.
+
+    The likelihood estimate of a model from :func:`marginalize` is looked at beforehand wherever
+    climbs from the prior lead: where a proposal that was fitted at one mode would hide another,
+    particles come from the prior if the choice was left open, and :attr:`message` says so.
 
     A first population finds temperatures (by the conditional effective sample size), step sizes and
     masses; a second starts anew, moves by these, and is what one gets. At the end it moves on for a
@@ -121,6 +127,7 @@ class AnnealedSampler:
         self.sampling_time = 0.0
         self._population: Population | None = None
         self._local: dict[str, Tensor] = {}
+        self._remark: str | None = None  # on the estimate of the likelihood
         self.importance: ImportanceSamples | None = None
 
     def __repr__(self) -> str:
@@ -136,8 +143,12 @@ class AnnealedSampler:
         began = time.perf_counter()
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        potential = self._target.prepare(args, kwargs)
+        if isinstance(self.model, MarginalModel):
+            self.model.untune()
+        self._target.prepare(args, kwargs)
         reference = None
+        self._remark = extend_reach(self._target) if self.guide is None else None
+        potential = self._target.potential
         if self.guide is not None:
             self.guide.prepare(*args, **kwargs)
             reference = GuideReference(self.guide, potential)
@@ -233,8 +244,11 @@ class AnnealedSampler:
 
     @property
     def message(self) -> str:
-        """What the run says about its result, in a sentence."""
-        return describe(self.population, self.importance)
+        """What the run says about its result, after what it says about the likelihood estimate."""
+        said = describe(self.population, self.importance)
+        if self._remark is None:
+            return said
+        return f"{self._remark[0].upper()}{self._remark[1:]} {said}"
 
     def pick(self, num_samples: int) -> Tensor:
         """Indices of draws, picked by their weights, in random order.

@@ -50,6 +50,11 @@ class FlowChoices:
     num_proposals: int | None
     num_particles: int
 
+    @property
+    def learns(self) -> bool:
+        """Whether the flow is trained on a population from the prior."""
+        return self.flow is None or (self.adapt_flow and can_learn(self.flow))
+
 
 class Found(NamedTuple):
     """What a search has found.
@@ -93,16 +98,15 @@ class FlowSearch:
         self.hamiltonian = hamiltonian
         self.make_transition = make_transition
         self.plan = plan
-        self._learns = choices.flow is None or (choices.adapt_flow and can_learn(choices.flow))
 
     def run(self) -> Found:
         """Finds a population, tunes the local move on it, and trains the flow on where it goes.
 
         A few particles in haste tell whether that is worth it.
         """
-        walkers = self._walkers(self._hasty_population() if self._learns else self._drawn())
+        walkers = self._walkers(self._hasty_population() if self.choices.learns else self._drawn())
         persistence = walkers.persistence()
-        if persistence >= _SLOW and self._learns:
+        if persistence >= _SLOW and self.choices.learns:
             walkers = self._walkers(anneal(self.potential, self.choices.num_particles))
             persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
@@ -116,7 +120,7 @@ class FlowSearch:
             guide = self.choices.flow
             if guide is None:
                 guide = training.built()
-            elif self._learns:
+            elif self.choices.learns:
                 training.given(cast(TrainableGuide, guide))
             jumps = walkers.jumps(guide)
             if gain(persistence, jumps.acceptance_rate) < _GAIN:

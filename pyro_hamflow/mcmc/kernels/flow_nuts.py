@@ -24,6 +24,7 @@ from pyro_hamflow.mcmc.kernels.random_walk import RandomWalk
 from pyro_hamflow.mcmc.transitions.base import State
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.smc.reach import extend_reach
 
 _LOCAL = (HMC, NUTS, MALA, RandomWalk, PseudoMarginalHMC, PseudoMarginalNUTS)
 _ENOUGH = 50  # iterations of warm-up, where walkers have found the mass and nearly the step
@@ -37,6 +38,10 @@ class FlowNUTS(Kernel):
     moves, jumps and training, as long as more of its jumps are accepted. Then flow, step size and
     mass are frozen. Each draw is made by a local move and a jump: proposals of the flow, picked by
     their importance weights. Chains start from the population.
+
+    The likelihood estimate of a model from :func:`marginalize` is looked at beforehand wherever
+    climbs from the prior lead: where a proposal that was fitted at one mode would hide another,
+    particles come from the prior if the choice was left open, and a message says so.
 
     Where local moves alone are soon anywhere, as in posteriors of one mode, no flow is trained and
     no jumps are made, and where jumps are too rare for what they cost, they are left out; both are
@@ -143,6 +148,10 @@ class FlowNUTS(Kernel):
         self, num_chains: int, initial_params: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """From the population, once it has been found, unless told where."""
+        if self._flow_choices.learns:
+            said = extend_reach(self.source)
+            if said is not None:
+                self.plan.say(said, first=True)
         search = FlowSearch(
             self._flow_choices, self.potential, self.hamiltonian, self.make_transition, self.plan
         )
