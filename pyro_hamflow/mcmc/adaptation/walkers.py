@@ -21,7 +21,7 @@ _APART = 10  # moves, after which a walker is compared with where it was
 _MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
 _NOISE = 3.5  # standard errors of a correlation, which the largest of many may reach by chance
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)  # of proposals that may be made for a jump
-_WANTED_RATE = 0.9  # of jumps: proposals are made together, and cost little beside local moves
+_WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
 _LONGEST_STAY = 1.05  # jumps that are tried where a chain is, on average, beyond the first
 _REMOTE = 1000.0  # jumps, after which a walker leaves where it is: they are as good as none
 
