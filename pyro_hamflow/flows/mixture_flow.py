@@ -16,7 +16,7 @@ from pyro_hamflow.flows.standardised import standardise
 from pyro_hamflow.model.prior import Prior
 
 _SHARE = 0.05  # of each defence
-_FREEDOM = 1.0  # of Student's t: tails of transformed parameters are long in one coordinate
+_FREEDOM = 4.0
 
 
 class MixtureFlow(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_hamflow.flows.coupling import couplings
-from pyro_hamflow.flows.gaussian_mixture import GaussianMixture, fit_mixture
+from pyro_hamflow.flows.gaussian_mixture import fit_mixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
 from pyro_hamflow.flows.standardised import standardise
 from pyro_hamflow.model.potential import Potential
@@ -22,8 +22,6 @@ _STEEPEST = 10.0  # a pull on one coordinate that training follows
 _CHECK_EVERY = 25
 _PATIENCE = 0.5
 _WORTHWHILE = 0.01  # gain in held-out log density for which coupling layers stay
-_ADDED_SHARE = 0.2  # of the components that are added where a flow lacks density
-_HEAVIEST = 0.01  # of all weights, what one draw counts at most where they are added
 
 
 def flow_for(
@@ -63,52 +61,6 @@ def flow_for(
         if not fit.best_loss < fit.checks[0] - _WORTHWHILE:
             flow.layers = nn.ModuleList()
     return DefendedFlow(flow.to(potential.example), _prior_of(potential))
-
-
-@torch.no_grad()
-def extend_flow(
-    guide: DefendedFlow, position: Tensor, gradient: Tensor, value: Tensor
-) -> DefendedFlow:
-    """A flow with components added where it has too little density for the posterior.
-
-    They are fitted to draws by the weights that these have under the flow. A mixture that is fitted
-    to draws alone hardly sees the tails of the modes: few draws lie there, but chains that come
-    there are not to stay for long.
-
-    Arguments:
-        guide: A flow without coupling layers; it stays as it is.
-        position: As in :func:`flow_for`; others than the flow was fitted to.
-        gradient: As in :func:`flow_for`.
-        value: The potential there, ``(draws,)``.
-
-    Raises:
-        ValueError: If the flow has coupling layers, or fewer than two draws have finite gradients.
-
-    References:
-        | Estimating and projecting trends in HIV/AIDS generalized epidemics using incremental
-          mixture importance sampling (Raftery, Bao, 2010)
-        | https://doi.org/10.1111/j.1541-0420.2010.01399.x
-    """
-    flow = guide.flow
-    if len(flow.layers):
-        raise ValueError(f"`guide` is {guide!r}: expected a flow without coupling layers")
-    log_weights = -(value.double() + guide.log_ratio(position).double())
-    log_weights = log_weights.masked_fill(~log_weights.isfinite(), -math.inf).log_softmax(0)
-    log_weights = log_weights.clamp(max=math.log(_HEAVIEST))
-    position, score, weights = _usable(position, -gradient, log_weights)
-    loc, scale_tril = flow.loc.double(), flow.scale_tril.double()
-    held_out = torch.arange(len(position)) % _HELD_OUT == 0
-    whitened = standardise(position, loc, scale_tril)
-    added = fit_mixture(whitened, score @ scale_tril, weights, held_out).to(flow.loc)
-    parts = ((flow.mixture, 1.0 - _ADDED_SHARE), (added, _ADDED_SHARE))
-    mixture = GaussianMixture(
-        torch.cat([part.log_shares.log_softmax(0) + math.log(share) for part, share in parts]),
-        torch.cat([part.mean for part, _ in parts]),
-        torch.cat([part.scale_tril for part, _ in parts]),
-    )
-    return DefendedFlow(
-        MixtureFlow(flow.loc, flow.scale_tril, mixture, nn.ModuleList()), guide.prior
-    )
 
 
 def train_flow(

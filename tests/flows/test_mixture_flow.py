@@ -13,7 +13,7 @@ from pyro_hamflow import MCMC, FlowMH, fit_guide, importance_sample
 from pyro_hamflow.flows.coupling import couplings
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
-from pyro_hamflow.flows.population import extend_flow, flow_for, train_flow
+from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 
@@ -226,29 +226,6 @@ def test_draws_without_numbers_do_not_count():
     assert all(bool(v.isfinite().all()) for v in flow.state_dict().values())
     with pytest.raises(ValueError, match="0 of 500 draws have finite gradients"):
         flow_for(potential, draws, torch.full_like(draws, math.nan))
-
-
-def test_extended_flow_covers_what_it_lacked():
-    """All that is added goes to the mode that weighs too much, and leaves no draw heavy."""
-    draws = two_modes_draws(1000, 2)
-    potential, flow = built(two_modes(2), draws[draws[:, 0] > 0.0], num_layers=0)
-    value, gradient, _ = potential.gradients(draws, draws.new_zeros(len(draws), 0))
-    extended = extend_flow(flow, draws, gradient, value)
-    fresh = two_modes_draws(4000, 2)
-    value = potential.value(fresh, fresh.new_zeros(len(fresh), 0))
-    with torch.no_grad():
-        before, after = ((-value - one.log_ratio(fresh)).exp() for one in (flow, extended))
-        position, log_density = extended.draw(4000)
-    assert 0.15 < (position[:, 0] < 0.0).double().mean() < 0.25
-    assert before.max() > 20.0
-    assert after.max() < 5.0
-    torch.testing.assert_close(extended.log_ratio(position), log_density)
-
-
-def test_flow_with_layers_is_not_extended():
-    flow = DefendedFlow(random_flow(2))
-    with pytest.raises(ValueError, match="expected a flow without coupling layers"):
-        extend_flow(flow, torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3))
 
 
 def test_weights_are_bounded_by_the_likelihood():

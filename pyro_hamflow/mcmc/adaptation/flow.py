@@ -31,7 +31,7 @@ _GAIN = 1.5  # in independent draws for which they are worth their time
 _LEAST = 1e-3  # of a draw, that one is worth where it cannot be told
 _FEW_REMOTE = 0.005  # of walkers, as there are in the tails of any flow
 _LOW = 0.05  # acceptance, below which jumps are rare
-_NO_JUMPS = Jumps(0, 0.0, 0.0, 0.0)
+_NO_JUMPS = Jumps(0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_hamflow.flows.fit import TrainableGuide
 from pyro_hamflow.flows.losses import Objective
 from pyro_hamflow.flows.mixture_flow import DefendedFlow
-from pyro_hamflow.flows.population import extend_flow, flow_for, train_flow
+from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.mcmc.adaptation.walkers import Visited, Walkers
 from pyro_hamflow.model.guides import DensityGuide, log_ratio_at
 from pyro_hamflow.model.potential import Potential
@@ -22,8 +22,6 @@ _DRAWS = 4000  # that a flow is trained on
 _ROWS = 1000  # gradients at once
 _MOVES = 4  # local moves between two jumps of a round
 _ROUNDS = 6  # of moves and training, at most
-_EXTENSIONS = 5  # of a mixture, at most
-_ENOUGH, _SHORT = 0.5, 2.0  # acceptance and stay of jumps that need no layers
 _STEPS, _CHECK_EVERY = 400, 25  # of one training, and of each part that is judged
 _BATCH = 256  # draws, from which a step's loss is estimated
 _LEARNING_RATE = 5e-3  # that of `fit_guide`
@@ -49,30 +47,13 @@ class FlowTraining:
     def built(self) -> DefendedFlow:
         """A flow of its own: a mixture of Gaussians, bent by layers if it will not do alone."""
         visited = self.walkers.visited(_DRAWS)
-        _, gradient = self._energies(visited)
+        gradient = self._gradient(visited)
         mixture = flow_for(self.potential, visited.position, gradient, num_layers=0)
         rate = self.walkers.jump(mixture)
         if rate > _HIGH:
             return mixture
-        extended = self._extended(mixture)
-        jumps = self.walkers.jumps(extended)
-        if jumps.acceptance_rate >= _ENOUGH and jumps.stay <= _SHORT:
-            return extended
-        visited = self.walkers.visited(_DRAWS)
-        _, gradient = self._energies(visited)
         flow = flow_for(self.potential, visited.position, gradient)
-        return flow if self._train_in_rounds(flow, self._train_built) > rate else extended
-
-    def _extended(self, mixture: DefendedFlow) -> DefendedFlow:
-        """A mixture that covers as well where walkers go from where it let them jump."""
-        for _ in range(_EXTENSIONS):
-            self.walkers.move(_MOVES)
-            visited = self.walkers.visited(_DRAWS)
-            value, gradient = self._energies(visited)
-            mixture = extend_flow(mixture, visited.position, gradient, value)
-            self.walkers.jump(mixture)
-        self.walkers.move(_MOVES)
-        return mixture
+        return flow if self._train_in_rounds(flow, self._train_built) > rate else mixture
 
     def given(self, guide: TrainableGuide) -> None:
         """Trains a user's flow, in place."""
@@ -100,7 +81,7 @@ class FlowTraining:
 
     def _train_built(self, flow: DefendedFlow, visited: Visited) -> None:
         """Trains by draws and the gradients there."""
-        train_flow(flow.flow, visited.position, self._energies(visited)[1])
+        train_flow(flow.flow, visited.position, self._gradient(visited))
 
     def _train_given(self, guide: TrainableGuide, visited: Visited) -> None:
         """Trains by draws, with a share of the reverse divergence."""
@@ -121,13 +102,10 @@ class FlowTraining:
             patience=_STEPS,
         )
 
-    def _energies(self, visited: Visited) -> tuple[Tensor, Tensor]:
-        """The potential and its gradient wherever walkers have been."""
+    def _gradient(self, visited: Visited) -> Tensor:
+        """The potential's gradient wherever walkers have been."""
         parts = zip(visited.position.split(_ROWS), visited.noise.split(_ROWS), strict=True)
-        values, gradients, _ = zip(
-            *(self.potential.gradients(*part) for part in parts), strict=True
-        )
-        return torch.cat(values), torch.cat(gradients)
+        return torch.cat([self.potential.gradients(*part)[1] for part in parts])
 
 
 def can_learn(flow: DensityGuide) -> bool:

@@ -20,9 +20,9 @@ _WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
 _APART = 10  # moves, after which a walker is compared with where it was
 _MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
 _NOISE = 3.5  # standard errors of a correlation, which the largest of many may reach by chance
-_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # of proposals that may be made for a jump
+_COUNTS = (1, 2, 4, 8, 16, 32)  # of proposals that may be made for a jump
 _WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
-_LONGEST_STAY = 1.05  # jumps that are tried where a chain is, on average, beyond the first
+_LONGEST_STAY = 1.2  # jumps that are tried where a chain is, on average, beyond the first
 _REMOTE = 1000.0  # jumps, after which a walker leaves where it is: they are as good as none
 
 
@@ -125,11 +125,11 @@ class Walkers:
         for count in _COUNTS:
             log_weights = proposed[: count * len(here)].reshape(len(here), count)
             rate = float(choose(here, log_weights)[1].acceptance_rate.mean())
-            stay = float((here - typical - math.log(count)).exp().clamp(min=1.0).mean())
-            if rate >= _WANTED_RATE and stay <= _LONGEST_STAY:
+            stay = (here - typical - math.log(count)).exp().clamp(min=1.0).mean()
+            if rate >= _WANTED_RATE and float(stay) <= _LONGEST_STAY:
                 break
         remote = float((here > typical + math.log(_REMOTE * count)).double().mean())
-        return Jumps(count, rate, stay, remote)
+        return Jumps(count, rate, remote)
 
 
 class Jumps(NamedTuple):
@@ -138,13 +138,11 @@ class Jumps(NamedTuple):
     Attributes:
         num_proposals: How many proposals to make for each.
         acceptance_rate: How often one is made.
-        stay: How many are tried where a walker is, on average, before one is made.
         remote: The share of walkers where the guide has next to no density.
     """
 
     num_proposals: int
     acceptance_rate: float
-    stay: float
     remote: float
 
 

@@ -62,7 +62,7 @@ class FlowNUTS(Kernel):
             has the methods of a torch module. If not, it has to be trained, and the population is
             drawn from it.
         num_proposals: How many proposals are made for each jump; if not given, as few as are needed
-            for half of the jumps to be accepted and for no long stays anywhere, up to 64.
+            for half of the jumps to be accepted, up to 32.
         num_particles: How many particles look for the modes.
         jit_compile: Whether to compile the model's density to machine code; where ``local`` is
             given, that is said there.
