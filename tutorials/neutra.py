@@ -39,8 +39,7 @@ def schools(error, effect):
 # ## Twice the same sampler
 # The map is fitted to the gradients of the trajectories, first along plain ones, then along those
 # that the map so far allows. After the last fit it is frozen, and the step size found anew. Where
-# plain moves, tried beside it, give as many independent draws for their work, as on a posterior
-# that is about normal, it is dropped, and a message says so.
+# it gains nothing, as on a posterior that is about normal, it is dropped, and a message says so.
 
 # %%
 runs = {}

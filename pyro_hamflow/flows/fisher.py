@@ -8,7 +8,6 @@ N(0, I), whose gradient is z. Each draw gives as many equations as it has coordi
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from torch import Tensor
@@ -32,21 +31,6 @@ def divergences(coordinates: Tensor, gradient: Tensor) -> Tensor:
         gradient: The potential's gradient there.
     """
     return torch.log1p((gradient - coordinates).square().mean(-1))
-
-
-@torch.no_grad()
-def mean_divergence(points: tuple[Tensor, Tensor], held_out: Tensor) -> float:
-    """The mean divergence of points held out, as a number; infinite if it is none."""
-    value = float(divergences(*points)[held_out].mean())
-    return value if math.isfinite(value) else math.inf
-
-
-def whitened(x: Tensor, g: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Points and gradients in the coordinates that a mass makes of the model's own."""
-    root = torch.linalg.cholesky(covariance.double())
-    centred = x.double() - x.double().mean(0) + g.double().mean(0) @ covariance.double()
-    z = torch.linalg.solve_triangular(root, centred.mT, upper=False).mT
-    return z, g.double() @ root
 
 
 def fit_transport(

@@ -61,19 +61,14 @@ class SelfCompiling:
 
 
 def calls_to_pay(graph: GraphModule) -> float:
-    """How many calls take as long as to compile the graph, roughly."""
-    count = len(sizes_made(graph))
-    return (_COMPILER + _COMPILED_EACH * count) / max(seconds_of(graph), _EACH)
-
-
-def seconds_of(graph: GraphModule) -> float:
-    """The seconds that a call takes, roughly.
+    """How many calls take as long as to compile the graph, roughly.
 
     By the number of its operations and of the numbers that they make, not by a clock, so that what
-    a run decides by them is decided alike when it is repeated.
+    is compiled in a run is compiled when it is repeated.
     """
     sizes = sizes_made(graph)
-    return _EACH * len(sizes) + _NUMBER * sum(sizes)
+    seconds = _EACH * len(sizes) + _NUMBER * sum(sizes)
+    return (_COMPILER + _COMPILED_EACH * len(sizes)) / max(seconds, _EACH)
 
 
 def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:

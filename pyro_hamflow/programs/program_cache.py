@@ -28,7 +28,7 @@ from pyro_hamflow.programs.capture import (
     loop,
 )
 from pyro_hamflow.programs.captured import Captured
-from pyro_hamflow.programs.compilation import SelfCompiling, seconds_of
+from pyro_hamflow.programs.compilation import SelfCompiling
 from pyro_hamflow.programs.failures import Failures, first_line
 from pyro_hamflow.programs.gaps import without_gaps_in_constants
 from pyro_hamflow.programs.validation import no_validation
@@ -199,12 +199,6 @@ class ProgramCache:
                 programs.pop(next(iter(programs)))
             programs[key] = self._final(capture(function, *examples))
         return programs[key]
-
-    def seconds_of(self, owner: object) -> float:
-        """The seconds that the longest program of an owner takes, roughly; 0 if it has none."""
-        programs = self._owned.get(owner, {}).values()
-        graphs = [p.graph if isinstance(p, SelfCompiling) else p for p in programs]
-        return max((seconds_of(g) for g in graphs if isinstance(g, GraphModule)), default=0.0)
 
     def start_counting(self) -> None:
         """Has programs count their calls anew, so that a run compiles what its repetition does."""
