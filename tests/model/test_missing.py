@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_hamflow import MCMC, NUTS, marginalize, to_inference_data
-from pyro_hamflow.model import potential as potential_module
+from pyro_hamflow.model import runs
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.potential import Potential
 
@@ -295,7 +295,7 @@ def test_entries_of_a_joint_distribution_as_latent_sites():
 
 
 def test_without_filling_gradients_are_no_numbers(monkeypatch):
-    monkeypatch.setattr(potential_module, "without_gaps", lambda site: site["value"])
+    monkeypatch.setattr(runs, "without_gaps", lambda site: site["value"])
     potential = Potential(_level, (REAL,))
     assert potential.value_of_one(torch.zeros(1), torch.zeros(0)).isfinite()
     position = torch.zeros(1, requires_grad=True)

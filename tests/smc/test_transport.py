@@ -93,7 +93,7 @@ def evidences(model, change, *, num_replicates=200, seed=0):
     torch.manual_seed(seed)
     target = path(model)
     schedule, _ = find_schedule(target, (8, 100), 0.5, 1, None, None)
-    population = follow(target, (num_replicates, 20), change(schedule), 1, 0, None)
+    population = follow(target, (num_replicates, 20), change(schedule), 1, 0, None, moves_on=False)
     return population.parts_log_evidence.exp()
 
 
