@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import Guide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import largest_tensor
+from pyro_hamflow.smc.resampling import effective_size, log_mean_exp
 from pyro_hamflow.smc.weights import mean_error, smooth_weights
 
 _BATCH = 1000  # draws proposed at once
@@ -59,7 +59,7 @@ class ImportanceSamples:
     @property
     def log_evidence(self) -> float:
         """The logarithm of the mean weight, the estimated evidence."""
-        return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
+        return float(log_mean_exp(self.log_weights))
 
     @cached_property
     def log_evidence_error(self) -> float:
@@ -78,8 +78,7 @@ class ImportanceSamples:
     @property
     def ess(self) -> float:
         """The effective sample size of the weights; zero if all of them are."""
-        total, squares = self.log_weights.logsumexp(0), (2 * self.log_weights).logsumexp(0)
-        return float((2 * total - squares).exp().nan_to_num(0.0))
+        return float(effective_size(self.log_weights))
 
     @property
     def pareto_k(self) -> float:

@@ -15,6 +15,7 @@ from pyro_hamflow.mcmc.transitions.base import Transition
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, choose
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.smc.resampling import log_mean_exp
 
 _WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
 _APART = 10  # moves, after which a walker is compared with where it was
@@ -121,7 +122,7 @@ class Walkers:
         transition = IndependenceTransition(self.potential, guide)
         here = transition.log_weight_at(self.state)
         proposed = transition.propose(max(_COUNTS) * len(here)).log_weights
-        typical = proposed.logsumexp(0) - math.log(len(proposed))
+        typical = log_mean_exp(proposed)
         for count in _COUNTS:
             log_weights = proposed[: count * len(here)].reshape(len(here), count)
             rate = float(choose(here, log_weights)[1].acceptance_rate.mean())
