@@ -1,0 +1,127 @@
+"""Banded matrices against dense ones: values, gradients, batches, recorded programs, time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_hamflow.programs import banded, banded_source
+from pyro_hamflow.programs.capture import batch, capture
+
+SIZES = [(1, 0), (7, 0), (7, 1), (9, 2), (6, 3), (5, 4), (3, 5)]
+
+
+def some_bands(n: int, p: int, *shape: int) -> Tensor:
+    """Bands of positive definite matrices, zero where there is no entry."""
+    torch.manual_seed(n + 10 * p)
+    bands = 0.4 * torch.randn(*shape, n, p + 1, dtype=torch.float64)
+    bands[..., 0] = 3.0 + p + torch.rand(*shape, n, dtype=torch.float64)
+    return bands * (torch.arange(n)[:, None] >= torch.arange(p + 1))
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.fixture(params=["machine code", "torch"])
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(banded_source, "library", lambda: None)
+    elif banded_source.library() is None:
+        pytest.skip("no C compiler")
+    return request.param
+
+
+def by_bands(bands: Tensor, linear: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    root = banded.cholesky(bands)
+    return banded.draw(root, linear, noise), banded.log_det(root), banded.solve(root, linear)
+
+
+def by_dense(bands: Tensor, linear: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    matrix = banded.dense(bands)
+    root = torch.linalg.cholesky(matrix)
+    mean = torch.cholesky_solve(linear[..., None], root)[..., 0]
+    apart = torch.linalg.solve_triangular(root.mT, noise.mT, upper=True).mT
+    lower = torch.linalg.solve_triangular(root, linear[..., None], upper=False)[..., 0]
+    return mean.unsqueeze(-2) + apart, torch.logdet(matrix), lower
+
+
+@pytest.mark.parametrize(("n", "p"), SIZES)
+def test_values_and_gradients_are_those_of_dense_matrices(way, n, p):
+    given = some_bands(n, p, 2), random(2, n), random(2, 3, n)
+    weights = random(2, 3, n), random(2), random(2, n)
+
+    def run(function):
+        inputs = [tensor.clone().requires_grad_() for tensor in given]
+        results = function(*inputs)
+        total = sum((w * r).sum() for w, r in zip(weights, results, strict=True))
+        return [*results, *torch.autograd.grad(total, inputs)]
+
+    for ours, exact in zip(run(by_bands), run(by_dense), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_products_are_those_of_dense_matrices():
+    bands, vector = some_bands(8, 3, 2), random(2, 8)
+    matrix, root = banded.dense(bands), banded.cholesky(bands)
+    torch.testing.assert_close(banded.bands_of(matrix, 4), bands)
+    torch.testing.assert_close(banded.multiply(bands, vector), (matrix @ vector[..., None])[..., 0])
+    lower = torch.linalg.cholesky(matrix)
+    for transposed, factor in ((False, lower), (True, lower.mT)):
+        product = banded.multiply_root(root, vector, transposed=transposed)
+        torch.testing.assert_close(product, (factor @ vector[..., None])[..., 0])
+
+
+def test_recorded_batched_and_differentiated(way):
+    bands, linear, noise = some_bands(6, 2, 4), random(4, 6), random(4, 3, 6)
+
+    def total(bands: Tensor, linear: Tensor, noise: Tensor) -> Tensor:
+        root = banded.cholesky(bands)
+        draws = torch.func.vmap(lambda z: banded.draw(root, linear, z))(noise)
+        return draws.sin().sum() + banded.log_det(root)
+
+    def slopes(bands: Tensor, linear: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in (bands, linear, noise)]
+            return torch.autograd.grad(total(*inputs), inputs)
+
+    inputs = bands, linear, noise
+    exact = [torch.stack(rows) for rows in zip(*map(slopes, *inputs), strict=True)]
+    recorded = capture(slopes, *(tensor[0] for tensor in inputs))
+    batched = batch(recorded, *inputs)(*inputs)
+    for one, other in zip(exact, batched, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_matrix_that_is_not_positive_definite_has_no_root(way):
+    bands = some_bands(5, 1, 2)
+    bands[1, 3, 0] = -1.0
+    found = banded.log_det(banded.cholesky(bands))
+    assert found[0].isfinite() and found[1].isnan()
+
+
+def test_single_precision(way):
+    bands = some_bands(6, 1)
+    root = banded.cholesky(bands.float())
+    assert root.dtype == torch.float32
+    torch.testing.assert_close(root.double(), banded.cholesky(bands), rtol=1e-5, atol=1e-5)
+
+
+def test_time_is_in_proportion_to_length():
+    if banded_source.library() is None:
+        pytest.skip("no C compiler")
+
+    def seconds(n: int) -> float:
+        bands, linear = some_bands(n, 2, 4).requires_grad_(), random(4, n)
+        best = float("inf")
+        for _ in range(5):
+            start = time.process_time()
+            root = banded.cholesky(bands)
+            torch.autograd.grad(banded.draw(root, linear, linear).sum(), bands)
+            best = min(best, time.process_time() - start)
+        return best
+
+    assert seconds(80_000) < 8.0 * seconds(20_000)  # a square law would take sixteen times as long
