@@ -97,13 +97,19 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
 
 
 def _goes_on(function: Program, examples: tuple[Tensor, ...], number: int) -> bool:
-    """Whether a function catches the failure of a factorisation, and so has more than one way."""
+    """Whether a function catches the failure of a factorisation, and so has more than one way.
+
+    A function may itself record one: a failure that such an outer check asks for is not this one's.
+    """
+    check = FailAt(number)
     try:
-        with FailAt(number):
+        with check:
             function(*examples)
     except Exception:  # as it is or as another
-        return False
-    return True
+        if check.has_failed:
+            return False
+        raise
+    return check.has_failed
 
 
 def _has_gradient_of_its_own(result: Any, constants: Iterable[Tensor]) -> bool:

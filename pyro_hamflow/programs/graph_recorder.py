@@ -220,17 +220,22 @@ class FailAt(TorchDispatchMode):
 
     Arguments:
         number: Which of the checks that come.
+
+    Attributes:
+        has_failed: Whether it has come.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
+        self.has_failed = False
         self._checks = itertools.count()
 
     def __torch_dispatch__(
         self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if target is _CHECK_ERRORS and next(self._checks) == self.number:
+            self.has_failed = True
             raise torch.linalg.LinAlgError(f"{args[1]}: failed, to see what follows")
         return target(*args, **(kwargs or {}))
 

@@ -24,6 +24,7 @@ from pyro_hamflow.programs.capture import (
     loop,
 )
 from pyro_hamflow.programs.graph_recorder import _BINDINGS
+from pyro_hamflow.programs.vectorize import Vectorized
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity
 
@@ -382,3 +383,20 @@ def test_programs_around_a_surrogate_go_with_it():
     run.run()
     assert kernel.potential is potential
     assert set(potential.programs._graphs) - set(known) <= {("evaluate", 2)}
+
+
+def test_a_function_that_records_a_factorisation_of_its_own_has_one_way():
+    """The failure that the outer check asks for comes while the inner one is being checked."""
+
+    def row(matrix):
+        factor = torch.zeros(2, 2)
+        factor[:] = torch.linalg.cholesky(matrix)  # which `torch.func.vmap` refuses
+        return factor.diagonal().log().sum()
+
+    rows = Vectorized("rows")
+
+    def function(scale):
+        return rows(row, scale * torch.eye(2).expand(3, 2, 2)).sum()
+
+    graph = capture(function, torch.tensor(2.0))
+    torch.testing.assert_close(graph(torch.tensor(3.0)), 3.0 * torch.tensor(3.0).log())
