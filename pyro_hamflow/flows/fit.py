@@ -18,6 +18,7 @@ from pyro_hamflow.flows.lost_modes import describe_lost_modes
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.training import Trainable, Training, train
+from pyro_hamflow.process import undisturbed
 from pyro_hamflow.programs.captured import keep_with
 
 _WINDOWS = 40  # parts of a training, whose mean losses are compared
@@ -70,7 +71,8 @@ def fit_guide(
         num_particles: From how many draws the loss of each step is estimated.
         learning_rate: The first learning rate.
         patience: Which share of all steps may pass without progress before training stops.
-        seed: Makes a training repeat itself; torch's current random state is used if not given.
+        seed: Makes a training repeat itself, and leaves random states as they were; torch's current
+            one is used, and goes on, if not given.
         jit_compile: Whether to compile the model's gradient to machine code.
         disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
         kwargs: The model's keyword arguments.
@@ -96,22 +98,21 @@ def fit_guide(
     """
     fills("guide", guide, TrainableGuide)
     whole("num_particles", num_particles, 1)
-    if seed is not None:
-        torch.manual_seed(seed)
-    potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
-    keep_with(guide, potential.programs.captured)  # for those who correct it
-    guide.prepare(*args, **kwargs)
-    objective = Objective(guide, potential, num_particles)
-    training = _train(
-        guide,
-        lambda progress: loss(objective, progress),
-        settled=loss.settled,
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-        patience=patience,
-        disable_progbar=disable_progbar,
-    )
-    lost = describe_lost_modes(guide, potential)
+    with undisturbed(seed):
+        potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
+        keep_with(guide, potential.programs.captured)  # for those who correct it
+        guide.prepare(*args, **kwargs)
+        objective = Objective(guide, potential, num_particles)
+        training = _train(
+            guide,
+            lambda progress: loss(objective, progress),
+            settled=loss.settled,
+            num_steps=num_steps,
+            learning_rate=learning_rate,
+            patience=patience,
+            disable_progbar=disable_progbar,
+        )
+        lost = describe_lost_modes(guide, potential)
     if lost is not None:
         warnings.warn(lost, stacklevel=2)
     return training
@@ -164,22 +165,21 @@ def fit_flow(
     if not bool(samples.isfinite().all()):
         raise ValueError("`samples` are not all finite: expected numbers")
     samples = samples.reshape(-1, flow.dimension)
-    if seed is not None:
-        torch.manual_seed(seed)
 
     def loss(progress: float) -> Tensor:
         picked = torch.randint(len(samples), (batch_size,), device=samples.device)
         return -flow.log_ratio(samples[picked]).mean()
 
-    return _train(
-        flow,
-        loss,
-        settled=lambda progress: True,
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-        patience=patience,
-        disable_progbar=disable_progbar,
-    )
+    with undisturbed(seed):
+        return _train(
+            flow,
+            loss,
+            settled=lambda progress: True,
+            num_steps=num_steps,
+            learning_rate=learning_rate,
+            patience=patience,
+            disable_progbar=disable_progbar,
+        )
 
 
 def _train(

@@ -101,6 +101,13 @@ class FlowGuide(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self._set_up(args, kwargs)
+        except BaseException:  # an interruption, too
+            self.prototype_trace = None  # as if it had never been called
+            raise
+
+    def _set_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (model,), (start,) = self._plain_model, self._start
         pilot = None
         if isinstance(model, MarginalModel):
@@ -120,22 +127,18 @@ class FlowGuide(AutoContinuous):
             name: site for name, site in whole.iter_stochastic_nodes() if is_noise(site)
         }
         saved = None
-        try:
-            if self._waiting is not None:
-                saved = tuple(self._waiting[name].to(position) for name in ("loc", "scale_tril"))
-            with torch.enable_grad():
-                loc, scale_tril, base = find_start(
-                    start, model, args, kwargs, self._sites(), position, saved
-                )
-        except Exception:
-            self.prototype_trace = None  # as if it had never been called
-            raise
+        if self._waiting is not None:
+            saved = tuple(self._waiting[name].to(position) for name in ("loc", "scale_tril"))
+        with torch.enable_grad():
+            loc, scale_tril, base = find_start(
+                start, model, args, kwargs, self._sites(), position, saved
+            )
         self.register_buffer("loc", loc)
         self.register_buffer("scale_tril", scale_tril)
         self.flow = self.make_flow(position, base)
         if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            self.load_state_dict(waiting)
+            self.load_state_dict(self._waiting)
+            self._waiting = None
 
     @property
     def dimension(self) -> int:

@@ -92,10 +92,10 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
         value.backward()
         return value
 
-    lowest = float(value_of(best))
+    lowest = float(value_of(best).detach())
     for _ in range(_ROUNDS):
         optimizer.step(closure)
-        value = float(value_of(point.detach()))
+        value = float(value_of(point.detach()).detach())
         if not value < lowest - 1e-6:
             break
         lowest, best = value, point.detach().clone()

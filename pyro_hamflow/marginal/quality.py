@@ -12,6 +12,7 @@ from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.scrutiny import look
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE, repeated_estimates
 from pyro_hamflow.model.kinds import Arguments
+from pyro_hamflow.process import undisturbed
 
 
 class EstimatorQuality(NamedTuple):
@@ -35,6 +36,7 @@ class EstimatorQuality(NamedTuple):
     max_pareto_k: float
 
 
+@undisturbed()
 def estimator_quality(
     marginal: MarginalModel,
     parameters: Mapping[str, Tensor],

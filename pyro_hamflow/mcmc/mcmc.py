@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import arviz
 import numpy as np
@@ -17,25 +17,41 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer.mcmc.util import select_samples
 from pyro.infer.util import is_validation_enabled
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hamflow.checks import flag, whole
-from pyro_hamflow.mcmc.draws import Draws, Record
+from pyro_hamflow.mcmc.adaptation.base import Phase
+from pyro_hamflow.mcmc.chains import Chains
+from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.mcmc.transitions.base import Info
 from pyro_hamflow.model.rounding import describe_ends
+from pyro_hamflow.process import undisturbed
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 _LONGEST = 4  # times the fewest iterations of warm-up
 _METHODS = ("vectorized", "sequential")
 
 
+class _Left(NamedTuple):
+    """What a run left that was interrupted in its warm-up."""
+
+    chains: Chains
+    phase: Phase  # of the kernel; another one than the chains' where it was interrupted on its way
+    random_states: dict[str, Any]
+
+
 class MCMC:
     """Runs a kernel, with the surface of :class:`pyro.infer.MCMC`, vectorised chains, statistics.
 
-    A run that is interrupted from the keyboard keeps the draws it has made. What its statistics
-    mean for the result is told at the end, in a sentence each, and nothing if all is well.
+    A run that is interrupted keeps the draws it has made: from the keyboard, with a warning; by an
+    exception of the model or of ``hook_fn``, which is raised again. Before the first draw, it keeps
+    what warm-up has found, and :meth:`run` goes on from there if it is called with the same data
+    (a new object starts anew). What its statistics mean for the result is told at the end, in a
+    sentence each, and nothing if all is well. Runs in several threads take turns.
 
     Arguments:
         kernel: One of this package's kernels.
@@ -59,7 +75,8 @@ class MCMC:
         save_params: The sites that draws, diagnostics and summary are of; all if not given.
         chain_method: ``"vectorized"`` moves all chains at once and tunes on all of them;
             ``"sequential"`` runs one after the other.
-        seed: Makes a run repeat itself; torch's current random state is used if not given.
+        seed: Makes a run repeat itself, and leaves random states (torch's, NumPy's, Python's) as
+            they were; torch's current one is used, and goes on, if not given.
         save_warmup: Whether to keep the draws of the warm-up too.
 
     Raises:
@@ -150,6 +167,7 @@ class MCMC:
         self._draws: Draws | None = None
         self._warmup_draws: Draws | None = None
         self._samples: dict[str, Tensor] | None = None
+        self._left: _Left | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Warms up and draws.
@@ -161,42 +179,90 @@ class MCMC:
         Raises:
             ValueError: Before any sampling, if model, data or starting values have faults.
         """
-        if self.seed is not None:
-            pyro.set_rng_seed(self.seed)
+        with undisturbed(self.seed):
+            self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._args, self._kwargs = args, kwargs
         self._validate()
+        left = self._taken_up()
         self._draws = self._warmup_draws = self._samples = None
         self.interrupted = False
+        if left is None:
+            self.warmup_steps = 0
+            self.sampling_time = self.warmup_time = 0.0
         self._heard: list[str] = []
-        self.warmup_steps = 0
-        self.sampling_time = self.warmup_time = 0.0
         vectorized = self.chain_method == "vectorized"
-        batches = 1 if vectorized else self.num_chains
-        finished: list[tuple[Record, Record]] = []
-        for chain in range(batches):
-            warm, kept = Record(), Record()
+        finished: list[Chains] = []
+        stopped: BaseException | None = None
+        for chain in range(1 if vectorized else self.num_chains):
+            chains, left = left or self._new_chains(None if vectorized else chain), None
             try:
-                self._run_batch(None if vectorized else chain, warm, kept)
-            except KeyboardInterrupt:
-                self.interrupted = True
-                warnings.warn(
-                    f"interrupted: {len(kept)} of {self.num_samples} draws were made and are kept",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                self._advance(chains, None if vectorized else chain)
+            except BaseException as error:  # noqa: BLE001  # raised again, once draws are safe
+                stopped = error
             self._heard += [m for m in self.kernel.messages if m not in self._heard]
-            if len(kept):
-                finished.append((warm, kept))
-            if self.interrupted:
+            if len(chains.kept):
+                finished.append(chains)
+            if stopped is not None:
                 break
+        self.interrupted = stopped is not None
         if not finished:
-            raise KeyboardInterrupt("interrupted before the first draw")
-        if len(finished[-1][1]) * len(finished) < self.num_samples * (len(finished) - 1):
+            self._leave(chains, stopped)
+        made = len(finished[-1].kept)
+        if made * len(finished) < self.num_samples * (len(finished) - 1):
             finished.pop()  # a chain just begun: all would be cut to its length
-        self._draws = Draws.join([kept.stacked() for _, kept in finished])
-        if self.save_warmup and all(len(warm) for warm, _ in finished):
-            self._warmup_draws = Draws.join([warm.stacked() for warm, _ in finished])
+        self._draws = Draws.join([chains.kept.stacked() for chains in finished])
+        if self.save_warmup and all(len(chains.warm) for chains in finished):
+            self._warmup_draws = Draws.join([chains.warm.stacked() for chains in finished])
         self._tell()
+        if stopped is not None:
+            told = f"interrupted: {made} of {self.num_samples} draws were made and are kept"
+            if not isinstance(stopped, KeyboardInterrupt):
+                stopped.add_note(told)
+                raise stopped
+            warnings.warn(told, RuntimeWarning, stacklevel=3)
+
+    def _new_chains(self, chain: int | None) -> Chains:
+        if chain is None:
+            return Chains("", self.num_chains)
+        return Chains("" if self.num_chains == 1 else f" [{chain}]", 1)
+
+    def _leave(self, chains: Chains, stopped: BaseException | None) -> NoReturn:
+        """Keeps what warm-up has found, so that the next run goes on from there."""
+        assert stopped is not None
+        if chains.iteration:
+            self._left = _Left(chains, self.kernel.phase, get_rng_state())
+            if len(chains.warm):
+                self._warmup_draws = chains.warm.stacked()
+        if not isinstance(stopped, KeyboardInterrupt):
+            raise stopped
+        raise KeyboardInterrupt(
+            "interrupted before the first draw"
+            + (f", after {chains.iteration} iterations of warm-up: `run` goes on from there")
+            * bool(chains.iteration)
+        ) from stopped
+
+    def _taken_up(self) -> Chains | None:
+        """The chains whose warm-up was interrupted, at their last whole iteration.
+
+        None if other data are given, or the kernel has done something else since.
+        """
+        left, self._left = self._left, None
+        kernel = self.kernel
+        if left is None or kernel.phase is not left.phase:
+            return None
+        potential = kernel.potential
+        with torch.random.fork_rng():
+            if kernel.prepare(self._args, self._kwargs) is not potential:
+                return None
+        chains = left.chains
+        assert chains.phase is not None and chains.state is not None
+        place = chains.state.position, chains.state.noise
+        kernel._phase, chains.state = chains.phase, chains.phase.transition.state_at(*place)
+        if self.seed is not None:
+            set_rng_state(left.random_states)
+        return chains
 
     def _validate(self) -> None:
         """Runs the model once with the checks of its distributions, if that is wanted."""
@@ -213,49 +279,65 @@ class MCMC:
         given = self._given_warmup_steps
         return self._fewest_warmup_steps if given is None else given
 
-    def _run_batch(self, chain: int | None, warm: Record, kept: Record) -> None:
-        """Runs all chains at once, or one of them."""
+    def _advance(self, chains: Chains, chain: int | None) -> None:
+        """Moves chains to the end of their run: all at once, or one of them."""
         kernel = self.kernel
-        num_chains = self.num_chains if chain is None else 1
-        initial = self._initial(chain)
+        if chains.state is None:
+            self._begin(chains, chain)
+        hidden = self.disable_progbar or "CI" in os.environ
+        planned = chains.iteration + kernel.warmup_left
+        stage = self._stage(chains)
+        with tqdm(total=planned + self.num_samples, disable=hidden, desc=stage) as bar:
+            bar.update(chains.iteration)
+            while len(chains.kept) < self.num_samples:
+                bar.set_description(self._stage(chains), refresh=False)
+                info = self._move(chains)
+                made = chains.iteration + len(chains.kept)
+                bar.total = chains.iteration + kernel.warmup_left + self.num_samples
+                if not hidden and made % max(1, bar.total // 200) == 0:
+                    bar.set_postfix(kernel.progress(info, chains.kept), refresh=False)
+                bar.update()
+
+    def _begin(self, chains: Chains, chain: int | None) -> None:
+        """Prepares the kernel, and finds where chains start."""
+        kernel, planned = self.kernel, self._planned_warmup_steps
         kernel.planned_draws = self.num_samples
-        planned, given = self._planned_warmup_steps, self._given_warmup_steps
+        given = self._given_warmup_steps
         kernel.most_warmup_steps = None if given is not None else _LONGEST * planned
         began = time.perf_counter()
-        state = kernel.begin(num_chains, planned, self._args, self._kwargs, initial)
+        initial = self._initial(chain)
+        chains.state = kernel.begin(chains.num_chains, planned, self._args, self._kwargs, initial)
+        chains.phase = kernel.phase
         self._refuse_unknown_sites()
         self.warmup_time += time.perf_counter() - began
-        label = "" if chain is None or self.num_chains == 1 else f" [{chain}]"
-        hidden = self.disable_progbar or "CI" in os.environ
-        with tqdm(total=planned + self.num_samples, disable=hidden, desc="Warmup" + label) as bar:
-            iteration = drawn = 0
-            while drawn < self.num_samples:
-                began = time.perf_counter()
-                warming = kernel.warming
-                state, info = kernel.advance(state)
-                record = warm if warming else kept
-                if self.save_warmup or not warming:
-                    record.append(kernel.shown(state), info, kernel.step_size)
-                if self.hook_fn is not None:
-                    stage = ("Warmup" if warming else "Sample") + label
-                    position = kernel.shown(state).position
-                    moved = position if num_chains > 1 else position[0]
-                    params = kernel.potential.unravel(moved)
-                    self.hook_fn(kernel, params, stage, iteration if warming else drawn)
-                iteration, drawn = iteration + warming, drawn + (not warming)
-                total = iteration + kernel.warmup_left + self.num_samples
-                if total != bar.total:
-                    bar.total = total
-                if not hidden and ((iteration + drawn) % max(1, total // 200) == 0):
-                    bar.set_postfix(kernel.progress(info, kept), refresh=False)
-                bar.update()
-                self.warmup_steps = max(iteration, self.warmup_steps)
-                if warming:
-                    self.warmup_time += time.perf_counter() - began
-                else:
-                    self.sampling_time += time.perf_counter() - began
-                if warming and not kernel.warming:
-                    bar.set_description("Sample" + label)
+
+    def _stage(self, chains: Chains) -> str:
+        return ("Warmup" if self.kernel.warming else "Sample") + chains.label
+
+    def _move(self, chains: Chains) -> Info:
+        """One iteration: keeps what it leads to, and calls the user's function."""
+        kernel, began = self.kernel, time.perf_counter()
+        assert chains.state is not None
+        warming, stage = kernel.warming, self._stage(chains)
+        state, info = kernel.advance(chains.state)
+        record, number = (
+            (chains.warm, chains.iteration) if warming else (chains.kept, len(chains.kept))
+        )
+        if self.save_warmup or not warming:
+            record.append(kernel.shown(state), info, kernel.step_size)
+        chains.state, chains.phase = state, kernel.phase
+        chains.iteration += warming
+        self.warmup_steps = max(chains.iteration, self.warmup_steps)
+        if self.hook_fn is not None:
+            position = kernel.shown(state).position
+            moved = position if chains.num_chains > 1 else position[0]
+            self.hook_fn(kernel, kernel.potential.unravel(moved), stage, number)
+        seconds = time.perf_counter() - began
+        if warming:
+            self.warmup_time += seconds
+        else:
+            self.sampling_time += seconds
+        return info
 
     def _refuse_unknown_sites(self) -> None:
         names = [site.name for site in self.kernel.potential.sites]

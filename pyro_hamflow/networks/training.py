@@ -65,8 +65,8 @@ def train(
 ) -> Training:
     """Minimises a loss by Adam, the learning rate falling to nothing along a cosine.
 
-    The state that measured best is the one it ends with. Steps whose loss or gradient is no finite
-    number are skipped.
+    The state that measured best is the one it ends with, also where it is interrupted. Steps whose
+    loss or gradient is no finite number are skipped.
 
     Arguments:
         module: What to train, in place.
@@ -87,38 +87,40 @@ def train(
     losses: list[float] = []
     checks: list[float] = []
     progress, skipped, stopped = 0.0, 0, False
-    for step in range(num_steps + 1):
-        if step % check_every == 0:
-            recent = [number for number in losses[-check_every:] if not math.isnan(number)]
-            mean = sum(recent) / len(recent) if recent else math.inf
-            measured = measure(progress, mean)
-            checks.append(math.nan if measured is None else measured)
+    try:
+        for step in range(num_steps + 1):
+            if step % check_every == 0:
+                recent = [number for number in losses[-check_every:] if not math.isnan(number)]
+                mean = sum(recent) / len(recent) if recent else math.inf
+                measured = measure(progress, mean)
+                checks.append(math.nan if measured is None else measured)
+                if bar is not None:
+                    bar.set_postfix(loss=f"{mean:.4f}", skipped=skipped, refresh=False)
+                if measured is not None and measured < best_loss:
+                    best, best_step, best_loss = copy.deepcopy(module.state_dict()), step, measured
+                elif measured is not None and step - best_step > patience:
+                    stopped = True
+            if stopped or step == num_steps:
+                break
+            progress = step / num_steps
+            for group in optimizer.param_groups:
+                group["lr"] = 0.5 * learning_rate * (1.0 + math.cos(math.pi * progress))
+            optimizer.zero_grad()
+            value = loss(progress)
+            good = bool(value.isfinite())
+            if good:
+                value.backward()
+                gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+                good = bool(torch.cat(gradients).isfinite().all())
+            if good:
+                optimizer.step()
+            skipped += not good
+            losses.append(float(value.detach()) if good else math.nan)
             if bar is not None:
-                bar.set_postfix(loss=f"{mean:.4f}", skipped=skipped, refresh=False)
-            if measured is not None and measured < best_loss:
-                best, best_step, best_loss = copy.deepcopy(module.state_dict()), step, measured
-            elif measured is not None and step - best_step > patience:
-                stopped = True
-        if stopped or step == num_steps:
-            break
-        progress = step / num_steps
-        for group in optimizer.param_groups:
-            group["lr"] = 0.5 * learning_rate * (1.0 + math.cos(math.pi * progress))
-        optimizer.zero_grad()
-        value = loss(progress)
-        good = bool(value.isfinite())
-        if good:
-            value.backward()
-            gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
-            good = bool(torch.cat(gradients).isfinite().all())
-        if good:
-            optimizer.step()
-        skipped += not good
-        losses.append(float(value.detach()) if good else math.nan)
-        if bar is not None:
-            bar.update()
-    if math.isfinite(best_loss):
-        module.load_state_dict(best)
+                bar.update()
+    finally:  # an interruption keeps the best state, too
+        if math.isfinite(best_loss):
+            module.load_state_dict(best)
     seconds = time.perf_counter() - began
     return Training(
         num_steps, torch.tensor(losses), checks, best_step, best_loss, skipped, stopped, seconds

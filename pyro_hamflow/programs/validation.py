@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 _FLAG = "_validate_args"
 _lock = threading.Lock()
-_depth = 0
+_blocks: set[object] = set()  # that have begun and not ended; an interruption may leave none behind
 _restore = ExitStack()
 
 
@@ -46,30 +46,30 @@ def no_validation() -> Iterator[None]:
         >>> prior._validate_args
         True
     """
-    _enter()
+    block = object()
     try:
+        _enter(block)
         yield
     finally:
-        _leave()
+        _leave(block)
 
 
-def _enter() -> None:
-    global _depth, _restore
+def _enter(block: object) -> None:
+    global _restore
     with _lock:
-        if _depth == 0:
+        if not _blocks:
             with ExitStack() as stack:
                 stack.callback(_set_flag, Distribution.__dict__[_FLAG])
                 stack.enter_context(pyro.validation_enabled(False))
                 _set_flag(_Off())
                 _restore = stack.pop_all()
-        _depth += 1
+        _blocks.add(block)
 
 
-def _leave() -> None:
-    global _depth
+def _leave(block: object) -> None:
     with _lock:
-        _depth -= 1
-        if _depth == 0:
+        _blocks.discard(block)
+        if not _blocks:
             _restore.close()
 
 

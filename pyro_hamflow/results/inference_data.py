@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.trace import is_computed, is_latent, run_with, vectorized_frames
+from pyro_hamflow.process import undisturbed
 from pyro_hamflow.results.datasets import Array, Datasets, array_of, to_numpy
 from pyro_hamflow.results.deterministic import deterministic_values
 from pyro_hamflow.results.names import Names
@@ -100,14 +101,15 @@ def to_inference_data(
         >>> dict(to_inference_data(mcmc).log_likelihood.sizes)
         {'chain': 2, 'draw': 100, 'day': 3}
     """
-    groups, attributes = build_groups(
-        result,
-        coords=coords,
-        dims=dims,
-        log_likelihood=log_likelihood,
-        prior=prior,
-        posterior_predictive=posterior_predictive,
-    )
+    with undisturbed():
+        groups, attributes = build_groups(
+            result,
+            coords=coords,
+            dims=dims,
+            log_likelihood=log_likelihood,
+            prior=prior,
+            posterior_predictive=posterior_predictive,
+        )
     if int(arviz.__version__.split(".")[0]) >= 1:
         return to_datatree(groups, attributes)
     data = arviz.InferenceData(attrs=attributes)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import Tuning
@@ -199,3 +200,13 @@ def _next_step(log_weights: Tensor, log_ratio: Tensor, most: float, share: float
         enough = conditional_size(log_weights, middle * log_ratio) >= share
         low, high = (middle, high) if enough else (low, middle)
     return max(low, _SMALLEST)
+
+
+def recover(potential: Potential, population: Population) -> dict[str, Tensor]:
+    """A draw of the local sites that were integrated out, given each particle."""
+    if not potential.recovery.estimates:
+        return {}
+    rows = potential.programs.rows_at_once("evaluate", len(population.position))
+    pairs = zip(population.position.split(rows), population.noise.split(rows), strict=True)
+    parts = [potential.evaluate(*pair).local for pair in pairs]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -16,6 +16,7 @@ from pyro_hamflow.flows.lost_modes import describe_lost_modes
 from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import Guide, draw_from
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.process import undisturbed
 from pyro_hamflow.programs.capture import largest_tensor
 from pyro_hamflow.smc.resampling import effective_size, log_mean_exp
 from pyro_hamflow.smc.weights import mean_error, smooth_weights
@@ -169,7 +170,8 @@ def importance_sample(
             :class:`~pyro_hamflow.model.guides.Guide`.
         args: The model's arguments.
         num_samples: How many draws.
-        seed: Makes the draws repeat themselves; torch's current random state if not given.
+        seed: Makes the draws repeat themselves, and leaves random states as they were; torch's
+            current one, which goes on, if not given.
         jit_compile: Whether to compile the model's density to machine code: it pays on a model with
             many particles, where a draw costs milliseconds.
         kwargs: The model's keyword arguments.
@@ -202,30 +204,29 @@ def importance_sample(
     """
     guide = as_guide("guide", guide, Guide)
     whole("num_samples", num_samples, 2)
-    if seed is not None:
-        torch.manual_seed(seed)
-    potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
-    guide.prepare(*args, **kwargs)
-    with torch.no_grad():
-        at_once = min(_together(potential), num_samples)
-        batches = [
-            _weigh(potential, guide, min(_BATCH, num_samples - start), at_once)
-            for start in range(0, num_samples, _BATCH)
-        ]
-    position, log_weight, local = _join(batches)
-    invalid = log_weight.isnan()
-    log_weight = torch.where(invalid, -torch.inf, log_weight)
-    weights, _ = smooth_weights(log_weight)
-    return ImportanceSamples(
-        position,
-        log_weight,
-        local,
-        int(invalid.sum()),
-        describe_lost_modes(guide, potential, (position, weights)),
-        potential,
-        model,
-        repr(guide).splitlines()[0],
-    )
+    with undisturbed(seed):
+        potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
+        guide.prepare(*args, **kwargs)
+        with torch.no_grad():
+            at_once = min(_together(potential), num_samples)
+            batches = [
+                _weigh(potential, guide, min(_BATCH, num_samples - start), at_once)
+                for start in range(0, num_samples, _BATCH)
+            ]
+        position, log_weight, local = _join(batches)
+        invalid = log_weight.isnan()
+        log_weight = torch.where(invalid, -torch.inf, log_weight)
+        weights, _ = smooth_weights(log_weight)
+        return ImportanceSamples(
+            position,
+            log_weight,
+            local,
+            int(invalid.sum()),
+            describe_lost_modes(guide, potential, (position, weights)),
+            potential,
+            model,
+            repr(guide).splitlines()[0],
+        )
 
 
 def _together(potential: Potential) -> int:

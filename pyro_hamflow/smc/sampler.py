@@ -17,7 +17,8 @@ from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
-from pyro_hamflow.smc.annealing import Population, anneal
+from pyro_hamflow.process import undisturbed
+from pyro_hamflow.smc.annealing import Population, anneal, recover
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.particles import Passage
 from pyro_hamflow.smc.reach import extend_reach
@@ -63,7 +64,7 @@ class AnnealedSampler:
             share of the particles, if no flow carries them: the closer to one, the more
             temperatures there are. If not given, 0.97, and 0.5 with flows.
         num_moves: How many trajectories particles follow at each temperature.
-        seed: Makes a run repeat itself; torch's current random state if not given.
+        seed: Makes a run repeat itself, and leaves random states alone; torch's if not given.
         jit_compile: Whether to compile the model's programs to machine code.
         disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
 
@@ -141,8 +142,11 @@ class AnnealedSampler:
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Moves a population to the posterior of a model with these arguments."""
         began = time.perf_counter()
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
+        with undisturbed(self.seed):
+            self._run(args, kwargs)
+        self.sampling_time = time.perf_counter() - began
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(self.model, MarginalModel):
             self.model.untune()
         self._target.prepare(args, kwargs)
@@ -165,10 +169,9 @@ class AnnealedSampler:
                 moves_on=True,
                 report=lambda passage: _show(bar, passage),
             )
-        self._local = _recover(potential, self.population)
+        self._local = recover(potential, self.population)
         if self.guide is not None:
             self.importance = importance_sample(self.model, self.guide, *args, **kwargs)
-        self.sampling_time = time.perf_counter() - began
 
     @property
     def population(self) -> Population:
@@ -288,13 +291,3 @@ def _show(bar: tqdm[Any], passage: Passage) -> None:
         refresh=False,
     )
     bar.update(max(0.0, there - done))
-
-
-def _recover(potential: Potential, population: Population) -> dict[str, Tensor]:
-    """A draw of the local sites that were integrated out, given each particle."""
-    if not potential.recovery.estimates:
-        return {}
-    rows = potential.programs.rows_at_once("evaluate", len(population.position))
-    pairs = zip(population.position.split(rows), population.noise.split(rows), strict=True)
-    parts = [potential.evaluate(*pair).local for pair in pairs]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -413,6 +413,38 @@ def test_annealing_finds_a_mode_that_plain_training_misses():
     assert abs(share_right(guide) - 0.5) < 0.1
 
 
+@pytest.mark.parametrize("at", ["preparation", "training"])
+def test_interrupted_training_leaves_a_guide_that_trains(at, monkeypatch):
+    """Also where it had no parameters yet; of a training, the best state is kept."""
+    guide = AutoNeuralHamiltonianFlow(conjugate, hidden=(4,))
+    loss, calls, states = ReverseKL(), [], []
+
+    class Interrupted:
+        settled = loss.settled
+
+        def __call__(self, objective, progress):
+            calls.append(progress)
+            if len(calls) % 10 == 1:
+                states.append(copy.deepcopy(guide.state_dict()))
+            if len(calls) == 65:
+                raise KeyboardInterrupt
+            return loss(objective, progress)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if at == "preparation":
+            patch.setattr(guide, "make_flow", interrupt)
+        fit_guide(conjugate, guide, Y, loss=Interrupted(), num_steps=400, seed=0)
+    if at == "training":
+        kept = guide.state_dict()
+        assert len(calls) == 65
+        assert any(all(torch.equal(part, kept[n]) for n, part in s.items()) for s in states)
+    assert fit_guide(conjugate, guide, Y, num_steps=20, seed=0).num_skipped == 0
+    assert len(list(guide.parameters())) > 0
+
+
 def test_steps_without_numbers_change_nothing():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 
 import pyro
@@ -242,16 +241,107 @@ def test_interrupted_sequential_run_keeps_finished_chains():
     assert dict(to_inference_data(mcmc).posterior.sizes)["draw"] == 10
 
 
-@pytest.mark.parametrize("save_warmup", [False, True])
-def test_interrupted_warmup_raises(save_warmup):
-    hook = _interrupt("Warmup", 3)
-    mcmc = MCMC(_kernel(), 10, 5, hook_fn=hook, save_warmup=save_warmup)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        with pytest.raises(KeyboardInterrupt, match="before the first draw"):
-            mcmc.run()
+def test_interrupted_before_the_first_iteration_raises(monkeypatch):
+    def begin(*args):
+        raise KeyboardInterrupt
+
+    kernel = _kernel()
+    monkeypatch.setattr(kernel, "begin", begin)
+    mcmc = MCMC(kernel, 10, 5)
+    with pytest.raises(KeyboardInterrupt, match="before the first draw$"):
+        mcmc.run()
     with pytest.raises(RuntimeError, match="no draws yet"):
         mcmc.get_samples()
+
+
+@pytest.mark.parametrize("save_warmup", [False, True])
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+def test_interrupted_warmup_goes_on(save_warmup, chain_method):
+    """Interrupted between two iterations, it leads to the draws of a run that was not."""
+    label = "" if chain_method == "vectorized" else " [0]"
+    settings = {"save_warmup": save_warmup, "chain_method": chain_method, "num_chains": 2}
+    mcmc = MCMC(_kernel(), 10, 8, seed=4, hook_fn=_interrupt("Warmup" + label, 3), **settings)
+    with pytest.raises(KeyboardInterrupt, match="after 4 iterations of warm-up: `run` goes on"):
+        mcmc.run()
+    with pytest.raises(RuntimeError, match="no draws yet"):
+        mcmc.get_samples()
+    if save_warmup:
+        assert mcmc.warmup_draws.position.shape[1:] == (4, 3)
+    mcmc.hook_fn = None
+    mcmc.run()
+    whole = _run(10, 8, seed=4, **settings)
+    assert torch.equal(mcmc.draws.position, whole.draws.position)
+    assert not mcmc.interrupted
+    assert mcmc.warmup_steps == 8
+    if save_warmup:
+        assert torch.equal(mcmc.warmup_draws.position, whole.warmup_draws.position)
+
+
+def test_interrupted_warmup_starts_anew_with_other_data():
+    def shifted(y):
+        pyro.sample("x", dist.Normal(y, 1.0))
+
+    mcmc = MCMC(HMC(shifted), 4, 30, seed=4, hook_fn=_interrupt("Warmup", 20), disable_progbar=True)
+    with pytest.raises(KeyboardInterrupt):
+        mcmc.run(torch.tensor(0.0))
+    mcmc.hook_fn = None
+    mcmc.run(torch.tensor(1000.0))
+    fresh = MCMC(HMC(shifted), 4, 30, seed=4, disable_progbar=True)
+    fresh.run(torch.tensor(1000.0))
+    assert torch.equal(mcmc.draws.position, fresh.draws.position)
+
+
+def test_warmup_interrupted_within_an_iteration_goes_on(monkeypatch):
+    """Draws are right whatever was half done; here trajectories break off at their third step."""
+    kernel = _kernel()
+    mcmc = MCMC(kernel, 400, 100, num_chains=20, seed=5)
+    advance, calls = kernel.advance, []
+
+    def broken(state):
+        calls.append(state)
+        if len(calls) == 50:
+            kernel.phase.transition.step(state, kernel.phase.tuning, 3)
+            raise KeyboardInterrupt
+        return advance(state)
+
+    monkeypatch.setattr(kernel, "advance", broken)
+    with pytest.raises(KeyboardInterrupt, match="after 49 iterations"):
+        mcmc.run()
+    mcmc.run()
+    mean = mcmc.get_samples()["mean"]
+    assert mcmc.warmup_steps == 100
+    assert abs(float(mean.mean())) < 0.06
+    assert abs(float(mean.std()) - 1.0) < 0.05
+
+
+@pytest.mark.parametrize("fault", ["hook", "model"])
+def test_exception_keeps_draws(fault, monkeypatch):
+    kernel = _kernel()
+    mcmc = MCMC(kernel, 10, 5, num_chains=2, seed=1)
+    if fault == "hook":
+
+        def hook(kernel, params, stage, i):
+            if stage == "Sample" and i == 3:
+                raise ZeroDivisionError("mine")
+
+        mcmc.hook_fn = hook
+    else:
+        advance, calls = kernel.advance, []
+
+        def failing(state):
+            calls.append(state)
+            if len(calls) == 10:
+                raise ZeroDivisionError("mine")
+            return advance(state)
+
+        monkeypatch.setattr(kernel, "advance", failing)
+    with pytest.raises(ZeroDivisionError, match="mine") as caught:
+        mcmc.run()
+    assert caught.value.__notes__ == ["interrupted: 4 of 10 draws were made and are kept"]
+    assert mcmc.interrupted
+    whole = _run(10, 5, num_chains=2, seed=1)
+    assert torch.equal(mcmc.draws.position, whole.draws.position[:, :4])
+    assert mcmc.get_samples()["scale"].shape == (8, 2)
 
 
 @pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])

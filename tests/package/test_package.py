@@ -29,9 +29,9 @@ SOURCES = {
 
 # Imports run from a later one to an earlier one. Moves come first, then populations that are moved
 # by them, then the kernels that may start from a population.
-ROOMS = ["version", "checks", "programs", "dynamics", "networks", "model", "marginal"]
+ROOMS = ["version", "checks", "process", "programs", "dynamics", "networks", "model", "marginal"]
 ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc", "mcmc.adaptation"]
-ROOMS += ["mcmc.draws", "mcmc.messages", "mcmc.kernels", "mcmc.mcmc", "results"]
+ROOMS += ["mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.kernels", "mcmc.mcmc", "results"]
 
 MOST_LINES = 300
 LONGER = {

@@ -14,6 +14,7 @@ from pyro_hamflow.checks import whole
 from pyro_hamflow.dynamics.integrators import ValueAndGradients, leapfrog_step
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian, matvec
+from pyro_hamflow.process import undisturbed
 from pyro_hamflow.surrogates.amortized.probes import probe
 from pyro_hamflow.surrogates.amortized.simulated import SimulatedSets
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate, Summary, flatten_data
@@ -25,6 +26,7 @@ _LEAST_RATE = 0.9  # of acceptance, at which trajectories hardly leave their ene
 _GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2  # of learning: the latter as where one posterior is learned
 
 
+@undisturbed()
 def learn_surrogate(
     model: Model,
     *args: Any,

@@ -1,0 +1,67 @@
+"""What a process shares, settings of torch and Pyro and random states, left as it was found."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pyro
+import torch
+from pyro import settings
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.util import get_rng_state, set_rng_state
+
+_turn = threading.RLock()
+
+
+@contextmanager
+def undisturbed(seed: int | None = None) -> Iterator[None]:
+    """Leaves the process as it was, however the block ends; blocks of several threads take turns.
+
+    What is put back is torch's default precision, whether it records gradients, its number of
+    threads, Pyro's settings, among them whether distributions check their arguments, and its stack
+    of handlers. Random states (torch's on all devices, NumPy's and Python's) are put back if the
+    block has a seed, and go on if it has none. Pyro's store keeps its parameters; one that a model
+    makes for the first time stays there, for what was found holds at its value.
+
+    Within it, gradients are recorded. Pyro's handlers and torch's random state belong to the whole
+    process, so that a block waits until those of other threads are over. Blocks of one thread may
+    nest.
+
+    Arguments:
+        seed: What random states are set to at the beginning.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with undisturbed(seed=3):
+        ...     torch.set_default_dtype(torch.float16)
+        ...     first = torch.rand(())
+        >>> torch.equal(torch.get_rng_state(), before), torch.get_default_dtype()
+        (True, torch.float32)
+    """
+    with _turn, ExitStack() as stack:
+        stack.callback(_put_back())
+        stack.enter_context(torch.enable_grad())
+        if seed is not None:
+            stack.enter_context(torch.random.fork_rng())
+            stack.callback(set_rng_state, get_rng_state())  # NumPy's and Python's, too
+            pyro.set_rng_seed(seed)
+        yield
+
+
+def _put_back() -> Callable[[], None]:
+    """A function that sets the settings to what they are now."""
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    threads, handlers = torch.get_num_threads(), list(_PYRO_STACK)
+    found = settings.get()
+
+    def put_back() -> None:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        settings.set(**{n: was for n, was in found.items() if settings.get(n) != was})
+        _PYRO_STACK[:] = handlers
+
+    return put_back
