@@ -27,7 +27,8 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_hamflow.programs.graph_recorder import FailAt, Recorder
+from pyro_hamflow.programs.forced_failure import FailAt
+from pyro_hamflow.programs.graph_recorder import Recorder
 from pyro_hamflow.programs.pure_recorder import PureRecorder
 from pyro_hamflow.programs.rules import BATCHED, PURE, UNFAILING
 

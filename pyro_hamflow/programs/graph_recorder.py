@@ -25,7 +25,7 @@ from pyro_hamflow.programs.values import ValueDependence, ValueGuard
 Rule = Callable[..., Any]
 
 _aten = torch.ops.aten
-_CHECK_ERRORS = _aten._linalg_check_errors.default
+CHECK_ERRORS = _aten._linalg_check_errors.default
 
 
 class Recorder(TorchDispatchMode):
@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):
         arguments = (args, kwargs or {})
         inputs = map_aggregate(arguments, self._node_of)
         varies = is_random(target) or self._any_varies(arguments, inputs)
-        if target is _CHECK_ERRORS:
+        if target is CHECK_ERRORS:
             number = next(self._checks)
             if varies:
                 return self._let_fail(inputs[0], number, args[1])
@@ -213,31 +213,6 @@ class Recorder(TorchDispatchMode):
         if not self._varying.isdisjoint(nodes):
             return True
         return bool(self._written) and any(map(self._varies, _tensors(arguments)))
-
-
-class FailAt(TorchDispatchMode):
-    """Lets a check of a factorisation find a failure.
-
-    Arguments:
-        number: Which of the checks that come.
-
-    Attributes:
-        has_failed: Whether it has come.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-        self.has_failed = False
-        self._checks = itertools.count()
-
-    def __torch_dispatch__(
-        self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if target is _CHECK_ERRORS and next(self._checks) == self.number:
-            self.has_failed = True
-            raise torch.linalg.LinAlgError(f"{args[1]}: failed, to see what follows")
-        return target(*args, **(kwargs or {}))
 
 
 def nan_where_failed(factorise: Callable[..., Any]) -> Callable[..., Any]:
