@@ -17,6 +17,7 @@ from pyro_hamflow.mcmc.kernels.mala import MALA
 from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginalHMC, PseudoMarginalNUTS
 from pyro_hamflow.mcmc.kernels.random_walk import RandomWalk
 from pyro_hamflow.mcmc.mcmc import MCMC
+from pyro_hamflow.mcmc.stopping import ess_above, rhat_below, time_over
 from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh, EllipticalSliceRefresh
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic, RelativisticKinetic
 from pyro_hamflow.results.inference_data import to_inference_data
@@ -63,6 +64,7 @@ __all__ = [
     "SoftUniform",
     "SymmetrisedGuide",
     "TrajectoryMatching",
+    "ess_above",
     "estimator_quality",
     "fit_flow",
     "fit_guide",
@@ -73,5 +75,7 @@ __all__ = [
     "plot_momenta",
     "plot_path",
     "plot_potential",
+    "rhat_below",
+    "time_over",
     "to_inference_data",
 ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_hamflow.checks import fills, positive, whole
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
@@ -20,6 +18,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.training import Trainable, Training, train
 from pyro_hamflow.process import undisturbed
 from pyro_hamflow.programs.captured import keep_with
+from pyro_hamflow.progress import progress
 
 _WINDOWS = 40  # parts of a training, whose mean losses are compared
 
@@ -74,7 +73,8 @@ def fit_guide(
         seed: Makes a training repeat itself, and leaves random states as they were; torch's current
             one is used, and goes on, if not given.
         jit_compile: Whether to compile the model's gradient to machine code.
-        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+        disable_progbar: Whether to show no progress: else it is a bar, or where nobody watches (in
+            a file, or where ``CI`` is set) a line each half minute.
         kwargs: The model's keyword arguments.
 
     Returns:
@@ -196,8 +196,7 @@ def _train(
     whole("num_steps", num_steps, 1)
     positive("learning_rate", learning_rate)
     positive("patience", patience, infinite=True)
-    hidden = disable_progbar or "CI" in os.environ
-    with tqdm(total=num_steps, disable=hidden, desc="Fit") as bar:
+    with progress(num_steps, "Fit", hidden=disable_progbar) as bar:
         return train(
             module,
             loss,

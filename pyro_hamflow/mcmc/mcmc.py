@@ -27,9 +27,11 @@ from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.mcmc.stopping import RunSoFar, StopWhen
 from pyro_hamflow.mcmc.transitions.base import Info
 from pyro_hamflow.model.rounding import describe_ends
 from pyro_hamflow.process import undisturbed
+from pyro_hamflow.progress import progress
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 _LONGEST = 4  # times the fewest iterations of warm-up
@@ -67,7 +69,8 @@ class MCMC:
             unconstrained values (chains first, where several move at once) and the stage,
             ``"Warmup"`` or ``"Sample"``; of chains that run one after the other, ``"Warmup [0]"``.
         mp_context: Has no meaning here, where chains share a process.
-        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+        disable_progbar: Whether to show no progress: else it is a bar, or where nobody watches (in
+            a file, or where ``CI`` is set) a line each half minute.
         disable_validation: Whether the model is run without the checks of its distributions. If
             not, it is run with them once before sampling, at a draw from the prior; if None, where
             Pyro's own setting says so.
@@ -78,6 +81,10 @@ class MCMC:
         seed: Makes a run repeat itself, and leaves random states (torch's, NumPy's, Python's) as
             they were; torch's current one is used, and goes on, if not given.
         save_warmup: Whether to keep the draws of the warm-up too.
+        stop_when: Called after each draw of all chains with what is known of the run
+            (:class:`~pyro_hamflow.mcmc.stopping.RunSoFar`); where it says yes, the run is over,
+            with fewer than ``num_samples`` draws. :func:`~pyro_hamflow.ess_above`,
+            :func:`~pyro_hamflow.rhat_below` and :func:`~pyro_hamflow.time_over` make some.
 
     Raises:
         TypeError: If the kernel is none of this package's, or starting values have no names.
@@ -110,6 +117,7 @@ class MCMC:
         chain_method: str = "vectorized",
         seed: int | None = None,
         save_warmup: bool = False,
+        stop_when: StopWhen | None = None,
     ) -> None:
         if not isinstance(kernel, Kernel):
             raise TypeError(
@@ -128,6 +136,13 @@ class MCMC:
         flag("disable_progbar", disable_progbar)
         if hook_fn is not None and not callable(hook_fn):
             raise TypeError(f"`hook_fn` is {hook_fn!r}: expected a function")
+        if stop_when is not None and not callable(stop_when):
+            raise TypeError(f"`stop_when` is {stop_when!r}: expected a function of a run so far")
+        if stop_when is not None and chain_method == "sequential" and num_chains > 1:
+            raise ValueError(
+                "`stop_when` is given with `chain_method='sequential'`: expected 'vectorized', for "
+                "it looks at all chains at once"
+            )
         if not isinstance(initial_params, Mapping | None):
             raise TypeError(
                 f"`initial_params` is {initial_params!r}: expected values of each site by name"
@@ -153,6 +168,7 @@ class MCMC:
         self.warmup_steps = self._planned_warmup_steps
         self.seed = seed
         self.save_warmup = save_warmup
+        self.stop_when = stop_when
         self.hook_fn = hook_fn
         self.disable_progbar = disable_progbar
         self.disable_validation = disable_validation
@@ -191,6 +207,7 @@ class MCMC:
         if left is None:
             self.warmup_steps = 0
             self.sampling_time = self.warmup_time = 0.0
+        self._so_far = RunSoFar(time.monotonic())
         self._heard: list[str] = []
         vectorized = self.chain_method == "vectorized"
         finished: list[Chains] = []
@@ -284,18 +301,17 @@ class MCMC:
         kernel = self.kernel
         if chains.state is None:
             self._begin(chains, chain)
-        hidden = self.disable_progbar or "CI" in os.environ
-        planned = chains.iteration + kernel.warmup_left
-        stage = self._stage(chains)
-        with tqdm(total=planned + self.num_samples, disable=hidden, desc=stage) as bar:
+        hidden = self.disable_progbar
+        planned = chains.iteration + kernel.warmup_left + self.num_samples
+        with progress(planned, self._stage(chains), hidden=hidden) as bar:
             bar.update(chains.iteration)
-            while len(chains.kept) < self.num_samples:
+            while not self._has_enough(chains):
                 bar.set_description(self._stage(chains), refresh=False)
                 info = self._move(chains)
                 made = chains.iteration + len(chains.kept)
                 bar.total = chains.iteration + kernel.warmup_left + self.num_samples
                 if not hidden and made % max(1, bar.total // 200) == 0:
-                    bar.set_postfix(kernel.progress(info, chains.kept), refresh=False)
+                    bar.set_postfix(refresh=False, **kernel.progress(info, chains.kept))
                 bar.update()
 
     def _begin(self, chains: Chains, chain: int | None) -> None:
@@ -310,6 +326,14 @@ class MCMC:
         chains.phase = kernel.phase
         self._refuse_unknown_sites()
         self.warmup_time += time.perf_counter() - began
+
+    def _has_enough(self, chains: Chains) -> bool:
+        """Whether all draws are made, or the user's function says that they are enough."""
+        made, kept = len(chains.kept), chains.kept
+        if made == self.num_samples or not made or self.stop_when is None:
+            return made == self.num_samples
+        self._so_far.update(made, lambda: torch.stack(kept.position, 1))
+        return bool(self.stop_when(self._so_far))
 
     def _stage(self, chains: Chains) -> str:
         return ("Warmup" if self.kernel.warming else "Sample") + chains.label

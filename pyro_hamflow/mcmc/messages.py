@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.sites import Site
 
-_FEWEST = 50  # draws of each chain that can be judged
+FEWEST = 50  # draws of each chain that can be judged
 _MOST = 40  # parameters that are looked at closely for each of two screens
 _LARGEST_RHAT = 1.01  # of parameters
 _LARGEST_APART = 1.1  # of log densities and their estimates
@@ -47,7 +47,7 @@ def report(draws: Draws, sites: Sequence[Site]) -> Report:
     chain are not judged.
     """
     result = Report()
-    if draws.position.shape[1] >= _FEWEST:
+    if draws.position.shape[1] >= FEWEST:
         _look_at_parameters(result, draws.position, sites)
         _look_at_energies(result, draws.stats)
     _look_at_trajectories(result, draws.stats)
@@ -58,17 +58,9 @@ def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site])
     chains, _, dimension = position.shape
     if not dimension:
         return
-    columns = _worst(position)
+    columns = worst(position)
     rows = position[..., columns].double().numpy()
-    with warnings.catch_warnings(), np.errstate(all="ignore"):  # chains that never moved
-        warnings.simplefilter("ignore")
-        found = {
-            "rhat": arviz.rhat(_dataset(_chains(rows)))["x"].values,
-            "ess_bulk": arviz.ess(_dataset(rows), method="bulk")["x"].values,
-            "ess_tail": arviz.ess(_dataset(rows), method="tail")["x"].values,
-        }
-    moved = (np.ptp(rows, 1) > 0.0).any(0)
-    found["rhat"] = np.where(moved & np.isfinite(found["rhat"]), found["rhat"], np.inf)
+    found = judge(rows)
     for kind, values in found.items():
         place = int(np.argmax(values) if kind == "rhat" else np.nanargmin([*values, np.inf]))
         extreme = "max" if kind == "rhat" else "min"
@@ -89,6 +81,23 @@ def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site])
                 f"The effective sample size of '{name}' ({kind[4:]}) is {values[place]:.0f}, below "
                 f"{_FEWEST_EFFECTIVE} for each chain: draw more."
             )
+
+
+def judge(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """R-hat and effective sample sizes of parameters ``(chains, draws, parameters)``, by ArviZ.
+
+    R-hat of what never moved is infinite.
+    """
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # chains that never moved
+        warnings.simplefilter("ignore")
+        found = {
+            "rhat": arviz.rhat(_dataset(_chains(rows)))["x"].values,
+            "ess_bulk": arviz.ess(_dataset(rows), method="bulk")["x"].values,
+            "ess_tail": arviz.ess(_dataset(rows), method="tail")["x"].values,
+        }
+    moved = (np.ptp(rows, 1) > 0.0).any(0)
+    found["rhat"] = np.where(moved & np.isfinite(found["rhat"]), found["rhat"], np.inf)
+    return found
 
 
 def _look_for_clusters(result: Report, values: np.ndarray, name: str) -> None:
@@ -173,7 +182,7 @@ def _look_at_trajectories(result: Report, stats: dict[str, Tensor]) -> None:
         )
 
 
-def _worst(position: Tensor) -> np.ndarray:
+def worst(position: Tensor) -> np.ndarray:
     """Indices of the coordinates to look at: all if they are few, else the worst of two screens.
 
     The screens are cheap: how far the halves of chains lie apart, and how alike successive draws

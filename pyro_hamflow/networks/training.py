@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from pyro_hamflow.progress import Bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ def train(
     learning_rate: float,
     check_every: int,
     patience: float,
-    bar: tqdm[Any] | None = None,
+    bar: Bar | None = None,
 ) -> Training:
     """Minimises a loss by Adam, the learning rate falling to nothing along a cosine.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_hamflow.checks import between, fills, flag, whole
 from pyro_hamflow.marginal.marginalize import MarginalModel
@@ -18,6 +16,7 @@ from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.process import undisturbed
+from pyro_hamflow.progress import Bar, progress
 from pyro_hamflow.smc.annealing import Population, anneal, recover
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.particles import Passage
@@ -66,7 +65,8 @@ class AnnealedSampler:
         num_moves: How many trajectories particles follow at each temperature.
         seed: Makes a run repeat itself, and leaves random states alone; torch's if not given.
         jit_compile: Whether to compile the model's programs to machine code.
-        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+        disable_progbar: Whether to show no progress: else it is a bar, or where nobody watches (in
+            a file, or where ``CI`` is set) a line each half minute.
 
     Raises:
         TypeError: If the guide lacks a method of the protocol.
@@ -156,8 +156,8 @@ class AnnealedSampler:
         if self.guide is not None:
             self.guide.prepare(*args, **kwargs)
             reference = GuideReference(self.guide, potential)
-        hidden = self.disable_progbar or "CI" in os.environ
-        with tqdm(total=200, disable=hidden, bar_format=_BAR) as bar:
+        hidden = self.disable_progbar
+        with progress(200, "Anneal", hidden=hidden, bar_format=_BAR) as bar:
             self._population = anneal(
                 potential,
                 self.num_particles,
@@ -280,7 +280,7 @@ class AnnealedSampler:
 _BAR = "{l_bar}{bar}| [{elapsed}{postfix}]"
 
 
-def _show(bar: tqdm[Any], passage: Passage) -> None:
+def _show(bar: Bar, passage: Passage) -> None:
     """Half of the bar is for the first population, half for the second."""
     done = bar.n % 100
     there = 100.0 * passage.inverse_temperature

@@ -6,13 +6,12 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_hamflow.networks.training import Training, train
+from pyro_hamflow.progress import Bar
 from pyro_hamflow.surrogates.losses import EnergyLoss, GradientMatching, Points, TrajectorySegments
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
@@ -43,7 +42,7 @@ def fit_energy(
     num_steps: int = 2000,
     learning_rate: float = 5e-3,
     patience: int = 10,
-    bar: tqdm[Any] | None = None,
+    bar: Bar | None = None,
 ) -> EnergyTraining:
     """Trains a network in place, and leaves it with the weights that were best on points held out.
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import time
 from functools import cache
 
+import arviz
 import pyro
 import pyro.distributions as dist
 import pyro.infer
@@ -15,7 +19,11 @@ from pyro_hamflow import (
     MCMC,
     CorrelatedRefresh,
     PseudoMarginalHMC,
+    ess_above,
     marginalize,
+    progress,
+    rhat_below,
+    time_over,
     to_inference_data,
 )
 from pyro_hamflow.model.potential import Potential
@@ -363,22 +371,88 @@ def test_hook_sees_every_iteration(chain_method):
 # --- what the user sees -------------------------------------------------------------------------
 
 
-def test_progress_bar(monkeypatch, capsys):
-    monkeypatch.delenv("CI", raising=False)
+@pytest.fixture
+def on_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    return capsys
+
+
+def test_progress_bar(on_terminal):
     MCMC(_kernel(), 5, 5).run()
-    shown = capsys.readouterr().err
+    shown = on_terminal.readouterr().err
     for word in ("Warmup", "Sample", "step size=", "acc. prob=", "divergences=0"):
         assert word in shown
 
 
-@pytest.mark.parametrize("hide", ["CI", "disable_progbar"])
-def test_hidden_progress_bar(hide, monkeypatch, capsys):
+@pytest.mark.parametrize("hide", ["CI", "disable_progbar", "file"])
+def test_no_progress_is_shown_of_a_short_run(hide, monkeypatch, capsys):
+    monkeypatch.delenv("CI", raising=False)
     if hide == "CI":
         monkeypatch.setenv("CI", "true")
-    else:
-        monkeypatch.delenv("CI", raising=False)
-    MCMC(_kernel(), 5, 5, disable_progbar=hide != "CI").run()
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    MCMC(_kernel(), 5, 5, disable_progbar=hide == "disable_progbar").run()
     assert capsys.readouterr().err == ""
+
+
+def test_lines_where_nobody_watches(monkeypatch, capsys):
+    """A line each half minute, and at the end, if there was any."""
+    monkeypatch.setenv("CI", "true")
+    seconds = itertools.count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(seconds)))
+    MCMC(_kernel(), 40, 40).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 4
+    assert re.match(r"Warmup: \d\d of 80 \(..%\), 3\d s, step size .*, divergences 0$", lines[0])
+    assert re.match(r"Sample: 80 of 80 \(100%\), ", lines[-1])
+
+
+# --- when it ends -------------------------------------------------------------------------------
+
+
+def test_run_stops_when_told():
+    seen = []
+
+    def stop_when(run):
+        seen.append((run.num_draws, run.min_ess, run.max_rhat))
+        return run.num_draws == 7
+
+    mcmc = _run(20, 5, num_chains=3, stop_when=stop_when, seed=1)
+    assert [count for count, *_ in seen] == list(range(1, 8))
+    assert seen[-1][1:] == (0.0, float("inf"))  # so few are not judged
+    whole = _run(20, 5, num_chains=3, seed=1)
+    assert torch.equal(mcmc.draws.position, whole.draws.position[:, :7])
+    assert not mcmc.interrupted
+    assert dict(to_inference_data(mcmc).posterior.sizes)["draw"] == 7
+
+
+def test_run_stops_at_effective_draws_and_mixing():
+    """The numbers are ArviZ's at the draw where it stopped."""
+    mcmc = _run(2000, 200, num_chains=4, seed=1, stop_when=ess_above(500))
+    draws = mcmc.draws.position
+    ess = arviz.ess(arviz.convert_to_dataset({"x": draws.numpy()}), method="bulk")["x"].values
+    assert draws.shape[1] < 1000
+    assert ess.min() >= 500
+    before = draws[:, : int(draws.shape[1] / 1.2)]
+    ess = arviz.ess(arviz.convert_to_dataset({"x": before.numpy()}), method="bulk")["x"].values
+    assert ess.min() < 500
+    mcmc = _run(2000, 200, num_chains=4, seed=1, stop_when=rhat_below(1.02))
+    draws = mcmc.draws.position
+    rhat = arviz.rhat(arviz.convert_to_dataset({"x": draws.numpy()}))["x"].values
+    assert 50 <= draws.shape[1] < 1000
+    assert rhat.max() < 1.02
+
+
+def test_run_stops_in_time():
+    began = time.monotonic()
+    mcmc = _run(10**7, 10, stop_when=time_over(0.5))
+    assert 0.5 <= time.monotonic() - began < 5.0
+    assert len(mcmc.get_samples()["mean"]) > 10
+
+
+def test_draws_survive_a_fault_of_the_criterion():
+    with pytest.raises(ZeroDivisionError) as caught:
+        _run(20, 5, stop_when=lambda run: 0 / (run.num_draws - 3))
+    assert caught.value.__notes__ == ["interrupted: 3 of 20 draws were made and are kept"]
 
 
 def test_divergences_are_counted():

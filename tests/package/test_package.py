@@ -29,9 +29,10 @@ SOURCES = {
 
 # Imports run from a later one to an earlier one. Moves come first, then populations that are moved
 # by them, then the kernels that may start from a population.
-ROOMS = ["version", "checks", "process", "programs", "dynamics", "networks", "model", "marginal"]
-ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc", "mcmc.adaptation"]
-ROOMS += ["mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.kernels", "mcmc.mcmc", "results"]
+ROOMS = ["version", "checks", "process", "progress", "programs", "dynamics", "networks", "model"]
+ROOMS += ["marginal", "surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
+ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.stopping"]
+ROOMS += ["mcmc.kernels", "mcmc.mcmc", "results"]
 
 MOST_LINES = 300
 LONGER = {

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_hamflow.checks import whole
 from pyro_hamflow.dynamics.integrators import ValueAndGradients, leapfrog_step
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian, matvec
 from pyro_hamflow.process import undisturbed
+from pyro_hamflow.progress import Bar, progress
 from pyro_hamflow.surrogates.amortized.probes import probe
 from pyro_hamflow.surrogates.amortized.simulated import SimulatedSets
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate, Summary, flatten_data
@@ -49,7 +48,8 @@ def learn_surrogate(
         training_steps: The most steps of the optimiser, for the guess and for the energy each.
         summary: From observed values by site to what the network sees of them, a vector; where
             they differ by orders of magnitude, their logarithms.
-        disable_progbar: Whether to show no progress bar; nor is it shown where ``CI`` is set.
+        disable_progbar: Whether to show no progress: else it is a bar, or where nobody watches (in
+            a file, or where ``CI`` is set) a line each half minute.
         kwargs: The model's keyword arguments.
 
     Returns:
@@ -76,8 +76,7 @@ def learn_surrogate(
         ("training_steps", training_steps),
     ):
         whole(name, number, 1)
-    hidden_bar = disable_progbar or "CI" in os.environ
-    with tqdm(disable=hidden_bar, desc="Simulate") as bar:
+    with progress(None, "Simulate", hidden=disable_progbar) as bar:
         sets = SimulatedSets(model, args, kwargs, num_sets, bar)
         context = torch.stack([summary(data) for data in sets.data()]).to(sets.example)
         if context.dim() != 2:
@@ -106,9 +105,7 @@ def learn_surrogate(
     return AmortizedSurrogate(guess, network, summary, training, sets.n_gradients)
 
 
-def _fit_guess(
-    position: Tensor, context: Tensor, steps: int, bar: tqdm[Any]
-) -> ConditionalGaussian:
+def _fit_guess(position: Tensor, context: Tensor, steps: int, bar: Bar) -> ConditionalGaussian:
     """A Gaussian of the parameters given a summary of the data, by maximum likelihood."""
     good = position.isfinite().all(-1) & context.isfinite().all(-1)
     position, context = position[good], context[good]

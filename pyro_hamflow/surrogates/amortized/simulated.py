@@ -8,13 +8,13 @@ from typing import Any
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_hamflow.dynamics.integrators import ValueAndGradients
 from pyro_hamflow.model.gradients import value_and_gradients
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import batch, capture
+from pyro_hamflow.progress import Bar
 
 _TOGETHER = 64  # data sets in a call of the program that is captured for so many
 
@@ -44,7 +44,7 @@ class SimulatedSets:
         args: Args,
         kwargs: Kwargs,
         num_sets: int,
-        bar: tqdm[Any],
+        bar: Bar,
     ) -> None:
         data = dict(observed(Potential(model, args, kwargs)))
         if not data:
