@@ -9,6 +9,7 @@ from pyro_hamflow.flows.losses import ForwardKL, ReverseKL
 from pyro_hamflow.flows.symmetry import SymmetrisedGuide
 from pyro_hamflow.marginal.marginalize import marginalize, noise
 from pyro_hamflow.marginal.quality import EstimatorQuality, estimator_quality
+from pyro_hamflow.marginal.whiten import whiten
 from pyro_hamflow.mcmc.kernels.flow import FlowMH
 from pyro_hamflow.mcmc.kernels.flow_nuts import FlowNUTS
 from pyro_hamflow.mcmc.kernels.hmc_nuts import HMC, NUTS
@@ -78,4 +79,5 @@ __all__ = [
     "rhat_below",
     "time_over",
     "to_inference_data",
+    "whiten",
 ]

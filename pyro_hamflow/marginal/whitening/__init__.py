@@ -1,0 +1,1 @@
+"""Paths and vectors as Gaussian sites see them: a change of variables for joint sampling."""

@@ -1,0 +1,154 @@
+r"""Gaussian priors times Gaussian sites, and the affine maps that they are.
+
+The product of a prior and sites is a Gaussian of mean m and precision :math:`Q`. Its map takes
+standard normal noise z to :math:`x = m + L z` with :math:`L L^\top = Q^{-1}`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.programs import banded
+
+
+class AffineMap(Protocol):
+    """From noise ``(n,)`` to the variables of a path, and back."""
+
+    def forward(self, z: Tensor, /) -> Tensor:
+        """The variables."""
+
+    def inverse(self, x: Tensor, /) -> Tensor:
+        """The noise."""
+
+    def log_volume(self) -> Tensor:
+        """The logarithm of the volume's growth from noise to variables."""
+
+
+class PriorForm(Protocol):
+    """A Gaussian prior."""
+
+    def times(self, precision: Tensor, linear: Tensor, /) -> AffineMap:
+        """The map of the prior times sites.
+
+        Arguments:
+            precision: The sites' precision by its lower bands, of shape ``(n, q)``.
+            linear: Their linear terms, of shape ``(n,)``.
+        """
+
+
+class BandedPrior(NamedTuple):
+    """A Gaussian by its precision.
+
+    Attributes:
+        bands: The lower bands of the precision, of shape ``(n, p)``.
+        linear: The precision times the mean.
+    """
+
+    bands: Tensor
+    linear: Tensor
+
+    @classmethod
+    def at(cls, u: Tensor, gradient: Tensor, bands: Tensor) -> BandedPrior:
+        """From the gradient and minus the Hessian of a log density somewhere."""
+        return cls(bands, gradient + banded.multiply(bands, u))
+
+    def times(self, precision: Tensor, linear: Tensor) -> BandedMap:
+        width = max(self.bands.shape[-1], precision.shape[-1])
+        pad = torch.nn.functional.pad
+        total = sum(pad(part, (0, width - part.shape[-1])) for part in (self.bands, precision))
+        return BandedMap(banded.cholesky(total), self.linear + linear)
+
+
+class BandedMap(NamedTuple):
+    r"""The map of a Gaussian given by its precision :math:`R R^\top`.
+
+    Attributes:
+        root: The lower bands of R.
+        linear: The precision times the mean.
+    """
+
+    root: Tensor
+    linear: Tensor
+
+    def forward(self, z: Tensor) -> Tensor:
+        return banded.draw(self.root, self.linear, z)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        along = banded.multiply_root(self.root, x, transposed=True)
+        return along - banded.solve(self.root, self.linear)
+
+    def log_volume(self) -> Tensor:
+        return -0.5 * banded.log_det(self.root)
+
+
+class CovariancePrior(NamedTuple):
+    r"""A Gaussian by its covariance :math:`C C^\top`.
+
+    Attributes:
+        loc: Its mean.
+        root: C, lower triangular.
+    """
+
+    loc: Tensor
+    root: Tensor
+
+    def times(self, precision: Tensor, linear: Tensor) -> CovarianceMap:
+        n = len(self.loc)
+        if precision.shape[-1] == 1:
+            weighted = precision * self.root
+        else:
+            weighted = banded.dense(precision) @ self.root
+        eye = torch.eye(n, dtype=self.loc.dtype, device=self.loc.device)
+        root = torch.linalg.cholesky(eye + self.root.mT @ weighted)
+        pull = self.root.mT @ (linear - banded.multiply(precision, self.loc))
+        return CovarianceMap(self, root, _solve(root, pull))
+
+
+class CovarianceMap(NamedTuple):
+    r"""The map of a prior of covariance :math:`C C^\top` times sites.
+
+    In :math:`v = C^{-1} (x - \mu)`, which is standard normal under the prior, the product has
+    precision :math:`R R^\top`. No precision of the prior is formed: those of smooth processes are
+    nearly singular.
+
+    Attributes:
+        prior: The prior.
+        root: R, lower triangular.
+        linear: R's solution of the linear term.
+    """
+
+    prior: CovariancePrior
+    root: Tensor
+    linear: Tensor
+
+    def scores(self, z: Tensor) -> Tensor:
+        """The variables as the prior's own standard normal noise."""
+        return _solve(self.root.mT, self.linear + z, upper=True)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.prior.loc + self.prior.root @ self.scores(z)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        v = _solve(self.prior.root, x - self.prior.loc)
+        return self.root.mT @ v - self.linear
+
+    def log_volume(self) -> Tensor:
+        return _log_diagonal(self.prior.root) - _log_diagonal(self.root)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The prior's log density of the variables, in terms of the noise."""
+        v = self.scores(z)
+        normal = -0.5 * (v @ v) - 0.5 * len(v) * math.log(2.0 * math.pi)
+        return normal - _log_diagonal(self.root)
+
+
+def _solve(root: Tensor, vector: Tensor, *, upper: bool = False) -> Tensor:
+    return torch.linalg.solve_triangular(root, vector[:, None], upper=upper)[:, 0]
+
+
+def _log_diagonal(root: Tensor) -> Tensor:
+    return root.diagonal().log().sum()

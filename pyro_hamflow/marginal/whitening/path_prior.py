@@ -1,0 +1,120 @@
+"""The prior of a path given the other sites: its density, its Gaussian form, and draws from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import MultivariateNormal
+from torch import Tensor
+
+from pyro_hamflow.marginal.whitening.affine import BandedPrior, CovariancePrior, PriorForm
+from pyro_hamflow.marginal.whitening.curvature import dominant, gradient_and_bands
+from pyro_hamflow.model.kinds import Arguments, Model
+from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
+from pyro_hamflow.model.trace import log_density, run_with
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The variables of a path: its sites on the real line, in an order of few bands.
+
+    Attributes:
+        sites: The sites of the path.
+        order: Of which entry of the sites' flat vector each variable is, of shape ``(n,)``.
+        width: How many lower bands the prior's precision has; none if its covariance is known.
+        is_gaussian: Whether the prior's precision is the same everywhere.
+    """
+
+    sites: list[Site]
+    order: Tensor
+    width: int | None = None
+    is_gaussian: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the sites."""
+        return [site.name for site in self.sites]
+
+    def free(self, u: Tensor) -> Values:
+        """The sites' values on the real line, from variables ``(*, n)``."""
+        return split(self.sites, u[..., self.order.argsort()])
+
+    def values(self, u: Tensor) -> Values:
+        """The sites' values in their supports."""
+        return constrain(self.sites, self.free(u))
+
+    def variables(self, values: Values) -> Tensor:
+        """The variables ``(n,)``, from values in the sites' supports."""
+        parts = [site.transform.inv(values[site.name]).reshape(-1) for site in self.sites]
+        return torch.cat(parts)[self.order]
+
+
+class PathPrior(NamedTuple):
+    """The prior of a path in one model with its data.
+
+    Attributes:
+        model: The model.
+        data: Its arguments.
+        layout: The path's variables.
+        others: Values of all latent sites, for those that are not told.
+    """
+
+    model: Model
+    data: Arguments
+    layout: Layout
+    others: Values
+
+    def log_density(self, u: Tensor, parameters: Values) -> Tensor:
+        """The log density of variables ``(n,)``, given values of other sites."""
+        trace = self._run(parameters | self.layout.values(u))
+        total = u.new_zeros(())
+        for name in self.layout.names:
+            total = total + log_density(trace.nodes[name]).sum()
+        return add_jacobians(total, self.layout.sites, self.layout.free(u))
+
+    def form(self, u: Tensor, parameters: Values) -> PriorForm:
+        """The Gaussian that the prior is; of one that is none, one that is alike at ``u``."""
+        if self.layout.width is None:
+            (name,) = self.layout.names
+            fn = multivariate_normal(self._run(parameters | self.layout.values(u)).nodes[name])
+            assert fn is not None  # as it was when the path was laid out
+            return CovariancePrior(fn.loc, fn.scale_tril)
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = self.log_density(u, parameters)
+            gradient, bands = gradient_and_bands(value, u, self.layout.width)
+        if not self.layout.is_gaussian:
+            bands = dominant(bands)
+        return BandedPrior.at(u.detach(), gradient, bands)
+
+    def form_of(self, first: Tensor, second: Tensor) -> PriorForm:
+        """A form from its tensors."""
+        return (CovariancePrior if self.layout.width is None else BandedPrior)(first, second)
+
+    def draw(self, parameters: Values) -> Tensor:
+        """Variables ``(n,)`` drawn from the prior, given values of other sites."""
+        drawn = set(self.layout.names)
+        known = {n: v for n, v in (self.others | parameters).items() if n not in drawn}
+        nodes = self._given(known).nodes
+        return self.layout.variables({name: nodes[name]["value"] for name in drawn})
+
+    def _run(self, values: Values) -> poutine.Trace:
+        return self._given(self.others | values)
+
+    def _given(self, values: Values) -> poutine.Trace:
+        model, (args, kwargs) = self.model, self.data
+        return run_with(model, lambda msg: values.get(msg["name"]), *args, **kwargs)
+
+
+def multivariate_normal(site: dict[str, object]) -> MultivariateNormal | None:
+    """A site's prior, if it is one multivariate normal that counts as it is."""
+    fn = site["fn"]
+    plain = site["scale"] == 1.0 and site["mask"] is None
+    if isinstance(fn, MultivariateNormal) and plain and not fn.batch_shape:
+        return fn
+    return None

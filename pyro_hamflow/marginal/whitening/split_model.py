@@ -1,0 +1,98 @@
+"""A model with a path, its log density in two parts: the path's prior, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from pyro_hamflow.marginal.whitening.layout import (
+    check_sites,
+    flat_layout,
+    lay_out,
+    parameters_before,
+    refuse_later_parameters,
+)
+from pyro_hamflow.marginal.whitening.path_prior import PathPrior, Values
+from pyro_hamflow.model.kinds import Arguments, Model
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.sites import add_jacobians, constrain, split
+from pyro_hamflow.programs.validation import no_validation
+
+
+class SplitModel:
+    """A Pyro model as functions of its parameters on the real line and its path's variables.
+
+    Arguments:
+        model: The model.
+        data: What it is called with.
+        names: The sites of the path.
+
+    Attributes:
+        prior: The path's prior given the parameters.
+        width: The bands of the rest's Hessian in the path.
+        parameters: The other sites, on the real line one after the other.
+        num_before: How many of their coordinates are drawn before the path.
+        start: Parameters to begin with, close to zero.
+
+    Raises:
+        ValueError: If the sites are not a path that can be whitened.
+    """
+
+    def __init__(self, model: Model, data: Arguments, names: Sequence[str]) -> None:
+        potential = self._potential = Potential(model, data.args, data.kwargs)
+        check_sites(potential, names)
+        layout = flat_layout(potential, names)
+        self._names = set(names)
+        self.parameters = [site for site in potential.sites if site.name not in names]
+        stacked = [*self.parameters, *(s for s in potential.sites if s.name in names)]
+        entries = [torch.arange(site.start, site.stop) for site in stacked]
+        self._places = torch.cat(entries).argsort().to(potential.example.device)
+        position, self._noise = (0.1 * part[0] for part in potential.vectors(1))
+        trace = potential.trace(position, self._noise)
+        self._evaluator = potential.runs.evaluator_of(self._rest_of(trace))
+        self.start = position[torch.cat(entries)[: potential.dimension - len(layout.order)]]
+        others = {name: node["value"].detach() for name, node in potential.runs.latent.items()}
+        others |= {name: value.detach() for name, value in potential.constrain(position).items()}
+        prior = PathPrior(model, data, layout, others)
+        self.prior = prior
+        layout, self.width = lay_out(
+            prior, lambda u: self.log_rest(self.start, u), names, potential
+        )
+        self.prior = prior._replace(layout=layout)
+        before = parameters_before(potential, names)
+        sizes = [site.stop - site.start for site in self.parameters if site.name in before]
+        self.num_before = sum(sizes)
+        later = [site.name for site in self.parameters if site.name not in before]
+        refuse_later_parameters(self.prior, self.start.new_zeros(len(layout.order)), later, before)
+
+    def _rest_of(self, trace: poutine.Trace) -> poutine.Trace:
+        part = trace.copy()
+        for name in self._names:
+            part.remove_node(name)
+        return part
+
+    def free(self, theta: Tensor) -> Values:
+        """The parameters' sites on the real line."""
+        return split(self.parameters, theta)
+
+    def values(self, theta: Tensor) -> Values:
+        """The parameters' sites in their supports."""
+        return constrain(self.parameters, self.free(theta))
+
+    def log_rest(self, theta: Tensor, u: Tensor) -> Tensor:
+        """The log density of all but the path, of parameters on the real line."""
+        layout = self.prior.layout
+        position = torch.cat([theta, u[layout.order.argsort()]])[self._places]
+        trace = self._rest_of(self._potential.trace(position, self._noise))
+        with no_validation():
+            total = self._evaluator.log_prob(trace)
+            if not isinstance(total, Tensor):  # there are no other sites
+                total = u.new_zeros(())
+            return add_jacobians(total, self.parameters, self.free(theta))
+
+    def log_prior(self, theta: Tensor, u: Tensor) -> Tensor:
+        """The path's log density given the parameters."""
+        return self.prior.log_density(u, self.values(theta))
