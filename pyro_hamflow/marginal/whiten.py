@@ -7,8 +7,8 @@ NUTS is one, need few steps for many of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK, Message
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves
@@ -46,8 +46,8 @@ def whiten(model: Model, sites: Sequence[str]) -> WhitenedModel:
 
     A path has few bands in its precision where each variable depends on the last few: as a
     :func:`pyro.markov` loop or as one site of many times, of several states, or in plates. Then
-    time and memory grow in proportion to its length. Other vectors, such as Gaussian processes, take
-    the cube of theirs.
+    time and memory grow in proportion to its length. Other vectors, such as Gaussian processes,
+    take time in proportion to the cube of theirs.
 
     Arguments:
         model: A Pyro model.
@@ -98,8 +98,32 @@ class WhitenedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; its sites are fitted first, if they are not yet."""
-        with _Whiten(self.fit(*args, **kwargs)):
+        fit = self.fit(*args, **kwargs)
+        with _UntilPath(self.sites) as before, suppress(_PathBegins):
+            self.model(*args, **kwargs)
+        path = self._draw(fit, before.values)
+        with _WithPath(path, before.values):
             return self.model(*args, **kwargs)
+
+    def _draw(self, fit: PathFit, before: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The path's values, given those of all sites before it."""
+        others, layout = fit.prior.others, fit.prior.layout
+        parameters = {name: before[name] for name in before if name in others}
+        for name, value in parameters.items():
+            if value.shape != others[name].shape:
+                raise ValueError(
+                    f"site '{name}' has shape {tuple(value.shape)}, and had "
+                    f"{tuple(others[name].shape)} where its path was fitted: expected runs of a "
+                    "whitened model one by one, without plates around it"
+                )
+        noise = _PathNoise(fit, parameters)
+        z = pyro.sample(f"{layout.names[0]}_white", noise)
+        if z.shape != noise.event_shape:
+            raise ValueError(
+                f"the noise of the path {list(self.sites)} has shape {tuple(z.shape)}: expected "
+                f"{tuple(noise.event_shape)}, from a run with a path of the same length"
+            )
+        return layout.values(noise.path.forward(z))
 
     def fit(self, *args: Any, **kwargs: Any) -> PathFit:
         """Fits the sites to the model's data, unless they are fitted to these already.
@@ -157,60 +181,48 @@ class WhitenedModel:
         return f"whiten({name}, {list(self.sites)})"
 
 
-class _Whiten(Messenger):
-    """Puts noise in the place of a path, and the path that it leads to at the path's sites."""
+class _PathBegins(Exception):
+    """Ends a run of a model where its path begins, and leaves the plates around it."""
 
-    def __init__(self, fit: PathFit) -> None:
+
+class _UntilPath(Messenger):
+    """Runs a model up to its path, and records what comes before."""
+
+    def __init__(self, path: Sequence[str]) -> None:
         super().__init__()
-        self.fit = fit
-        self.parameters: dict[str, Tensor] = {}
-        self.path: dict[str, Tensor] | None = None
+        self.path = path
+        self.values: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Message) -> None:
-        if msg["name"] not in self.fit.prior.layout.names:
-            return
-        if self.path is None:
-            self.path = self._draw()
-        fn: TorchDistribution = msg["fn"]
-        value = self.path[msg["name"]]
-        msg["fn"] = dist.Delta(value, event_dim=fn.event_dim).mask(False)
-        msg["value"], msg["is_observed"] = value, True
-        msg["infer"] = {**(msg["infer"] or {}), "_deterministic": True}
+        if msg["name"] in self.path:
+            raise _PathBegins
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        name, others = msg["name"], self.fit.prior.others
-        if self.path is None and name in others:
-            self.parameters[name] = msg["value"]
+        self.values[str(msg["name"])] = msg["value"]
 
-    def _draw(self) -> dict[str, Tensor]:
-        others = self.fit.prior.others
-        for name, value in self.parameters.items():
-            if value.shape != others[name].shape:
-                raise ValueError(
-                    f"site '{name}' has shape {tuple(value.shape)} where its path was fitted with "
-                    f"{tuple(others[name].shape)}: expected runs of a whitened model one by one, "
-                    "without plates around it"
-                )
-        noise = _PathNoise(self.fit, self.parameters)
-        with self._outside():
-            z = pyro.sample(f"{self.fit.prior.layout.names[0]}_white", noise)
-        if z.shape != noise.event_shape:
-            raise ValueError(
-                f"the noise of path {self.fit.prior.layout.names} has shape {tuple(z.shape)}: "
-                f"expected {tuple(noise.event_shape)}, from a run of the same path"
-            )
-        return self.fit.prior.layout.values(noise.path.forward(z))
 
-    @contextmanager
-    def _outside(self) -> Iterator[None]:
-        """Leaves the model's plates, and whatever else it has put around its sites."""
-        within = _PYRO_STACK.index(self) + 1
-        inner = _PYRO_STACK[within:]
-        del _PYRO_STACK[within:]
-        try:
-            yield
-        finally:
-            _PYRO_STACK.extend(inner)
+class _WithPath(Messenger):
+    """Gives a path its values, and hides what outer handlers have seen before.
+
+    Arguments:
+        path: The values of the path's sites, which become deterministic.
+        before: Those of the sites seen before.
+    """
+
+    def __init__(self, path: Mapping[str, Tensor], before: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.path, self.before = path, before
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = str(msg["name"])
+        if name in self.before:
+            msg["value"] = self.before[name]
+            msg["done"] = msg["stop"] = True
+        elif name in self.path:
+            value = self.path[name]
+            msg["fn"] = dist.Delta(value, event_dim=msg["fn"].event_dim).mask(False)
+            msg["value"], msg["is_observed"] = value, True
+            msg["infer"] = {**(msg["infer"] or {}), "_deterministic": True}
 
 
 class _PathNoise(TorchDistribution):
@@ -224,7 +236,7 @@ class _PathNoise(TorchDistribution):
         self.path = fit.map(parameters)
         super().__init__(event_shape=fit.u.shape, validate_args=False)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         if sample_shape:
             raise ValueError(f"`sample_shape` is {tuple(sample_shape)}: expected one draw")
         with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyro_hamflow.programs import banded
 
@@ -30,6 +31,10 @@ class AffineMap(Protocol):
 
 class PriorForm(Protocol):
     """A Gaussian prior."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What it is made from."""
 
     def times(self, precision: Tensor, linear: Tensor, /) -> AffineMap:
         """The map of the prior times sites.
@@ -51,6 +56,10 @@ class BandedPrior(NamedTuple):
     bands: Tensor
     linear: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.bands, self.linear
+
     @classmethod
     def at(cls, u: Tensor, gradient: Tensor, bands: Tensor) -> BandedPrior:
         """From the gradient and minus the Hessian of a log density somewhere."""
@@ -58,9 +67,8 @@ class BandedPrior(NamedTuple):
 
     def times(self, precision: Tensor, linear: Tensor) -> BandedMap:
         width = max(self.bands.shape[-1], precision.shape[-1])
-        pad = torch.nn.functional.pad
-        total = sum(pad(part, (0, width - part.shape[-1])) for part in (self.bands, precision))
-        return BandedMap(banded.cholesky(total), self.linear + linear)
+        parts = [pad(part, (0, width - part.shape[-1])) for part in (self.bands, precision)]
+        return BandedMap(banded.cholesky(parts[0] + parts[1]), self.linear + linear)
 
 
 class BandedMap(NamedTuple):
@@ -95,6 +103,10 @@ class CovariancePrior(NamedTuple):
 
     loc: Tensor
     root: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.loc, self.root
 
     def times(self, precision: Tensor, linear: Tensor) -> CovarianceMap:
         n = len(self.loc)

@@ -26,6 +26,7 @@ from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.sites import Site, flatten
 from pyro_hamflow.programs.banded import multiply
 from pyro_hamflow.programs.capture import Program, capture
+from pyro_hamflow.programs.validation import no_validation
 
 _STEPS = 60  # of Newton at most
 _HALVINGS = 12  # of a step that leads down
@@ -108,7 +109,8 @@ class _Search:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             terms = gradient_and_bands(split.log_rest(theta, u), u, split.width)
-        return tuple(term.detach() for term in (*split.prior.form(u, split.values(theta)), *terms))
+        form = split.prior.form(u, split.values(theta)).tensors
+        return tuple(term.detach() for term in (*form, *terms))
 
     def _density_at(self, theta: Tensor, u: Tensor) -> tuple[Tensor]:
         """The joint log density."""
@@ -178,6 +180,7 @@ class _Search:
 def _captured(function: Program, *examples: Tensor) -> Program:
     """A function as a graph, or itself where it is none."""
     try:
-        return capture(function, *examples)
+        with no_validation():
+            return capture(function, *examples)
     except Exception:  # whatever a model's own code may raise while it is traced
         return function

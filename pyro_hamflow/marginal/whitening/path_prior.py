@@ -15,6 +15,7 @@ from pyro_hamflow.marginal.whitening.curvature import dominant, gradient_and_ban
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import log_density, run_with
+from pyro_hamflow.programs.validation import no_validation
 
 Values = dict[str, Tensor]
 
@@ -72,9 +73,9 @@ class PathPrior(NamedTuple):
     def log_density(self, u: Tensor, parameters: Values) -> Tensor:
         """The log density of variables ``(n,)``, given values of other sites."""
         trace = self._run(parameters | self.layout.values(u))
-        total = u.new_zeros(())
-        for name in self.layout.names:
-            total = total + log_density(trace.nodes[name]).sum()
+        with no_validation():
+            terms = [log_density(trace.nodes[name]).sum() for name in self.layout.names]
+        total = torch.stack(terms).sum()
         return add_jacobians(total, self.layout.sites, self.layout.free(u))
 
     def form(self, u: Tensor, parameters: Values) -> PriorForm:
@@ -88,6 +89,8 @@ class PathPrior(NamedTuple):
             u = u.detach().requires_grad_()
             value = self.log_density(u, parameters)
             gradient, bands = gradient_and_bands(value, u, self.layout.width)
+        if not torch.is_grad_enabled():
+            gradient, bands = gradient.detach(), bands.detach()
         if not self.layout.is_gaussian:
             bands = dominant(bands)
         return BandedPrior.at(u.detach(), gradient, bands)
