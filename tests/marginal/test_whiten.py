@@ -203,9 +203,7 @@ def test_noise_is_white_whatever_the_parameters_where_all_is_gaussian(name):
         prior = dist.LogNormal(-0.5, 0.5).log_prob(values["step"])
         prior += dist.LogNormal(-0.3, 0.5).log_prob(values["error"])
         noise = dist.Normal(0.0, 1.0).log_prob(z).sum()
-        assert float(found - noise - prior) == pytest.approx(
-            kalman(y, step, error), abs=1e-7
-        )
+        assert float(found - noise - prior) == pytest.approx(kalman(y, step, error), abs=1e-7)
 
 
 def test_batched_gradients_are_those_of_the_model_in_python():
