@@ -139,7 +139,7 @@ class WhitenedModel:
             old[0] is new[0] and old[1] == new[1] for old, new in zip(self._seen, seen, strict=True)
         )
         if before is None or not (same or self._is_fitted(data, before)):
-            with torch.random.fork_rng(), poutine.block():
+            with torch.random.fork_rng(), poutine.block(), torch.enable_grad():
                 before = self._fit = fit_path(self.model, data, self.sites)
                 self._observed = _observed(self._look(data))
         self._seen = seen
