@@ -250,6 +250,20 @@ class TunedEstimator(ABC):
             self.take_over(self._untuned)
             self._untuned = None
 
+    @property
+    def fitted(self) -> tuple[Prepared, Prepared | None]:
+        """What is known of the estimator, and what was before warm-up tuned it, if it did."""
+        return self.prepared, self._untuned
+
+    def take_fitted(self, fitted: tuple[Prepared, Prepared | None], structure: Structure) -> None:
+        """Takes over what was :attr:`fitted` to the same model and data in another process."""
+        prepared, untuned = (
+            part and replace(part, key=part.key and structure.key) for part in fitted
+        )
+        if prepared is not None:
+            self.take_over(prepared)
+        self._untuned = untuned
+
     def refined(self, num_particles: int, points: str) -> Self:
         """The same model and fitted proposal, with other particles.
 

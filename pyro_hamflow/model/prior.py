@@ -28,13 +28,14 @@ from pyro_hamflow.model.sites import add_jacobians
 from pyro_hamflow.model.supports import base_of
 from pyro_hamflow.model.trace import is_latent
 from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.made import Made
 from pyro_hamflow.programs.program_cache import ProgramCache
 from pyro_hamflow.programs.validation import no_validation
 
 _REMEDY = "expected a proper prior, or a guide to start from"
 
 
-class Prior:
+class Prior(Made):
     """The prior of a model as minus a log density, batched, and draws from it.
 
     Arguments:

@@ -32,7 +32,9 @@ SOURCES = {
 ROOMS = ["version", "checks", "process", "progress", "programs", "dynamics", "networks", "model"]
 ROOMS += ["marginal", "surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
 ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.stopping"]
-ROOMS += ["mcmc.kernels", "mcmc.mcmc", "results"]
+ROOMS += ["mcmc.kernels"]
+ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.snapshot", "mcmc.store", "mcmc.checkpoint"]
+ROOMS += ["mcmc.mcmc", "results"]
 
 MOST_LINES = 300
 LONGER = {

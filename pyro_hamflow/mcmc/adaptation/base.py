@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning
+from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
 
 
 @dataclass
@@ -67,6 +68,26 @@ class Phase(Protocol):
 
     def successor(self, state: State) -> tuple[Phase, State] | None:
         """The next phase and its first state, once this one is over; none before."""
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Moves that have been tuned.
+
+    Arguments:
+        transition: The move.
+        tuning: What it is tuned to.
+        trajectories: How its trajectories end.
+    """
+
+    transition: Transition
+    tuning: Tuning
+    trajectories: Trajectories
+
+    def __call__(self, state: State) -> tuple[State, Info]:
+        """Moves all chains once."""
+        steps = self.trajectories.draw_num_steps(self.tuning.step_size)
+        return self.transition.step(state, self.tuning, steps)
 
 
 class Sample:

@@ -11,10 +11,10 @@ import time
 import torch
 
 from pyro_hamflow.mcmc.adaptation.attune import attuned
-from pyro_hamflow.mcmc.adaptation.base import Phase, Sample
+from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, Sample
 from pyro_hamflow.mcmc.adaptation.metric import Covariance
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
-from pyro_hamflow.mcmc.adaptation.surrogate_moves import SurrogateMoves
+from pyro_hamflow.mcmc.adaptation.surrogate_moves import AlongSurrogate, SurrogateMoves
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
 from pyro_hamflow.mcmc.adaptation.tune import Tune
 from pyro_hamflow.mcmc.adaptation.verdict import Trial
@@ -154,14 +154,8 @@ class Learning:
         if transition is None:
             raise RuntimeError("there is no surrogate yet: learn one first")
         moves.rehearse(transition, state, tuning)
-
-        def advance(state: State) -> tuple[State, Info]:
-            ended = isinstance(transition, MultipleProposalTransition) and transition.ended(state)
-            if ended and float(torch.rand(())) < share:
-                return moves.step_along_truth(state, tuning)
-            steps = moves.trajectories.draw_num_steps(tuning.step_size)
-            return transition.step(state, tuning, steps)
-
+        along = Moves(transition, tuning, moves.trajectories)
+        advance = AlongSurrogate(along, moves, share)
         return Sample(transition, advance, tuning), transition.state_at(state.position, state.noise)
 
     def give_up(self, state: State, tuning: Tuning, reason: str) -> tuple[Phase, State]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from pyro_hamflow.mcmc.adaptation.base import Moves
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
 from pyro_hamflow.mcmc.transitions.base import (
     Info,
@@ -115,3 +117,26 @@ class SurrogateMoves:
         if not self.potential.noise_sites:
             return inner
         return ConditionalTransition(inner, self._refresh, Blocks(self.potential))
+
+
+@dataclass(frozen=True)
+class AlongSurrogate:
+    """Draws along the surrogate, and along true gradients now and then.
+
+    Arguments:
+        along: The moves along the surrogate.
+        moves: Has those along true gradients.
+        share: Of true ones, for each set of proposals that are judged together.
+    """
+
+    along: Moves
+    moves: SurrogateMoves
+    share: float
+
+    def __call__(self, state: State) -> tuple[State, Info]:
+        """Moves all chains once."""
+        transition = self.along.transition
+        ended = isinstance(transition, MultipleProposalTransition) and transition.ended(state)
+        if ended and float(torch.rand(())) < self.share:
+            return self.moves.step_along_truth(state, self.along.tuning)
+        return self.along(state)

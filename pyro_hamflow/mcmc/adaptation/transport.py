@@ -50,7 +50,7 @@ class Transporting:
     ) -> tuple[Tensor, Tensor]:
         """Where chains start: at draws of a given map's own density, unless told where."""
         potential = source.potential
-        self._transport = self._given_for(potential)
+        self.take_given(potential)
         if self._transport is None or initial_params or source.init_strategy is not None:
             return source.start(num_chains, initial_params)
         like = torch.randn_like(potential.vectors(num_chains)[0])
@@ -59,6 +59,10 @@ class Transporting:
             return find_start(potential, num_chains, centre, 0.0)
         except ValueError:  # a map that leads where there is no density
             return source.start(num_chains, None)
+
+    def take_given(self, potential: Potential) -> None:
+        """Takes the map that was given, if one was, for this target."""
+        self._transport = self._given_for(potential)
 
     def _given_for(self, potential: Potential) -> Transport | None:
         """The map that was given, as one of all coordinates; none if it is to be learned."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan, Sample
+from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
 from pyro_hamflow.mcmc.adaptation.watch import Standstill
@@ -131,9 +131,4 @@ class Tune:
 
     def _draw(self) -> Sample:
         transition, tuning = self.final_transition(), self.tuning
-        trajectories = self.trajectories
-
-        def advance(state: State) -> tuple[State, Info]:
-            return transition.step(state, tuning, trajectories.draw_num_steps(tuning.step_size))
-
-        return Sample(transition, advance, tuning)
+        return Sample(transition, Moves(transition, tuning, self.trajectories), tuning)

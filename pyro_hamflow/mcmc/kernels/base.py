@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -71,7 +71,15 @@ class Kernel(PyroFace):
         planned_draws: How many draws of each chain follow, where the runner tells.
         most_warmup_steps: How many iterations of warm-up there may be, likewise.
         plan: What the latest run was to be.
+        made_of: The arguments that it was made of, and the keyword arguments.
     """
+
+    made_of: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        made.made_of = args, kwargs
+        return made
 
     def __init__(
         self,

@@ -19,9 +19,10 @@ from pyro_hamflow.mcmc.transitions.base import (
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.target import Target
 from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.made import Made
 
 
-class HMCTransition:
+class HMCTransition(Made):
     """Moves parameters along leapfrog trajectories, the noise of a likelihood estimate held.
 
     Arguments:

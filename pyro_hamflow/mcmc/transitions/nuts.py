@@ -14,9 +14,10 @@ from pyro_hamflow.mcmc.transitions.tree import Energy, Motion, Point
 from pyro_hamflow.mcmc.transitions.tree_builder import TreeBuilder
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.target import Target
+from pyro_hamflow.programs.made import Made
 
 
-class NUTSTransition:
+class NUTSTransition(Made):
     """Moves parameters along trajectories that end at a U-turn, the noise of an estimate held.
 
     Points of a trajectory are picked by their weights, later doublings first; a U-turn is judged by
@@ -107,7 +108,7 @@ def _energy(point: Point, value: Tensor) -> Energy:
     return Energy(total, total)
 
 
-class JointNUTSTransition:
+class JointNUTSTransition(Made):
     """Moves parameters and noise together, until the parameters make a U-turn.
 
     The noise turns about the origin at unit speed whatever the parameters do, so it has no say in

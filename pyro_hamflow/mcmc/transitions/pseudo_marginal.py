@@ -24,9 +24,10 @@ from pyro_hamflow.mcmc.transitions.base import (
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
 from pyro_hamflow.model.target import Target
 from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.made import Made
 
 
-class JointTransition:
+class JointTransition(Made):
     """Moves parameters and noise together, by the splitting integrator.
 
     Arguments:
