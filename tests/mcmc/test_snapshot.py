@@ -23,6 +23,7 @@ from pyro_hamflow import (
     RandomWalk,
     marginalize,
 )
+from pyro_hamflow.mcmc.adaptation import transport_learning
 from pyro_hamflow.mcmc.frozen import Unstorable
 from pyro_hamflow.mcmc.snapshot import capture, found_words, kernel_words, source_words, take_up
 
@@ -105,7 +106,9 @@ def settled(kernel):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_taken_up_goes_on_bit_for_bit(name):
+def test_a_kernel_taken_up_goes_on_bit_for_bit(name, monkeypatch):
+    monkeypatch.setattr(transport_learning, "_STEPS", 20)  # of each fit of a map, to take less long
+    monkeypatch.setattr(transport_learning, "_LAST_STEPS", 20)
     make, data, warmup = KERNELS[name]
     args = () if data is None else (data,)
     initial = {"x": torch.zeros(4, 2)} if data is None else None
