@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import arviz
 import numpy as np
 import pyro
 import pyro.poutine as poutine
@@ -21,6 +20,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hamflow import arviz_bridge
 from pyro_hamflow.checks import flag, whole
 from pyro_hamflow.mcmc.adaptation.base import Phase
 from pyro_hamflow.mcmc.chains import Chains
@@ -456,10 +456,10 @@ class MCMC:
                 parts = values[0, : 2 * half].reshape(2, half, *values.shape[2:])
             with np.errstate(invalid="ignore", divide="ignore"):  # chains that never moved
                 found = {
-                    "n_eff": arviz.ess(arviz.convert_to_dataset({name: values})),
-                    "r_hat": arviz.rhat(arviz.convert_to_dataset({name: parts})),
+                    "n_eff": arviz_bridge.ess(values),
+                    "r_hat": arviz_bridge.rhat(parts),
                 }
-            result[name] = {key: torch.as_tensor(part[name].values) for key, part in found.items()}
+            result[name] = {key: torch.as_tensor(part) for key, part in found.items()}
         stats = self.draws.stats
         result["divergences"] = {
             f"chain {i}": flags.nonzero().flatten().tolist()
@@ -483,8 +483,7 @@ class MCMC:
         samples = {k: v.cpu().numpy() for k, v in self.get_samples(group_by_chain=True).items()}
         if not samples:
             return None
-        mass = "hdi_prob" if int(arviz.__version__.split(".")[0]) < 1 else "ci_prob"
-        table = arviz.summary(arviz.convert_to_dataset(samples), **{mass: prob} | keywords)
+        table = arviz_bridge.summary(samples, prob, **keywords)
         divergences = int(self.draws.stats["diverging"].sum())
         tqdm.write(f"{table.to_string()}\nNumber of divergences: {divergences}")
         return table

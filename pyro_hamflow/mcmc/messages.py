@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import arviz
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_hamflow import arviz_bridge
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.sites import Site
 
@@ -91,9 +91,9 @@ def judge(rows: np.ndarray) -> dict[str, np.ndarray]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # chains that never moved
         warnings.simplefilter("ignore")
         found = {
-            "rhat": arviz.rhat(_dataset(_chains(rows)))["x"].values,
-            "ess_bulk": arviz.ess(_dataset(rows), method="bulk")["x"].values,
-            "ess_tail": arviz.ess(_dataset(rows), method="tail")["x"].values,
+            "rhat": arviz_bridge.rhat(_chains(rows)),
+            "ess_bulk": arviz_bridge.ess(rows),
+            "ess_tail": arviz_bridge.ess(rows, "tail"),
         }
     moved = (np.ptp(rows, 1) > 0.0).any(0)
     found["rhat"] = np.where(moved & np.isfinite(found["rhat"]), found["rhat"], np.inf)
@@ -134,7 +134,7 @@ def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:
         )
     if bool(stats["n_steps"].any()):  # else no momentum gives it energy
         with np.errstate(all="ignore"):  # no energy varies of a model without parameters
-            bfmi = arviz.bfmi(stats["energy"].double().numpy())
+            bfmi = arviz_bridge.bfmi(stats["energy"].double().numpy())
         result.values["min_bfmi"] = float(bfmi.min())
         if bfmi.min() < _SMALLEST_BFMI:
             result.messages.append(
@@ -210,11 +210,7 @@ def _chains(rows: np.ndarray) -> np.ndarray:
 
 def _rhat(values: np.ndarray) -> float:
     with np.errstate(all="ignore"):
-        return float(arviz.rhat(_chains(values)))
-
-
-def _dataset(rows: np.ndarray) -> Any:
-    return arviz.convert_to_dataset({"x": rows})
+        return float(arviz_bridge.rhat(_chains(values)))
 
 
 def _name(sites: Sequence[Site], column: int) -> str:

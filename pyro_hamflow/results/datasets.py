@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import xarray
 from torch import Tensor
 
 from pyro_hamflow.model.trace import Frames, is_deterministic, vectorized_frames
 from pyro_hamflow.results.names import Names
+
+if TYPE_CHECKING:
+    import xarray
 
 _DRAWN = ("chain", "draw")
 
@@ -98,6 +100,8 @@ class Datasets:
         Raises:
             ValueError: If names or coordinates do not fit the arrays' shapes.
         """
+        import xarray  # imports pandas
+
         lead = _DRAWN if drawn else ()
         variables: dict[str, Any] = {}
         coords: dict[str, Any] = {}

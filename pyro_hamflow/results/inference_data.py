@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import arviz
 import torch
-import xarray
 from torch import Tensor
 
+from pyro_hamflow import arviz_bridge
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.trace import is_computed, is_latent, run_with, vectorized_frames
@@ -25,7 +24,10 @@ from pyro_hamflow.results.names import Names
 from pyro_hamflow.results.pointwise import Pointwise, pointwise
 from pyro_hamflow.results.run import Run
 
-Groups = dict[str, xarray.Dataset]
+if TYPE_CHECKING:
+    import xarray
+
+Groups = dict[str, "xarray.Dataset"]
 
 
 def to_inference_data(
@@ -110,15 +112,15 @@ def to_inference_data(
             prior=prior,
             posterior_predictive=posterior_predictive,
         )
-    if int(arviz.__version__.split(".")[0]) >= 1:
+    if arviz_bridge.has_trees():
         return to_datatree(groups, attributes)
-    data = arviz.InferenceData(attrs=attributes)
-    data.add_groups(groups, warn_on_custom_groups=False)
-    return data
+    return arviz_bridge.inference_data(groups, attributes)
 
 
 def to_datatree(groups: Groups, attributes: Mapping[str, Any]) -> xarray.DataTree:
     """Wraps groups as ArviZ 1.x wants them."""
+    import xarray  # imports pandas
+
     tree = xarray.DataTree.from_dict(dict(groups))
     tree.attrs.update(attributes)
     return tree
@@ -277,6 +279,8 @@ def _by_chain(values: Mapping[str, Any], lead: torch.Size) -> dict[str, Tensor]:
 
 
 def _stats(draws: Draws) -> xarray.Dataset:
+    import xarray  # imports pandas
+
     arrays = {name: (("chain", "draw"), to_numpy(value)) for name, value in draws.stats.items()}
     chains, length = draws.position.shape[:2]
     return xarray.Dataset(arrays, {"chain": range(chains), "draw": range(length)})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.pareto import psislw
+from pyro_hamflow.arviz_bridge import psislw
 
 _REPEATS = 500  # of a simulated mean
 _ALIKE = 1e-9  # difference of log weights, of rounding alone

@@ -29,8 +29,9 @@ SOURCES = {
 
 # Imports run from a later one to an earlier one. Moves come first, then populations that are moved
 # by them, then the kernels that may start from a population.
-ROOMS = ["version", "checks", "process", "progress", "programs", "dynamics", "networks", "model"]
-ROOMS += ["marginal", "surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
+ROOMS = ["version", "checks", "process", "progress", "arviz_bridge"]
+ROOMS += ["programs", "dynamics", "networks", "model", "marginal"]
+ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
 ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.stopping"]
 ROOMS += ["mcmc.kernels"]
 ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.snapshot", "mcmc.store", "mcmc.checkpoint"]
@@ -297,6 +298,28 @@ def test_import_leaves_validation_as_it_found_it():
         "raise SystemExit(D._validate_args != before or torch.get_default_dtype() != dtype)"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
+
+
+def test_import_leaves_to_later_what_takes_long():
+    code = (
+        "import sys, pyro_hamflow;"
+        "raise SystemExit(not {'arviz', 'xarray', 'matplotlib', 'zuko'}.isdisjoint(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
+
+
+IMPORTS = """
+from time import process_time as now
+start = now(); import pyro; middle = now(); import pyro_hamflow
+print((now() - start) / (middle - start))
+"""
+
+
+@pytest.mark.slow
+def test_import_takes_hardly_longer_than_pyro():
+    run = [sys.executable, "-W", "ignore", "-c", IMPORTS]
+    ratios = [float(subprocess.check_output(run)) for _ in range(6)]
+    assert min(ratios[1:]) < 1.15  # the first run compiles
 
 
 def test_public_names_are_documented():

@@ -1,0 +1,67 @@
+"""What we ask of ArviZ, 0.x or 1.x.
+
+It takes as long to import as Pyro, and nothing needs it before there are draws: it is imported when
+it is asked for.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def rhat(values: np.ndarray) -> np.ndarray:
+    """R-hat of draws ``(chains, draws, *)``, of shape ``(*)``."""
+    return _of_each("rhat", values)
+
+
+def ess(values: np.ndarray, method: str = "bulk") -> np.ndarray:
+    """The effective sample size of draws ``(chains, draws, *)``, of shape ``(*)``."""
+    return _of_each("ess", values, method=method)
+
+
+def bfmi(energy: np.ndarray) -> np.ndarray:
+    """The fraction of missing information of energies ``(chains, draws)``, of each chain."""
+    return np.asarray(_arviz().bfmi(energy))
+
+
+def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed log weights, and the shape k of their tail."""
+    if has_trees():
+        from arviz_stats.base import array_stats  # comes with ArviZ 1.0 only
+
+        smoothed, k = array_stats.psislw(-log_weights)  # it is written for log-likelihoods
+    else:
+        smoothed, k = _arviz().psislw(log_weights.copy())
+    return np.asarray(smoothed), float(k)
+
+
+def summary(samples: dict[str, np.ndarray], prob: float, **keywords: Any) -> Any:
+    """ArviZ's table of draws ``(chains, draws, *)``, with intervals of highest density."""
+    mass = {"ci_prob": prob, "ci_kind": "hdi"} if has_trees() else {"hdi_prob": prob}
+    return _arviz().summary(_arviz().convert_to_dataset(samples), **mass | keywords)
+
+
+def inference_data(groups: dict[str, Any], attributes: dict[str, Any]) -> Any:
+    """Datasets as ``InferenceData``, of ArviZ 0.x."""
+    data = _arviz().InferenceData(attrs=attributes)
+    data.add_groups(groups, warn_on_custom_groups=False)
+    return data
+
+
+def has_trees() -> bool:
+    """Whether ArviZ is 1.0 or later, whose data are xarray's ``DataTree``."""
+    return int(_arviz().__version__.split(".")[0]) >= 1
+
+
+def _of_each(name: str, values: np.ndarray, **settings: Any) -> np.ndarray:
+    function, convert = getattr(_arviz(), name), _arviz().convert_to_dataset
+    return function(convert({"x": values}), **settings)["x"].values
+
+
+def _arviz() -> ModuleType:
+    import arviz  # takes as long as Pyro
+
+    return arviz
