@@ -84,7 +84,8 @@ def correlated(kind):
 @pytest.mark.parametrize("kind", ["bulk", "tail"])
 def test_small_effective_sample_size_is_told(kind):
     position = correlated(kind)
-    expected = float(arviz.ess(position[..., 0].numpy(), method=kind))
+    draws = arviz.convert_to_dataset({"a": position[..., 0].numpy()})
+    expected = float(arviz.ess(draws, method=kind)["a"])
     assert expected < 400
     found = told(position)
     assert found.values[f"min_ess_{kind}"] == pytest.approx(expected)
