@@ -1,10 +1,12 @@
 # `make demo` and `make test` need Python 3.11, make and nothing else installed.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyro_hamflow tests tutorials benchmarks
+SOURCES := pyro_hamflow tests tutorials benchmarks docs
 
 .PHONY: demo paper lecture test test-gpu slow lint types format bench clean
+.PHONY: dist test-wheel floors test-arviz1 docs docs-look gallery
 
 demo: $(VENV)/demo
 	$(BIN)/python tutorials/quickstart.py
@@ -32,6 +34,7 @@ lint: $(VENV)/test
 
 types: $(VENV)/test
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 format: $(VENV)/test
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -39,6 +42,37 @@ format: $(VENV)/test
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.run
+
+# A wheel and an archive of sources, built twice to see that they come out the same.
+dist: $(VENV)/dist
+	rm -rf dist build/again
+	SOURCE_DATE_EPOCH=0 $(BIN)/python -m build --quiet --no-isolation
+	SOURCE_DATE_EPOCH=0 $(BIN)/python -m build --quiet --no-isolation --outdir build/again
+	cd build/again && sha256sum * | (cd ../../dist && sha256sum --check)
+	$(BIN)/twine check --strict dist/*
+
+# The wheel in an environment of its own: what ships with it, and the archive's tests of results.
+test-wheel: dist
+	rm -rf build/wheel && $(PYTHON) -m venv build/wheel && mkdir build/wheel/away
+	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl pytest zuko scipy
+	cd build/wheel/away && ../bin/python -m pytest -q -p no:cacheprovider --doctest-modules \
+		--pyargs pyro_hamflow
+	tar -xzf dist/*.tar.gz -C build/wheel && rm -r build/wheel/pyro_hamflow-*/pyro_hamflow
+	cd build/wheel/pyro_hamflow-* && ../bin/python -m pytest -p no:cacheprovider $(RESULTS)
+
+# The lowest versions that are stated; and ArviZ 1.x, which needs Python 3.12 or later.
+RESULTS := tests/results tests/mcmc/test_messages.py tests/smc/test_importance.py
+
+floors: pyproject.toml floors.txt
+	rm -rf build/floors && $(PYTHON) -m venv build/floors
+	build/floors/bin/python -m pip install --quiet -c floors.txt -e '.[flows]' matplotlib pytest scipy
+	build/floors/bin/python -m pytest -p no:cacheprovider $(RESULTS) tests/mcmc/test_truth.py
+
+test-arviz1: pyproject.toml
+	rm -rf build/arviz1 && $(PYTHON312) -m venv build/arviz1
+	build/arviz1/bin/python -m pip install --quiet -e '.[tutorials]' 'arviz>=1' pytest scipy
+	build/arviz1/bin/python -m pytest -p no:cacheprovider $(RESULTS)
+	cd build/arviz1 && SMOKE=1 MPLBACKEND=Agg bin/python ../../tutorials/quickstart.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,5 +90,9 @@ $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tutorials,bench]'
 	touch $@
 
+$(VENV)/dist: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt build hatchling twine
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist docs/_build

@@ -7,14 +7,9 @@
 # each man's likelihood, sample the exact posterior of what is left, and recover the effects.
 
 # %%
-from __future__ import annotations
-
 import sys
 
 import arviz
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
@@ -74,8 +69,8 @@ idata.to_netcdf("quickstart.nc")
 
 # %%
 parameters = ["intercept", "slope", "spread"]
-summary = arviz.summary(idata, var_names=parameters)
-print(summary.to_string())
+summary = arviz.summary(idata, var_names=parameters, round_to="none")
+print(summary.round(3).to_string())
 
 posterior = idata.posterior
 spread = float(posterior["spread"].mean())
@@ -87,16 +82,19 @@ print(
 )
 
 # %%
-figure, axes = plt.subplots(4, 2, figsize=(11, 12), constrained_layout=True)
-arviz.plot_trace(idata, var_names=["intercept", "spread"], axes=axes[:2])
-arviz.plot_forest(idata, var_names=["slope"], combined=True, ax=axes[2, 0])
-arviz.plot_energy(idata, ax=axes[2, 1])
-effects = posterior["effect"].mean(("chain", "draw")).to_numpy()
-axes[3, 0].hist(effects, bins=40)
-axes[3, 0].set(title="Recovered effects, posterior means", xlabel="effect of a man (logit)")
+figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+axes[0, 0].plot(posterior["spread"].values.T, lw=0.5)
+axes[0, 0].set(title="The four chains", xlabel="draw", ylabel="spread of the effects")
+slopes = posterior["slope"].quantile([0.05, 0.5, 0.95], ("chain", "draw")).values
+axes[0, 1].errorbar(slopes[1], names, xerr=abs(slopes[[0, 2]] - slopes[1]), fmt="o")
+axes[0, 1].axvline(0.0, color="black", lw=0.7)
+axes[0, 1].set(title="Slopes, with their 90%", xlabel="logit, for a standard deviation")
+effects = posterior["effect"].mean(("chain", "draw")).to_numpy().ravel()
+axes[1, 0].hist(effects, bins=40)
+axes[1, 0].set(title="Recovered effects, posterior means", xlabel="effect of a man (logit)")
 years_in = union.sum(-1).numpy()
-axes[3, 1].scatter(years_in, effects, s=8, alpha=0.5)
-axes[3, 1].set(title="Effects against membership", xlabel="years in a union", ylabel="effect")
+axes[1, 1].scatter(years_in, effects, s=8, alpha=0.5)
+axes[1, 1].set(title="Effects against membership", xlabel="years in a union", ylabel="effect")
 figure.savefig("quickstart.png", dpi=100)
 
 # %% [markdown]
@@ -107,7 +105,7 @@ figure.savefig("quickstart.png", dpi=100)
 # %%
 worst_rhat, fewest = summary["r_hat"].max(), summary["ess_bulk"].min()
 diverging = int(idata.sample_stats["diverging"].sum())
-bfmi = float(arviz.bfmi(idata).min())
+bfmi = float(arviz.bfmi(idata.sample_stats["energy"].to_numpy()).min())
 print(
     f"Diagnostics: R-hat at most {worst_rhat:.2f}, at least {fewest:.0f} effective draws, "
     f"{diverging} divergences, BFMI {bfmi:.2f}; written to quickstart.nc and quickstart.png."

@@ -16,11 +16,15 @@ pytestmark = pytest.mark.filterwarnings("default")  # scripts may warn
 
 TUTORIALS = Path(__file__).parents[2] / "tutorials"
 PROMISED = {
+    "comparing_models": {"comparing_models.png"},
+    "item_response": {"item_response.png"},
+    "many_patients": {"many_patients.png"},
     "neural_nuts": {"neural_nuts.png", "neural_nuts.pt"},
     "pseudo_marginal": {"pseudo_marginal.png"},
     "hamiltonian_flow_guide": {"hamiltonian_flow_guide.png"},
     "neutra": {"neutra.png"},
 }
+LONG = {"comparing_models", "many_patients"}
 # Reproductions of figures of a paper: `make paper`.
 PAPER = {
     "nine_modes": {f"nine_modes_{part}.png" for part in ("samples", "potentials", "momenta")},
@@ -49,7 +53,9 @@ def run_small(tmp_path, monkeypatch):
     plt.close("all")
 
 
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in PROMISED]
+)
 def test_tutorial_runs(name, tmp_path, run_small, capsys):
     run_small(TUTORIALS / f"{name}.py")
     assert {path.name for path in tmp_path.iterdir()} == PROMISED[name]
