@@ -21,6 +21,7 @@ from pyro_hamflow.mcmc.mcmc import MCMC
 from pyro_hamflow.mcmc.stopping import ess_above, rhat_below, time_over
 from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh, EllipticalSliceRefresh
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic, RelativisticKinetic
+from pyro_hamflow.programs.engines.store import clear_cache
 from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
@@ -65,6 +66,7 @@ __all__ = [
     "SoftUniform",
     "SymmetrisedGuide",
     "TrajectoryMatching",
+    "clear_cache",
     "ess_above",
     "estimator_quality",
     "fit_flow",

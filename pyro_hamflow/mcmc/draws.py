@@ -12,6 +12,28 @@ from torch import Tensor
 from pyro_hamflow.mcmc.transitions.base import Info, State
 
 
+def statistics(value: Tensor, info: Info, step_size: float | None) -> dict[str, Any]:
+    """Statistics by their ArviZ names: tensors, or one number for all chains."""
+    size = {} if step_size is None else {"step_size": step_size}
+    return {
+        "lp": -value,
+        "energy": info.energy,
+        "energy_error": info.energy_error,
+        "acceptance_rate": info.acceptance_rate,
+        "diverging": info.diverging,
+        "accepted": info.accepted,
+        "n_steps": info.n_steps,
+        "n_gradients": info.n_gradients,
+        "n_densities": info.n_densities,
+        **size,
+        **info.further,
+    }
+
+
+def _dtype_of(number: float) -> torch.dtype:
+    return torch.float64 if isinstance(number, float) else torch.long
+
+
 @dataclass
 class Record:
     """Draws and their statistics, one entry of each list per iteration.
@@ -20,33 +42,21 @@ class Record:
         position: Positions, each of shape ``(chains, dimension)``.
         stats: Statistics by their ArviZ names, of shape ``(chains,)`` or one number for all.
         local: Recovered values of each local site.
+        blocks: Draws that came many at once, after those that came one by one.
     """
 
     position: list[Tensor] = field(default_factory=list)
     stats: dict[str, list[Any]] = field(default_factory=dict)
     local: dict[str, list[Tensor]] = field(default_factory=dict)
+    blocks: list[Draws] = field(default_factory=list)
 
     def append(self, state: State, info: Info, step_size: float | None) -> None:
         """Keeps one iteration of all chains, and its step size if it has one."""
-        value = state.evaluation.value
-        stats: dict[str, Any] = {
-            "lp": -value,
-            "energy": info.energy,
-            "energy_error": info.energy_error,
-            "acceptance_rate": info.acceptance_rate,
-            "diverging": info.diverging,
-            "accepted": info.accepted,
-            "n_steps": info.n_steps,
-            "n_gradients": info.n_gradients,
-            "n_densities": info.n_densities,
-        }
-        if step_size is not None:
-            stats["step_size"] = step_size
+        stats = statistics(state.evaluation.value, info, step_size)
         estimates = state.evaluation.log_likelihoods
         if estimates:
             sums = [part.double().reshape(len(part), -1).sum(-1) for part in estimates.values()]
             stats["log_likelihood_estimate"] = torch.stack(sums).sum(0)
-        stats |= info.further
         self.position.append(state.position)
         for name, stat in stats.items():
             self.stats.setdefault(name, []).append(stat)
@@ -54,19 +64,29 @@ class Record:
             self.local.setdefault(name, []).append(part)
 
     def __len__(self) -> int:
-        return len(self.position)
+        return len(self.position) + sum(block.position.shape[1] for block in self.blocks)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)} draws>"
 
+    @property
+    def divergences(self) -> int:
+        """How many of the draws diverged."""
+        flags = self.stats.get("diverging", []) + [b.stats["diverging"] for b in self.blocks]
+        return sum(int(flag.sum()) for flag in flags)
+
     def stacked(self) -> Draws:
         """All draws as tensors, chains and draws first, on the CPU."""
+        singles = [self._stacked_singles()] if self.position else []
+        parts = singles + self.blocks
+        return parts[0] if len(parts) == 1 else Draws.in_sequence(parts)
+
+    def _stacked_singles(self) -> Draws:
         chains = len(self.position[0])
 
         def stack(parts: list[Any]) -> Tensor:
             if not isinstance(parts[0], Tensor):
-                dtype = torch.float64 if isinstance(parts[0], float) else torch.long
-                whole = torch.tensor(parts, dtype=dtype, device="cpu")
+                whole = torch.tensor(parts, dtype=_dtype_of(parts[0]), device="cpu")
                 return whole.expand(chains, -1).clone()
             return torch.stack(parts, 1).detach().cpu()
 
@@ -84,6 +104,34 @@ class Draws:
     position: Tensor
     stats: dict[str, Tensor]
     local: dict[str, Tensor]
+
+    @staticmethod
+    def of_block(
+        position: Tensor, value: Tensor, info: Info, step_size: float | None = None
+    ) -> Draws:
+        """Many draws with their statistics.
+
+        Arguments:
+            position: Of shape ``(chains, draws, dimension)``.
+            value: The potential, of shape ``(chains, draws)``, as the statistics.
+            info: What is known of each; numbers are of all alike.
+            step_size: Likewise, if there is one.
+        """
+
+        def filled(stat: Any) -> Tensor:
+            if isinstance(stat, Tensor):
+                return stat
+            return torch.full(value.shape, stat, dtype=_dtype_of(stat), device="cpu")
+
+        stats = statistics(value, info, step_size)
+        return Draws(position, {name: filled(stat) for name, stat in stats.items()}, {})
+
+    @staticmethod
+    def in_sequence(parts: list[Draws]) -> Draws:
+        """Draws of the same chains, one part after the other."""
+        stats = {n: torch.cat([part.stats[n] for part in parts], 1) for n in parts[0].stats}
+        local = {n: torch.cat([part.local[n] for part in parts], 1) for n in parts[0].local}
+        return Draws(torch.cat([part.position for part in parts], 1), stats, local)
 
     @staticmethod
     def join(parts: list[Draws]) -> Draws:

@@ -307,12 +307,14 @@ class MCMC:
             bar.update(chains.iteration)
             while not self._has_enough(chains):
                 bar.set_description(self._stage(chains), refresh=False)
+                before = chains.iteration + len(chains.kept)
                 info = self._move(chains)
                 made = chains.iteration + len(chains.kept)
                 bar.total = chains.iteration + kernel.warmup_left + self.num_samples
-                if not hidden and made % max(1, bar.total // 200) == 0:
+                shown = max(1, bar.total // 200)
+                if not hidden and made // shown > before // shown:
                     bar.set_postfix(refresh=False, **kernel.progress(info, chains.kept))
-                bar.update()
+                bar.update(made - before)
 
     def _begin(self, chains: Chains, chain: int | None) -> None:
         """Prepares the kernel, and finds where chains start."""
@@ -339,10 +341,21 @@ class MCMC:
         return ("Warmup" if self.kernel.warming else "Sample") + chains.label
 
     def _move(self, chains: Chains) -> Info:
-        """One iteration: keeps what it leads to, and calls the user's function."""
+        """One iteration: keeps what it leads to, and calls the user's function.
+
+        Where nobody wants to see each draw, a kernel may make many at once.
+        """
         kernel, began = self.kernel, time.perf_counter()
         assert chains.state is not None
         warming, stage = kernel.warming, self._stage(chains)
+        if not warming and self.hook_fn is None and self.stop_when is None:
+            left = self.num_samples - len(chains.kept)
+            many = kernel.advance_many(chains.state, left)
+            if many is not None:
+                chains.state, info, draws = many
+                chains.kept.blocks.append(draws)
+                self.sampling_time += time.perf_counter() - began
+                return info
         state, info = kernel.advance(chains.state)
         record, number = (
             (chains.warm, chains.iteration) if warming else (chains.kept, len(chains.kept))

@@ -20,7 +20,8 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import State
 
 # What a kernel finds in a run, beside what it was made of.
-_FOUND = ("_phase", "plan", "_surrogate_run", "_found", "planned_draws", "most_warmup_steps")
+_FOUND = ("_phase", "_engine", "plan", "_surrogate_run", "_found")
+_PLANNED = ("planned_draws", "most_warmup_steps")
 _GIVEN = ("method", "refresh", "trajectories", "required")  # of an estimator, by the user
 _GUIDES = ("_guide", "_flow_choices.flow")  # that were given, and may be trained in a run
 _OWN = "pyro_hamflow."
@@ -57,7 +58,7 @@ def found_words(kernel: Kernel, state: State) -> Frozen:
     estimator = None if kernel._hamiltonian is None else kernel._hamiltonian.estimator
     whole = {
         "state": state,
-        "kernel": {name: vars(kernel)[name] for name in _FOUND if name in vars(kernel)},
+        "kernel": {n: vars(kernel)[n] for n in _FOUND + _PLANNED if n in vars(kernel)},
         "estimator": _without(_GIVEN, {} if estimator is None else vars(estimator)),
         "guides": guides,
     }

@@ -66,9 +66,19 @@ def calls_to_pay(graph: GraphModule) -> float:
     By the number of its operations and of the numbers that they make, not by a clock, so that what
     is compiled in a run is compiled when it is repeated.
     """
+    compiler = _COMPILER + _COMPILED_EACH * len(sizes_made(graph))
+    return compiler / max(seconds_of(graph), _EACH)
+
+
+def seconds_of(graph: GraphModule, rows: int = 1) -> float:
+    """How long a call of the graph takes, roughly, without compilation.
+
+    Arguments:
+        graph: The graph.
+        rows: For how many rows it is called at once, where it is made for one.
+    """
     sizes = sizes_made(graph)
-    seconds = _EACH * len(sizes) + _NUMBER * sum(sizes)
-    return (_COMPILER + _COMPILED_EACH * len(sizes)) / max(seconds, _EACH)
+    return _EACH * len(sizes) + _NUMBER * rows * sum(sizes)
 
 
 def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:

@@ -47,6 +47,12 @@ def skewed_draws(num_chains):
     return torch.stack([rate.log(), shift, share.logit()], 1)
 
 
+def bent():
+    """An asymmetric density with a narrow end, where long and broken trajectories occur."""
+    scale = pyro.sample("scale", dist.Normal(0.0, 1.5))
+    pyro.sample("x", dist.Normal(0.3 * scale.square(), scale.exp()).expand([2]).to_event(1))
+
+
 DATA = torch.tensor([0.3, -1.2, 2.2, 0.9], dtype=torch.float64)
 
 

@@ -23,6 +23,7 @@ from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition, JointTransition
+from pyro_hamflow.programs.engines import native
 from tests.helpers.exact_draws import (
     CHAINS,
     DEPTH,
@@ -36,6 +37,7 @@ from tests.helpers.exact_draws import (
     make_target,
     potential_of,
 )
+from tests.helpers.native import native_transition
 
 # --- checks -------------------------------------------------------------------------------------
 
@@ -120,6 +122,12 @@ def test_invariance_hmc(name, mass):
 
 
 @pytest.mark.parametrize("mass", ["diagonal", "dense"])
+@pytest.mark.parametrize("name", HMC_TARGETS)
+def test_invariance_native_hmc(name, mass):
+    check_known(name, mass, native_transition(potential_of(name), None), 0.5, 4)
+
+
+@pytest.mark.parametrize("mass", ["diagonal", "dense"])
 @pytest.mark.parametrize(
     ("name", "step_size"),
     [("skewed", 0.3), ("skewed", 0.7), ("conjugate", 0.4), ("conjugate", 0.7)],
@@ -129,11 +137,23 @@ def test_invariance_nuts(name, step_size, mass):
     check_nuts(name, mass, step_size)
 
 
+@pytest.mark.parametrize("mass", ["diagonal", "dense"])
+@pytest.mark.parametrize(
+    ("name", "step_size"),
+    [("skewed", 0.3), ("skewed", 0.7), ("conjugate", 0.4), ("conjugate", 0.7)],
+)
+def test_invariance_native_nuts(name, step_size, mass):
+    transition = native_transition(potential_of(name), DEPTH)
+    check_known(name, mass, transition, step_size, MOST_POINTS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mass", ["diagonal", "dense"])
 @pytest.mark.parametrize("name", HMC_TARGETS)
 def test_invariance_nuts_of_many_chains(name, mass):
     check_nuts(name, mass, 0.6, moves=4, chains=10 * CHAINS)
+    transition = native_transition(potential_of(name), DEPTH)
+    check_known(name, mass, transition, 0.6, MOST_POINTS, moves=4, chains=10 * CHAINS)
 
 
 # --- the checks fail on spoilt samplers ---------------------------------------------------------
@@ -306,6 +326,37 @@ def test_spoilt_hmc_is_found_out(spoil, uncaptured, monkeypatch):
 def test_adapting_hmc_is_found_out():
     with pytest.raises(AssertionError, match="standard errors"):
         check_hmc("skewed", "diagonal", step=adapt_step_size(hmc_of("skewed")))
+
+
+# Lines of the trajectories in machine code, and what they are spoilt to.
+SPOILT_LINES = {
+    "accept always": ("uniform(random, 0) < rate", "true"),
+    "forget kinetic energy": ("(after - before)", "0.0"),
+    "grow forwards alone": ("uniform(random, 0) < 0.5", "true"),
+    "take every doubling": ("candidate_weight - log_weight)", "INFINITY)"),
+    "take the latest": ("-error - candidate_weight)", "INFINITY)"),
+    "keep subtrees that turn": ("(mark ? broken : back) = turned(mark)", "back = turned(0)"),
+}
+QUICK_SPOILT_LINES = ("accept always", "take every doubling")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK_SPOILT_LINES else pytest.param(name, marks=pytest.mark.slow)
+        for name in SPOILT_LINES
+    ],
+)
+def test_spoilt_machine_code_is_found_out(name, monkeypatch):
+    right, wrong = SPOILT_LINES[name]
+    text = native.HEADERS["trajectories"]
+    assert text.count(right) == 1
+    monkeypatch.setitem(native.HEADERS, "trajectories", text.replace(right, wrong))
+    depth = None if name in ("accept always", "forget kinetic energy") else DEPTH
+    transition = native_transition(potential_of("skewed"), depth)
+    step_size, num_steps = (0.5, 4) if depth is None else (0.5, MOST_POINTS)
+    with pytest.raises(AssertionError, match="standard errors|is not finite"):
+        check_known("skewed", "diagonal", transition, step_size, num_steps)
 
 
 # --- and on spoilt No-U-Turn samplers -----------------------------------------------------------

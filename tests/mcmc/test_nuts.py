@@ -14,15 +14,9 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Tuning
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.model.potential import Potential
-from tests.helpers.exact_draws import Y, latent
+from tests.helpers.exact_draws import Y, bent, latent
 
 CHAINS = 48
-
-
-def bent():
-    """An asymmetric density with a narrow end, where long and broken trajectories occur."""
-    scale = pyro.sample("scale", dist.Normal(0.0, 1.5))
-    pyro.sample("x", dist.Normal(0.3 * scale.square(), scale.exp()).expand([2]).to_event(1))
 
 
 # --- a trajectory by recursion ------------------------------------------------------------------

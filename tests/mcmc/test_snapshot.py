@@ -59,6 +59,11 @@ def own(y):
 KERNELS = {  # of each, what makes it, its data, and iterations of warm-up
     "HMC": (lambda: HMC(hierarchical, max_num_steps=15), COUNTS, 30),
     "NUTS": (lambda: NUTS(hierarchical, max_tree_depth=4), COUNTS, 30),
+    "NUTS, native": (
+        lambda: NUTS(hierarchical, max_tree_depth=4, engine="native"),
+        COUNTS,
+        30,
+    ),
     "NUTS, blocks": (
         lambda: NUTS(hierarchical, full_mass=[("mean", "x")], max_tree_depth=4),
         COUNTS,

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning
+from pyro_hamflow.mcmc.transitions.base import Block, Info, State, Transition, Tuning
+from pyro_hamflow.mcmc.transitions.native import NativeTransition
 from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
 
 
@@ -88,6 +89,14 @@ class Moves:
         """Moves all chains once."""
         steps = self.trajectories.draw_num_steps(self.tuning.step_size)
         return self.transition.step(state, self.tuning, steps)
+
+    def many(self, state: State, most: int) -> tuple[State, Block] | None:
+        """Moves all chains up to so many times in one call; none if the move cannot do that."""
+        if not isinstance(self.transition, NativeTransition):
+            return None
+        count = min(most, self.transition.draws_at_once())
+        steps = [self.trajectories.draw_num_steps(self.tuning.step_size) for _ in range(count)]
+        return self.transition.block(state, self.tuning, steps)
 
 
 class Sample:

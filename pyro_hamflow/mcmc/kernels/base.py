@@ -44,17 +44,18 @@ from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.adaptation import surrogate
-from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan, Sample
+from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import Adapter
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateChoices, SurrogateRun
 from pyro_hamflow.mcmc.adaptation.transport import Transporting
 from pyro_hamflow.mcmc.adaptation.verdict import SurrogateReport
-from pyro_hamflow.mcmc.draws import Record
+from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.kernels.pyro_face import PyroFace
 from pyro_hamflow.mcmc.transitions.base import Info, State, padded
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.transported import Transport, TransportedTarget
+from pyro_hamflow.programs.engines.choice import Choice, check_engine, choose_engine
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 
@@ -66,6 +67,8 @@ class Kernel(PyroFace):
         hamiltonian: How trajectories end and what is tuned of them, if moves are Hamiltonian.
         choices: How a learned energy is followed, if one is.
         transporting: How moves are transported, if they are.
+        engine: What makes the draws: ``"torch"``; ``"native"``, machine code, each chain for
+            itself; or ``"auto"``, the latter where it can and pays.
 
     Attributes:
         planned_draws: How many draws of each chain follow, where the runner tells.
@@ -87,8 +90,11 @@ class Kernel(PyroFace):
         hamiltonian: Hamiltonian | None = None,
         choices: SurrogateChoices | None = None,
         transporting: Transporting | None = None,
+        engine: str = "torch",
     ) -> None:
         super().__init__()
+        self.engine = check_engine(engine)
+        self._engine = Choice("torch", "asked for")
         self.source = source
         self.choices = choices
         self._transporting = transporting
@@ -110,7 +116,22 @@ class Kernel(PyroFace):
         moves = self.hamiltonian
         if moves.estimator is not None:
             return moves.estimator.transition(potential, position)
+        self._engine = self._choose_engine(potential, len(position))
+        if self._engine.name == "native":
+            return moves.trajectories.native_transition(potential)
         return moves.trajectories.parameter_transition(potential, len(position))
+
+    def _choose_engine(self, potential: Potential, num_chains: int) -> Choice:
+        """The engine of the run; says so where it is not the one that was asked for."""
+        plan = self.plan
+        draws = plan.num_draws
+        iterations = None if draws is None else plan.warmup_steps + draws
+        examples = tuple(part[0] for part in potential.vectors(1))
+        graph = None if self.engine == "torch" else potential.programs.base("gradient")
+        choice = choose_engine(self.engine, graph, examples, num_chains, iterations)
+        if choice.declined:
+            plan.say(f"draws are made by torch, for {choice.reason}.")
+        return choice
 
     def first_phase(self, position: Tensor, noise: Tensor) -> tuple[Phase, State]:
         """The phase that a run begins with, and its first state."""
@@ -144,6 +165,8 @@ class Kernel(PyroFace):
             "kernel": type(self).__name__,
             "model": repr(self.model) if isinstance(self.model, MarginalModel) else "",
             "jit_compile": self.source.jit_compile,
+            "engine": self._engine.name,
+            "engine_reason": self._engine.reason,
             **({} if self._hamiltonian is None else self._hamiltonian.settings),
             **({} if self._surrogate_run is None else self._surrogate_run.settings),
             **({} if self._transporting is None else self._transporting.settings),
@@ -207,6 +230,21 @@ class Kernel(PyroFace):
         state, info = self.phase.advance(state)
         return self._followed(state), info if self.choices is None else padded(info)
 
+    def advance_many(self, state: State, most: int) -> tuple[State, Info, Draws] | None:
+        """Up to so many draws in one call, with the last state; none where there are none.
+
+        Arguments:
+            state: Where chains are.
+            most: How many there may be.
+        """
+        moves = self.phase.advance
+        found = moves.many(state, most) if isinstance(moves, Moves) else None
+        if found is None:
+            return None
+        state, block = found
+        draws = Draws.of_block(block.position, block.value, block.info, self.step_size)
+        return state, block.info, draws
+
     def _followed(self, state: State) -> State:
         """The state to go on from: of the next phase, if this one is over."""
         following = self.phase.successor(state)
@@ -255,11 +293,10 @@ class Kernel(PyroFace):
         """What a progress bar shows: the step size, recent acceptance, divergences so far."""
         size = self.step_size
         rates = record.stats.get("acceptance_rate", [])[-100:] or [info.acceptance_rate]
-        divergences = sum(int(d.sum()) for d in record.stats.get("diverging", []))
         shown = {} if size is None else {"step size": f"{size:.2e}"}
         return shown | {
             "acc. prob": f"{float(torch.cat(rates).mean()):.3f}",
-            "divergences": str(divergences),
+            "divergences": str(record.divergences),
         }
 
     # --- what is known of model and moves ---------------------------------------------------------

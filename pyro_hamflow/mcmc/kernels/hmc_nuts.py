@@ -36,6 +36,11 @@ class HMC(Kernel):
             :class:`~pyro_hamflow.model.transported.Transport`, neither to be trained further while
             draws are made. It pays where scales differ from place to place, as in funnels and
             hierarchical models; chains in different modes stay where they are.
+        engine: What makes the draws. ``"torch"`` moves all chains at once by torch's operations;
+            ``"native"`` moves each by itself in machine code, made by Inductor and a C++ compiler
+            in some seconds and kept on disk (:func:`~pyro_hamflow.clear_cache`); ``"auto"`` takes
+            the latter where it has code for all of the model's operations and the run is long
+            enough. Both make the same trajectories, of other random numbers.
 
     The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
     of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`, in Pyro's order.
@@ -89,6 +94,7 @@ class HMC(Kernel):
         jitter: float = 0.4,
         max_num_steps: int = 1000,
         transport: Any = None,
+        engine: str = "torch",
     ) -> None:
         meaningless("jit_options", given=jit_options is not None)
         meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
@@ -116,6 +122,7 @@ class HMC(Kernel):
                 ),
             ),
             transporting=None if transport is None else Transporting(transport),
+            engine=engine,
         )
 
     @property
@@ -144,6 +151,7 @@ class NUTS(Kernel):
         use_multinomial_sampling: Points are always picked by their weights; slices are not.
         max_tree_depth: The most doublings of a trajectory, 10 by default: 1,023 steps.
         transport: As in :class:`HMC`.
+        engine: As in :class:`HMC`.
 
     The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
     of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`, in Pyro's order.
@@ -192,6 +200,7 @@ class NUTS(Kernel):
         *,
         inverse_mass_matrix: InverseMass | None = None,
         transport: Any = None,
+        engine: str = "torch",
     ) -> None:
         meaningless("jit_options", given=jit_options is not None)
         meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
@@ -217,4 +226,5 @@ class NUTS(Kernel):
                 ),
             ),
             transporting=None if transport is None else Transporting(transport),
+            engine=engine,
         )

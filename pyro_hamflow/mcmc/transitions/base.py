@@ -73,6 +73,20 @@ class Info(NamedTuple):
         return self._replace(further={**self.further, **further})
 
 
+class Block(NamedTuple):
+    """Many draws of all chains.
+
+    Attributes:
+        position: Of shape ``(chains, draws, dimension)``.
+        value: The potential there, of shape ``(chains, draws)``.
+        info: What happened in each transition, likewise.
+    """
+
+    position: Tensor
+    value: Tensor
+    info: Info
+
+
 def padded(info: Info) -> Info:
     """The same with every statistic of shape ``(chains,)``, those of a surrogate filled in.
 

@@ -11,9 +11,11 @@ import torch
 from pyro_hamflow.checks import between, positive, whole
 from pyro_hamflow.mcmc.transitions.base import Observe, ParameterTransition, Transition
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
 from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
+from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.target import Target
 
 _DEEPEST = 20  # doublings: a million points
@@ -32,6 +34,9 @@ class Trajectories(Protocol):
             num_chains: How many chains.
             observe: Is told of all steps.
         """
+
+    def native_transition(self, target: Potential) -> NativeTransition:
+        """The move of the parameters in machine code, noise held."""
 
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         """The move of parameters and noise together."""
@@ -79,6 +84,9 @@ class HMCTrajectories:
     ) -> ParameterTransition:
         return HMCTransition(target, num_chains, observe)
 
+    def native_transition(self, target: Potential) -> NativeTransition:
+        return NativeTransition(target, None, Stream())
+
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         return JointTransition(target, num_chains)
 
@@ -110,6 +118,9 @@ class NUTSTrajectories:
     ) -> ParameterTransition:
         return NUTSTransition(target, num_chains, self.max_tree_depth, observe)
 
+    def native_transition(self, target: Potential) -> NativeTransition:
+        return NativeTransition(target, self.max_tree_depth, Stream())
+
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         return JointNUTSTransition(target, num_chains, self.max_tree_depth)
 
@@ -129,6 +140,9 @@ class RandomSteps:
         self, target: Target, num_chains: int, observe: Observe | None = None
     ) -> ParameterTransition:
         return RandomWalkTransition(target)
+
+    def native_transition(self, target: Potential) -> NativeTransition:
+        raise NotImplementedError("a random walk has no native move")
 
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         raise NotImplementedError("a random walk has no joint move of parameters and noise")

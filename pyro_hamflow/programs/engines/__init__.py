@@ -1,0 +1,1 @@
+"""Machine code that makes many draws in one call."""

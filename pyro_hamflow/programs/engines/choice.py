@@ -1,0 +1,84 @@
+"""Which engine makes the draws of a run, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pyro_hamflow.programs.capture import sizes_made
+from pyro_hamflow.programs.compilation import seconds_of
+from pyro_hamflow.programs.engines.buffers import NotSupported
+from pyro_hamflow.programs.engines.native import native_program
+
+ENGINES = ("auto", "torch", "native")
+
+# Seconds to compile a program of trajectories, and for each operation of its graph.
+_COMPILER, _COMPILED_EACH = 3.0, 0.01
+# Seconds that the torch engine takes for a step of its own, besides the gradient; eight schools.
+_BOOKKEEPING = 2e-4
+_STEPS = 8  # of a trajectory, roughly, before anything is known of it
+
+
+class Choice(NamedTuple):
+    """An engine, and why it was chosen.
+
+    Attributes:
+        name: ``"torch"`` or ``"native"``.
+        reason: In words.
+        declined: Whether the native engine was asked for and cannot do it.
+    """
+
+    name: str
+    reason: str
+    declined: bool = False
+
+
+def check_engine(engine: str) -> str:
+    """Raises a ValueError if there is no such engine."""
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` is {engine!r}: expected one of {ENGINES}")
+    return engine
+
+
+def choose_engine(
+    wanted: str,
+    graph: GraphModule | None,
+    examples: tuple[Tensor, ...],
+    num_chains: int,
+    iterations: int | None,
+) -> Choice:
+    """Chooses the engine of a run.
+
+    By the graph and by what is known before the run, and not by a clock or by what was compiled
+    before, so that a run repeats itself.
+
+    Arguments:
+        wanted: ``"auto"``, ``"torch"`` or ``"native"``.
+        graph: One chain's potential and gradient, if they are captured.
+        examples: A position and a noise of one chain.
+        num_chains: How many chains move at once.
+        iterations: How many there will be, warm-up included, if that is known.
+    """
+    asked = wanted == "native"
+    if wanted == "torch":
+        return Choice("torch", "asked for")
+    if graph is None:
+        return Choice("torch", "the model is not captured as a graph", declined=asked)
+    if not asked and not _pays(graph, num_chains, iterations):
+        return Choice("torch", "the run is too short for compilation to pay")
+    try:
+        native_program(graph, examples)
+    except NotSupported as error:
+        return Choice("torch", f"the native engine has no code for {error}", declined=asked)
+    return Choice("native", "asked for" if asked else "the run is long enough")
+
+
+def _pays(graph: GraphModule, num_chains: int, iterations: int | None) -> bool:
+    """Whether the torch engine would take longer than it takes to compile trajectories."""
+    if iterations is None:
+        return False
+    step = _BOOKKEEPING + seconds_of(graph, num_chains)
+    compilation = _COMPILER + _COMPILED_EACH * len(sizes_made(graph))
+    return iterations * _STEPS * step > compilation

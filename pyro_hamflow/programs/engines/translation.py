@@ -1,0 +1,217 @@
+"""What Inductor writes around its kernels, as C++.
+
+That is a function in Python that makes buffers, calls kernels and operations on them, and returns
+some of them. Each of its statements is of one of a few forms; buffers get fixed places in scratch
+memory. Inductor may change these forms from version to version: whatever is not known here is
+declined by its name.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.programs.engines.buffers import KINDS, Buffer, NotSupported, kind_of, loops
+from pyro_hamflow.programs.engines.operators import write_operation
+
+_LINE = 64  # bytes that each buffer's place is a multiple of: a line of the cache
+_TYPES = {str(dtype): dtype for dtype in KINDS}
+_SPECIAL = re.compile(r"\bcalc_(?!digamma\b)\w+|\bzeta<|\btrigamma\b")
+_ACCUMULATOR = re.compile(r"\btmp_acc\w+")
+_SCATTER = re.compile(r"^\s*(atomic_add|\w*out_ptr\d+\[.*\btmp.*\] \+?= )")
+_SUM = re.compile(r"^\s*(tmp_acc\d+) = \1 \+ ")
+
+
+class Function:
+    """A function in C++ that does what a program of Inductor's does.
+
+    Arguments:
+        source: Inductor's program.
+        examples: Arguments of the shapes it will be called with.
+
+    Attributes:
+        scratch: How many bytes its buffers take.
+        needs_torch_headers: Whether its kernels call special functions of torch's.
+
+    Raises:
+        NotSupported: If the program has a statement of a form that is not known.
+    """
+
+    def __init__(self, source: ast.Module, examples: Sequence[Tensor]) -> None:
+        self.scratch = 0
+        self._examples = examples
+        self._known: dict[str, Any] = {}
+        self._kernels = _kernels(source)
+        self._lines: list[str] = []
+        self._results: list[Buffer] = []
+        for statement in _body(source):
+            self._take(statement)
+        self.needs_torch_headers = any(map(_SPECIAL.search, self._kernels.values()))
+
+    def text(self, name: str) -> str:
+        """The function and its kernels.
+
+        It takes an array of pointers to its arguments, scratch memory, and an array of pointers to
+        where its results go.
+        """
+        kernels = [_kernel_text(kernel, text) for kernel, text in self._kernels.items()]
+        results = [_copied(i, buffer) for i, buffer in enumerate(self._results)]
+        body = "\n".join(f"  {line}" for line in (*self._lines, *results))
+        head = f"static void {name}(void* const* a, char* w, void* const* r) {{"
+        return "\n".join([*kernels, head, body, "}"])
+
+    def emit(self, line: str) -> None:
+        self._lines.append(line)
+
+    def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
+        spans = ((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        numbers = 1 if 0 in shape else 1 + sum(spans)
+        place = f"(({kind_of(dtype)}*)(w + {self.scratch}))"
+        self.scratch += -(-numbers * dtype.itemsize // _LINE) * _LINE
+        return Buffer(dtype, place, tuple(shape), tuple(strides))
+
+    def _take(self, statement: ast.stmt) -> None:
+        match statement:
+            case ast.Delete() | ast.Assert() | ast.Pass():
+                return
+            case ast.Return(value=ast.Tuple(elts=parts)):
+                self._results = [self._buffer(part) for part in parts]
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id="args")):
+                self._take_arguments([ast.unparse(name) for name in names])
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                self._known[name] = self._value(value)
+            case ast.Expr(value=ast.Call() as call):
+                self._call(call)
+            case _:
+                raise NotSupported(ast.unparse(statement).splitlines()[0])
+
+    def _take_arguments(self, names: list[str]) -> None:
+        if len(names) != len(self._examples):
+            raise NotSupported("a program that leaves arguments out")
+        for i, (name, example) in enumerate(zip(names, self._examples, strict=True)):
+            place, shape = f"(({kind_of(example.dtype)}*)a[{i}])", tuple(example.shape)
+            self._known[name] = Buffer(example.dtype, place, shape, example.stride())
+
+    def _value(self, value: ast.expr) -> Any:
+        if isinstance(value, ast.Call) and ast.unparse(value.func).startswith("torch.ops."):
+            return self._operation(value)
+        if isinstance(value, ast.Subscript):
+            return self._known[ast.unparse(value.value)][ast.literal_eval(value.slice)]
+        return self._buffer(value)
+
+    def _operation(self, call: ast.Call) -> Any:
+        args = [self._argument(argument) for argument in call.args]
+        keywords = {str(part.arg): self._argument(part.value) for part in call.keywords}
+        return write_operation(self, ast.unparse(call.func), args, keywords)
+
+    def _argument(self, value: ast.expr) -> Any:
+        """An argument of an operation: a buffer, or a plain value."""
+        if isinstance(value, ast.Name | ast.Call):
+            return self._buffer(value)
+        text = ast.unparse(value)
+        return _TYPES[text] if text in _TYPES else ast.literal_eval(value)
+
+    def _buffer(self, value: ast.expr) -> Buffer:
+        if isinstance(value, ast.Name) and isinstance(self._known.get(value.id), Buffer):
+            return self._known[value.id]
+        if isinstance(value, ast.Call):
+            name, args = ast.unparse(value.func), value.args
+            if name == "reinterpret_tensor":
+                whole = self._buffer(args[0])
+                shape, strides, offset = map(ast.literal_eval, args[1:])
+                return Buffer(whole.dtype, f"({whole.place} + {offset})", shape, strides)
+            if name in ("empty_strided_cpu", "empty_strided"):
+                shape, strides = map(ast.literal_eval, args[:2])
+                return self.allocate(shape, strides, _TYPES[ast.unparse(args[2])])
+        raise NotSupported(ast.unparse(value))
+
+    def _call(self, call: ast.Call) -> None:
+        name = ast.unparse(call.func)
+        if name in self._kernels:
+            places = ", ".join(self._buffer(argument).place for argument in call.args)
+            self.emit(f"{name}({places});")
+        elif name != "args.clear":
+            raise NotSupported(name)
+
+
+def _copied(number: int, buffer: Buffer) -> str:
+    """Writes a number or a vector where the caller wants it."""
+    if len(buffer.shape) > 1:
+        raise NotSupported("a result that is no vector")
+    head, indices = loops(buffer.shape)
+    to = f"(({buffer.kind}*)r[{number}])[{''.join(indices) or 0}]"
+    return f"{head}{to} = *{buffer.at(indices)};"
+
+
+def _kernels(source: ast.Module) -> dict[str, str]:
+    """The texts of all kernels by their names."""
+    return {
+        ast.unparse(node.targets[0]): ast.literal_eval(node.value.args[1])
+        for node in source.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func).startswith("async_compile.cpp")
+    }
+
+
+def _body(source: ast.Module) -> list[ast.stmt]:
+    for node in ast.walk(source):
+        if isinstance(node, ast.FunctionDef) and node.name == "call":
+            return node.body
+    raise NotSupported("a program without a function")
+
+
+def _kernel_text(name: str, text: str) -> str:
+    """A kernel as a function of our file, with sums that g++ may make vectors of."""
+    lines = [
+        line
+        for line in text.splitlines()
+        # Torch's headers; and the report of divisions of integers by zero.
+        if not line.startswith("#include") and "inductor_cpu_" not in line
+    ]
+    body = "\n".join(_with_vector_sums(_without_promises(lines)))
+    return re.sub(r'extern "C"\s+void\s+\w+\(', f"static inline void {name}(", body)
+
+
+def _without_promises(lines: list[str]) -> list[str]:
+    """Takes it back that turns of a loop are independent, where they write to indices of data."""
+    return [
+        line
+        for number, line in enumerate(lines)
+        if "#pragma GCC ivdep" not in line or not _scatters(_block(lines, number + 2))
+    ]
+
+
+def _scatters(loop: list[str]) -> bool:
+    return any(map(_SCATTER.match, loop))
+
+
+def _with_vector_sums(lines: list[str]) -> list[str]:
+    """Lets sums be added in any order: in innermost loops that do nothing but that in turn."""
+    marked = list(lines)
+    for start, line in enumerate(lines):
+        if not line.lstrip().startswith("for("):
+            continue
+        loop = _block(lines, start + 1)
+        if _scatters(loop) or any(inner.lstrip().startswith("for(") for inner in loop):
+            continue
+        uses = [name for inner in loop for name in _ACCUMULATOR.findall(inner)]
+        sums = {found.group(1) for inner in loop if (found := _SUM.match(inner))}
+        if sums and sums == set(uses) and len(uses) == 2 * len(sums):
+            marked[start] = f"#pragma omp simd reduction(+ : {', '.join(sorted(sums))})\n{line}"
+    return marked
+
+
+def _block(lines: list[str], start: int) -> list[str]:
+    """The lines from an opening brace to the one that closes it."""
+    depth = 0
+    for end in range(start, len(lines)):
+        depth += lines[end].count("{") - lines[end].count("}")
+        if depth == 0:
+            return lines[start : end + 1]
+    return lines[start:]

@@ -1,0 +1,19 @@
+"""Transitions in machine code."""
+
+from __future__ import annotations
+
+from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.engines.native import NativeProgram
+
+
+def native_program(potential: Potential) -> NativeProgram:
+    """Trajectories along a potential's gradient."""
+    graph = potential.programs.base("gradient")
+    assert graph is not None
+    return NativeProgram(graph, [part[0] for part in potential.vectors(1)])
+
+
+def native_transition(potential: Potential, max_tree_depth: int | None) -> NativeTransition:
+    """NUTS, or HMC where no depth is given."""
+    return NativeTransition(potential, max_tree_depth, Stream())

@@ -1,0 +1,237 @@
+"""Moves in machine code: torch's own trajectories, whatever threads and calls, in whole runs."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_hamflow import HMC, MCMC, NUTS, to_inference_data
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.transitions.base import Tuning
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.engines import compiler
+from tests.helpers.exact_draws import bent
+from tests.helpers.native import native_transition
+from tests.helpers.zoo import ZOO, correlations, eight_schools_noncentred
+
+CHAINS, DEPTH = 24, 6
+MASSES = ["diagonal", "dense"]
+
+
+def kinetic_of(dimension, mass):
+    inverse_mass = 0.5 + torch.rand(dimension)
+    if mass == "dense":
+        inverse_mass = torch.diag(inverse_mass) + 0.2
+    return GaussianKinetic(inverse_mass)
+
+
+def both(model, mass, step_size, num_steps, monkeypatch, *, turning, spread=1.0):
+    """One draw by torch and one in machine code, with the same momenta and uniform numbers."""
+    potential = Potential(model)
+    depth = DEPTH if turning else None
+    native = native_transition(potential, depth)
+    slow = NUTSTransition(potential, CHAINS, DEPTH) if turning else HMCTransition(potential, CHAINS)
+    tuning = Tuning(step_size, kinetic_of(potential.dimension, mass), torch.rand(CHAINS) + 0.5)
+    position = spread * torch.randn(CHAINS, potential.dimension)
+    state = slow.state_at(position, position[:, :0])
+    torch.manual_seed(3)
+    momenta = torch.randn_like(position)
+    torch.manual_seed(3)
+    uniforms, rand = [], torch.rand
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *a, **k: uniforms.append(rand(*a, **k)) or uniforms[-1])
+        slow_moved, slow_info = slow.step(state, tuning, num_steps)
+    numbers = torch.stack(uniforms, -1).reshape(-1, CHAINS, len(uniforms)).permute(1, 2, 0)
+    if not turning:  # the one of the test at the end, where a tree has three of each point
+        numbers = numbers.expand(-1, -1, 3)
+    moved, made = native.draw(
+        native.state_at(position, position[:, :0]),
+        tuning,
+        [num_steps],
+        momenta=momenta,
+        uniforms=numbers.contiguous(),
+    )
+    return (slow_moved, slow_info), (moved, native.info(type(made)(*(p[:, 0] for p in made))))
+
+
+def assert_same(expected, found):
+    (state, info), (other, other_info) = expected, found
+    assert torch.allclose(state.position, other.position, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(state.gradient, other.gradient, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(state.evaluation.value, other.evaluation.value, rtol=1e-6)
+    for name in ("acceptance_rate", "energy"):
+        parts = getattr(info, name), getattr(other_info, name)
+        assert torch.allclose(*parts, rtol=1e-5, atol=1e-7), name
+    assert torch.allclose(info.energy_error, other_info.energy_error, rtol=1e-4, atol=1e-6)
+    for name in ("accepted", "diverging"):
+        assert torch.equal(getattr(info, name), getattr(other_info, name)), name
+    assert torch.equal(info.n_steps + torch.zeros(CHAINS).long(), other_info.n_steps)
+    assert info.further.keys() == other_info.further.keys()
+    for name in info.further:
+        assert torch.equal(info.further[name], other_info.further[name]), name
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("step_size", [0.05, 0.3, 0.8])
+def test_trees_are_those_of_torch(step_size, mass, monkeypatch):
+    expected, found = both(bent, mass, step_size, 2**DEPTH - 1, monkeypatch, turning=True)
+    assert_same(expected, found)
+    info = found[1]
+    assert len(set(info.further["tree_depth"].tolist())) > 2, "trajectories of few lengths only"
+    assert step_size < 0.8 or info.diverging.any()
+    assert step_size > 0.1 or info.further["reached_max_treedepth"].any()
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 20])
+def test_limited_trees_are_those_of_torch(num_steps, monkeypatch):
+    assert_same(*both(bent, "dense", 0.1, num_steps, monkeypatch, turning=True))
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("step_size", [0.1, 0.4])
+def test_straight_trajectories_are_those_of_torch(step_size, mass, monkeypatch):
+    expected, found = both(bent, mass, step_size, 7, monkeypatch, turning=False)
+    assert_same(expected, found)
+    accepted = found[1].accepted
+    assert accepted.any() and not accepted.all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turning", [True, False])
+@pytest.mark.parametrize("name", ZOO)
+def test_trajectories_of_the_zoo_are_those_of_torch(name, turning, monkeypatch):
+    num_steps = 2**DEPTH - 1 if turning else 6
+    found = both(ZOO[name], "dense", 0.1, num_steps, monkeypatch, turning=turning, spread=0.5)
+    assert_same(*found)
+
+
+def test_trajectories_through_factorisations_are_those_of_torch(monkeypatch):
+    assert_same(
+        *both(correlations, "dense", 0.1, 2**DEPTH - 1, monkeypatch, turning=True, spread=0.5)
+    )
+
+
+def draws_of(transition, *, cuts, threads=1):
+    """Draws of some chains in calls of so many draws each."""
+    torch.set_num_threads(threads)
+    transition.stream.seed = 5
+    position = torch.zeros(6, transition.target.dimension)
+    state = transition.state_at(position, position[:, :0])
+    tuning = Tuning(0.4, kinetic_of(position.shape[1], "diagonal"))
+    parts = []
+    for count in cuts:
+        transition._last_call = float(threads > 1)
+        state, made = transition.draw(state, tuning, [31] * count)
+        parts.append(made.positions)
+    torch.set_num_threads(1)
+    return torch.cat(parts, 1)
+
+
+def test_draws_depend_neither_on_threads_nor_on_calls():
+    potential = Potential(bent)
+    torch.manual_seed(0)
+    expected = draws_of(native_transition(potential, 5), cuts=[12])
+    for settings in ({"cuts": [1] * 12}, {"cuts": [5, 7]}, {"cuts": [12], "threads": 3}):
+        torch.manual_seed(0)
+        assert torch.equal(expected, draws_of(native_transition(potential, 5), **settings))
+    assert not torch.equal(expected[0], expected[1])
+    assert len(expected[0].unique(dim=0)) > 6
+
+
+def test_random_numbers_are_those_of_their_laws():
+    """Where every move is accepted, as on a flat density, momenta are what moves."""
+
+    def flat():
+        pyro.sample("x", dist.Normal(0.0, 1e8).expand([3]).to_event(1))
+
+    transition = native_transition(Potential(flat), None)
+    position = torch.zeros(1, 3)
+    state = transition.state_at(position, position[:, :0])
+    tuning = Tuning(1.0, GaussianKinetic(torch.ones(3)))
+    _, made = transition.draw(state, tuning, [1] * 40_000)
+    shifts = made.positions[0].diff(dim=0)
+    assert made.accepted.all()
+    error = len(shifts) ** -0.5
+    assert (shifts.mean(0).abs() < 4.5 * error).all()
+    assert ((shifts.T.cov() - torch.eye(3)).abs() < 4.5 * 1.5 * error).all()
+    assert ((shifts**4).mean(0) - 3.0).abs().max() < 4.5 * 96**0.5 * error
+    for point in (-1.5, 0.0, 1.0):
+        share = torch.special.ndtr(torch.tensor(point))
+        assert ((shifts < point).double().mean(0) - share).abs().max() < 4.5 * 0.5 * error
+    assert (shifts[1:] * shifts[:-1]).mean(0).abs().max() < 4.5 * error
+
+
+def run(kernel, *, draws=60, **settings):
+    mcmc = MCMC(kernel, draws, 60, num_chains=3, disable_progbar=True, seed=2, **settings)
+    mcmc.run()
+    return mcmc
+
+
+@pytest.mark.parametrize("kernel", [HMC, NUTS])
+def test_runs_have_the_statistics_of_torch(kernel):
+    expected = run(kernel(eight_schools_noncentred, engine="torch"))
+    found = run(kernel(eight_schools_noncentred, engine="native"))
+    kinds = [
+        {name: (stat.dtype, stat.shape) for name, stat in mcmc.draws.stats.items()}
+        for mcmc in (expected, found)
+    ]
+    assert kinds[0] == kinds[1]
+    assert found.draws.position.dtype == expected.draws.position.dtype
+    assert found.draws.position.shape == expected.draws.position.shape
+    potential = found.kernel.potential
+    position = found.draws.position.flatten(0, 1)
+    lp = -potential.value(position, position[:, :0])
+    assert torch.allclose(found.draws.stats["lp"].flatten(), lp)
+    settings = to_inference_data(found).attrs["kernel_settings"]
+    assert '"engine": "native"' in settings and '"engine_reason": "asked for"' in settings
+
+
+def test_a_seed_repeats_a_run_whatever_the_calls():
+    seen = []
+    first = run(NUTS(eight_schools_noncentred, engine="native"))
+    again = run(
+        NUTS(eight_schools_noncentred, engine="native"),
+        hook_fn=lambda kernel, params, stage, i: seen.append((stage, i)),
+    )
+    assert torch.equal(first.draws.position, again.draws.position)
+    assert seen == [(s, i) for s in ("Warmup", "Sample") for i in range(60)]
+    kept = run(NUTS(eight_schools_noncentred, engine="native"), save_warmup=True)
+    assert torch.equal(first.draws.position, kept.draws.position)
+    assert kept.warmup_draws.position.shape[1] == 60
+
+
+def test_single_precision():
+    torch.set_default_dtype(torch.float32)
+    mcmc = run(NUTS(eight_schools_noncentred, engine="native"))
+    assert mcmc.draws.position.dtype == mcmc.draws.stats["lp"].dtype == torch.float32
+    assert mcmc.draws.stats["energy"].dtype == torch.float64
+    assert mcmc.draws.stats["acceptance_rate"].mean() > 0.5
+
+
+def interrupt(kernel, params, stage, i):
+    if stage == "Sample" and i == 20:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_its_draws():
+    with pytest.warns(RuntimeWarning, match="interrupted: 21 of 60"):
+        mcmc = run(NUTS(eight_schools_noncentred, engine="native"), hook_fn=interrupt)
+    assert mcmc.draws.position.shape[1] == 21
+
+
+def test_without_a_compiler_torch_draws(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYRO_HAMFLOW_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiler", lambda: None)
+    mcmc = run(NUTS(ZOO["weighted_terms"], engine="native"), draws=5)
+    assert mcmc.kernel.settings["engine"] == "torch"
+    sentence = "NUTS: draws are made by torch, for the native engine has no code for"
+    assert any(sentence in message for message in mcmc.messages)
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match="`engine` is 'rust'"):
+        NUTS(bent, engine="rust")

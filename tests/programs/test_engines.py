@@ -1,0 +1,183 @@
+"""Gradients in machine code: of the models of the zoo, kept on disk, or declined by name."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_hamflow
+from benchmarks.coverage_models import ZOO
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import capture
+from pyro_hamflow.programs.engines import native
+from pyro_hamflow.programs.engines.buffers import NotSupported
+from pyro_hamflow.programs.engines.choice import choose_engine
+from pyro_hamflow.programs.engines.native import NativeProgram
+from pyro_hamflow.programs.engines.store import Store
+from tests.helpers.native import native_program
+
+
+def assert_gradient_right(potential):
+    """At some points, the gradient in machine code is that of the graph."""
+    program, graph = native_program(potential), potential.programs.base("gradient")
+    torch.manual_seed(1)
+    position = 0.5 * torch.randn(4, potential.dimension).to(potential.example)
+    noise = torch.zeros(4, 0)
+    value, gradient = program.gradient(position, noise)
+    for i in range(4):
+        expected = graph(position[i], noise[i])
+        scale = 1.0 + expected[1].abs().max()
+        assert torch.allclose(value[i], expected[0], rtol=1e-9, equal_nan=True)
+        assert torch.allclose(gradient[i] / scale, expected[1] / scale, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The model could not be captured")
+@pytest.mark.parametrize("name", ZOO)
+def test_gradient_of_the_zoo_is_right(name):
+    model, data = ZOO[name].make()
+    potential = Potential(model, (), data)
+    if potential.programs.base("gradient") is not None:
+        assert_gradient_right(potential)
+
+
+def grouped(y, group):
+    """Gradients that add up in many places of one vector."""
+    effect = pyro.sample("effect", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(effect[group], 1.0), obs=y)
+
+
+def test_sums_over_groups_are_right():
+    """Turns of a loop that write to the same place are not made at once."""
+    y = torch.randn(70)
+    group = torch.arange(70) % 3
+    assert_gradient_right(Potential(grouped, (y, group)))
+
+
+def matrices(x):
+    """Products, factors and solutions of every kind that there is code for."""
+    a = (x.outer(x) + 3.0 * torch.eye(len(x))) @ torch.ones(len(x), 2)
+    root = torch.linalg.cholesky(torch.eye(len(x)) * 3.0 + x.outer(x))
+    right = torch.linalg.solve_triangular(root.mT, a, upper=True)
+    left = torch.linalg.solve_triangular(root, a.mT, upper=False, left=False)
+    sums = torch.cumsum(x.sort(descending=True).values, 0) * torch.cumprod(x.exp(), 0)
+    batch = torch.stack([root, root.mT]) @ root
+    return (right * left.mT).sum() + (sums @ x) + batch.square().sum() + torch.lgamma(x.exp()).sum()
+
+
+def special(x):
+    """Functions whose code is in torch's headers."""
+    return (torch.digamma(x.exp()) + torch.special.i0e(x) + torch.erfinv(x.tanh())).sum()
+
+
+@pytest.mark.parametrize("function", [matrices, pytest.param(special, marks=pytest.mark.slow)])
+def test_operations_of_libraries_are_right(function):
+    def both(x, noise):
+        return function(x), torch.func.grad(function)(x)
+
+    x, none = torch.tensor([0.3, -0.2, 0.8, 1.1, -0.6]), torch.zeros(0)
+    program = NativeProgram(capture(both, x, none), (x, none))
+    value, gradient = program.gradient(x[None], none[None])
+    expected = both(x, none)
+    assert torch.allclose(value[0], expected[0], rtol=1e-12)
+    assert torch.allclose(gradient[0], expected[1], rtol=1e-10)
+
+
+def test_an_operation_without_code_is_named(tmp_path):
+    def spectrum(x, noise):
+        values = torch.linalg.eigvalsh(x.outer(x) + torch.eye(len(x)))
+        return values.sum(), x
+
+    x, none = torch.tensor([0.3, -0.2]), torch.zeros(0)
+    graph = capture(spectrum, x, none)
+    for _ in range(2):  # found out, and remembered
+        with pytest.raises(NotSupported, match="eig"):
+            NativeProgram(graph, (x, none), Store(tmp_path))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".txt"]
+
+
+def line(y):
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(slope, 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def program_of(y, store):
+    potential = Potential(line, (y,))
+    return NativeProgram(
+        potential.programs.base("gradient"), [v[0] for v in potential.vectors(1)], store
+    )
+
+
+def slope_at_zero(program):
+    return program.gradient(torch.zeros(1, 1), torch.zeros(1, 0))[1].item()
+
+
+def test_libraries_serve_other_data_and_are_checked(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    assert slope_at_zero(program_of(torch.tensor([1.0, 2.0]), store)) == -3.0
+    built = []
+    build = native._source
+    monkeypatch.setattr(native, "_source", lambda *a: built.append(1) or build(*a))
+    assert slope_at_zero(program_of(torch.tensor([5.0, 2.0]), store)) == -7.0
+    assert not built, "other data of the same shapes"
+    (path,) = tmp_path.iterdir()
+    copy = tmp_path / "beside"  # what is loaded stays as it is
+    copy.write_bytes(path.read_bytes()[:-1])
+    os.replace(copy, path)
+    assert slope_at_zero(program_of(torch.tensor([1.0, 1.0]), store)) == -2.0
+    assert built, "a file that was cut short"
+
+
+def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way of a folder")
+    assert slope_at_zero(program_of(torch.tensor([1.0, 2.0]), Store(file))) == -3.0
+
+
+def test_a_store_is_bounded_and_cleared(tmp_path, monkeypatch):
+    store = Store(tmp_path, most_bytes=25)
+    for number in range(4):
+        path = store.keep(f"key{number}", ".so", b"0123456789")
+        os.utime(path, (number, number))
+    assert store.find("key0", ".so") is None
+    assert store.find("key3", ".so").read_bytes() == b"0123456789"
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setenv("PYRO_HAMFLOW_CACHE", str(tmp_path))
+    pyro_hamflow.clear_cache()
+    assert not list(tmp_path.iterdir())
+
+
+def test_writers_at_the_same_time_do_not_meet(tmp_path):
+    store, content = Store(tmp_path), bytes(200_000)
+    seen = []
+
+    def write():
+        for _ in range(20):
+            store.keep("key", ".so", content)
+            seen.append(store.find("key", ".so"))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 80 and all(seen)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_choice_is_by_the_length_of_the_run():
+    potential = Potential(line, (torch.zeros(2),))
+    graph, vectors = potential.programs.base("gradient"), tuple(v[0] for v in potential.vectors(1))
+    assert choose_engine("torch", graph, vectors, 4, 10**6).name == "torch"
+    short = choose_engine("auto", graph, vectors, 4, 100)
+    assert short.name == "torch" and "too short" in short.reason and not short.declined
+    assert choose_engine("auto", graph, vectors, 4, None).name == "torch"
+    assert choose_engine("auto", graph, vectors, 4, 10**6).name == "native"
+    missing = choose_engine("native", None, vectors, 4, 100)
+    assert missing.declined and "not captured" in missing.reason
