@@ -50,7 +50,7 @@ def find_start(
     def draw() -> Tensor:
         if strategy is None:
             return middle + torch.empty_like(middle).uniform_(-radius, radius)
-        return torch.stack([_by_strategy(potential, strategy) for _ in range(num_chains)])
+        return _by_strategy(potential, strategy, num_chains)
 
     position, noise = draw(), potential.draw_noise(num_chains)
     for _ in range(_TRIES):
@@ -66,32 +66,68 @@ def find_start(
     )
 
 
-def _by_strategy(potential: Potential, strategy: Strategy) -> Tensor:
-    """The position of one chain, of shape ``(dimension,)``, by a run of the model."""
-    names = {site.name for site in potential.sites}
-    values: dict[str, Tensor] = {}
+def _by_strategy(potential: Potential, strategy: Strategy, num_chains: int) -> Tensor:
+    """Positions of all chains, of shape ``(chains, dimension)``, by runs of the model.
 
-    def choose(msg: Any) -> Tensor | None:
-        name = msg["name"]
-        if name not in names:
-            return None
-        with torch.no_grad():
-            value = values[name] = torch.as_tensor(strategy(msg)).to(potential.example)
-        shape = msg["fn"].shape()
-        if value.shape != shape:
-            raise ValueError(
-                f"`init_strategy` gave site '{name}' a value of shape {tuple(value.shape)}: "
-                f"expected {tuple(shape)}"
-            )
-        if not bool(support_of(name, msg["fn"]).check(value).all()):
+    They are one run where model and strategy can be batched, and else one for each chain.
+    """
+    choice = _Choice(potential, strategy)
+    try:
+        batched = torch.func.vmap(lambda _: choice.run(), randomness="different")
+        position, inside = batched(torch.arange(num_chains))
+        alike = (position == position[0]).all(0)  # to be so of each run, not by chance of another
+        if bool((choice.run()[0] != position[0])[alike].any()):
+            raise ValueError("the strategy draws by other means than torch's")
+    except Exception:  # noqa: BLE001  # a fault of the strategy is found again, and raised, below
+        runs = [choice.run() for _ in range(num_chains)]
+        position = torch.stack([position for position, _ in runs])
+        inside = {name: torch.stack([found[name] for _, found in runs]) for name in runs[0][1]}
+    for name, found in inside.items():
+        if not bool(found.all()):
             raise ValueError(
                 f"`init_strategy` gave site '{name}' a value outside its support "
-                f"{support_of(name, msg['fn'])}"
+                f"{choice.supports[name]}"
             )
-        return value
+    return position
 
-    run_with(potential.model, choose, *potential.args, **potential.kwargs)
-    return potential.flatten(values)
+
+class _Choice:
+    """A run of a model at the values that a strategy gives its sites.
+
+    Attributes:
+        supports: Of each site, in the latest run.
+    """
+
+    def __init__(self, potential: Potential, strategy: Strategy) -> None:
+        self.potential = potential
+        self.strategy = strategy
+        self.supports: dict[str, Any] = {}
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The position ``(dimension,)``, and of each site whether its value is in its support."""
+        names = {site.name for site in self.potential.sites}
+        values: dict[str, Tensor] = {}
+        inside: dict[str, Tensor] = {}
+
+        def choose(msg: Any) -> Tensor | None:
+            name = msg["name"]
+            if name not in names:
+                return None
+            with torch.no_grad():
+                value = torch.as_tensor(self.strategy(msg)).to(self.potential.example)
+            shape = msg["fn"].shape()
+            if value.shape != shape:
+                raise ValueError(
+                    f"`init_strategy` gave site '{name}' a value of shape {tuple(value.shape)}: "
+                    f"expected {tuple(shape)}"
+                )
+            self.supports[name] = support_of(name, msg["fn"])
+            values[name], inside[name] = value, self.supports[name].check(value).all()
+            return value
+
+        potential = self.potential
+        run_with(potential.model, choose, *potential.args, **potential.kwargs)
+        return potential.flatten(values), inside
 
 
 def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:

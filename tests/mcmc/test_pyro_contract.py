@@ -424,6 +424,29 @@ def test_random_strategies_start_chains_apart(strategy):
         assert position.abs().max() <= 0.01
 
 
+@pytest.mark.parametrize("source", ["torch", "numpy"])
+def test_strategies_of_many_chains_take_few_runs(source):
+    """One of the model where they can be batched, which draws by NumPy cannot."""
+    runs = []
+
+    def counted():
+        runs.append(None)
+        pyro.sample("x", dist.Normal(1.0, 1.0))
+
+    def strategy(site):
+        if source == "torch":
+            return site["fn"].sample()
+        return torch.tensor(np.random.default_rng().normal(1.0, 1.0))
+
+    kernel = HMC(counted, init_strategy=strategy)
+    kernel.begin(1, 0)
+    before = len(runs)
+    position = kernel.begin(1000, 0).position
+    assert len(position.unique(dim=0)) == 1000
+    assert abs(float(position.mean()) - 1.0) < 4.5 / 1000**0.5
+    assert (len(runs) - before < 20) == (source == "torch")
+
+
 def test_strategy_of_a_marginal_model():
     def model(y):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
