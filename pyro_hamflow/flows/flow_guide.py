@@ -204,7 +204,17 @@ class FlowGuide(AutoContinuous):
     # --- saving and copying ---------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads what ``state_dict`` saved, now or, before the first call, once the flow is made."""
+        """Loads what ``state_dict`` saved, now or, before the first call, once the flow is made.
+
+        Raises:
+            ValueError: If it is the state of something else.
+        """
+        if not {"loc", "scale_tril"} <= state_dict.keys():
+            raise ValueError(
+                f"the state has {sorted(state_dict)[:4]} and so on: expected that of a "
+                f"{type(self).__name__}, with `loc` and `scale_tril` of what it is moved and "
+                "scaled by"
+            )
         if self.prototype_trace is None:
             self._waiting = dict(state_dict)
             return torch.nn.modules.module._IncompatibleKeys([], [])

@@ -15,9 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow import files
 from pyro_hamflow.checks import whole
 from pyro_hamflow.networks.perceptron import ScalarNetwork
 
+_KIND = "potential network"  # what its files say that they hold
 # What parameters were called in older files.
 _FORMER_NAMES = {"shape": "quadratic", "slope": "linear"}
 
@@ -204,23 +206,28 @@ class PotentialNetwork(nn.Module):
         assign: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
         """Loads weights, under their present names or those of older files."""
-        renamed = {_FORMER_NAMES.get(name, name): part for name, part in state_dict.items()}
-        return super().load_state_dict(renamed, strict=strict, assign=assign)
+        return super().load_state_dict(_renamed(state_dict), strict=strict, assign=assign)
 
     def save(self, path: str | Path) -> None:
         """Writes sizes and weights to a file."""
-        torch.save({"sizes": self.sizes, "weights": self.state_dict()}, path)
+        files.save(path, _KIND, {"sizes": self.sizes, "weights": self.state_dict()})
 
     @classmethod
     def load(cls, path: str | Path) -> PotentialNetwork:
         """Reads a network that :meth:`save` wrote, in the precision that it was written in.
 
         Raises:
-            ValueError: If the file holds something else.
+            FileFault: If the file is damaged, or holds something else.
         """
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        if not isinstance(content, dict) or content.keys() != {"sizes", "weights"}:
-            raise ValueError(f"'{path}' holds no potential network: expected sizes and weights")
-        network = cls(**content["sizes"]).to(content["weights"]["centre"].dtype)
-        network.load_state_dict(content["weights"])
-        return network
+        return files.load(path, _KIND, cls.made_of_content)
+
+    @classmethod
+    def made_of_content(cls, content: Mapping[str, Any]) -> PotentialNetwork:
+        """The network whose sizes and weights stand in a file."""
+        sizes, weights = files.parts(content, ["sizes", "weights"])
+        return files.restored(cls, sizes, _renamed(weights))
+
+
+def _renamed(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights under their present names."""
+    return {_FORMER_NAMES.get(name, name): part for name, part in weights.items()}

@@ -29,7 +29,7 @@ SOURCES = {
 
 # Imports run from a later one to an earlier one. Moves come first, then populations that are moved
 # by them, then the kernels that may start from a population.
-ROOMS = ["version", "checks", "process", "progress", "arviz_bridge"]
+ROOMS = ["version", "checks", "process", "progress", "files", "arviz_bridge"]
 ROOMS += ["programs", "dynamics", "networks", "model", "marginal"]
 ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
 ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.stopping"]

@@ -145,7 +145,7 @@ def test_summary_is_given_again(tmp_path):
     potential, z = Potential(decay, (torch.ones(SIZE),)), torch.randn(5, 2)
     assert torch.equal(again.at(potential)(z), learned.at(potential)(z))
     learned.network.save(path)
-    with pytest.raises(ValueError, match="holds no amortised surrogate: expected"):
+    with pytest.raises(ValueError, match="holds no amortised surrogate, but: pyro_hamflow pot"):
         AmortizedSurrogate.load(path)
 
 

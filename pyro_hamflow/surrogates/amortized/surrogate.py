@@ -17,17 +17,20 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_hamflow import files
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.conditional_gaussian import ConditionalGaussian
 from pyro_hamflow.surrogates.amortized.probes import probe, probed_points
 from pyro_hamflow.surrogates.amortized.simulated import observed
 from pyro_hamflow.surrogates.fit import EnergyTraining
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
+
+_KIND = "amortised surrogate"  # what its files say that they hold
 
 Summary = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -111,7 +114,7 @@ class AmortizedSurrogate:
         }
         flat = self.summary is flatten_data
         record = {"training": asdict(self.training), "n_gradients": self.n_gradients}
-        torch.save(content | record | {"flat": flat}, path)
+        files.save(path, _KIND, content | record | {"flat": flat})
 
     @classmethod
     def load(cls, path: str | Path, *, summary: Summary | None = None) -> AmortizedSurrogate:
@@ -122,26 +125,25 @@ class AmortizedSurrogate:
             summary: The function that it was trained with, if that was given.
 
         Raises:
-            ValueError: If the file holds something else, or a summary is missing.
+            FileFault: If the file is damaged, or holds something else.
+            ValueError: If a summary is missing.
         """
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        keys = {"guess", "network", "training", "n_gradients", "flat"}
-        if not isinstance(content, dict) or content.keys() != keys:
-            raise ValueError(f"'{path}' holds no amortised surrogate: expected {sorted(keys)}")
-        if summary is None and not content["flat"]:
+
+        def make(content: dict[str, Any]) -> tuple[bool, AmortizedSurrogate]:
+            names = ["guess", "network", "training", "n_gradients", "flat"]
+            guess, network, training, n_gradients, flat = files.parts(content, names)
+            made = cls(
+                files.restored(ConditionalGaussian, *files.parts(guess, ["sizes", "weights"])),
+                PotentialNetwork.made_of_content(network),
+                summary or flatten_data,
+                EnergyTraining(**training),
+                n_gradients,
+            )
+            return flat, made
+
+        flat, made = files.load(path, _KIND, make)
+        if summary is None and not flat:
             raise ValueError(
                 f"'{path}' was trained with a summary of its own: expected it as `summary`"
             )
-        guess = _restored(ConditionalGaussian, content["guess"])
-        network = _restored(PotentialNetwork, content["network"])
-        training = EnergyTraining(**content["training"])
-        return cls(guess, network, summary or flatten_data, training, content["n_gradients"])
-
-
-Module = TypeVar("Module", ConditionalGaussian, PotentialNetwork)
-
-
-def _restored(kind: type[Module], content: dict[str, Any]) -> Module:
-    module = kind(**content["sizes"]).to(content["weights"]["centre"].dtype)
-    module.load_state_dict(content["weights"])
-    return module
+        return made
