@@ -453,7 +453,7 @@ class MCMC:
         """What is pickled: with draws in their supports, for the maps to these are not pickled."""
         if self._draws is not None:
             self._constrained()
-        return self.__dict__.copy()
+        return self.__dict__ | {"_left": None, "_so_far": RunSoFar(0.0)}
 
     def diagnostics(self) -> dict[str, Any]:
         """Effective sample sizes and R-hat of each site, by ArviZ, and divergences.

@@ -34,7 +34,7 @@ class RunSoFar:
     def __init__(self, began: float) -> None:
         self._began = began
         self.num_draws = 0
-        self._position: Callable[[], Tensor] = lambda: torch.empty(0, 0, 0)
+        self._position: Callable[[], Tensor] = partial(torch.empty, 0, 0, 0)
         self._judged = 0
         self._min_ess, self._max_rhat = 0.0, np.inf
 
