@@ -54,7 +54,7 @@ dist: $(VENV)/dist
 # The wheel in an environment of its own: what ships with it, and the archive's tests of results.
 test-wheel: dist
 	rm -rf build/wheel && $(PYTHON) -m venv build/wheel && mkdir build/wheel/away
-	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl pytest zuko scipy
+	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl pytest zuko scipy arviz-stats
 	cd build/wheel/away && ../bin/python -m pytest -q -p no:cacheprovider --doctest-modules \
 		--pyargs pyro_hamflow
 	tar -xzf dist/*.tar.gz -C build/wheel && rm -r build/wheel/pyro_hamflow-*/pyro_hamflow
@@ -88,6 +88,22 @@ $(VENV)/test: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/bench: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,tutorials,bench]'
+	touch $@
+
+# The site, without a network; screenshots of six of its pages; and what its gallery shows.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
+
+docs-look: docs  # needs chromium
+	$(BIN)/python docs/look.py
+
+gallery: $(VENV)/docs
+	$(BIN)/python docs/figures/drawings.py
+	$(BIN)/python docs/figures/statistics.py
+	$(BIN)/python docs/gallery.py
+
+$(VENV)/docs: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/dist: $(BIN)/python pyproject.toml
