@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "mathml",
+    "public_names",
 ]
 exclude_patterns = ["_build", "looks"]
 nb_execution_mode = "off"  # `make gallery` executes the notebooks

@@ -24,6 +24,12 @@ from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic,
 from pyro_hamflow.programs.engines.store import clear_cache
 from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
+from pyro_hamflow.results.run_plots import (
+    plot_estimator,
+    plot_modes,
+    plot_surrogate,
+    plot_weights,
+)
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.sampler import AnnealedSampler
 from pyro_hamflow.smc.transport import AFT, CRAFT
@@ -75,9 +81,13 @@ __all__ = [
     "learn_surrogate",
     "marginalize",
     "noise",
+    "plot_estimator",
+    "plot_modes",
     "plot_momenta",
     "plot_path",
     "plot_potential",
+    "plot_surrogate",
+    "plot_weights",
     "rhat_below",
     "time_over",
     "to_inference_data",

@@ -62,7 +62,7 @@ def plot_potential(
         panels = {"learned potential": inner.potential(places)}
         if target is not None:
             panels["minus log target"] = -target(positions)
-    shown = _axes(axes, len(panels))
+    shown = axes_for(axes, len(panels))
     for axis, (title, value) in zip(shown, panels.items(), strict=True):
         raised = (value - value[value.isfinite()].min()).clamp(max=_height(value))
         drawn = axis.contourf(x.cpu(), y.cpu(), raised.cpu(), levels=30, cmap="viridis")
@@ -100,7 +100,7 @@ def plot_momenta(
         q, p, _ = inner.draw_phase((num_samples,))
         start = inner.pull(q, p)[1]
         end = p if positions is None else inner.end_momenta.draw(positions.to(q))[0]
-    shown = _axes(axes, 2)
+    shown = axes_for(axes, 2)
     for axis, momenta, title in zip(
         shown, (start, end), ("at the start", "at the end"), strict=True
     ):
@@ -144,7 +144,7 @@ def plot_path(
         positions = positions if guide is None else guide.to_position(positions)
     path = positions[..., list(dimensions)].cpu()
     times = torch.linspace(0, inner.num_steps, num_shown).round().long().tolist()
-    shown = _axes(axes, num_shown)
+    shown = axes_for(axes, num_shown)
     for axis, step in zip(shown, times, strict=True):
         axis.scatter(path[step, :, 0], path[step, :, 1], s=1, alpha=0.3)
         axis.plot(path[: step + 1, :20, 0], path[: step + 1, :20, 1], color="C3", lw=0.7)
@@ -152,8 +152,8 @@ def plot_path(
     return shown
 
 
-def _axes(axes: Any, count: int) -> Any:
-    """As many axes as panels, in a row."""
+def axes_for(axes: Any, count: int) -> Any:
+    """As many axes as panels, in a row; those given, if any."""
     if axes is None:
         import matplotlib.pyplot as plt  # optional, and slow to import
 
