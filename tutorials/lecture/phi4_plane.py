@@ -3,10 +3,13 @@
 #
 # Sites of a periodic L x L lattice are double wells, coupled to their neighbours. Below a critical
 # coupling of about .68 the field is disordered; above it nearly all of it has one sign, which no
-# local move changes. Jumps do, while the lattice is small: of single proposals one in twenty is
-# accepted at L = 8 in the ordered phase, where the default makes up for it by 32 at once. Below the
-# critical coupling local moves do, and no jumps are made. A symmetrised flow knows that both signs
-# are equally likely, but not how a field of one sign fluctuates, which is what makes jumps fail.
+# local move changes. Jumps do, while the lattice is small. The flow that is built by default knows
+# nothing of a lattice: at L = 8 one in twenty of its single proposals is accepted, for which 32 at
+# once make up. A flow that does know has the same law at every site, correlations that depend on
+# distance alone, and both signs: half of its proposals are accepted at L = 8. Three quarters are if
+# every other site is drawn so, and the rest given these, which can be done exactly. What is still
+# wrong is wrong everywhere, so that acceptance falls with the number of sites whatever the flow.
+# Below the critical coupling local moves do, and no jumps are made.
 
 # %%
 from __future__ import annotations
@@ -35,10 +38,13 @@ SMOKE = "SMOKE" in os.environ
 WELL = 0.5
 
 
+def well(field):
+    return field.square() + WELL * (field.square() - 1.0).square()
+
+
 def action(field, coupling):
     links = field * (field.roll(1, -1) + field.roll(1, -2))
-    wells = field.square() + WELL * (field.square() - 1.0).square()
-    return (wells - coupling * links).sum((-1, -2))
+    return (well(field) - coupling * links).sum((-1, -2))
 
 
 def lattice(size, coupling):
@@ -48,19 +54,108 @@ def lattice(size, coupling):
 
 
 # %% [markdown]
-# ## Sizes and couplings, with nothing to tune; then once more with the flow made symmetric
+# ## A flow that knows the lattice
+# Standard normal fields with the correlations of the one phase, told by Fourier transforms, and one
+# bend for all sites, which takes normal quantiles to the field's. Then, if wished, sites of the
+# other colour of a chequerboard: given these, they are independent of each other.
 
 # %%
-SIZES = (3,) if SMOKE else (4, 6, 8, 10, 12, 14)
+KNOTS = torch.linspace(-3.5, 3.5, 71)
+GRID = torch.linspace(-4.0, 4.0, 801)  # beyond which a site has no density
+NEAR = torch.linspace(-12.0, 12.0, 481)  # sums of four neighbours
+APART = 10.0  # rows of a table that are searched as one
+
+
+def interpolate(x, start, end):
+    """Where knots are taken to others, linearly between them, and the log of the slope."""
+    place = torch.searchsorted(start, x.contiguous()).clamp(1, len(start) - 1)
+    slope = (end[place] - end[place - 1]) / (start[place] - start[place - 1])
+    return end[place] + slope * (x - start[place]), slope.log()
+
+
+class Site:
+    """The law of a site given the sum of its neighbours: of the two nearest of a table, mixed."""
+
+    def __init__(self, coupling):
+        log_density = coupling * NEAR[:, None] * GRID - well(GRID)
+        density = (log_density - log_density.amax(-1, keepdim=True)).exp() + 1e-9
+        below = torch.nn.functional.pad((density[:, 1:] + density[:, :-1]).cumsum(-1), (1, 0))
+        rows = torch.arange(len(NEAR))[:, None]
+        self.levels = (rows + below / below[:, -1:]).flatten()
+        self.places = (rows * APART + GRID).flatten()
+
+    def rows(self, near):
+        row = ((near - NEAR[0]) / (NEAR[1] - NEAR[0])).clamp(0.0, len(NEAR) - 2.0)
+        return row.floor(), row.frac()
+
+    def draw(self, near):
+        row, share = self.rows(near)
+        row = row + (torch.rand_like(row) < share)
+        place, _ = interpolate(row + torch.rand_like(row), self.levels, self.places)
+        return place - row * APART
+
+    def log_density(self, x, near):
+        row, share = self.rows(near)
+        parts = (interpolate((row + up) * APART + x, self.places, self.levels)[1] for up in (0, 1))
+        return torch.lerp(*(part.exp() for part in parts), share).log()
+
+
+class OnePhase:
+    """The phase of positive mean, as fields of either sign show it: a guide."""
+
+    def __init__(self, fields, coupling, *, alternate):
+        size = fields.shape[-1]
+        fields = fields * fields.mean((-1, -2), keepdim=True).sign()
+        self.bend = torch.quantile(fields.flatten(), torch.special.ndtr(KNOTS))
+        normal, _ = interpolate(fields, self.bend, KNOTS)
+        power = torch.fft.fft2(normal).abs().square().mean(0) / size**2
+        correlation = torch.fft.ifft2(0.5 * (power + power.mT)).real
+        row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        first = (row + column) % 2 == 0 if alternate else row >= 0
+        row, column = row[first], column[first]
+        covariance = correlation[row[:, None] - row, column[:, None] - column]
+        self.law = dist.MultivariateNormal(torch.zeros(len(row)), covariance)
+        self.first, self.site = first, Site(coupling)
+
+    def prepare(self, *args, **kwargs):
+        pass
+
+    def near(self, field):
+        """The sums of the neighbours of those sites that are not drawn first."""
+        field = torch.where(self.first, field, 0.0)
+        return sum(field.roll(by, axis) for by in (1, -1) for axis in (-1, -2))[:, ~self.first]
+
+    def draw(self, num_samples):
+        field = torch.zeros(num_samples, *self.first.shape)
+        field[:, self.first], _ = interpolate(self.law.sample((num_samples,)), KNOTS, self.bend)
+        field[:, ~self.first] = self.site.draw(self.near(field))
+        position = field.flatten(1)
+        return position, self.log_ratio(position)
+
+    def log_ratio(self, position):
+        field = position.reshape(-1, *self.first.shape)
+        normal, log_slope = interpolate(field[:, self.first], self.bend, KNOTS)
+        rest = self.site.log_density(field[:, ~self.first], self.near(field))
+        return self.law.log_prob(normal) + log_slope.sum(-1) + rest.sum(-1)
+
+
+# %% [markdown]
+# ## Sizes and couplings, with nothing to tune; then single jumps of each flow
+# The lattice's flow is fitted to the draws of the first run, and made symmetric.
+
+# %%
+SIZES = (4,) if SMOKE else (4, 6, 8, 10, 12, 14)
 COUPLINGS = (0.75, 0.5)
 DRAWS = 30 if SMOKE else 200
+MIRROR = [dist.transforms.AffineTransform(0.0, -1.0)]
 found, accepted = {}, {}
 
 
 def run(kernel, size, coupling, kind):
     mcmc = phf.MCMC(kernel, DRAWS, num_chains=16, seed=1)
     mcmc.run(size, coupling)
-    mean = mcmc.get_samples(group_by_chain=True)["field"].mean((-1, -2))
+    fields = mcmc.get_samples(group_by_chain=True)["field"]
+    mean = fields.mean((-1, -2))
     statistics = phf.to_inference_data(mcmc).sample_stats
     rate = float(statistics.global_accepted.mean()) if "global_accepted" in statistics else 0.0
     found[kind, size, coupling], accepted[kind, size, coupling] = mean, rate
@@ -70,18 +165,25 @@ def run(kernel, size, coupling, kind):
         f"{arviz.mcse(absolute):.4f}, P(m > 0) {float((mean > 0).double().mean()):.3f}, "
         f"jumps accepted {rate:.3f}, of {kernel.settings['num_proposals']} proposals"
     )
+    return fields.flatten(0, 1)
+
+
+def single(guide, size, coupling, kind):
+    kernel = phf.FlowNUTS(lattice, guide, adapt_flow=False, num_proposals=1)
+    run(kernel, size, coupling, kind)
 
 
 for coupling in COUPLINGS:
     for size in SIZES:
         kernel = phf.FlowNUTS(lattice)
-        run(kernel, size, coupling, "default")
-        if kernel.flow is None:
+        fields = run(kernel, size, coupling, "default")
+        if coupling < 0.68:
             continue  # jumps would not pay
-        mirrored = phf.SymmetrisedGuide(kernel.flow, [dist.transforms.AffineTransform(0.0, -1.0)])
-        for kind, guide in (("one proposal", kernel.flow), ("one, symmetric", mirrored)):
-            jumping = phf.FlowNUTS(lattice, guide, adapt_flow=False, num_proposals=1)
-            run(jumping, size, coupling, kind)
+        if kernel.flow is not None:
+            single(kernel.flow, size, coupling, "one proposal")
+        for kind, alternate in (("lattice's flow", False), ("and every other site", True)):
+            guide = OnePhase(fields, coupling, alternate=alternate)
+            single(phf.SymmetrisedGuide(guide, MIRROR), size, coupling, kind)
 
 # %% [markdown]
 # ## The picture, and the check against a cluster algorithm
@@ -98,9 +200,11 @@ for panel, coupling in zip(panels, COUPLINGS, strict=True):
     panel.legend()
 figure.savefig("phi4_plane.png", dpi=120)
 
-for coupling, (truth, error) in TRUTH.items():
-    if not SMOKE:
-        absolute = found["default", 8, coupling].abs().numpy()
-        assert abs(absolute.mean() - truth) < 3 * math.hypot(error, float(arviz.mcse(absolute)))
 if not SMOKE:
-    assert accepted["default", 8, 0.75] > 0.2 > accepted["one proposal", 8, 0.75]
+    for kind in kinds:
+        for coupling, (truth, error) in TRUTH.items():
+            if (kind, 8, coupling) in found:
+                absolute = found[kind, 8, coupling].abs().numpy()
+                assert abs(absolute.mean() - truth) < 3 * math.hypot(error, arviz.mcse(absolute))
+    assert accepted["lattice's flow", 8, 0.75] > 0.4
+    assert accepted["and every other site", 8, 0.75] > 0.6
