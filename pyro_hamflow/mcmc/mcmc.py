@@ -320,6 +320,7 @@ class MCMC:
         """Prepares the kernel, and finds where chains start."""
         kernel, planned = self.kernel, self._planned_warmup_steps
         kernel.planned_draws = self.num_samples
+        kernel.hides_progress = self.disable_progbar
         given = self._given_warmup_steps
         kernel.most_warmup_steps = None if given is not None else _LONGEST * planned
         began = time.perf_counter()

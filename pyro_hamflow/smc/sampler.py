@@ -7,21 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_hamflow.checks import between, fills, flag, whole
+from pyro_hamflow.checks import between, flag, whole
+from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.process import undisturbed
-from pyro_hamflow.progress import Bar, progress
 from pyro_hamflow.smc.annealing import Population, anneal, recover
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
-from pyro_hamflow.smc.particles import Passage
 from pyro_hamflow.smc.reach import extend_reach
 from pyro_hamflow.smc.resampling import effective_size, resample_systematically
+from pyro_hamflow.smc.shown import shown
 from pyro_hamflow.smc.transport import AFT, CRAFT
 from pyro_hamflow.smc.verdict import describe
 
@@ -51,11 +52,11 @@ class AnnealedSampler:
         model: A Pyro model, which may be a marginal one: its noise is then a part of each particle.
         flow: :class:`AFT` or :class:`CRAFT`, for flows that carry particles from one temperature to
             the next, and are trained on the first population. Or a guide to begin at in place of
-            the prior, as a model needs whose prior is improper; the density along the path is then
-            that of the guide to the power of :math:`1 - \lambda` times that of the posterior to the
-            power of :math:`\lambda`, and the importance weights of the guide's own draws are kept
-            beside, as :attr:`importance`. So data can come in parts: a guide fitted to the
-            posterior of some is where to begin at for all.
+            the prior, one of Pyro's own too, as a model needs whose prior is improper; the density
+            along the path is then that of the guide to the power of :math:`1 - \lambda` times that
+            of the posterior to the power of :math:`\lambda`, and the importance weights of the
+            guide's own draws are kept beside, as :attr:`importance`. So data can come in parts: a
+            guide fitted to the posterior of some is where to begin at for all.
         num_particles: How many particles there are.
         num_replicates: Into how many parts they fall, that are moved and resampled apart from each
             other. How much these differ gives the error of the evidence, with the drift.
@@ -102,7 +103,7 @@ class AnnealedSampler:
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: DensityGuide | AFT | CRAFT | None = None,
+        flow: DensityGuide | AutoGuide | AFT | CRAFT | None = None,
         *,
         num_particles: int = 2000,
         num_replicates: int = 16,
@@ -114,9 +115,9 @@ class AnnealedSampler:
     ) -> None:
         self._target = ModelTarget(model, separate_noise=True, jit_compile=jit_compile)
         self.transport = flow if isinstance(flow, AFT | CRAFT) else None
-        self.guide = None if isinstance(flow, AFT | CRAFT) else flow
-        if self.guide is not None:
-            fills("flow", self.guide, DensityGuide)
+        self.guide: DensityGuide | None = None
+        if flow is not None and self.transport is None:
+            self.guide = as_guide("flow", flow, DensityGuide)
         self.num_replicates = whole("num_replicates", num_replicates, 2)
         self.num_particles = whole("num_particles", num_particles, 2 * num_replicates)
         if conditional_ess is None:
@@ -156,8 +157,7 @@ class AnnealedSampler:
         if self.guide is not None:
             self.guide.prepare(*args, **kwargs)
             reference = GuideReference(self.guide, potential)
-        hidden = self.disable_progbar
-        with progress(200, "Anneal", hidden=hidden, bar_format=_BAR) as bar:
+        with shown(hidden=self.disable_progbar) as report:
             self._population = anneal(
                 potential,
                 self.num_particles,
@@ -167,7 +167,7 @@ class AnnealedSampler:
                 num_moves=self.num_moves,
                 transport=self.transport,
                 moves_on=True,
-                report=lambda passage: _show(bar, passage),
+                report=report,
             )
         self._local = recover(potential, self.population)
         if self.guide is not None:
@@ -275,19 +275,3 @@ class AnnealedSampler:
         """The weighted mean of values ``(num_particles, *)`` over the draws."""
         weights = self.weights.to(value).reshape(-1, *[1] * (value.dim() - 1))
         return (weights * value).sum(0)
-
-
-_BAR = "{l_bar}{bar}| [{elapsed}{postfix}]"
-
-
-def _show(bar: Bar, passage: Passage) -> None:
-    """Half of the bar is for the first population, half for the second."""
-    done = bar.n % 100
-    there = 100.0 * passage.inverse_temperature
-    bar.set_postfix(
-        inverse_temperature=f"{passage.inverse_temperature:.3g}",
-        ess=f"{passage.ess:.2f}",
-        acceptance=f"{passage.acceptance_rate:.2f}",
-        refresh=False,
-    )
-    bar.update(max(0.0, there - done))

@@ -20,6 +20,7 @@ from pyro_hamflow import (
     FlowNUTS,
     RandomWalk,
     marginalize,
+    progress,
     to_inference_data,
 )
 from pyro_hamflow.mcmc.adaptation.flow import gain
@@ -130,6 +131,16 @@ def test_a_flow_of_zuko_is_trained():
     check_shares(mcmc)
     assert isinstance(kernel.flow, AutoFlow)
     assert float(mcmc.draws.stats["global_accepted"].double().mean()) > 0.5
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_progress_of_the_population(hidden, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    kernel = FlowNUTS(modes(), Normals([-CENTRE, CENTRE]), num_particles=100)
+    MCMC(kernel, 5, num_chains=2, seed=0, disable_progbar=hidden).run()
+    shown = capsys.readouterr().err
+    for word in ("Anneal: 100%", "inverse_temperature=", "Sample"):
+        assert (word in shown) != hidden
 
 
 def test_nothing_changes_while_draws_are_kept():

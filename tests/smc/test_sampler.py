@@ -11,6 +11,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_hamflow import AnnealedSampler, AutoNeuralHamiltonianFlow, marginalize, to_inference_data
 from tests.helpers.densities import two_modes
@@ -157,6 +159,19 @@ def test_arguments(name, value, error):
 def test_a_flow_has_to_be_a_guide():
     with pytest.raises(TypeError, match="`flow` is a str: expected a DensityGuide"):
         AnnealedSampler(scale_model, "flow")
+
+
+def test_from_a_guide_of_pyros():
+    """That has a place and a width of its own, which the weights have to undo."""
+    guide = AutoNormal(scale_model, init_loc_fn=init_to_value(values={"scale": torch.tensor(2.5)}))
+    sampler = AnnealedSampler(scale_model, guide, num_particles=1000, seed=0)
+    sampler.run(Y)
+    log_evidence, mean = by_quadrature(Y)
+    assert_evidence(sampler, log_evidence, 0.1)
+    assert sampler.importance is not None
+    assert float(sampler.mean(sampler.samples["scale"])) == pytest.approx(mean, rel=0.05)
+    with pytest.raises(TypeError, match="`flow` is an AutoDelta, whose density"):
+        AnnealedSampler(scale_model, AutoDelta(scale_model))
 
 
 class Narrow:

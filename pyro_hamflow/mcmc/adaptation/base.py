@@ -28,6 +28,7 @@ class RunPlan:
         num_draws: How many draws of each chain follow, where the runner tells.
         messages: What the user is to be told, in a sentence each.
         before: How many iterations of warm-up were made before those that are counted here.
+        hidden: Whether what precedes iterations shows nothing of how far it has come.
     """
 
     kernel: str
@@ -37,6 +38,7 @@ class RunPlan:
     num_draws: int | None = None
     messages: list[str] = field(default_factory=list)
     before: int = 0
+    hidden: bool = True
 
     def say(self, sentence: str, *, first: bool = False) -> None:
         """Adds a message, or puts it before all others."""

@@ -22,6 +22,7 @@ from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.resampling import resample_systematically
+from pyro_hamflow.smc.shown import shown
 
 _WALKERS = 1000  # that explore
 _FEW, _HASTE = 500, 0.5  # particles that look first, and what their steps' weights are worth
@@ -107,7 +108,7 @@ class FlowSearch:
         walkers = self._walkers(self._hasty_population() if self.choices.learns else self._drawn())
         persistence = walkers.persistence()
         if persistence >= _SLOW and self.choices.learns:
-            walkers = self._walkers(anneal(self.potential, self.choices.num_particles))
+            walkers = self._walkers(self._population())
             persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
         if persistence < _SLOW:
@@ -152,6 +153,10 @@ class FlowSearch:
     def _hasty_population(self) -> Population:
         count = min(self.choices.num_particles, _FEW)
         return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1)
+
+    def _population(self) -> Population:
+        with shown(hidden=self.plan.hidden) as report:
+            return anneal(self.potential, self.choices.num_particles, report=report)
 
     @torch.no_grad()
     def _drawn(self) -> Proposals:

@@ -73,6 +73,7 @@ class Kernel(PyroFace):
     Attributes:
         planned_draws: How many draws of each chain follow, where the runner tells.
         most_warmup_steps: How many iterations of warm-up there may be, likewise.
+        hides_progress: Whether what precedes iterations shows no progress, likewise.
         plan: What the latest run was to be.
         made_of: The arguments that it was made of, and the keyword arguments.
     """
@@ -102,6 +103,7 @@ class Kernel(PyroFace):
         self._surrogate_run: SurrogateRun | None = None
         self.planned_draws: int | None = None
         self.most_warmup_steps: int | None = None
+        self.hides_progress = True
         self.plan = RunPlan(type(self).__name__, 1, 0)
         self._phase: Phase | None = None
 
@@ -200,6 +202,7 @@ class Kernel(PyroFace):
             warmup_steps,
             self.most_warmup_steps,
             self.planned_draws,
+            hidden=self.hides_progress,
         )
         estimator = None if self._hamiltonian is None else self._hamiltonian.estimator
         if estimator is not None:
