@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_hamflow.checks import flag, whole
 from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.marginal.whiten import WhitenedModel
 from pyro_hamflow.model.function import FunctionPotential, PotentialFunction
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.potential import Potential
@@ -36,7 +37,8 @@ class ModelTarget:
             makes long runs several times faster.
         init_strategy: Where chains start, as Pyro's guides take it:
             :func:`~pyro.infer.autoguide.initialization.init_to_median` and its kin. If not given,
-            near the pilot of a marginal model, and within two units around zero elsewhere.
+            near the pilot of a marginal model, where the posterior of a whitened one is, and within
+            two units around zero elsewhere.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -172,6 +174,9 @@ class ModelTarget:
         """
         potential = self.potential
         if initial_params is None:
+            if isinstance(self.model, WhitenedModel) and self.init_strategy is None:
+                places = [potential.flatten(values) for values in self.model.starts(num_chains)]
+                return find_start(potential, num_chains, torch.stack(places), 0.0)
             if self._pilot is None or self.init_strategy is not None:
                 return find_start(potential, num_chains, strategy=self.init_strategy)
             return find_start(potential, num_chains, potential.flatten(self._pilot), _PILOT_RADIUS)

@@ -8,22 +8,20 @@ NUTS is one, need few steps for many of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves
 
 from pyro_hamflow.marginal.whitening.fit import PathFit, fit_path, log_prob_of
+from pyro_hamflow.marginal.whitening.handlers import WithPath, values_before
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.look import plain_run
 
@@ -99,10 +97,9 @@ class WhitenedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; its sites are fitted first, if they are not yet."""
         fit = self.fit(*args, **kwargs)
-        with _UntilPath(self.sites) as before, suppress(_PathBegins):
-            self.model(*args, **kwargs)
-        path = self._draw(fit, before.values)
-        with _WithPath(path, before.values):
+        before = values_before(self.sites, self.model, *args, **kwargs)
+        path = self._draw(fit, before)
+        with WithPath(path, before):
             return self.model(*args, **kwargs)
 
     def _draw(self, fit: PathFit, before: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -140,6 +137,7 @@ class WhitenedModel:
         )
         if before is None or not (same or self._is_fitted(data, before)):
             with torch.random.fork_rng(), poutine.block(), torch.enable_grad():
+                torch.manual_seed(0)
                 before = self._fit = fit_path(self.model, data, self.sites)
                 self._observed = _observed(self._look(data))
         self._seen = seen
@@ -167,6 +165,14 @@ class WhitenedModel:
         """What holds the model to the sites that it has for these arguments."""
         return partial(self._hold, self.fit(*args, **kwargs))
 
+    def starts(self, num_chains: int) -> list[dict[str, Tensor]]:
+        """Values of parameters and noise for chains to start from, spread as their posterior is."""
+        if self._fit is None:
+            raise RuntimeError("the model has not been run: call it with its data first")
+        name, example = f"{self._fit.prior.layout.names[0]}_white", self._fit.u
+        places = [self._fit.starts[chain % len(self._fit.starts)] for chain in range(num_chains)]
+        return [place | {name: torch.randn_like(example)} for place in places]
+
     @contextmanager
     def _hold(self, fit: PathFit) -> Iterator[None]:
         before = self._is_held, self._fit
@@ -179,50 +185,6 @@ class WhitenedModel:
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)
         return f"whiten({name}, {list(self.sites)})"
-
-
-class _PathBegins(Exception):
-    """Ends a run of a model where its path begins, and leaves the plates around it."""
-
-
-class _UntilPath(Messenger):
-    """Runs a model up to its path, and records what comes before."""
-
-    def __init__(self, path: Sequence[str]) -> None:
-        super().__init__()
-        self.path = path
-        self.values: dict[str, Any] = {}
-
-    def _pyro_sample(self, msg: Message) -> None:
-        if msg["name"] in self.path:
-            raise _PathBegins
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        self.values[str(msg["name"])] = msg["value"]
-
-
-class _WithPath(Messenger):
-    """Gives a path its values, and hides what outer handlers have seen before.
-
-    Arguments:
-        path: The values of the path's sites, which become deterministic.
-        before: Those of the sites seen before.
-    """
-
-    def __init__(self, path: Mapping[str, Tensor], before: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.path, self.before = path, before
-
-    def _pyro_sample(self, msg: Message) -> None:
-        name = str(msg["name"])
-        if name in self.before:
-            msg["value"] = self.before[name]
-            msg["done"] = msg["stop"] = True
-        elif name in self.path:
-            value = self.path[name]
-            msg["fn"] = dist.Delta(value, event_dim=msg["fn"].event_dim).mask(False)
-            msg["value"], msg["is_observed"] = value, True
-            msg["infer"] = {**(msg["infer"] or {}), "_deterministic": True}
 
 
 class _PathNoise(TorchDistribution):

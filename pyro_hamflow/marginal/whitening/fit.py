@@ -20,7 +20,7 @@ from pyro_hamflow.marginal.pilot import climb
 from pyro_hamflow.marginal.whitening.affine import AffineMap, CovarianceMap
 from pyro_hamflow.marginal.whitening.curvature import gradient_and_bands, raised
 from pyro_hamflow.marginal.whitening.path_prior import PathPrior, Values
-from pyro_hamflow.marginal.whitening.sites import PathSites, following
+from pyro_hamflow.marginal.whitening.sites import Held, PathSites
 from pyro_hamflow.marginal.whitening.split_model import SplitModel
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.sites import Site, flatten
@@ -29,8 +29,12 @@ from pyro_hamflow.programs.capture import Program, capture
 from pyro_hamflow.programs.validation import no_validation
 
 _STEPS = 60  # of Newton at most
-_HALVINGS = 12  # of a step that leads down
+_HALVINGS = 40  # of a step that leads down: where curvature is negative it may lead far away
 _MOST_FOLLOWED = 64  # coordinates of parameters: each takes two fits
+_STARTS = 3  # of searches, until one comes to rest
+_REST = 0.1  # posterior standard deviations
+_CHAINS = 20  # places to start from
+_NEAR = 0.01  # of the prior's spread
 _STEP = 0.02  # ahead and behind, on the real line
 
 
@@ -43,6 +47,7 @@ class PathFit(NamedTuple):
         u: The path's variables at the mode.
         followed: The parameters that the sites follow.
         centre: Their values there, on the real line, of shape ``(k,)``.
+        starts: Values of all parameters, about as far from the mode as posterior draws are.
     """
 
     prior: PathPrior
@@ -50,6 +55,7 @@ class PathFit(NamedTuple):
     u: Tensor
     followed: list[Site]
     centre: Tensor
+    starts: list[Values]
 
     def map(self, parameters: Values) -> AffineMap:
         """From noise to the path's variables, given values of the sites drawn so far."""
@@ -72,19 +78,19 @@ def fit_path(model: Model, data: Arguments, names: Sequence[str]) -> PathFit:
     """
     split = SplitModel(model, data, names)
     search = _Search(split)
-    theta = split.start
-    if len(theta):
-        theta = climb(search.slope, theta).position
+    theta = search.top() if len(split.start) else split.start
     held = search.sites(theta)
     u = search.u
     followed = [s for s in split.parameters if s.stop <= min(split.num_before, _MOST_FOLLOWED)]
     size = sum(site.stop - site.start for site in followed)
     steps = _STEP * torch.eye(len(theta), dtype=theta.dtype, device=theta.device)[:size]
     pairs = [(search.sites(theta + step, u), search.sites(theta - step, u)) for step in steps]
-    sites = following(held, pairs, _STEP) if pairs else PathSites.held(*held)
+    sites = PathSites.following(held, pairs, _STEP)
     others = split.prior.others | split.values(theta) | split.prior.layout.values(u)
     others = {name: value.detach() for name, value in others.items()}
-    return PathFit(split.prior._replace(others=others), sites, u, followed, theta[:size])
+    search.u = u
+    starts = [split.values(start) for start in search.draws(theta)]
+    return PathFit(split.prior._replace(others=others), sites, u, followed, theta[:size], starts)
 
 
 class _Search:
@@ -97,11 +103,11 @@ class _Search:
     def __init__(self, split: SplitModel) -> None:
         self.split = split
         self.u = split.start.new_zeros(len(split.prior.layout.order))
+        self.u = self._prior_mean(split.start)
         self._terms = _captured(self._terms_at, split.start, self.u)
         self._density = _captured(self._density_at, split.start, self.u)
-        width, n = split.width, len(self.u)
-        bands, linear = self.u.new_ones(n, width), self.u
-        self._whitened = _captured(self._whitened_at, split.start, self.u, bands, linear)
+        example = self.u.new_ones(len(self.u), split.width)
+        self._laplace = _captured(self._laplace_at, split.start, self.u, example)
 
     def _terms_at(self, theta: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         """The prior's form, and the gradient and bands of the rest."""
@@ -117,41 +123,93 @@ class _Search:
         with torch.no_grad():
             return (self.split.log_rest(theta, u) + self.split.log_prior(theta, u),)
 
-    def _whitened_at(
-        self, theta: Tensor, u: Tensor, precision: Tensor, linear: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Minus the log density of parameters and noise zero, and its gradient."""
+    def _laplace_at(self, theta: Tensor, u: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus Laplace's log marginal density where a path is at its mode, and its gradient.
+
+        The mode follows the parameters by a step of Newton's method.
+        """
         split = self.split
         with torch.enable_grad():
-            theta = theta.detach().requires_grad_()
-            values = split.values(theta)
-            path = split.prior.form(u, values).times(precision, linear)
-            zero = torch.zeros_like(u)
-            there = log_prob_of(split.prior, path, zero, values)
-            value = -(there + split.log_rest(theta, path.forward(zero)))
-            (slope,) = torch.autograd.grad(value, theta)
+            theta, start = theta.detach().requires_grad_(), u.detach().requires_grad_()
+            form = split.prior.form(u, split.values(theta))
+            (pull,) = torch.autograd.grad(
+                split.log_rest(theta, start), start, create_graph=True, materialize_grads=True
+            )
+            linear = pull + multiply(precision, u)
+            mode = form.times(precision, linear).forward(torch.zeros_like(u))
+            rest = split.log_rest(theta, mode)
+            _, bands = gradient_and_bands(rest, mode, split.width)
+            bands = bands.clamp(min=0.0) if split.width == 1 else bands
+            volume = form.times(bands, linear).log_volume()
+            value = -(rest + split.log_prior(theta, mode) + volume)
+            (slope,) = torch.autograd.grad(value, theta, materialize_grads=True)
         return value.detach(), slope
 
     def slope(self, theta: Tensor) -> tuple[float, Tensor]:
-        """Minus the log density where the noise is zero, and its gradient, with new sites."""
+        """Minus Laplace's log marginal density of the parameters, and its gradient."""
+        before = self.u
         try:
-            before = self.u
-            value, slope = self._whitened(theta, self.u, *self.sites(theta))
-            if not bool(value.isfinite()):
-                self.u = before
-            return float(value), slope
+            held = self.sites(theta)
+            value, slope = self._laplace(theta, held.mode, held.precision)
         except (RuntimeError, ValueError):  # as of a matrix that is not positive definite there
+            value, slope = theta.new_tensor(math.inf), torch.zeros_like(theta)
+        if not bool(value.isfinite()):
             self.u = before
-            return math.inf, torch.zeros_like(theta)
+        return float(value), slope
 
-    def sites(self, theta: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The precision and linear terms of the sites at the path's mode."""
+    def top(self) -> Tensor:
+        """The parameters of highest density, from the middle of their priors."""
+        start, spread = self.split.start, self.split.spread
+
+        def slope(steps: Tensor) -> tuple[float, Tensor]:
+            value, slope = self.slope(start + spread * steps)
+            return value, spread * slope
+
+        best, found = math.inf, torch.zeros_like(start)
+        for draw in (start, *self.split.draws[: _STARTS - 1]):
+            self.u = self._prior_mean(draw)
+            top = climb(slope, (draw - start) / spread)
+            if top.value < best:
+                best, found, u = top.value, top.position, self.u
+            if top.distance <= _REST:
+                break
+        if best < math.inf:
+            self.u = u
+        return start + spread * found
+
+    def draws(self, theta: Tensor) -> Tensor:
+        """Draws about the top, as Laplace's approximation has them, of shape ``(draws, k)``.
+
+        Where it has none, or parameters are many, they stay close to the top.
+        """
+        spread, size = self.split.spread, len(theta)
+        noise = torch.randn(_CHAINS, size).to(theta)
+        near = theta + _NEAR * spread * noise
+        if not 0 < size <= _MOST_FOLLOWED:
+            return near
+        steps = torch.diag(_NEAR * spread)
+        rows = [self.slope(theta + step)[1] - self.slope(theta - step)[1] for step in steps]
+        scale = spread.outer(spread)
+        hessian = scale * torch.stack(rows) / (2.0 * _NEAR * spread[:, None])
+        values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
+        if not bool(values.isfinite().all()):
+            return near
+        # Along what the data hardly tell, no farther than the prior goes.
+        return theta + spread * ((values.clamp(min=1.0).rsqrt() * noise) @ vectors.mT)
+
+    def _prior_mean(self, theta: Tensor) -> Tensor:
+        """The middle of the path's prior, given parameters."""
+        none = self.u.new_zeros(len(self.u), 1)
+        form = self.split.prior.form(torch.zeros_like(self.u), self.split.values(theta))
+        return form.times(none, none[:, 0]).forward(none[:, 0]).detach().nan_to_num()
+
+    def sites(self, theta: Tensor, start: Tensor | None = None) -> Held:
+        """The sites at the path's mode, searched from where one was found last, or elsewhere."""
         u = self.u if start is None else start
         (value,) = self._density(theta, u)
         tolerance = 10.0 * torch.finfo(u.dtype).eps ** 0.75
         for _ in range(_STEPS):
-            precision, linear, mean = self._step(theta, u)
-            step, size = mean - u, 1.0
+            step, size = self._mean(theta, u) - u, 1.0
             rest = float(step.abs().max()) <= tolerance * (1.0 + float(u.abs().max()))
             for _ in range(1 if rest else _HALVINGS):
                 moved = u + size * step
@@ -165,16 +223,16 @@ class _Search:
             if rest:
                 break
         self.u = u
-        precision, linear, _ = self._step(theta, u)
-        return precision, linear
+        _, _, gradient, bands = self._terms(theta, u)
+        return Held(raised(bands), u, gradient)
 
-    def _step(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sites at a path, and the mean to which they lead."""
+    def _mean(self, theta: Tensor, u: Tensor) -> Tensor:
+        """The mean of the prior times the sites at a path."""
         first, second, gradient, bands = self._terms(theta, u)
         precision = raised(bands)
-        linear = gradient + multiply(precision, u)
         form = self.split.prior.form_of(first, second)
-        return precision, linear, form.times(precision, linear).forward(torch.zeros_like(u))
+        path = form.times(precision, gradient + multiply(precision, u))
+        return path.forward(torch.zeros_like(u))
 
 
 def _captured(function: Program, *examples: Tensor) -> Program:

@@ -8,6 +8,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.whitening.handlers import values_before
 from pyro_hamflow.marginal.whitening.layout import (
     check_sites,
     flat_layout,
@@ -18,8 +19,10 @@ from pyro_hamflow.marginal.whitening.layout import (
 from pyro_hamflow.marginal.whitening.path_prior import PathPrior, Values
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.model.sites import add_jacobians, constrain, split
+from pyro_hamflow.model.sites import add_jacobians, constrain, flatten, split
 from pyro_hamflow.programs.validation import no_validation
+
+_DRAWS = 15  # from the priors, in whose middle the search begins
 
 
 class SplitModel:
@@ -35,7 +38,9 @@ class SplitModel:
         width: The bands of the rest's Hessian in the path.
         parameters: The other sites, on the real line one after the other.
         num_before: How many of their coordinates are drawn before the path.
-        start: Parameters to begin with, close to zero.
+        start: Parameters to begin with, in the middle of their priors.
+        spread: By how much they differ there, each by itself.
+        draws: Some draws from there, of shape ``(draws, k)``.
 
     Raises:
         ValueError: If the sites are not a path that can be whitened.
@@ -53,10 +58,12 @@ class SplitModel:
         position, self._noise = (0.1 * part[0] for part in potential.vectors(1))
         trace = potential.trace(position, self._noise)
         self._evaluator = potential.runs.evaluator_of(self._rest_of(trace))
-        self.start = position[torch.cat(entries)[: potential.dimension - len(layout.order)]]
         others = {name: node["value"].detach() for name, node in potential.runs.latent.items()}
-        others |= {name: value.detach() for name, value in potential.constrain(position).items()}
-        prior = PathPrior(model, data, layout, others)
+        self._others = others | {
+            name: value.detach() for name, value in potential.constrain(position).items()
+        }
+        self.start, self.spread, self.draws = self._prior_range(names)
+        prior = PathPrior(model, data, layout, self._others)
         self.prior = prior
         layout, self.width = lay_out(
             prior, lambda u: self.log_rest(self.start, u), names, potential
@@ -67,6 +74,22 @@ class SplitModel:
         self.num_before = sum(sizes)
         later = [site.name for site in self.parameters if site.name not in before]
         refuse_later_parameters(self.prior, self.start.new_zeros(len(layout.order)), later, before)
+
+    def _prior_range(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """The middle and spread of draws of parameters from their priors; and the draws."""
+        potential, draws = self._potential, []
+        with poutine.block(), no_validation():
+            for _ in range(_DRAWS):
+                given = values_before(
+                    names, potential.original, *potential.args, **potential.kwargs
+                )
+                known = {site.name for site in self.parameters} & given.keys()
+                values = self._others | {name: given[name].detach() for name in known}
+                draws.append(flatten(self.parameters, values, potential.example))
+        drawn = torch.stack(draws)
+        middle = drawn.median(0).values
+        spread = (drawn - middle).abs().median(0).values
+        return middle, torch.where(spread > 0.0, spread, torch.ones_like(spread)), drawn
 
     def _rest_of(self, trace: poutine.Trace) -> poutine.Trace:
         part = trace.copy()
