@@ -23,7 +23,7 @@ from pyro_hamflow.marginal.whitening.path_prior import PathPrior, Values
 from pyro_hamflow.marginal.whitening.sites import Held, PathSites
 from pyro_hamflow.marginal.whitening.split_model import SplitModel
 from pyro_hamflow.model.kinds import Arguments, Model
-from pyro_hamflow.model.sites import Site, flatten
+from pyro_hamflow.model.sites import flatten
 from pyro_hamflow.programs.banded import multiply
 from pyro_hamflow.programs.capture import Program, capture
 from pyro_hamflow.programs.validation import no_validation
@@ -42,25 +42,32 @@ class PathFit(NamedTuple):
     """What whitening a path in a model with its data needs.
 
     Attributes:
-        prior: The path's prior, and its layout.
+        split: The model.
+        prior: The path's prior, with values of all latent sites at the mode.
         sites: The sites.
-        u: The path's variables at the mode.
-        followed: The parameters that the sites follow.
-        centre: Their values there, on the real line, of shape ``(k,)``.
+        centre: The parameters where they were fitted, on the real line.
+        followed: How many coordinates of them, from the first on, the sites follow.
         starts: Values of all parameters, about as far from the mode as posterior draws are.
     """
 
+    split: SplitModel
     prior: PathPrior
     sites: PathSites
-    u: Tensor
-    followed: list[Site]
     centre: Tensor
+    followed: int
     starts: list[Values]
+
+    @property
+    def u(self) -> Tensor:
+        """The path's variables at the mode, of shape ``(n,)``."""
+        return self.sites.held.mode
 
     def map(self, parameters: Values) -> AffineMap:
         """From noise to the path's variables, given values of the sites drawn so far."""
-        shift = flatten(self.followed, parameters, self.u) - self.centre
-        return self.prior.form(self.u, parameters).times(*self.sites.at(shift))
+        theta = flatten(self.split.parameters, self.prior.others | parameters, self.u)
+        mode, precision = self.sites.at((theta - self.centre)[: self.followed])
+        linear = multiply(precision, mode) + self.split.pull(theta, mode)
+        return self.prior.form(self.u, parameters).times(precision, linear)
 
 
 def log_prob_of(prior: PathPrior, path: AffineMap, z: Tensor, parameters: Values) -> Tensor:
@@ -80,17 +87,18 @@ def fit_path(model: Model, data: Arguments, names: Sequence[str]) -> PathFit:
     search = _Search(split)
     theta = search.top() if len(split.start) else split.start
     held = search.sites(theta)
-    u = search.u
-    followed = [s for s in split.parameters if s.stop <= min(split.num_before, _MOST_FOLLOWED)]
-    size = sum(site.stop - site.start for site in followed)
+    size = min(split.num_before, _MOST_FOLLOWED)
     steps = _STEP * torch.eye(len(theta), dtype=theta.dtype, device=theta.device)[:size]
-    pairs = [(search.sites(theta + step, u), search.sites(theta - step, u)) for step in steps]
+    pairs = [
+        (search.sites(theta + step, held.mode), search.sites(theta - step, held.mode))
+        for step in steps
+    ]
     sites = PathSites.following(held, pairs, _STEP)
-    others = split.prior.others | split.values(theta) | split.prior.layout.values(u)
+    others = split.prior.others | split.values(theta) | split.prior.layout.values(held.mode)
     others = {name: value.detach() for name, value in others.items()}
-    search.u = u
+    search.u = held.mode
     starts = [split.values(start) for start in search.draws(theta)]
-    return PathFit(split.prior._replace(others=others), sites, u, followed, theta[:size], starts)
+    return PathFit(split, split.prior._replace(others=others), sites, theta, size, starts)
 
 
 class _Search:
@@ -130,12 +138,9 @@ class _Search:
         """
         split = self.split
         with torch.enable_grad():
-            theta, start = theta.detach().requires_grad_(), u.detach().requires_grad_()
+            theta = theta.detach().requires_grad_()
             form = split.prior.form(u, split.values(theta))
-            (pull,) = torch.autograd.grad(
-                split.log_rest(theta, start), start, create_graph=True, materialize_grads=True
-            )
-            linear = pull + multiply(precision, u)
+            linear = split.pull(theta, u) + multiply(precision, u)
             mode = form.times(precision, linear).forward(torch.zeros_like(u))
             rest = split.log_rest(theta, mode)
             _, bands = gradient_and_bands(rest, mode, split.width)
@@ -223,8 +228,8 @@ class _Search:
             if rest:
                 break
         self.u = u
-        _, _, gradient, bands = self._terms(theta, u)
-        return Held(raised(bands), u, gradient)
+        *_, bands = self._terms(theta, u)
+        return Held(u, raised(bands))
 
     def _mean(self, theta: Tensor, u: Tensor) -> Tensor:
         """The mean of the prior times the sites at a path."""

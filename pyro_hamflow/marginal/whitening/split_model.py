@@ -116,6 +116,15 @@ class SplitModel:
                 total = u.new_zeros(())
             return add_jacobians(total, self.parameters, self.free(theta))
 
+    def pull(self, theta: Tensor, u: Tensor) -> Tensor:
+        """The gradient of :meth:`log_rest` in the path's variables."""
+        with torch.enable_grad():
+            free = u if u.requires_grad else u.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(
+                self.log_rest(theta, free), free, create_graph=True, materialize_grads=True
+            )
+        return gradient if torch.is_grad_enabled() else gradient.detach()
+
     def log_prior(self, theta: Tensor, u: Tensor) -> Tensor:
         """The path's log density given the parameters."""
         return self.prior.log_density(u, self.values(theta))
