@@ -31,8 +31,10 @@ PAPER = {
     "robustness": {"robustness.md"},
     "supernova": {"supernova.png"},
 }
-# Systems of a lecture on sampling with generative models: `make lecture`.
-LECTURE = {path.stem: {f"{path.stem}.png"} for path in (TUTORIALS / "lecture").glob("*.py")}
+# Systems of a lecture on sampling with generative models, `make lecture`; and larger models.
+LONGER = [
+    path for part in ("lecture", "gallery") for path in sorted((TUTORIALS / part).glob("*.py"))
+]
 # The quickstart has no small version: its last cell demands good diagnostics of a run on real data,
 # which few draws cannot give. `test_documents.py` runs it as it is, among the slow tests.
 WHOLE = {"quickstart"}
@@ -69,7 +71,7 @@ def test_reproduction_of_the_paper_runs(name, tmp_path, run_small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LECTURE)
-def test_system_of_the_lecture_runs(name, tmp_path, run_small):
-    run_small(TUTORIALS / "lecture" / f"{name}.py")
-    assert {path.name for path in tmp_path.iterdir()} == LECTURE[name]
+@pytest.mark.parametrize("path", LONGER, ids=lambda path: path.stem)
+def test_longer_tutorial_runs(path, tmp_path, run_small):
+    run_small(path)
+    assert {file.name for file in tmp_path.iterdir()} == {f"{path.stem}.png"}
