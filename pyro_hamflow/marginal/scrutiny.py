@@ -162,7 +162,7 @@ def find_misses(
     Returns:
         The sentence's beginning, and the variance of an estimate from one particle of the prior.
     """
-    if not marginal.proposal.needs_fit:
+    if not (marginal.proposal.needs_fit and marginal.proposal.is_comparable):
         return None, 0.0
     gaps, variance = [], 0.0
     for parameters in draws:

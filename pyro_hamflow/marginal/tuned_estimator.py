@@ -25,7 +25,7 @@ from pyro_hamflow.marginal.lay_out import lay_out, look_at
 from pyro_hamflow.marginal.noise_layout import Layout
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Proposal
-from pyro_hamflow.marginal.proposals.choice import choose_proposal
+from pyro_hamflow.marginal.proposals.choice import choose_proposal, suited
 from pyro_hamflow.marginal.structure import Group, Structure
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.programs.vectorize import Vectorized
@@ -124,8 +124,10 @@ class TunedEstimator(ABC):
         plan = Plan(self.model, args, kwargs, structure, self._layouts)
         if self._layouts:
             return plan
-        if self.prepared.proposal is None:
-            self.prepared = replace(self.prepared, proposal=choose_proposal(plan))
+        given = self.prepared.proposal
+        chosen = choose_proposal(plan) if given is None else suited(plan, given)
+        if chosen is not given:
+            self.prepared = replace(self.prepared, proposal=chosen)
         trace, proposal, count = look_at(plan), self.proposal, self.prepared.num_particles
         self._layouts = {
             group.name: lay_out(plan, group, trace, proposal, count, self.points)

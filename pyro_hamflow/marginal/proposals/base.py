@@ -86,6 +86,8 @@ class Proposal(ABC):
         enough_particles: How many particles mostly serve well.
         is_defended: Whether some particles come from the prior, lest it misses something.
         needs_fit: Whether it has to be fitted to the data, at a pilot value of the parameters.
+        is_comparable: Whether particles from the prior can tell what it misses, as they can where
+            elements have few coordinates.
         is_final: Whether nothing takes its place in the search for a pilot, and warm-up leaves it
             as it is: the user wrote it for this model.
         tails: Factors by which its noise may be stretched, to be tried where it is fitted.
@@ -97,6 +99,7 @@ class Proposal(ABC):
     enough_particles: int = 32
     is_defended: bool = False
     needs_fit: bool = False
+    is_comparable: bool = True
     is_final: bool = True
     tails: tuple[float, ...] = ()
 

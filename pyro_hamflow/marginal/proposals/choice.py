@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyro.poutine as poutine
+import torch
+
 from pyro_hamflow.marginal.gaussian_form import has_gaussian_form
 from pyro_hamflow.marginal.lay_out import look_at, split_mixtures
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.proposals.laplace import LaplaceProposal
+from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.proposals.user import ProgramProposal
 
 AUTO = "auto"
+_LONG = 16  # numbers of one element, from which on they are taken for a path
 _NAMED: dict[str, Callable[[], Proposal]] = {"prior": PriorProposal, "laplace": LaplaceProposal}
 
 
@@ -38,8 +43,26 @@ def proposal_of(given: str | Proposal | Callable[..., Any]) -> Proposal | None:
 def choose_proposal(plan: Plan) -> Proposal:
     """The proposal for a model: one that knows the data, where all local priors allow it."""
     trace = look_at(plan)
+    if _has_path(plan, trace):
+        return PathProposal()
     for group in plan.structure.groups:
         for name, split in split_mixtures(group, trace).items():
             if not has_gaussian_form(trace.nodes[name]["fn"], None if split is None else 0):
                 return PriorProposal()
     return LaplaceProposal()
+
+
+def suited(plan: Plan, proposal: Proposal) -> Proposal:
+    """A proposal that a user has named, of the kind that serves the model."""
+    if isinstance(proposal, LaplaceProposal) and _has_path(plan, look_at(plan)):
+        return PathProposal()
+    return proposal
+
+
+def _has_path(plan: Plan, trace: poutine.Trace) -> bool:
+    """Whether some group's elements have many numbers each, beside those in plates of their own."""
+    return any(
+        sum(torch.Size(trace.nodes[name]["fn"].event_shape).numel() for name in group.sites)
+        >= _LONG
+        for group in plan.structure.groups
+    )

@@ -1,0 +1,133 @@
+r"""The log density of a latent path as a function of flat coordinates, and its expansion.
+
+A path is whatever many numbers are integrated out by one estimate: the states of a chain of sites,
+one vector of them, or the elements of a plate that depend on each other. Its coordinates are its
+values moved to the real line, in an *order* in which those that meet in one term lie close
+together. So minus the Hessian of its log density has few bands, which p products with it tell: of
+vectors that are one at every (2 p + 1)-th coordinate and zero elsewhere, where no two overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.marginal.noise_layout import Layout
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.structure import Group
+from pyro_hamflow.model.supports import transform_of
+
+Density = Callable[[Tensor], Tensor]  # from a path to the log density of each element
+
+
+class Parts(NamedTuple):
+    """The log density of a path: that of its own sites, and that of what is observed given them."""
+
+    prior: Density
+    likelihood: Density
+
+
+class Expansion(NamedTuple):
+    """A log density to second order about a place.
+
+    Attributes:
+        gradient: Of shape ``(*group.shape, n)``.
+        bands: The lower bands of minus the Hessian, ``(*group.shape, n, p + 1)``.
+    """
+
+    gradient: Tensor
+    bands: Tensor
+
+
+@dataclass(frozen=True)
+class PathCoordinates:
+    """How a path's flat coordinates become values of its sites.
+
+    Attributes:
+        group: The group of local sites that the path consists of.
+        layout: Which coordinates serve which site.
+        order: The numbers of the layout's coordinates, in the path's order.
+    """
+
+    group: Group
+    layout: Layout
+    order: Tensor
+
+    def site(self, name: str, fn: Any, path: Tensor) -> tuple[Tensor, Tensor]:
+        """A site's value, and its log density with the volume that the transform takes.
+
+        Arguments:
+            name: The site.
+            fn: Its prior.
+            path: Of shape ``(*group.shape, n)``.
+        """
+        free = self.layout.blocks[name].spread(path[..., self.order.argsort()], self.group)
+        transform = transform_of(name, fn)
+        value = transform(free)
+        return value, fn.log_prob(value) + transform.log_abs_det_jacobian(free, value)
+
+    def collect(self, values: dict[str, tuple[Any, Tensor]]) -> Tensor:
+        """The path of sites' priors and values."""
+        parts = []
+        for name, block in self.layout.blocks.items():
+            fn, value = values[name]
+            free = transform_of(name, fn).inv(value)
+            parts.append(block.collect(free, self.group).to(self.layout.example))
+        return torch.cat(parts, -1)[..., self.order]
+
+
+def path_parts(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor]) -> Parts:
+    """The log densities of a path, for given values of the parameters."""
+    group = path.group
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        own: list[Tensor] = []
+
+        def choose(msg: Any) -> Tensor:
+            value, density = path.site(msg["name"], msg["fn"], x)
+            own.append(plan.sum(msg["scale"] * density, msg, group))
+            return value
+
+        terms = plan.run(group, parameters, choose)
+        zero = torch.zeros_like(x[..., 0])
+        return zero + _joined(own, group), zero + _joined(terms, group)
+
+    return Parts(lambda x: evaluate(x)[0], lambda x: evaluate(x)[1])
+
+
+def _joined(terms: list[Tensor], group: Group) -> Any:
+    return sum(terms).reshape(group.shape) if terms else 0.0
+
+
+def products(density: Density, x: Tensor, directions: Tensor) -> Tensor:
+    """Minus the Hessian of a log density times some directions, ``(count, *group.shape, n)``."""
+
+    def along(direction: Tensor) -> Tensor:
+        def slope(x: Tensor) -> Tensor:
+            return (gradient(density, x) * direction).sum()
+
+        return -torch.func.grad(slope)(x)
+
+    return torch.func.vmap(along)(directions)
+
+
+def gradient(density: Density, x: Tensor) -> Tensor:
+    """The gradient of a log density of independent elements."""
+    found: Tensor = torch.func.grad(lambda x: density(x).sum())(x)
+    return found
+
+
+def expand(density: Density, x: Tensor, width: int) -> Expansion:
+    """Expands a log density whose Hessian has ``width`` lower bands, the diagonal included."""
+    n, colours = x.shape[-1], min(2 * width - 1, x.shape[-1])
+    rows = torch.arange(n, device=x.device)
+    marks = (rows % colours == torch.arange(colours, device=x.device)[:, None]).to(x)
+    marks = marks.reshape(colours, *[1] * (x.dim() - 1), n).expand(colours, *x.shape)
+    found = products(density, x, marks).movedim(0, -1)  # (*group.shape, n, colours)
+    columns = rows[:, None] - torch.arange(width, device=x.device)
+    index = (columns % colours).expand(*x.shape, width)
+    return Expansion(gradient(density, x), found.gather(-1, index) * (columns >= 0))

@@ -1,0 +1,237 @@
+r"""Gaussian approximations of a path's posterior, and how they follow the parameters.
+
+The path's log joint density is expanded to second order: that of its prior, and that of the
+likelihood, whose curvature is a Gaussian *site*. The precision of the proposal is the sum of both.
+Where the expansion is made, it may
+
+- be *held*: the mode at the pilot, and with it the gradient and curvature of the likelihood there,
+  so that only the prior is expanded anew for other parameter values;
+- move with the parameters to first order, by the implicit function theorem;
+- take a Newton step from there.
+
+A curvature is clamped where the likelihood is not concave. A likelihood that looks at each state
+alone is averaged over the state's posterior, at three points of it, in place of being expanded at
+the mode: the tails count as far as they matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.marginal.fitted import Anchor
+from pyro_hamflow.marginal.path_bands import Bands
+from pyro_hamflow.marginal.path_density import Expansion, Parts, expand, gradient
+from pyro_hamflow.programs import banded
+
+_STEPS = 100  # of Newton at most
+_DAMPED = 1e-2  # of the precision's diagonal, that is added after a step that has failed
+_REST = 1e-9  # of the Newton decrement, squared standard deviations for each coordinate
+_STEP = 1e-4  # of differences, relative to the size of a parameter
+_SPREAD = math.sqrt(3.0)  # of the points of Gauss and Hermite, in standard deviations
+_CENTRE, _SIDE = 2.0 / 3.0, 1.0 / 6.0  # their weights
+
+
+@dataclass(frozen=True)
+class PathFit:
+    """What was found of one path at the pilot.
+
+    Attributes:
+        anchor: The parameter values there, and which of them the mode follows.
+        bands: The order of coordinates, and how many bands there are.
+        mode: Where the joint density is highest there, ``(*group.shape, n)``.
+        held: The expansion of the likelihood there.
+        deviations: The posterior's standard deviations; none where the likelihood is not averaged.
+        slopes: How the mode moves, ``(*group.shape, n, parameters)``; none while it stays.
+        steps: How many expansions of the likelihood a parameter value takes.
+        stretch: Of the noise, for heavier tails.
+    """
+
+    anchor: Anchor
+    bands: Bands
+    mode: Tensor
+    held: Expansion
+    deviations: Tensor | None
+    slopes: Tensor | None
+    steps: int
+    stretch: float
+
+
+@dataclass(frozen=True)
+class PathGaussian:
+    """A Gaussian path.
+
+    Attributes:
+        place: Where the density was expanded.
+        forward: The root's solution of the gradient there.
+        root: The root of the precision.
+    """
+
+    place: Tensor
+    forward: Tensor
+    root: Tensor
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """The path that noise of shape ``(*group.shape, n)`` makes."""
+        return self.place + banded.solve(self.root, self.forward + noise, transposed=True)
+
+
+def gaussian_at(fit: PathFit, parts: Parts, parameters: dict[str, Tensor]) -> PathGaussian:
+    """The Gaussian approximation for some values of the parameters."""
+    place = fit.mode
+    if fit.steps == 0:
+        return _gaussian(place, expand(parts.prior, place, fit.bands.prior), fit.held)
+    shift = fit.anchor.shift(parameters)
+    if shift is not None and fit.slopes is not None:
+        place = place + fit.slopes @ shift.to(place)
+    for step in range(fit.steps):
+        prior = expand(parts.prior, place, fit.bands.prior)
+        site = _site(parts, place, fit.bands.likelihood, fit.deviations)
+        found = _gaussian(place, prior, site)
+        if step < fit.steps - 1:
+            place = found.draw(torch.zeros_like(place))
+    return found
+
+
+def _site(parts: Parts, x: Tensor, width: int, deviations: Tensor | None) -> Expansion:
+    """The expansion of the likelihood, clamped where it is not concave."""
+    found = expand(parts.likelihood, x, width)
+    if width > 1:
+        return found
+    if deviations is not None:
+        aside = _SPREAD * deviations
+        up, down = (expand(parts.likelihood, x + side, 1) for side in (aside, -aside))
+        slope = _CENTRE * found.gradient + _SIDE * (up.gradient + down.gradient)
+        bands = _CENTRE * found.bands + _SIDE * (up.bands + down.bands)
+        found = Expansion(slope, bands)
+    return found._replace(bands=found.bands.clamp(min=0.0))
+
+
+def _gaussian(place: Tensor, prior: Expansion, site: Expansion) -> PathGaussian:
+    root = _root(_added(prior.bands, site.bands))
+    return PathGaussian(place, banded.solve(root, prior.gradient + site.gradient), root)
+
+
+def _added(first: Tensor, second: Tensor) -> Tensor:
+    """The sum of two matrices that may differ in how many bands they have."""
+    width = max(first.shape[-1], second.shape[-1])
+    wide = [torch.nn.functional.pad(m, (0, width - m.shape[-1])) for m in (first, second)]
+    return wide[0] + wide[1]
+
+
+def _root(bands: Tensor) -> Tensor:
+    """The root of a precision, which is made dominated by its diagonal where it has none."""
+    if bands.shape[-1] == 1:
+        return bands.clamp(min=torch.finfo(bands.dtype).tiny).sqrt()
+    defined = banded.log_det(banded.cholesky(bands.detach())).isfinite()
+    return banded.cholesky(torch.where(defined[..., None, None], bands, _dominated(bands)))
+
+
+def _dominated(bands: Tensor) -> Tensor:
+    """A matrix with the same entries beside the diagonal, and enough on it to be positive."""
+    n, width = bands.shape[-2:]
+    least = 1e-6 * bands[..., 0].abs().amax(-1, keepdim=True)
+    scale = bands[..., 0].abs().clamp(min=least).sqrt()
+    beside = torch.zeros_like(scale)
+    for k in range(1, min(width, n)):
+        relative = bands[..., k:, k].abs() / (scale[..., k:] * scale[..., :-k])
+        beside = beside + torch.nn.functional.pad(relative, (k, 0))
+        beside = beside + torch.nn.functional.pad(relative, (0, k))
+    diagonal = torch.maximum(bands[..., 0], scale.square() * beside * 1.01 + least)
+    return torch.cat([diagonal[..., None], bands[..., 1:]], -1)
+
+
+def climb(parts: Parts, bands: Bands, x: Tensor) -> Tensor:
+    """Finds the mode of each element's joint density by damped Newton steps.
+
+    Arguments:
+        parts: The log densities.
+        bands: How many bands they have.
+        x: Where to begin, of shape ``(*group.shape, n)``.
+    """
+    damping = torch.full_like(x[..., :1], 1e-6)
+    value = (parts.prior(x) + parts.likelihood(x)).detach()
+    for _ in range(_STEPS):
+        prior = expand(parts.prior, x, bands.prior)
+        site = _site(parts, x, bands.likelihood, None)
+        precision, slope = _added(prior.bands, site.bands), prior.gradient + site.gradient
+        size = precision[..., :1].abs().clamp(min=torch.finfo(x.dtype).tiny)
+        damped = torch.cat([precision[..., :1] + damping[..., None] * size, precision[..., 1:]], -1)
+        root = _root(damped.detach())
+        step = banded.solve_both(root, slope.detach())
+        decrement = (slope * step).sum(-1)
+        new = x + step
+        reached = (parts.prior(new) + parts.likelihood(new)).detach()
+        better = reached >= value - 1e-12 * value.abs()
+        rests = (decrement <= _REST * x.shape[-1]) & (damping[..., 0] <= _DAMPED)
+        damping = torch.where(better[..., None], damping * 0.1, (damping * 10).clamp(min=_DAMPED))
+        x = torch.where(better[..., None], new, x).detach()
+        value = torch.where(better, reached, value)
+        if bool((rests | (damping[..., 0] > 1e8)).all()):
+            break
+    return x
+
+
+def fit_path(
+    parts_at: Callable[[dict[str, Tensor]], Parts],
+    anchor: Anchor,
+    bands: Bands,
+    x: Tensor,
+    *,
+    steps: int,
+    stretch: float,
+) -> PathFit:
+    """Fits the Gaussian approximation of a path at a pilot value of the parameters.
+
+    Arguments:
+        parts_at: The log densities of the path, for given values of the parameters.
+        anchor: These values, and which of them the mode is to follow.
+        bands: How many bands the densities have.
+        x: Where to begin the search for the mode.
+        steps: How many expansions of the likelihood each parameter value takes.
+        stretch: Of the noise.
+    """
+    parts = parts_at(anchor.values)
+    mode = climb(parts, bands, x)
+    prior = expand(parts.prior, mode, bands.prior)
+    site = _site(parts, mode, bands.likelihood, None)
+    deviations = None
+    if bands.likelihood == 1:
+        deviations = _deviations(_added(prior.bands, site.bands))
+        site = _site(parts, mode, bands.likelihood, deviations)
+    held = Expansion(site.gradient.detach(), site.bands.detach())
+    slopes = _slopes(parts_at, anchor, bands, mode) if steps and anchor.followed else None
+    return PathFit(anchor, bands, mode, held, deviations, slopes, steps, stretch)
+
+
+def _deviations(precision: Tensor) -> Tensor:
+    """The standard deviations that a precision says: the gradient of its log determinant."""
+    with torch.enable_grad():
+        precision = precision.detach().requires_grad_()
+        total = banded.log_det(_root(precision)).sum()
+        (slope,) = torch.autograd.grad(total, precision)
+    return slope[..., 0].clamp(min=0.0).sqrt()
+
+
+def _slopes(
+    parts_at: Callable[[dict[str, Tensor]], Parts], anchor: Anchor, bands: Bands, mode: Tensor
+) -> Tensor:
+    """How the mode moves with the parameters, by differences of Newton steps from it."""
+    parts = parts_at(anchor.values)
+    prior = expand(parts.prior, mode, bands.prior)
+    site = _site(parts, mode, bands.likelihood, None)
+    root = _root(_added(prior.bands, site.bands).detach())
+    sizes = torch.cat([anchor.values[name].abs().reshape(-1) for name in anchor.followed])
+    columns = []
+    for i, size in enumerate(sizes.tolist()):
+        shift = torch.zeros_like(sizes)
+        shift[i] = _STEP * max(size, _STEP)
+        sides = [parts_at(anchor.at(side)) for side in (shift, -shift)]
+        up, down = (gradient(p.prior, mode) + gradient(p.likelihood, mode) for p in sides)
+        columns.append((up - down) / (2.0 * shift[i]))
+    change = torch.stack(columns, -2).detach()
+    return banded.solve_both(root, change).mT

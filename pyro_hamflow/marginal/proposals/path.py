@@ -1,0 +1,158 @@
+r"""Whole paths, from a Gaussian approximation of their posterior that follows the parameters.
+
+Minus the Hessian of a path's log density has few bands: a state meets those of a few times before.
+So a Gaussian path takes time in proportion to its length; :mod:`~pyro_hamflow.marginal.path_fit`
+says where it lies. Particles are whole paths, weighed by the path's own prior and likelihood.
+Where these are Gaussian, every weight is the likelihood itself, and one particle is exact.
+
+Each coordinate of the noise is stretched, :math:`z + 10^{-4} z^5`, which is next to nothing for
+:math:`|z| < 2` and gives the proposal heavier tails than any Gaussian prior: weights are bounded
+where the likelihood is. Where the weights do not vary there is nothing to bound, nor to stretch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from pyro_hamflow.marginal.fitted import Anchor
+from pyro_hamflow.marginal.gaussian_form import Component
+from pyro_hamflow.marginal.noise_layout import Stratum
+from pyro_hamflow.marginal.path_bands import find_bands
+from pyro_hamflow.marginal.path_density import PathCoordinates, path_parts
+from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.proposals.base import Draw, Proposal
+from pyro_hamflow.marginal.structure import Group
+from pyro_hamflow.model.supports import transform_of
+from pyro_hamflow.model.trace import is_latent, plate_shape, run_with
+from pyro_hamflow.programs import banded
+
+_STRETCH = 1e-4  # of the fifth power
+
+
+class PathParticle:
+    """One path of every element of a group.
+
+    Arguments:
+        coordinates: How it becomes values of sites.
+        path: The path, ``(*group.shape, n)``.
+        log_density: Of the path under the proposal, ``(*group.shape)``, plates where they are.
+    """
+
+    def __init__(self, coordinates: PathCoordinates, path: Tensor, log_density: Tensor) -> None:
+        self.coordinates = coordinates
+        self.path = path
+        self.log_density = log_density
+
+    def draw(self, name: str, fn: Any, noise: Tensor, component: Component | None) -> Draw:
+        value, density = self.coordinates.site(name, fn, self.path)
+        return Draw(value, (density,))
+
+    def mix(self, log_ratios: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return log_ratios[0] - self.log_density, None
+
+
+@dataclass(frozen=True)
+class PathProposal(Proposal):
+    """Whole paths from a Gaussian approximation of their posterior; see the module's text.
+
+    Attributes:
+        steps: How many expansions of the likelihood each parameter value takes; none if that of the
+            pilot is held.
+        fitted: The approximation of each group; none before the fit.
+    """
+
+    steps: int = 1
+    fitted: Mapping[str, PathFit] = field(default_factory=dict)
+    name = "laplace"
+    stratified = False
+    enough_particles = 16
+    needs_fit = True
+    is_comparable = False
+    is_final = False
+
+    def noise_shapes(
+        self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
+    ) -> dict[str, torch.Size]:
+        shapes = {}
+        for name in splits:
+            fn = trace.nodes[name]["fn"]
+            whole = transform_of(name, fn).inverse_shape(fn.shape())
+            shapes[name] = torch.Size(whole[len(fn.batch_shape) :])
+        return shapes
+
+    def particle(
+        self,
+        plan: Plan,
+        group: Group,
+        stratum: Stratum,
+        coordinates: Tensor,
+        parameters: dict[str, Tensor],
+        source: Tensor | None,
+    ) -> PathParticle:
+        fit = self.fitted.get(group.name)
+        if fit is None:
+            raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
+        path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
+        found = gaussian_at(fit, path_parts(plan, path, parameters), parameters)
+        noise, log_stretch = coordinates, 0.0
+        if fit.stretch:
+            noise = coordinates + fit.stretch * coordinates.pow(5)
+            log_stretch = torch.log1p(5.0 * fit.stretch * coordinates.pow(4)).sum(-1)
+        log_noise = -0.5 * (coordinates.square() + math.log(2.0 * math.pi)).sum(-1)
+        density = log_noise - log_stretch + 0.5 * banded.log_det(found.root)
+        shape = plate_shape(group.frames, plan.structure.nesting)
+        return PathParticle(path, found.draw(noise), density.reshape(shape))
+
+    def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
+        continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
+        return self._fitted(plan, pilot, tuple(name for name in pilot if name in continuous))
+
+    def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
+        return self._fitted(plan, pilot, ())
+
+    def _fitted(self, plan: Plan, pilot: Mapping[str, Tensor], followed: tuple[str, ...]) -> Self:
+        values = {name: value.detach() for name, value in pilot.items()}
+        fitted = {}
+        for group in plan.structure.groups:
+            layout, before = plan.layouts[group.name], self.fitted.get(group.name)
+            natural = torch.arange(layout.dimension, device=layout.example.device)
+            path = PathCoordinates(group, layout, natural)
+            if before is None:
+                start = _somewhere(plan, path, values)
+                others = (values, plan.structure.values)
+                looks = [(path_parts(plan, path, v), _somewhere(plan, path, v)) for v in others]
+                bands = find_bands(looks, layout)
+                start = start[..., bands.order]
+            else:
+                bands, start = before.bands, before.mode
+            path = replace(path, order=bands.order)
+
+            def parts_at(parameters: dict[str, Tensor], path: PathCoordinates = path) -> Any:
+                return path_parts(plan, path, parameters)
+
+            anchor = Anchor(values, followed)
+            steps = self.steps if followed else 0
+            fitted[group.name] = fit_path(
+                parts_at, anchor, bands, start, steps=steps, stretch=_STRETCH
+            )
+        return replace(self, fitted=fitted)
+
+
+def _somewhere(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor]) -> Tensor:
+    """A path from the prior, near its middle."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trace = run_with(
+            plan.model, lambda msg: parameters.get(msg["name"]), *plan.args, **plan.kwargs
+        )
+    nodes = {name: trace.nodes[name] for name in path.group.sites}
+    assert all(map(is_latent, nodes.values()))
+    return path.collect({name: (node["fn"], node["value"]) for name, node in nodes.items()})
