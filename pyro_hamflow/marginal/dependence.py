@@ -9,7 +9,8 @@ off the model itself: the plates from its trace, the dependencies from its opera
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.poutine as poutine
@@ -18,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_hamflow.marginal.grouping import check_site, describe_plates, group_sites
-from pyro_hamflow.marginal.structure import Group, Structure
+from pyro_hamflow.marginal.structure import LONG, Group, Structure, chains
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.rounding import warn_of_rounding
@@ -90,27 +91,30 @@ class Run:
                 "`x[x > 0]`"
             ) from error
 
-    def refuse_reading(self, name: str) -> None:
-        """Raises a ValueError if a site's values leave torch, where nobody can follow them."""
+    def refuse_reading(self, names: Sequence[str]) -> None:
+        """Raises a ValueError if sites' values leave torch, where nobody can follow them."""
 
-        def run(row: Tensor) -> Tensor:
-            return torch.stack([d.sum() for d in self.terms(self.values | {name: row}).values()])
+        def run(*rows: Tensor) -> Tensor:
+            values = self.values | dict(zip(names, rows, strict=True))
+            return torch.stack([density.sum() for density in self.terms(values).values()])
 
         with apart(), torch.random.fork_rng():
             try:
                 # Batched tensors have no memory that could be read past torch.
-                torch.func.vmap(run, randomness="different")(self.values[name][None])
+                rows = [self.values[name][None] for name in names]
+                torch.func.vmap(run, randomness="different")(*rows)
             except Exception as error:  # what stands against batching otherwise is no fault
                 if "data pointer" in str(error):
                     raise ValueError(
-                        f"what depends on site '{name}' cannot be told: the model takes its values "
-                        "out of torch, as `numpy()` and `tolist()` do; expected operations of torch"
+                        f"what depends on site '{names[0]}' cannot be told: the model takes its "
+                        "values out of torch, as `numpy()` and `tolist()` do; expected operations "
+                        "of torch"
                     ) from error
 
-    def dependents(self, name: str) -> set[str]:
-        """All terms that depend on a site, but for its own."""
-        found = self.owners({name: torch.ones((), dtype=torch.long)})
-        return {term for term, owners in found.items() if term != name and bool(owners.of.any())}
+    def dependents(self, names: Sequence[str]) -> set[str]:
+        """All terms that depend on sites, but for the own one of a single site."""
+        found = self.owners(dict.fromkeys(names, torch.ones((), dtype=torch.long)))
+        return {term for term, o in found.items() if [term] != names and bool(o.of.any())}
 
 
 def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> Structure:
@@ -136,6 +140,8 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
         refuse_subsampling(trace)
         refuse_nan(trace)
         warn_of_rounding(trace)
+        latent = chains(name for name, site in trace.nodes.items() if is_latent(site))
+        sites = [n for name in sites for n in latent.get(name, [name])]
         for name in sites:
             check_site(trace, name)
         values = {n: s["value"].detach() for n, s in trace.nodes.items() if is_latent(s)}
@@ -143,9 +149,11 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
         key = _certain_key(run)
     ordered = [name for name in trace.nodes if name in set(sites)]
     discrete = [n for n in values if is_enumerable(trace.nodes[n]) and n not in ordered]
-    dependents = {name: run.dependents(name) for name in ordered + discrete}
-    for name in ordered:
-        run.refuse_reading(name)
+    dependents = {name: run.dependents([name]) for name in discrete}
+    for chain in chains(ordered).values():
+        found = run.dependents(chain)
+        dependents |= dict.fromkeys(chain, found)
+        run.refuse_reading(chain)
     depends = {
         term: [name for name in ordered if name == term or term in dependents[name]]
         for term in run.terms(values)
@@ -160,8 +168,7 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
     nesting = plate_nesting(trace)
     groups = []
     for group in group_sites(trace, ordered, depends):
-        rows = _check_independence(group, trace, run, nesting)
-        group = Group(group.sites, group.terms, group.frames, group.event_dims, rows)
+        group = _joined(group, trace, run, nesting)
         _check_enumeration(group, trace, {name: dependents[name] for name in discrete})
         groups.append(group)
     placeholders = {
@@ -197,7 +204,7 @@ def _certain_key(run: Run) -> str:
             )
     if first.key is None:
         for name in run.values:
-            run.dependents(name)  # says which site's values are read
+            run.dependents([name])  # says which site's values are read
         raise ValueError("control flow of the model follows random numbers of its own")
     if first.key != second.key:
         raise ValueError(
@@ -211,6 +218,20 @@ def _differs(first: Tensor, second: Tensor) -> bool:
     return first.shape != second.shape or not torch.equal(
         first.nan_to_num(nan=0.5), second.nan_to_num(nan=0.5)
     )
+
+
+def _joined(group: Group, trace: poutine.Trace, run: Run, nesting: int) -> Group:
+    """A group with its rows, and long plates whose elements meet within its elements."""
+    try:
+        return replace(group, rows=_check_independence(group, trace, run, nesting))
+    except ValueError as error:
+        for frame in reversed(group.frames):
+            if frame.size >= LONG:
+                frames = tuple(other for other in group.frames if other is not frame)
+                fewer = replace(group, frames=frames, joined=(*group.joined, frame))
+                with suppress(ValueError):
+                    return _joined(fewer, trace, run, nesting)
+        raise error
 
 
 def _check_independence(

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.grouping import describe_plates
 from pyro_hamflow.marginal.noise_layout import Layout
-from pyro_hamflow.marginal.path_density import Density, Parts, expand, products
+from pyro_hamflow.marginal.path_density import Density, Order, Parts, expand, products
+from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.programs import banded
 
 _WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 25, 32, 40, 53)
@@ -23,31 +25,40 @@ class Bands(NamedTuple):
     """The order of a path's coordinates, and how many lower bands its log densities have in it.
 
     Attributes:
-        order: The numbers of the layout's coordinates.
+        order: How the path comes from the sites' coordinates.
         prior: Lower bands of the prior, the diagonal included; all if there are none.
         likelihood: The same of the likelihood.
     """
 
-    order: Tensor
+    order: Order
     prior: int
     likelihood: int
 
 
-def orders(layout: Layout) -> Iterator[Tensor]:
-    """Orders in which states that belong together may lie: as they come, or time by time."""
-    natural = torch.arange(layout.dimension)
-    yield natural
-    lengths = {block.stop - block.start for block in layout.blocks.values()}
-    if len(layout.blocks) > 1 and len(lengths) == 1:  # vectors of several paths, side by side
-        yield natural.reshape(len(layout.blocks), -1).T.reshape(-1)
-    events = [[*block.event] for block in layout.blocks.values()]
-    if len(events) == 1 and len(events[0]) > 1:  # time last
-        yield natural.reshape(events[0]).movedim(-1, 0).reshape(-1)
-    for dim in range(1, len(events[0]) if len(events) == 1 else 0):
-        yield natural.reshape(events[0]).movedim(dim, 0).reshape(-1)
+def orders(group: Group, layout: Layout) -> Iterator[Order]:
+    """Ways in which states that belong together may lie close together.
+
+    As they come; time by time, where time comes last, or several vectors lie side by side; and all
+    of these summed up, for sites that are the steps of a path.
+    """
+    natural = torch.arange(layout.dimension, device=layout.example.device)
+    blocks = list(layout.blocks.values())
+    found = {1: natural}
+    if len(blocks) > 1 and len({block.stop - block.start for block in blocks}) == 1:
+        found[len(blocks)] = natural.reshape(len(blocks), -1).T.reshape(-1)
+    inner = [frame.size for frame in blocks[0].frames if frame not in group.frames]
+    shape = torch.Size([*inner, *blocks[0].event])
+    if len(blocks) == 1 and len(shape) > 1:
+        found[shape[1:].numel()] = natural
+        for dim in range(1, len(shape)):
+            found[layout.dimension // shape[dim]] = natural.reshape(shape).movedim(dim, 0).flatten()
+    for lag in (False, True):
+        for states, index in found.items():
+            if states < layout.dimension:
+                yield Order(index, states if lag else 0)
 
 
-def find_bands(looks: Sequence[tuple[Parts, Tensor]], layout: Layout) -> Bands:
+def find_bands(looks: Sequence[tuple[Parts, Tensor]], group: Group, layout: Layout) -> Bands:
     """Finds the order with the fewest bands.
 
     That a matrix has no others is confirmed by its products with random vectors, at every place
@@ -57,7 +68,8 @@ def find_bands(looks: Sequence[tuple[Parts, Tensor]], layout: Layout) -> Bands:
     Arguments:
         looks: The log densities for some parameter values, of paths in the layout's order, and a
             path for each.
-        layout: The path's coordinates.
+        group: The group of local sites.
+        layout: Its coordinates.
 
     Raises:
         ValueError: If there are no bands, and the path is too long to go without.
@@ -65,14 +77,21 @@ def find_bands(looks: Sequence[tuple[Parts, Tensor]], layout: Layout) -> Bands:
     best: Bands | None = None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for order in orders(layout):
-            order = order.to(layout.example.device)
+        for order in orders(group, layout):
+            if order.lag and best is not None and max(best[1:]) < layout.dimension:
+                break
             seen = [_seen(parts, x, order) for parts, x in looks]
             widths = [_width([places[i] for places in seen], layout.dimension) for i in range(2)]
             found = Bands(order, *widths)
             if best is None or max(found[1:]) < max(best[1:]):
                 best = found
     assert best is not None
+    if max(best[1:]) == layout.dimension and group.joined:
+        raise ValueError(
+            f"the elements of {describe_plates(group.joined)} are not independent given the "
+            f"parameters: those of '{group.sites[0]}' meet, and each meets more than a few before "
+            "it, so that they are no path; expected independent elements, or a path"
+        )
     if max(best[1:]) == layout.dimension > _LONGEST:
         raise ValueError(
             f"the {layout.dimension} numbers of {_names(layout)} depend on each other without "
@@ -92,16 +111,16 @@ class _Sight(NamedTuple):
     products: Tensor
 
 
-def _seen(parts: Parts, x: Tensor, order: Tensor) -> list[list[_Sight]]:
+def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
     """The curvature of the prior and of the likelihood at a path and beside it, in an order."""
-    back, sights = order.argsort(), []
+    sights, path = [], order.from_sites(x)
     for density in parts:
 
         def moved(x: Tensor, density: Density = density) -> Tensor:
-            return density(x[..., back])
+            return density(order.to_sites(x))
 
         both = []
-        for place in (x[..., order], x[..., order] + _ASIDE * torch.randn_like(x)):
+        for place in (path, path + _ASIDE * torch.randn_like(path)):
             directions = torch.randn(2, *x.shape).to(x)
             found = products(moved, place, directions)
             if bool(found.isfinite().all()):

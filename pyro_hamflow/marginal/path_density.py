@@ -31,6 +31,34 @@ class Parts(NamedTuple):
     likelihood: Density
 
 
+class Order(NamedTuple):
+    """How a path's coordinates come from those of its sites.
+
+    Attributes:
+        places: The numbers of the sites' coordinates, in the path's order.
+        lag: If not zero, the path is the running sum of these, each added to the one that lies so
+            far before: sites that are the steps of a path.
+    """
+
+    places: Tensor
+    lag: int = 0
+
+    def to_sites(self, path: Tensor) -> Tensor:
+        """The sites' coordinates, ``(*group.shape, n)``."""
+        if self.lag:
+            before = torch.nn.functional.pad(path[..., : -self.lag], (self.lag, 0))
+            path = path - before
+        return path[..., self.places.argsort()]
+
+    def from_sites(self, coordinates: Tensor) -> Tensor:
+        """The inverse of :meth:`to_sites`, which has the same volume."""
+        path = coordinates[..., self.places]
+        if not self.lag:
+            return path
+        rows = path.unflatten(-1, (-1, self.lag)).cumsum(-2)
+        return rows.flatten(-2)
+
+
 class Expansion(NamedTuple):
     """A log density to second order about a place.
 
@@ -50,12 +78,12 @@ class PathCoordinates:
     Attributes:
         group: The group of local sites that the path consists of.
         layout: Which coordinates serve which site.
-        order: The numbers of the layout's coordinates, in the path's order.
+        order: How the path comes from these coordinates.
     """
 
     group: Group
     layout: Layout
-    order: Tensor
+    order: Order
 
     def site(self, name: str, fn: Any, path: Tensor) -> tuple[Tensor, Tensor]:
         """A site's value, and its log density with the volume that the transform takes.
@@ -65,7 +93,7 @@ class PathCoordinates:
             fn: Its prior.
             path: Of shape ``(*group.shape, n)``.
         """
-        free = self.layout.blocks[name].spread(path[..., self.order.argsort()], self.group)
+        free = self.layout.blocks[name].spread(self.order.to_sites(path), self.group)
         transform = transform_of(name, fn)
         value = transform(free)
         return value, fn.log_prob(value) + transform.log_abs_det_jacobian(free, value)
@@ -77,7 +105,7 @@ class PathCoordinates:
             fn, value = values[name]
             free = transform_of(name, fn).inv(value)
             parts.append(block.collect(free, self.group).to(self.layout.example))
-        return torch.cat(parts, -1)[..., self.order]
+        return self.order.from_sites(torch.cat(parts, -1))
 
 
 def path_parts(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor]) -> Parts:
@@ -100,7 +128,7 @@ def path_parts(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor])
 
 
 def _joined(terms: list[Tensor], group: Group) -> Any:
-    return sum(terms).reshape(group.shape) if terms else 0.0
+    return sum(terms[1:], start=terms[0]).reshape(group.shape) if terms else 0.0
 
 
 def products(density: Density, x: Tensor, directions: Tensor) -> Tensor:

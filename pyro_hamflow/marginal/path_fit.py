@@ -48,7 +48,7 @@ class PathFit:
         deviations: The posterior's standard deviations; none where the likelihood is not averaged.
         slopes: How the mode moves, ``(*group.shape, n, parameters)``; none while it stays.
         steps: How many expansions of the likelihood a parameter value takes.
-        stretch: Of the noise, for heavier tails.
+        is_exact: Whether the joint density is Gaussian, so that all paths have the same weight.
     """
 
     anchor: Anchor
@@ -58,7 +58,7 @@ class PathFit:
     deviations: Tensor | None
     slopes: Tensor | None
     steps: int
-    stretch: float
+    is_exact: bool
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,7 @@ def fit_path(
     anchor: Anchor,
     bands: Bands,
     x: Tensor,
-    *,
     steps: int,
-    stretch: float,
 ) -> PathFit:
     """Fits the Gaussian approximation of a path at a pilot value of the parameters.
 
@@ -193,19 +191,35 @@ def fit_path(
         bands: How many bands the densities have.
         x: Where to begin the search for the mode.
         steps: How many expansions of the likelihood each parameter value takes.
-        stretch: Of the noise.
     """
     parts = parts_at(anchor.values)
     mode = climb(parts, bands, x)
     prior = expand(parts.prior, mode, bands.prior)
     site = _site(parts, mode, bands.likelihood, None)
+    if _is_exact(parts, _gaussian(mode, prior, site)):
+        held = Expansion(site.gradient.detach(), site.bands.detach())
+        return PathFit(anchor, bands, mode, held, None, None, max(steps, 1), True)
     deviations = None
     if bands.likelihood == 1:
         deviations = _deviations(_added(prior.bands, site.bands))
         site = _site(parts, mode, bands.likelihood, deviations)
     held = Expansion(site.gradient.detach(), site.bands.detach())
     slopes = _slopes(parts_at, anchor, bands, mode) if steps and anchor.followed else None
-    return PathFit(anchor, bands, mode, held, deviations, slopes, steps, stretch)
+    return PathFit(anchor, bands, mode, held, deviations, slopes, steps, False)
+
+
+def _is_exact(parts: Parts, found: PathGaussian) -> bool:
+    """Whether paths have the same weight, wherever they are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noises = [2.0 * torch.randn_like(found.place) for _ in range(4)]
+    weights = []
+    for noise in noises:
+        x = found.draw(noise)
+        weights.append(parts.prior(x) + parts.likelihood(x) + 0.5 * noise.square().sum(-1))
+    log_weights = torch.stack(weights).detach()
+    rounding = 1e4 * torch.finfo(log_weights.dtype).eps * (1.0 + log_weights.abs().max())
+    return bool((log_weights.amax(0) - log_weights.amin(0)).max() <= rounding)
 
 
 def _deviations(precision: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def settle_below(
     """
     layouts = marginal.plan(*data.args, **data.kwargs).layouts.values()
     most = max(layout.num_particles for layout in layouts)
-    count = max(2, *(len(layout.strata) for layout in layouts))
+    count = max(2 if marginal.proposal.is_defended else 1, *(len(p.strata) for p in layouts))
     while count < most:
         marginal.settle(count)
         estimates = [

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.model.trace import Frames
+
+LONG = 16  # numbers of one element, from which on they are taken for a path
+_FEWEST = 3  # sites with numbers that make a chain
+
+
+def chains(names: Iterable[str]) -> dict[str, list[str]]:
+    """Sites with a number at the end of their names, by what is before it; others by their names.
+
+    Example:
+        >>> chains(["x_0", "x_1", "x_2", "y_1"])
+        {'x': ['x_0', 'x_1', 'x_2'], 'y_1': ['y_1']}
+    """
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(_stem(name), []).append(name)
+    found: dict[str, list[str]] = {}
+    for stem, alike in stems.items():
+        found |= {stem: alike} if stem and len(alike) >= _FEWEST else {n: [n] for n in alike}
+    return found
+
+
+def _stem(name: str) -> str:
+    """A name without the number at its end; empty if there is none."""
+    stem = name.rstrip("0123456789")
+    return stem.rstrip("_") if stem != name else ""
 
 
 @dataclass(frozen=True)
@@ -22,6 +48,7 @@ class Group:
         event_dims: The number of event dimensions of each site.
         rows: For each term outside these plates, to which element each entry of its log density
             belongs: an integer tensor of its shape, counted from zero; -1 where to none.
+        joined: Plates around its sites whose elements depend on each other: one estimate's.
     """
 
     sites: tuple[str, ...]
@@ -29,10 +56,12 @@ class Group:
     frames: Frames
     event_dims: tuple[int, ...]
     rows: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    joined: Frames = ()
 
-    @property
+    @cached_property
     def name(self) -> str:
-        return "_".join(self.sites)
+        """The names of its sites; those of a chain, numbered one after the other, by their stem."""
+        return "_".join(chains(self.sites))
 
     @property
     def shape(self) -> torch.Size:

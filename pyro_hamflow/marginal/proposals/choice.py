@@ -16,9 +16,9 @@ from pyro_hamflow.marginal.proposals.laplace import LaplaceProposal
 from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.proposals.user import ProgramProposal
+from pyro_hamflow.marginal.structure import LONG
 
 AUTO = "auto"
-_LONG = 16  # numbers of one element, from which on they are taken for a path
 _NAMED: dict[str, Callable[[], Proposal]] = {"prior": PriorProposal, "laplace": LaplaceProposal}
 
 
@@ -61,8 +61,7 @@ def suited(plan: Plan, proposal: Proposal) -> Proposal:
 
 def _has_path(plan: Plan, trace: poutine.Trace) -> bool:
     """Whether some group's elements have many numbers each, beside those in plates of their own."""
-    return any(
-        sum(torch.Size(trace.nodes[name]["fn"].event_shape).numel() for name in group.sites)
-        >= _LONG
-        for group in plan.structure.groups
-    )
+    groups = plan.structure.groups
+    events = [[torch.Size(trace.nodes[name]["fn"].event_shape) for name in g.sites] for g in groups]
+    longest = max(sum(event.numel() for event in of_group) for of_group in events)
+    return longest >= LONG or any(group.joined for group in groups)

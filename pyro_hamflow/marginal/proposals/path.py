@@ -25,7 +25,7 @@ from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.path_bands import find_bands
-from pyro_hamflow.marginal.path_density import PathCoordinates, path_parts
+from pyro_hamflow.marginal.path_density import Order, PathCoordinates, path_parts
 from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal
@@ -69,7 +69,7 @@ class PathProposal(Proposal):
         fitted: The approximation of each group; none before the fit.
     """
 
-    steps: int = 1
+    steps: int = 0
     fitted: Mapping[str, PathFit] = field(default_factory=dict)
     name = "laplace"
     stratified = False
@@ -102,10 +102,10 @@ class PathProposal(Proposal):
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
         found = gaussian_at(fit, path_parts(plan, path, parameters), parameters)
-        noise, log_stretch = coordinates, 0.0
-        if fit.stretch:
-            noise = coordinates + fit.stretch * coordinates.pow(5)
-            log_stretch = torch.log1p(5.0 * fit.stretch * coordinates.pow(4)).sum(-1)
+        noise, log_stretch = coordinates, torch.zeros_like(coordinates[..., 0])
+        if not fit.is_exact:
+            noise = coordinates + _STRETCH * coordinates.pow(5)
+            log_stretch = torch.log1p(5.0 * _STRETCH * coordinates.pow(4)).sum(-1)
         log_noise = -0.5 * (coordinates.square() + math.log(2.0 * math.pi)).sum(-1)
         density = log_noise - log_stretch + 0.5 * banded.log_det(found.root)
         shape = plate_shape(group.frames, plan.structure.nesting)
@@ -124,13 +124,13 @@ class PathProposal(Proposal):
         for group in plan.structure.groups:
             layout, before = plan.layouts[group.name], self.fitted.get(group.name)
             natural = torch.arange(layout.dimension, device=layout.example.device)
-            path = PathCoordinates(group, layout, natural)
+            path = PathCoordinates(group, layout, Order(natural))
             if before is None:
                 start = _somewhere(plan, path, values)
                 others = (values, plan.structure.values)
                 looks = [(path_parts(plan, path, v), _somewhere(plan, path, v)) for v in others]
-                bands = find_bands(looks, layout)
-                start = start[..., bands.order]
+                bands = find_bands(looks, group, layout)
+                start = bands.order.from_sites(start)
             else:
                 bands, start = before.bands, before.mode
             path = replace(path, order=bands.order)
@@ -140,9 +140,7 @@ class PathProposal(Proposal):
 
             anchor = Anchor(values, followed)
             steps = self.steps if followed else 0
-            fitted[group.name] = fit_path(
-                parts_at, anchor, bands, start, steps=steps, stretch=_STRETCH
-            )
+            fitted[group.name] = fit_path(parts_at, anchor, bands, start, steps)
         return replace(self, fitted=fitted)
 
 
