@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pyro_hamflow.marginal.noise_layout import Layout
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.supports import transform_of
+from pyro_hamflow.programs.capture import capture
 
 Density = Callable[[Tensor], Tensor]  # from a path to the log density of each element
 
@@ -29,6 +32,9 @@ class Parts(NamedTuple):
 
     prior: Density
     likelihood: Density
+
+
+PartsAt = Callable[[dict[str, Tensor]], Parts]  # for values of the parameters
 
 
 class Order(NamedTuple):
@@ -125,6 +131,43 @@ def path_parts(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor])
         return zero + _joined(own, group), zero + _joined(terms, group)
 
     return Parts(lambda x: evaluate(x)[0], lambda x: evaluate(x)[1])
+
+
+def captured_parts(
+    plan: Plan, path: PathCoordinates, x: Tensor, parameters: dict[str, Tensor]
+) -> PartsAt:
+    """What :func:`path_parts` gives for values of the parameters, without running the model anew.
+
+    Arguments:
+        plan: The model.
+        path: The path's coordinates.
+        x: A path to run the model with.
+        parameters: Values of the parameters to run it with.
+
+    Raises:
+        RuntimeError: If the model cannot be captured.
+    """
+    names = list(parameters)
+
+    def program(number: int) -> GraphModule:
+        def run(x: Tensor, *values: Tensor) -> Tensor:
+            return path_parts(plan, path, dict(zip(names, values, strict=True)))[number](x)
+
+        return capture(run, x, *parameters.values())
+
+    programs = [program(number) for number in range(2)]
+
+    def parts_at(parameters: dict[str, Tensor]) -> Parts:
+        values = [parameters[name] for name in names]
+        prior, likelihood = (partial(_call, part, values) for part in programs)
+        return Parts(prior, likelihood)
+
+    return parts_at
+
+
+def _call(program: GraphModule, values: list[Tensor], x: Tensor) -> Tensor:
+    result: Tensor = program(x, *values)
+    return result
 
 
 def _joined(terms: list[Tensor], group: Group) -> Any:

@@ -17,7 +17,6 @@ the mode: the tails count as far as they matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.path_bands import Bands
-from pyro_hamflow.marginal.path_density import Expansion, Parts, expand, gradient
+from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand, gradient
 from pyro_hamflow.programs import banded
 
 _STEPS = 100  # of Newton at most
@@ -177,7 +176,7 @@ def climb(parts: Parts, bands: Bands, x: Tensor) -> Tensor:
 
 
 def fit_path(
-    parts_at: Callable[[dict[str, Tensor]], Parts],
+    parts_at: PartsAt,
     anchor: Anchor,
     bands: Bands,
     x: Tensor,
@@ -231,9 +230,7 @@ def _deviations(precision: Tensor) -> Tensor:
     return slope[..., 0].clamp(min=0.0).sqrt()
 
 
-def _slopes(
-    parts_at: Callable[[dict[str, Tensor]], Parts], anchor: Anchor, bands: Bands, mode: Tensor
-) -> Tensor:
+def _slopes(parts_at: PartsAt, anchor: Anchor, bands: Bands, mode: Tensor) -> Tensor:
     """How the mode moves with the parameters, by differences of Newton steps from it."""
     parts = parts_at(anchor.values)
     prior = expand(parts.prior, mode, bands.prior)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import pyro.poutine as poutine
@@ -25,7 +26,14 @@ from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.path_bands import find_bands
-from pyro_hamflow.marginal.path_density import Order, PathCoordinates, path_parts
+from pyro_hamflow.marginal.path_density import (
+    Order,
+    Parts,
+    PartsAt,
+    PathCoordinates,
+    captured_parts,
+    path_parts,
+)
 from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal
@@ -67,10 +75,13 @@ class PathProposal(Proposal):
         steps: How many expansions of the likelihood each parameter value takes; none if that of the
             pilot is held.
         fitted: The approximation of each group; none before the fit.
+        densities: The log densities of each group's path, for values of the parameters, and of
+            which model.
     """
 
     steps: int = 0
     fitted: Mapping[str, PathFit] = field(default_factory=dict)
+    densities: Mapping[str, tuple[str, PartsAt]] = field(default_factory=dict, repr=False)
     name = "laplace"
     stratified = False
     enough_particles = 16
@@ -120,28 +131,42 @@ class PathProposal(Proposal):
 
     def _fitted(self, plan: Plan, pilot: Mapping[str, Tensor], followed: tuple[str, ...]) -> Self:
         values = {name: value.detach() for name, value in pilot.items()}
-        fitted = {}
+        fitted, densities = {}, dict(self.densities)
         for group in plan.structure.groups:
-            layout, before = plan.layouts[group.name], self.fitted.get(group.name)
+            name, layout = group.name, plan.layouts[group.name]
             natural = torch.arange(layout.dimension, device=layout.example.device)
             path = PathCoordinates(group, layout, Order(natural))
-            if before is None:
+            key, of_values = densities.get(name, (None, None))
+            if of_values is None or key != plan.structure.key:
+                of_values = _densities(plan, path, values)
+                densities[name] = plan.structure.key, of_values
+            before = self.fitted.get(name)
+            if before is None or len(before.bands.order.places) != layout.dimension:
                 start = _somewhere(plan, path, values)
-                others = (values, plan.structure.values)
-                looks = [(path_parts(plan, path, v), _somewhere(plan, path, v)) for v in others]
+                drawn = {n: plan.structure.values[n] for n in values}
+                looks = [(of_values(v), _somewhere(plan, path, v)) for v in (values, drawn)]
                 bands = find_bands(looks, group, layout)
                 start = bands.order.from_sites(start)
             else:
                 bands, start = before.bands, before.mode
-            path = replace(path, order=bands.order)
-
-            def parts_at(parameters: dict[str, Tensor], path: PathCoordinates = path) -> Any:
-                return path_parts(plan, path, parameters)
-
-            anchor = Anchor(values, followed)
+            parts_at = partial(_ordered, of_values, bands.order)
             steps = self.steps if followed else 0
-            fitted[group.name] = fit_path(parts_at, anchor, bands, start, steps)
-        return replace(self, fitted=fitted)
+            fitted[name] = fit_path(parts_at, Anchor(values, followed), bands, start, steps)
+        return replace(self, fitted=fitted, densities=densities)
+
+
+def _densities(plan: Plan, path: PathCoordinates, values: dict[str, Tensor]) -> PartsAt:
+    """The log densities of a path for values of the parameters, captured where that is possible."""
+    try:
+        return captured_parts(plan, path, _somewhere(plan, path, values), values)
+    except Exception:  # whatever the model's own code may raise
+        return partial(path_parts, plan, path)
+
+
+def _ordered(of_values: PartsAt, order: Order, parameters: dict[str, Tensor]) -> Parts:
+    """Log densities as functions of the path in another order."""
+    prior, likelihood = of_values(parameters)
+    return Parts(lambda x: prior(order.to_sites(x)), lambda x: likelihood(order.to_sites(x)))
 
 
 def _somewhere(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor]) -> Tensor:
