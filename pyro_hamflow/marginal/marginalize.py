@@ -83,6 +83,14 @@ def marginalize(
     which is unbiased for every N. Terms in plates inside those of the local sites are multiplied
     into it; sites in the same plates are integrated together; sites in no plate form one estimate.
 
+    What has many numbers in one estimate is taken for a latent *path*: a loop of sites ``x_0``,
+    ``x_1`` and so on (``sites=["x"]`` names them all), one vector, or the elements of a long plate
+    that depend on each other, as steps do that a model sums up. Particles are whole paths then,
+    from a Gaussian approximation of the path's posterior that follows the parameters, in time and
+    memory proportional to the length where each state meets a few before it; a path in plates is
+    one estimate for each of their elements. Where all is Gaussian, one particle is exact. Particle
+    filters are no alternative here: their estimates are no smooth functions of the parameters.
+
     Arguments:
         model: A Pyro model.
         sites: Names of the local latent sites.

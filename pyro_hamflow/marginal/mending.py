@@ -24,6 +24,7 @@ _FEWEST, _MOST = 32, 512  # particles from the prior
 _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than they gain
 _REPLICATES = 32  # estimates, for each of a few draws
 _EASED = 0.5  # of the wanted variance, at which fewer particles do: away from where more are taken
+_FAR = 2.0  # the variance with one particle, from which on a closer proposal is tried
 _WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at most
 
 
@@ -38,6 +39,8 @@ def mend_proposal(
 
     Arguments and results are those of :func:`misses`.
     """
+    if not marginal.proposal.is_comparable:
+        return marginal.proposal.remark
     if not marginal.may_choose_proposal:
         return misses(marginal, draws, data)
     said, variance = find_misses(marginal, draws, data)
@@ -191,6 +194,14 @@ def refit_at(
         before = sorted(look(marginal, draw, data).variance(1) for draw in draws)
         after = sorted(look(other, draw, data).variance(1) for draw in draws)
         middle = len(draws) // 2
+        while after[middle] > _FAR and (closer := other.proposal.closer()) is not None:
+            candidate = copy.copy(other)
+            candidate.take(closer)
+            fit_at(candidate, centre, data)
+            found = sorted(look(candidate, draw, data).variance(1) for draw in draws)
+            if found[middle] > _WORTH * after[middle]:
+                break
+            other, after = candidate, found
         layouts = other.plan(*data.args, **data.kwargs).layouts.values()
         if other.num_particles is None:
             # Those of the prior hardly count, and with one of the proposal's alone the logarithm

@@ -14,6 +14,7 @@ from pyro_hamflow.marginal.path_density import Density, Order, Parts, expand, pr
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.programs import banded
 
+# Every width of a few states, and seasons of a week and a year; then a quarter more each time.
 _WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 25, 32, 40, 53)
 _SHARE = 0.25  # of the length, from which on bands are no gain over all of the matrix
 _ROUNDING = 1e-7  # relative, in double precision

@@ -30,6 +30,7 @@ from pyro_hamflow.programs import banded
 _STEPS = 100  # of Newton at most
 _DAMPED = 1e-2  # of the precision's diagonal, that is added after a step that has failed
 _REST = 1e-9  # of the Newton decrement, squared standard deviations for each coordinate
+_LIGHTEST = 3.0  # by how much the log mass of another mode may be lower that is told of
 _STEP = 1e-4  # of differences, relative to the size of a parameter
 _SPREAD = math.sqrt(3.0)  # of the points of Gauss and Hermite, in standard deviations
 _CENTRE, _SIDE = 2.0 / 3.0, 1.0 / 6.0  # their weights
@@ -173,6 +174,35 @@ def climb(parts: Parts, bands: Bands, x: Tensor) -> Tensor:
         if bool((rests | (damping[..., 0] > 1e8)).all()):
             break
     return x
+
+
+def other_modes(parts: Parts, bands: Bands, fit: PathFit, starts: list[Tensor]) -> Tensor:
+    """Whether paths of other modes weigh about as much as those that were fitted.
+
+    Arguments:
+        parts: The log densities at the pilot.
+        bands: How many bands they have.
+        fit: What was fitted.
+        starts: Where to begin searches for other modes.
+
+    Returns:
+        For each element, ``(*group.shape)``.
+    """
+
+    def at(x: Tensor) -> tuple[Tensor, Tensor]:
+        prior, site = expand(parts.prior, x, bands.prior), _site(parts, x, bands.likelihood, None)
+        precision = _added(prior.bands, site.bands).detach()
+        value = (parts.prior(x) + parts.likelihood(x)).detach()
+        return value - 0.5 * banded.log_det(_root(precision)), precision
+
+    mass, precision = at(fit.mode)
+    deviations = _deviations(precision)
+    found = torch.zeros_like(mass, dtype=torch.bool)
+    for start in starts:
+        x = climb(parts, bands, start)
+        is_other = ((x - fit.mode).abs() > deviations).any(-1)
+        found |= is_other & (at(x)[0] > mass - _LIGHTEST)
+    return found
 
 
 def fit_path(

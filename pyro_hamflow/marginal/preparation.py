@@ -34,7 +34,8 @@ def prepare(
     if marginal.num_particles is None and marginal.proposal.needs_fit:
         settle_particles(marginal, data)
     remark = _told_of_ends(found.escaped) if found.escaped else None
-    if found.distance <= _FAR:  # a proposal fitted far away misses this and that
+    # A proposal fitted far away misses this and that, but for one that looks for it itself.
+    if found.distance <= _FAR or not marginal.proposal.is_comparable:
         remark = mend_proposal(marginal, [found.values], data)
     marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
 

@@ -146,6 +146,8 @@ def misses(
         draws: Constrained parameter values.
         data: What the model is called with.
     """
+    if not marginal.proposal.is_comparable:
+        return marginal.proposal.remark
     said, _ = find_misses(marginal, draws, data)
     return None if said is None else f"{said}: take `proposal='prior'`, or write one."
 
@@ -162,7 +164,7 @@ def find_misses(
     Returns:
         The sentence's beginning, and the variance of an estimate from one particle of the prior.
     """
-    if not (marginal.proposal.needs_fit and marginal.proposal.is_comparable):
+    if not marginal.proposal.needs_fit:
         return None, 0.0
     gaps, variance = [], 0.0
     for parameters in draws:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize
-from pyro_hamflow.marginal import path_fit
+from pyro_hamflow import marginalize
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.model.kinds import Arguments

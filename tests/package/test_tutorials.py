@@ -23,6 +23,7 @@ PROMISED = {
     "pseudo_marginal": {"pseudo_marginal.png"},
     "hamiltonian_flow_guide": {"hamiltonian_flow_guide.png"},
     "neutra": {"neutra.png"},
+    "stochastic_volatility": {"stochastic_volatility.png"},
 }
 LONG = {"comparing_models", "many_patients"}
 # Reproductions of figures of a paper: `make paper`.

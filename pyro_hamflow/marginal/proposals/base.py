@@ -88,6 +88,7 @@ class Proposal(ABC):
         needs_fit: Whether it has to be fitted to the data, at a pilot value of the parameters.
         is_comparable: Whether particles from the prior can tell what it misses, as they can where
             elements have few coordinates.
+        remark: What it was found to miss where it was fitted, in a sentence.
         is_final: Whether nothing takes its place in the search for a pilot, and warm-up leaves it
             as it is: the user wrote it for this model.
         tails: Factors by which its noise may be stretched, to be tried where it is fitted.
@@ -100,6 +101,7 @@ class Proposal(ABC):
     is_defended: bool = False
     needs_fit: bool = False
     is_comparable: bool = True
+    remark: str | None = None
     is_final: bool = True
     tails: tuple[float, ...] = ()
 
@@ -160,6 +162,13 @@ class Proposal(ABC):
             tails: For each group, by how much the noise is stretched, of shape ``(*group.shape)``.
         """
         return self
+
+    def closer(self) -> Self | None:
+        """A proposal that follows the parameters more closely, at more cost; none if there is none.
+
+        It is fitted to nothing.
+        """
+        return None
 
     def undefended(self) -> Self:
         """The proposal without particles of the prior."""

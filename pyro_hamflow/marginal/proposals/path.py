@@ -34,7 +34,7 @@ from pyro_hamflow.marginal.path_density import (
     captured_parts,
     path_parts,
 )
-from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
+from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at, other_modes
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal
 from pyro_hamflow.marginal.structure import Group
@@ -42,6 +42,8 @@ from pyro_hamflow.model.supports import transform_of
 from pyro_hamflow.model.trace import is_latent, plate_shape, run_with
 from pyro_hamflow.programs import banded
 
+_MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
+_SEARCHES = 4  # for other modes
 _STRETCH = 1e-4  # of the fifth power
 
 
@@ -77,11 +79,13 @@ class PathProposal(Proposal):
         fitted: The approximation of each group; none before the fit.
         densities: The log densities of each group's path, for values of the parameters, and of
             which model.
+        remark: What it misses, in a sentence.
     """
 
     steps: int = 0
     fitted: Mapping[str, PathFit] = field(default_factory=dict)
     densities: Mapping[str, tuple[str, PartsAt]] = field(default_factory=dict, repr=False)
+    remark: str | None = None
     name = "laplace"
     stratified = False
     enough_particles = 16
@@ -112,7 +116,12 @@ class PathProposal(Proposal):
         if fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
-        found = gaussian_at(fit, path_parts(plan, path, parameters), parameters)
+        key, of_values = self.densities[group.name]
+        if key == plan.structure.key and parameters.keys() <= fit.anchor.values.keys():
+            parts = _ordered(of_values, fit.bands.order, parameters)
+        else:
+            parts = path_parts(plan, path, parameters)
+        found = gaussian_at(fit, parts, parameters)
         noise, log_stretch = coordinates, torch.zeros_like(coordinates[..., 0])
         if not fit.is_exact:
             noise = coordinates + _STRETCH * coordinates.pow(5)
@@ -124,10 +133,32 @@ class PathProposal(Proposal):
 
     def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
-        return self._fitted(plan, pilot, tuple(name for name in pilot if name in continuous))
+        found = self._fitted(plan, pilot, tuple(name for name in pilot if name in continuous))
+        return replace(found, remark=found._told_of_modes(plan, pilot))
 
     def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         return self._fitted(plan, pilot, ())
+
+    def _told_of_modes(self, plan: Plan, pilot: Mapping[str, Tensor]) -> str | None:
+        """What is said where paths have other modes than the one that was fitted."""
+        values = {name: value.detach() for name, value in pilot.items()}
+        for group in plan.structure.groups:
+            fit = self.fitted[group.name]
+            path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
+            parts = _ordered(self.densities[group.name][1], fit.bands.order, values)
+            starts = [_somewhere(plan, path, values, seed) for seed in range(1, 1 + _SEARCHES)]
+            count = int(other_modes(parts, fit.bands, fit, starts).sum())
+            if count and not fit.is_exact:
+                paths = "the path" if not group.shape else f"{count} paths of {group.shape.numel()}"
+                return (
+                    f"{paths} of '{group.name}' can lie about several modes, and the Gaussian "
+                    "proposal about one of them misses the others: results may be those of this "
+                    "mode alone; take a proposal of your own, or `NUTS` on the model as it is."
+                )
+        return None
+
+    def closer(self) -> Self | None:
+        return replace(self, steps=self.steps + 1) if self.steps < _MOST_STEPS else None
 
     def _fitted(self, plan: Plan, pilot: Mapping[str, Tensor], followed: tuple[str, ...]) -> Self:
         values = {name: value.detach() for name, value in pilot.items()}
@@ -169,10 +200,12 @@ def _ordered(of_values: PartsAt, order: Order, parameters: dict[str, Tensor]) ->
     return Parts(lambda x: prior(order.to_sites(x)), lambda x: likelihood(order.to_sites(x)))
 
 
-def _somewhere(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor]) -> Tensor:
-    """A path from the prior, near its middle."""
+def _somewhere(
+    plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor], seed: int = 0
+) -> Tensor:
+    """A path from the prior."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         trace = run_with(
             plan.model, lambda msg: parameters.get(msg["name"]), *plan.args, **plan.kwargs
         )
