@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Stochastic volatility: a latent path integrated out
 # Daily returns $y_t$ of a price are noise whose scale changes slowly: $y_t \sim N(0, e^{h_t})$, and
-# the log variance $h_t$ is an autoregression about a mean. Three parameters are of interest, and the
-# path $h_1 \dots h_T$ is in the way: a joint sampler moves in $T + 3$ dimensions. `marginalize` takes
-# the path out, and samples the three.
+# the log variance $h_t$ is a random walk about a mean. Two parameters are of interest, and the
+# path $h_1 \dots h_T$ is in the way: a joint sampler moves in $T + 2$ dimensions. `marginalize`
+# takes the path out, and samples the two.
 
 # %%
 import os
@@ -26,7 +26,8 @@ length, draws, warmup = (30, 20, 20) if smoke else (1000, 500, 200)
 # The steps are one vector of noise in a plate, and the path is their running sum: a random walk.
 # That the elements of the plate depend on each other through the sum is found, and the path is
 # integrated out as a whole. A loop of sites, `for t in range(T): h = pyro.sample(f"h_{t}", ...)`,
-# does as well (`sites=["h"]` names them all), and so does one vector with a distribution of its own.
+# does as well (`sites=["h"]` names them all), and so does one vector with a distribution of its
+# own.
 
 
 # %%

@@ -93,6 +93,10 @@ class PathProposal(Proposal):
     is_comparable = False
     is_final = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is saved of it: programs are captured anew."""
+        return self.__dict__ | {"densities": {}}
+
     def noise_shapes(
         self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
     ) -> dict[str, torch.Size]:
@@ -116,11 +120,11 @@ class PathProposal(Proposal):
         if fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
-        key, of_values = self.densities[group.name]
-        if key == plan.structure.key and parameters.keys() <= fit.anchor.values.keys():
+        parts = path_parts(plan, path, parameters)
+        key, of_values = self.densities.get(group.name, (None, None))
+        is_known = key == plan.structure.key and parameters.keys() <= fit.anchor.values.keys()
+        if of_values is not None and is_known:
             parts = _ordered(of_values, fit.bands.order, parameters)
-        else:
-            parts = path_parts(plan, path, parameters)
         found = gaussian_at(fit, parts, parameters)
         noise, log_stretch = coordinates, torch.zeros_like(coordinates[..., 0])
         if not fit.is_exact:
