@@ -47,7 +47,7 @@ def summary(samples: dict[str, np.ndarray], prob: float, **keywords: Any) -> Any
 def inference_data(groups: dict[str, Any], attributes: dict[str, Any]) -> Any:
     """Datasets as ``InferenceData``, of ArviZ 0.x."""
     data = _arviz().InferenceData(attrs=attributes)
-    data.add_groups(groups, warn_on_custom_groups=False)
+    data.add_groups(groups)
     return data
 
 

@@ -73,9 +73,9 @@ at_truth = {"beta": torch.tensor(beta)} | dict(zip(names, truth, strict=True))
 # %%
 for label, proposal in {"N(0, 9)": paper, "prior": "prior", "laplace": "laplace"}.items():
     line = f"{label:8}"
-    for count in counts:
+    for count in counts:  # chains start at the pilot, too
         estimate = phf.marginalize(model, ["x"], num_particles=count, proposal=proposal)
-        estimate.fit(z, y, pilot=at_truth)  # chains start there too
+        estimate.fit(z, y, pilot=at_truth)
         quality = phf.estimator_quality(estimate, at_truth, z, y)
         line += f"  sd at {count}: {quality.standard_deviation:5.2f}"
         for method in ["joint", "conditional"] if count == 16 else []:
@@ -97,10 +97,8 @@ for label, proposal in {"N(0, 9)": paper, "prior": "prior", "laplace": "laplace"
 # %%
 laplace = phf.marginalize(model, ["x"], num_particles=4)
 wide = phf.marginalize(model, ["x"], num_particles=4, proposal=paper)
-runs, good = (
-    {},
-    {"max_tree_depth": 3} if smoke else {"target_accept_prob": 0.9, "jit_compile": True},
-)
+good = {"max_tree_depth": 3} if smoke else {"target_accept_prob": 0.9, "jit_compile": True}
+runs = {}
 for label, marginal, method, length, settings in [
     ("joint", laplace, "joint", draws // 2, good),
     ("bad", wide, "conditional", draws // 4, {}),
@@ -118,20 +116,19 @@ for label, marginal, method, length, settings in [
     found["ESS for 1,000 gradients"] = 1000 * found["smallest ESS"] / stats["n_gradients"].sum()
     found["BFMI"] = arviz.bfmi(stats["energy"].numpy()).min()
     found["log-likelihood"] = stats["log_likelihood_estimate"].mean()
-    line = ", ".join(f"{name} {float(value):.2f}" for name, value in found.items())
-    print(label, *mcmc.messages, line, sep="\n  ")
+    shown = [f"{name} {float(value):.2f}" for name, value in found.items()]
+    print(label, *mcmc.messages, ", ".join(shown), sep="\n  ")
 
 # %% [markdown]
 # ## What was learned
-# The prior does not order the components. These chains start near one pilot and keep its labelling:
-# the share below is 0 or 1, and says whether the first, whose weight `logit_weight` is, is the low
+# The prior does not order the components: chains keep the labels of the pilot that they start near.
+# The share below, 0 or 1, says whether the first one, whose weight `logit_weight` is, is the low
 # one. `loo` leaves out subjects: it judges all answers of a new one, not one more of an old one.
 
 # %%
 share = float((mcmc.get_samples()["mu"].diff() > 0.0).double().mean())
 coords = {"component": ["low", "high"] if share > 0.5 else ["high", "low"]}
-dims = {"mu": ["component"], "log_precision": ["component"]}
-idata = phf.to_inference_data(mcmc, coords=coords, dims=dims)
+idata = phf.to_inference_data(mcmc, coords=coords, dims={n: ["component"] for n in names[:2]})
 print(f"Share of draws in which the first component is the low one: {share}\n{arviz.loo(idata)}")
 
 figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
