@@ -81,9 +81,9 @@ def test_links_lead_somewhere(name):
 
 def smaller(code):
     """The same with few draws and little training."""
-    for name, few in {"num_samples": 30, "num_steps": 5, "num_particles": 64}.items():
+    for name, few in {"num_samples": 60, "num_steps": 5, "num_particles": 64}.items():
         code = re.sub(rf"\b{name}=\d\d\d+", f"{name}={few}", code)
-    code = re.sub(r"(MCMC\(.*?num_samples=\d+)", r"\1, warmup_steps=30", code)
+    code = re.sub(r"(MCMC\(.*?num_samples=\d+)", r"\1, warmup_steps=60", code)
     return re.sub(r"(?m)^( *)assert ", r"\1bool() or ", code)  # of few draws nothing is right
 
 
