@@ -23,7 +23,10 @@ _LINE = 64  # bytes that each buffer's place is a multiple of: a line of the cac
 _TYPES = {str(dtype): dtype for dtype in KINDS}
 _SPECIAL = re.compile(r"\bcalc_(?!digamma\b)\w+|\bzeta<|\btrigamma\b")
 _ACCUMULATOR = re.compile(r"\btmp_acc\w+")
-_SCATTER = re.compile(r"^\s*(atomic_add|\w*out_ptr\d+\[.*\btmp.*\] \+?= )")
+_SCATTER = re.compile(r"^.*(atomic_add|\w*out_ptr\d+\[.*\b(tmp|place).*\] \+?= )")
+_LOOP = re.compile(r"^\s*for\(int64_t (\w+)=static_cast<int64_t>\(0L\); \w+<\D+64_t>\((\d+)L\);")
+_ADDED = re.compile(r"^(\s*)(\w*out_ptr\d+)\[(.*\btmp.*)\] \+= (\w+);$")
+_MOST_SCATTERED = 4096  # numbers in a row that are kept apart: on the stack
 _SUM = re.compile(r"^\s*(tmp_acc\d+) = \1 \+ ")
 
 
@@ -174,8 +177,39 @@ def _kernel_text(name: str, text: str) -> str:
         # Torch's headers; and the report of divisions of integers by zero.
         if not line.startswith("#include") and "inductor_cpu_" not in line
     ]
-    body = "\n".join(_with_vector_sums(_without_promises(lines)))
+    lines = _with_vector_sums(_without_promises(_with_scatters_apart(lines)))
+    body = "\n".join(lines)
     return re.sub(r'extern "C"\s+void\s+\w+\(', f"static inline void {name}(", body)
+
+
+def _with_scatters_apart(lines: list[str]) -> list[str]:
+    """Moves additions at indices of data into loops of their own, so that the rest may be vectors.
+
+    As in the gradient of a likelihood whose terms pick an effect each.
+    """
+    for start in reversed(range(len(lines))):
+        found = _LOOP.match(lines[start])
+        loop = _block(lines, start + 1)
+        added = [match for line in loop if (match := _ADDED.match(line))]
+        plain = sum(map(bool, map(_SCATTER.match, loop))) == len(added)
+        inner = any(line.lstrip().startswith(("for(", "if", "else")) for line in loop)
+        if not found or not added or not plain or inner or int(found[2]) > _MOST_SCATTERED:
+            continue
+        rest = [line for line in loop if not _ADDED.match(line)]
+        keep, before, after = [], [], []
+        for i, (_, out, index, value) in enumerate(match.groups() for match in added):
+            keep.append(f"place{i}[{found[1]}] = {index}; share{i}[{found[1]}] = {value};")
+            before.append(f"std::decay_t<decltype(*{out})> share{i}[{found[2]}];")
+            before.append(f"int64_t place{i}[{found[2]}];")
+            after.append(
+                f"for (long i = 0; i < {found[2]}; i++) {out}[place{i}[i]] += share{i}[i];"
+            )
+        last = max(i for i, line in enumerate(rest) if line.strip() != "}") + 1
+        whole = [lines[start], *rest[:last], *keep, *rest[last:]]
+        above = start - 1 if start and "#pragma" in lines[start - 1] else start
+        head = ["{", *before, *lines[above:start], *whole, *after, "}"]
+        lines = [*lines[:above], *head, *lines[start + 1 + len(loop) :]]
+    return lines
 
 
 def _without_promises(lines: list[str]) -> list[str]:
