@@ -14,7 +14,7 @@ import pyro_hamflow
 from benchmarks.coverage_models import ZOO
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import capture
-from pyro_hamflow.programs.engines import native
+from pyro_hamflow.programs.engines import choice, native
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.choice import choose_engine
 from pyro_hamflow.programs.engines.native import NativeProgram
@@ -181,3 +181,12 @@ def test_the_choice_is_by_the_length_of_the_run():
     assert choose_engine("auto", graph, vectors, 4, 10**6).name == "native"
     missing = choose_engine("native", None, vectors, 4, 100)
     assert missing.declined and "not captured" in missing.reason
+
+
+def test_many_chains_of_large_data_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(choice, "_OUT_OF_CACHE", 1)
+    potential = Potential(line, (torch.zeros(2),))
+    graph, vectors = potential.programs.base("gradient"), tuple(v[0] for v in potential.vectors(1))
+    found = choose_engine("auto", graph, vectors, 64, 10**6)
+    assert found.name == "torch" and "large data" in found.reason
+    assert choose_engine("auto", graph, vectors, 4, 10**6).name == "native"
