@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
 
 import pyro
 import torch
@@ -48,6 +51,41 @@ def undisturbed(seed: int | None = None) -> Iterator[None]:
             stack.callback(set_rng_state, get_rng_state())  # NumPy's and Python's, too
             pyro.set_rng_seed(seed)
         yield
+
+
+class HeldSignals:
+    """Holds back Ctrl-C and SIGTERM until what is under way is whole.
+
+    The second Ctrl-C is not held back. SIGTERM comes, as it would have, when the block ends. Only a
+    process's main thread can do so; in others nothing is held back.
+    """
+
+    def __init__(self) -> None:
+        self._came: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> HeldSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.getsignal(number)
+                signal.signal(number, self._hold)
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if signal.SIGTERM in self._came:
+            signal.raise_signal(signal.SIGTERM)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in self._came:
+            raise KeyboardInterrupt
+        self._came.append(number)
+
+    @property
+    def came(self) -> bool:
+        """Whether one has come."""
+        return bool(self._came)
 
 
 def _put_back() -> Callable[[], None]:

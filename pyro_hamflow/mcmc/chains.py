@@ -21,6 +21,7 @@ class Chains:
         warm: What is kept of their warm-up.
         kept: Their draws.
         iteration: How many iterations of warm-up they have made.
+        is_whole: Whether their latest iteration was made to its end, so that they can go on.
     """
 
     label: str
@@ -30,3 +31,4 @@ class Chains:
     warm: Record = field(default_factory=Record)
     kept: Record = field(default_factory=Record)
     iteration: int = 0
+    is_whole: bool = True

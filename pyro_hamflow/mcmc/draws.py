@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import Info, State
+
+MOST_LOCAL_BYTES = 2**30  # of recovered sites that are kept without being asked for
 
 
 def statistics(value: Tensor, info: Info, step_size: float | None) -> dict[str, Any]:
@@ -36,22 +39,43 @@ def _dtype_of(number: float) -> torch.dtype:
 
 @dataclass
 class Record:
-    """Draws and their statistics, one entry of each list per iteration.
+    """Draws and their statistics, one entry of each list per draw that is kept.
+
+    Draws that have been written elsewhere are forgotten (:meth:`forget`) and counted.
 
     Attributes:
         position: Positions, each of shape ``(chains, dimension)``.
         stats: Statistics by their ArviZ names, of shape ``(chains,)`` or one number for all.
         local: Recovered values of each local site.
         blocks: Draws that came many at once, after those that came one by one.
+        thin: Of how many draws one, the last, is kept.
+        room: How many there will be, as far as is known.
+        keep: Which local sites are kept; if not said, all that take a gigabyte (2^30 bytes) at
+            most, and otherwise none.
+        left_out: How many bytes of local sites were too many.
+        made: How many draws there were, those that are not kept included.
+        stored: How many were kept, and have been forgotten.
+        divergences: How many transitions diverged, of all chains.
     """
 
     position: list[Tensor] = field(default_factory=list)
     stats: dict[str, list[Any]] = field(default_factory=dict)
     local: dict[str, list[Tensor]] = field(default_factory=dict)
     blocks: list[Draws] = field(default_factory=list)
+    thin: int = 1
+    room: int = 0
+    keep: frozenset[str] | None = None
+    left_out: int = 0
+    made: int = 0
+    stored: int = 0
+    divergences: int = 0
 
     def append(self, state: State, info: Info, step_size: float | None) -> None:
         """Keeps one iteration of all chains, and its step size if it has one."""
+        self.made += 1
+        self.divergences += int(info.diverging.sum())
+        if self.made % self.thin:
+            return
         stats = statistics(state.evaluation.value, info, step_size)
         estimates = state.evaluation.log_likelihoods
         if estimates:
@@ -60,20 +84,47 @@ class Record:
         self.position.append(state.position)
         for name, stat in stats.items():
             self.stats.setdefault(name, []).append(stat)
-        for name, part in state.evaluation.local.items():
-            self.local.setdefault(name, []).append(part)
+        local = state.evaluation.local
+        keep = self._kept(local) if self.keep is None else self.keep
+        for name in filter(keep.__contains__, local):
+            self.local.setdefault(name, []).append(local[name])
+
+    def extend(self, draws: Draws) -> None:
+        """Keeps many draws of all chains."""
+        first = self.thin - 1 - self.made % self.thin
+        self.made += draws.position.shape[1]
+        self.divergences += int(draws.stats["diverging"].sum())
+        if self.keep is None:
+            self.keep = frozenset()
+        if first < draws.position.shape[1]:
+            every = slice(first, None, self.thin)
+            stats = {name: stat[:, every] for name, stat in draws.stats.items()}
+            self.blocks.append(Draws(draws.position[:, every], stats, {}))
+
+    def _kept(self, local: Mapping[str, Tensor]) -> frozenset[str]:
+        """Which local sites are kept where that is not said, by their size at the first draw."""
+        size = self.room * sum(part.nbytes for part in local.values())
+        if size > MOST_LOCAL_BYTES:
+            self.left_out = size
+        self.keep = frozenset(() if self.left_out else local)
+        return self.keep
+
+    @property
+    def count(self) -> int:
+        """How many draws are kept, here and elsewhere."""
+        return self.stored + len(self)
+
+    def forget(self) -> None:
+        """Forgets draws that have been written elsewhere."""
+        self.stored += len(self)
+        for values in (self.position, *self.stats.values(), *self.local.values(), self.blocks):
+            values.clear()
 
     def __len__(self) -> int:
         return len(self.position) + sum(block.position.shape[1] for block in self.blocks)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)} draws>"
-
-    @property
-    def divergences(self) -> int:
-        """How many of the draws diverged."""
-        flags = self.stats.get("diverging", []) + [b.stats["diverging"] for b in self.blocks]
-        return sum(int(flag.sum()) for flag in flags)
 
     def stacked(self) -> Draws:
         """All draws as tensors, chains and draws first, on the CPU."""
@@ -103,7 +154,7 @@ class Draws:
 
     position: Tensor
     stats: dict[str, Tensor]
-    local: dict[str, Tensor]
+    local: Mapping[str, Tensor]
 
     @staticmethod
     def of_block(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_hamflow.mcmc.storable import class_of, found, is_method, name_of
+from pyro_hamflow.mcmc.storable import Unstorable, class_of, found, is_method, name_of
 
 _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
@@ -30,22 +30,6 @@ _AS_INTEGERS = {torch.bfloat16: torch.int16}  # which NumPy has no type for
 
 Table = list[Any]
 Arrays = list[np.ndarray]
-
-
-class Unstorable(TypeError):
-    """A value that no file can hold.
-
-    Attributes:
-        path: Where it is in the whole, by the names of attributes.
-    """
-
-    def __init__(self, value: Any, path: str) -> None:
-        self.path = path
-        super().__init__(
-            f"`{path}` is {value!r}, which no file can hold without running code when it is read: "
-            "expected numbers, tensors, objects of pyro_hamflow, or of a class that "
-            "`pyro_hamflow.mcmc.storable.storable` was said of"
-        )
 
 
 def freeze(value: Any, parts: Mapping[str, Any], root: str = "state") -> tuple[Table, Arrays]:

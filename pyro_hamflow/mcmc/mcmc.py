@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -21,16 +22,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hamflow import arviz_bridge
-from pyro_hamflow.checks import flag, whole
+from pyro_hamflow.checks import flag, positive, whole
 from pyro_hamflow.mcmc.adaptation.base import Phase
 from pyro_hamflow.mcmc.chains import Chains
-from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.checkpoint import WARM, Checkpoints, Progress, collected
+from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.mcmc.resume import Found, latest
 from pyro_hamflow.mcmc.stopping import RunSoFar, StopWhen
+from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.transitions.base import Info
 from pyro_hamflow.model.rounding import describe_ends
-from pyro_hamflow.process import undisturbed
+from pyro_hamflow.process import HeldSignals, undisturbed
 from pyro_hamflow.progress import progress
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
@@ -81,6 +85,14 @@ class MCMC:
         seed: Makes a run repeat itself, and leaves random states (torch's, NumPy's, Python's) as
             they were; torch's current one is used, and goes on, if not given.
         save_warmup: Whether to keep the draws of the warm-up too.
+        checkpoint: Where draws are written as they come, and what is needed to go on from there
+            (:meth:`resume`): a directory that is not there yet. Memory then does not grow with the
+            number of draws; recovered sites are read when they are asked for. A run that is ended
+            by Ctrl-C or SIGTERM first writes one, after the iteration under way.
+        checkpoint_every: Seconds between two of them; there is another at the end of warm-up.
+        thin: Of how many draws one, the last, is kept, with its statistics.
+        keep: Which recovered local sites are kept; if not given, all if they take a gigabyte (2^30
+            bytes) at most, and none if they take more, which is told. Parameters always are.
         stop_when: Called after each draw of all chains with what is known of the run
             (:class:`~pyro_hamflow.mcmc.stopping.RunSoFar`); where it says yes, the run is over,
             with fewer than ``num_samples`` draws. :func:`~pyro_hamflow.ess_above`,
@@ -118,6 +130,10 @@ class MCMC:
         seed: int | None = None,
         save_warmup: bool = False,
         stop_when: StopWhen | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 60.0,
+        thin: int = 1,
+        keep: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(kernel, Kernel):
             raise TypeError(
@@ -154,6 +170,10 @@ class MCMC:
                 "`initial_params` is None: expected values to start from, as the names and shapes "
                 "of the parameters of `potential_fn` are theirs"
             )
+        positive("checkpoint_every", checkpoint_every)
+        whole("thin", thin, 1, num_samples)
+        if isinstance(keep, str):
+            raise TypeError(f"`keep` is {keep!r}: expected a list of names of sites")
         meaningless("mp_context", given=mp_context is not None)
         if transforms is not None:
             kernel.transform_by(transforms)
@@ -169,6 +189,12 @@ class MCMC:
         self.seed = seed
         self.save_warmup = save_warmup
         self.stop_when = stop_when
+        self.checkpoint = None if checkpoint is None else os.fspath(checkpoint)
+        self.checkpoint_every = checkpoint_every
+        self.thin = thin
+        self.keep = None if keep is None else list(keep)
+        self._checkpoints: Checkpoints | None = None
+        self._finished: list[Chains] = []
         self.hook_fn = hook_fn
         self.disable_progbar = disable_progbar
         self.disable_validation = disable_validation
@@ -202,37 +228,56 @@ class MCMC:
         self._args, self._kwargs = args, kwargs
         self._validate()
         left = self._taken_up()
-        self._draws = self._warmup_draws = self._samples = None
-        self.interrupted = False
         if left is None:
             self.warmup_steps = 0
             self.sampling_time = self.warmup_time = 0.0
-        self._so_far = RunSoFar(time.monotonic())
+            self._checkpoints = None
+            if self.checkpoint is not None:
+                store = Store(self.checkpoint, new=True)
+                self._checkpoints = Checkpoints(store, self.checkpoint_every, self.num_chains)
+        elif self._checkpoints is not None:
+            self._checkpoints.store.hold()
         self._heard: list[str] = []
+        self._go_on([], left)
+
+    def _go_on(self, finished: list[Chains], left: Chains | None) -> None:
+        """Moves chains to the end of the run, and collects their draws.
+
+        Arguments:
+            finished: The chains that have come there.
+            left: Those that are on their way, if any are.
+        """
+        self._draws = self._warmup_draws = self._samples = None
+        self.interrupted = False
+        self._so_far = RunSoFar(time.monotonic())
         vectorized = self.chain_method == "vectorized"
-        finished: list[Chains] = []
+        self._finished = finished
         stopped: BaseException | None = None
-        for chain in range(1 if vectorized else self.num_chains):
+        for chain in range(len(finished), 1 if vectorized else self.num_chains):
             chains, left = left or self._new_chains(None if vectorized else chain), None
             try:
                 self._advance(chains, None if vectorized else chain)
             except BaseException as error:  # noqa: BLE001  # raised again, once draws are safe
                 stopped = error
             self._heard += [m for m in self.kernel.messages if m not in self._heard]
-            if len(chains.kept):
+            if chains.kept.count:
                 finished.append(chains)
             if stopped is not None:
                 break
         self.interrupted = stopped is not None
         if not finished:
             self._leave(chains, stopped)
-        made = len(finished[-1].kept)
+        made = finished[-1].kept.made
         if made * len(finished) < self.num_samples * (len(finished) - 1):
             finished.pop()  # a chain just begun: all would be cut to its length
-        self._draws = Draws.join([chains.kept.stacked() for chains in finished])
-        if self.save_warmup and all(len(chains.warm) for chains in finished):
-            self._warmup_draws = Draws.join([chains.warm.stacked() for chains in finished])
+        self._draws = self._collected([chains.kept for chains in finished])
+        if self.save_warmup and all(chains.warm.count for chains in finished):
+            self._warmup_draws = self._collected([chains.warm for chains in finished], WARM)
+        if self._checkpoints is not None:
+            self._checkpoints.close([chains.kept for chains in finished])
+            self._checkpoints = None
         self._tell()
+        self._finished = []
         if stopped is not None:
             told = f"interrupted: {made} of {self.num_samples} draws were made and are kept"
             if not isinstance(stopped, KeyboardInterrupt):
@@ -240,18 +285,94 @@ class MCMC:
                 raise stopped
             warnings.warn(told, RuntimeWarning, stacklevel=3)
 
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *args: Any,
+        num_samples: int | None = None,
+        at: int | None = None,
+        hook_fn: Callable[..., None] | None = None,
+        stop_when: StopWhen | None = None,
+        disable_progbar: bool = False,
+        **kwargs: Any,
+    ) -> MCMC:
+        """Goes on with a run from its latest checkpoint, to the draws that it would have made.
+
+        They are the same, bit for bit, where torch, the machine and its precision are; but for
+        kernels whose choices depend on measured times, and programs that are compiled while they
+        run (``jit_compile``). The caller's random state is left as it is.
+
+        Arguments:
+            path: Where checkpoints were written.
+            model: The model; or the kernel, made as it was before, where this was given something
+                that no file can hold, as a function or a flow.
+            args: The model's arguments.
+            num_samples: How many draws of each chain there are to be in the end; as many as before
+                if not given.
+            at: The number of a checkpoint that is not the latest.
+            hook_fn: As in a new run; checkpoints hold no functions.
+            stop_when: Likewise.
+            disable_progbar: Whether to show no progress.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The run, at its end.
+
+        Raises:
+            OtherVersion: If what is there was written by another version of the format, or is none.
+            DamagedCheckpoint: If the latest one is not as it was written; says which one is.
+            OtherModel: If it is of another model or kernel.
+            OtherData: If it is of other data.
+        """
+        with undisturbed(seed=0), latest(path, at) as found:
+            settings = found.settings(num_samples)
+            settings |= {"hook_fn": hook_fn, "stop_when": stop_when}
+            kernel = found.kernel(model)
+            mcmc = cls(kernel, **settings, disable_progbar=disable_progbar, checkpoint=path)
+            mcmc._go_on_from(found, args, kwargs)
+        return mcmc
+
+    def _go_on_from(self, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Goes on from a state that was found."""
+        self._args, self._kwargs = args, kwargs
+        run = found.progress
+        chains = self._new_chains(run.chain)
+        chains.kept = found.record("kept", self.num_samples, self.thin)
+        chains.warm = found.record("warm", 0, self.thin)
+        found.take_up(self.kernel, args, kwargs, chains)
+        self._checkpoints = Checkpoints(found.store, self.checkpoint_every, self.num_chains)
+        self._heard = list(run.heard)
+        self.warmup_steps = run.warmup_steps
+        self.warmup_time, self.sampling_time = run.warmup_time, run.sampling_time
+        found.set_random_states()
+        self._go_on(found.finished(), chains)
+
     def _new_chains(self, chain: int | None) -> Chains:
         if chain is None:
             return Chains("", self.num_chains)
         return Chains("" if self.num_chains == 1 else f" [{chain}]", 1)
+
+    def _collected(self, records: Sequence[Record], prefix: str = "") -> Draws:
+        """The draws of all chains, those that were written included."""
+        written = self._checkpoints
+        if written is None:
+            return Draws.join([record.stacked() for record in records])
+        if self.chain_method == "vectorized":
+            return collected(written, records[0], None, prefix)
+        parts = [collected(written, record, i, prefix) for i, record in enumerate(records)]
+        return Draws.join(parts)
 
     def _leave(self, chains: Chains, stopped: BaseException | None) -> NoReturn:
         """Keeps what warm-up has found, so that the next run goes on from there."""
         assert stopped is not None
         if chains.iteration:
             self._left = _Left(chains, self.kernel.phase, get_rng_state())
-            if len(chains.warm):
-                self._warmup_draws = chains.warm.stacked()
+            if chains.warm.count:
+                self._warmup_draws = self._collected([chains.warm], WARM)
+        if self._checkpoints is not None:
+            self._checkpoints.store.close()
         if not isinstance(stopped, KeyboardInterrupt):
             raise stopped
         raise KeyboardInterrupt(
@@ -298,23 +419,72 @@ class MCMC:
 
     def _advance(self, chains: Chains, chain: int | None) -> None:
         """Moves chains to the end of their run: all at once, or one of them."""
-        kernel = self.kernel
+        writes = self._checkpoints is not None
         if chains.state is None:
-            self._begin(chains, chain)
+            try:
+                self._begin(chains, chain)
+                self._save(chains, chain, first=True)
+            except BaseException:
+                if self._checkpoints is not None:
+                    self._checkpoints.discard_empty()
+                raise
+        with HeldSignals() if writes else nullcontext() as held:
+            try:
+                self._move_all(chains, chain, held)
+            finally:
+                if chains.is_whole:
+                    self._save(chains, chain)
+
+    def _move_all(self, chains: Chains, chain: int | None, held: HeldSignals | None) -> None:
+        kernel = self.kernel
         hidden = self.disable_progbar
         planned = chains.iteration + kernel.warmup_left + self.num_samples
         with progress(planned, self._stage(chains), hidden=hidden) as bar:
             bar.update(chains.iteration)
             while not self._has_enough(chains):
                 bar.set_description(self._stage(chains), refresh=False)
-                before = chains.iteration + len(chains.kept)
+                before = chains.iteration + chains.kept.made
                 info = self._move(chains)
-                made = chains.iteration + len(chains.kept)
+                made = chains.iteration + chains.kept.made
                 bar.total = chains.iteration + kernel.warmup_left + self.num_samples
                 shown = max(1, bar.total // 200)
                 if not hidden and made // shown > before // shown:
                     bar.set_postfix(refresh=False, **kernel.progress(info, chains.kept))
                 bar.update(made - before)
+                if self._checkpoints is not None and self._checkpoints.is_due(kernel):
+                    self._save(chains, chain)
+                if held is not None and held.came:
+                    raise KeyboardInterrupt
+
+    def _save(self, chains: Chains, chain: int | None, *, first: bool = False) -> None:
+        """Writes a checkpoint, if any are written."""
+        if self._checkpoints is None or chains.state is None:
+            return
+        ended = [[done.kept.stored, done.warm.stored] for done in self._finished]
+        times = self.warmup_steps, self.warmup_time, self.sampling_time
+        progress = Progress(self._settings, chain, ended, self._heard, *times)
+        data = self._args, self._kwargs
+        self._checkpoints.save(self.kernel, chains, progress, *data, first=first)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a run that goes on from a checkpoint is set up with."""
+        initial = self.initial_params
+        return {
+            "num_samples": self.num_samples,
+            "warmup_steps": self._given_warmup_steps,
+            "initial_params": initial
+            and {name: torch.as_tensor(value) for name, value in initial.items()},
+            "num_chains": self.num_chains,
+            "disable_validation": self.disable_validation,
+            "save_params": self.save_params and list(self.save_params),
+            "chain_method": self.chain_method,
+            "seed": self.seed,
+            "save_warmup": self.save_warmup,
+            "checkpoint_every": self.checkpoint_every,
+            "thin": self.thin,
+            "keep": self.keep,
+        }
 
     def _begin(self, chains: Chains, chain: int | None) -> None:
         """Prepares the kernel, and finds where chains start."""
@@ -328,14 +498,16 @@ class MCMC:
         chains.state = kernel.begin(chains.num_chains, planned, self._args, self._kwargs, initial)
         chains.phase = kernel.phase
         self._refuse_unknown_sites()
+        chains.kept = Record(thin=self.thin, room=self.num_samples // self.thin, keep=self._keep)
+        chains.warm = Record(thin=self.thin, keep=self._keep)
         self.warmup_time += time.perf_counter() - began
 
     def _has_enough(self, chains: Chains) -> bool:
         """Whether all draws are made, or the user's function says that they are enough."""
-        made, kept = len(chains.kept), chains.kept
+        made, kept = chains.kept.made, chains.kept
         if made == self.num_samples or not made or self.stop_when is None:
             return made == self.num_samples
-        self._so_far.update(made, lambda: torch.stack(kept.position, 1))
+        self._so_far.update(made, lambda: self._collected([kept]).position)
         return bool(self.stop_when(self._so_far))
 
     def _stage(self, chains: Chains) -> str:
@@ -349,22 +521,25 @@ class MCMC:
         kernel, began = self.kernel, time.perf_counter()
         assert chains.state is not None
         warming, stage = kernel.warming, self._stage(chains)
+        chains.is_whole = False
         if not warming and self.hook_fn is None and self.stop_when is None:
-            left = self.num_samples - len(chains.kept)
+            left = self.num_samples - chains.kept.made
             many = kernel.advance_many(chains.state, left)
             if many is not None:
                 chains.state, info, draws = many
-                chains.kept.blocks.append(draws)
+                chains.kept.extend(draws)
+                chains.is_whole = True
                 self.sampling_time += time.perf_counter() - began
                 return info
         state, info = kernel.advance(chains.state)
         record, number = (
-            (chains.warm, chains.iteration) if warming else (chains.kept, len(chains.kept))
+            (chains.warm, chains.iteration) if warming else (chains.kept, chains.kept.made)
         )
         if self.save_warmup or not warming:
             record.append(kernel.shown(state), info, kernel.step_size)
         chains.state, chains.phase = state, kernel.phase
         chains.iteration += warming
+        chains.is_whole = True
         self.warmup_steps = max(chains.iteration, self.warmup_steps)
         if self.hook_fn is not None:
             position = kernel.shown(state).position
@@ -382,6 +557,15 @@ class MCMC:
         unknown = sorted(set(self.save_params or ()) - set(names))
         if unknown:
             raise ValueError(f"`save_params` names {unknown}: expected names of the sites {names}")
+        estimates = self.kernel.potential.recovery.estimates
+        names += [name for estimate in estimates for name in estimate.group.sites]
+        unknown = sorted(set(self.keep or ()) - set(names))
+        if unknown:
+            raise ValueError(f"`keep` names {unknown}: expected names of the sites {names}")
+
+    @property
+    def _keep(self) -> frozenset[str] | None:
+        return None if self.keep is None else frozenset(self.keep)
 
     def _initial(self, chain: int | None) -> Mapping[str, Tensor] | None:
         if self.initial_params is None:
@@ -404,6 +588,12 @@ class MCMC:
         """Says in a sentence each what the run's statistics mean for its result."""
         potential = self.kernel.potential
         found = report(self.draws, potential.sites)
+        too_large = self._finished[0].kept.left_out
+        if too_large:
+            self._heard.append(
+                f"recovered sites were not kept, for their draws take {too_large / 2**30:.3g} "
+                "gigabytes: name those that are wanted in `keep`."
+            )
         rest = (
             potential.describe_failures(found.values["divergences"]),
             describe_ends(potential.sites, self.draws.position),
@@ -454,7 +644,7 @@ class MCMC:
         """What is pickled: with draws in their supports, for the maps to these are not pickled."""
         if self._draws is not None:
             self._constrained()
-        return self.__dict__ | {"_left": None, "_so_far": RunSoFar(0.0)}
+        return self.__dict__ | {"_left": None, "_so_far": RunSoFar(0.0), "_checkpoints": None}
 
     def diagnostics(self) -> dict[str, Any]:
         """Effective sample sizes and R-hat of each site, by ArviZ, and divergences.

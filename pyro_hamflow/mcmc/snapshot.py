@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from pyro_hamflow.marginal.marginalize import MarginalModel
-from pyro_hamflow.mcmc.frozen import Arrays, Table, Unstorable, freeze, thaw
+from pyro_hamflow.mcmc.frozen import Arrays, Table, freeze, thaw
 from pyro_hamflow.mcmc.kernels.base import Kernel
+from pyro_hamflow.mcmc.storable import Unstorable, found
 from pyro_hamflow.mcmc.transitions.base import State
 
 # What a kernel finds in a run, beside what it was made of.
@@ -43,6 +44,16 @@ def kernel_words(kernel: Kernel) -> Frozen:
     return freeze([f"{cls.__module__}:{cls.__qualname__}", given], _parts_given(kernel), "kernel")
 
 
+def kernel_of(words: Frozen, model: Any) -> Kernel:
+    """A kernel of a model, made of what :func:`kernel_words` has said.
+
+    Raises:
+        ValueError: If its class is not one of the package's.
+    """
+    name, given = thaw(*words, _parts_of(model, model))
+    return found(name, Kernel)(**given)
+
+
 def _refuse_later_changes(kernel: Kernel) -> None:
     """Refuses what users may set after a kernel has been made, and no argument tells."""
     moves = kernel._hamiltonian
@@ -65,12 +76,12 @@ def found_words(kernel: Kernel, state: State) -> Frozen:
     return freeze(whole, _parts_captured(kernel))
 
 
-def take_up(kernel: Kernel, found: Frozen) -> State:
+def take_up(kernel: Kernel, words: Frozen) -> State:
     """Puts a kernel where another was when its words were taken; returns where chains are.
 
     Its model has been captured (:func:`capture`).
     """
-    whole = thaw(*found, _parts_captured(kernel))
+    whole = thaw(*words, _parts_captured(kernel))
     for name, weights in whole["guides"].items():
         _guides(kernel)[name].load_state_dict(weights)
     if kernel._hamiltonian is not None and kernel._hamiltonian.estimator is not None:
@@ -87,12 +98,12 @@ def source_words(kernel: Kernel) -> Frozen:
 
 
 def capture(
-    kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Frozen
+    kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], words: Frozen
 ) -> None:
     """Captures a kernel's model as it was in the run that the words are of."""
     source, model = kernel.source, kernel.source.model
     with torch.random.fork_rng():
-        source._example, fitted = thaw(*found, _parts_given(kernel))
+        source._example, fitted = thaw(*words, _parts_given(kernel))
         if isinstance(model, MarginalModel):
             model.take_fitted(fitted, model.plan(*args, **kwargs).structure)
         kernel.prepare(args, dict(kwargs))
@@ -106,12 +117,12 @@ def _without(names: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any
 
 def _guides(kernel: Kernel) -> dict[str, Any]:
     """Guides that were given to a kernel, and have weights that can be stored."""
-    found = {}
+    guides = {}
     for path in _GUIDES:
         guide = _at(kernel, path)
         if guide is not None and hasattr(guide, "load_state_dict"):
-            found[path] = guide
-    return found
+            guides[path] = guide
+    return guides
 
 
 def _at(owner: Any, path: str) -> Any:
@@ -122,14 +133,17 @@ def _at(owner: Any, path: str) -> Any:
 
 def _parts_given(kernel: Kernel) -> dict[str, Any]:
     """What a user gives again where a run is taken up."""
-    source = kernel.source
-    parts: dict[str, Any] = {"model": source.model, "potential_fn": source.potential_fn}
-    if isinstance(source.model, MarginalModel):
-        given = source.model._given
+    return _parts_of(kernel.source.model, kernel.source.potential_fn)
+
+
+def _parts_of(model: Any, potential_fn: Any) -> dict[str, Any]:
+    parts = {"model": model, "potential_fn": potential_fn}
+    if isinstance(model, MarginalModel):
+        given = model._given
         parts["proposal"] = given
         attributes = {} if given is None else vars(given)
         parts |= {f"proposal.{n}": part for n, part in attributes.items() if callable(part)}
-        parts["original"] = source.model.model
+        parts["original"] = model.model
     return parts
 
 

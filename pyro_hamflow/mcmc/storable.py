@@ -30,6 +30,22 @@ def storable(cls: _Class) -> _Class:
     return cls
 
 
+class Unstorable(TypeError):
+    """A value that no file can hold.
+
+    Attributes:
+        path: Where it is in the whole, by the names of attributes.
+    """
+
+    def __init__(self, value: Any, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"`{path}` is {value!r}, which no file can hold without running code when it is read: "
+            "expected numbers, tensors, objects of pyro_hamflow, or of a class that "
+            "`pyro_hamflow.mcmc.storable.storable` was said of"
+        )
+
+
 def name_of(cls: type) -> str:
     """The name of a class in files."""
     return f"{cls.__module__}:{cls.__qualname__}"

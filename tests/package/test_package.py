@@ -34,7 +34,8 @@ ROOMS += ["programs", "dynamics", "networks", "model", "marginal"]
 ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
 ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.stopping"]
 ROOMS += ["mcmc.kernels"]
-ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.snapshot", "mcmc.store", "mcmc.checkpoint"]
+ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.identity", "mcmc.snapshot", "mcmc.packing"]
+ROOMS += ["mcmc.files", "mcmc.store", "mcmc.checkpoint", "mcmc.resume"]
 ROOMS += ["mcmc.mcmc", "results"]
 
 MOST_LINES = 300

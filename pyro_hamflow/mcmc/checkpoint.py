@@ -1,0 +1,248 @@
+"""Checkpoints: what is written of a run now and then.
+
+A state holds all that the next iteration depends on (:mod:`~pyro_hamflow.mcmc.snapshot`, and random
+states), so that a run that is taken up (:mod:`~pyro_hamflow.mcmc.resume`) makes the draws that it
+would have made.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_hamflow.mcmc.chains import Chains
+from pyro_hamflow.mcmc.draws import Draws, Record
+from pyro_hamflow.mcmc.frozen import freeze
+from pyro_hamflow.mcmc.identity import digest_of, random_states, structure_of
+from pyro_hamflow.mcmc.kernels.base import Kernel
+from pyro_hamflow.mcmc.snapshot import Frozen, found_words, kernel_words, source_words
+from pyro_hamflow.mcmc.storable import Unstorable
+from pyro_hamflow.mcmc.store import Store, told
+
+WARM = "warmup_"  # before the names of groups that hold draws of the warm-up
+GROUPS = ("unconstrained_posterior", "sample_stats", "posterior")
+
+
+@dataclass
+class Progress:
+    """How far a run has come, beside its chains.
+
+    Attributes:
+        settings: What the run was set up with, as plain values and tensors.
+        chain: Which chain moves, where one moves after the other.
+        ended: How many draws of each chain that has ended are kept, and of its warm-up.
+        heard: What the kernel has said so far.
+        warmup_steps: How many iterations of warm-up were made.
+        warmup_time: Seconds of warm-up.
+        sampling_time: Seconds of drawing.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    chain: int | None = None
+    ended: list[list[int]] = field(default_factory=list)
+    heard: list[str] = field(default_factory=list)
+    warmup_steps: int = 0
+    warmup_time: float = 0.0
+    sampling_time: float = 0.0
+
+
+class Checkpoints:
+    """Writes a run's draws and states.
+
+    Arguments:
+        store: Where to.
+        every: How many seconds lie between two.
+        num_chains: How many chains the run has in all.
+    """
+
+    def __init__(self, store: Store, every: float, num_chains: int) -> None:
+        self.store = store
+        self.every = every
+        self.num_chains = num_chains
+        self._last = time.monotonic()
+        self._was_warming: bool | None = None
+        self._place: tuple[int | None, int, int] | None = None
+        self._has_failed = False
+
+    def is_due(self, kernel: Kernel) -> bool:
+        """Whether it is time, or warm-up has just ended."""
+        over = self._was_warming is True and not kernel.warming
+        self._was_warming = kernel.warming
+        return over or time.monotonic() - self._last >= self.every
+
+    def save(
+        self,
+        kernel: Kernel,
+        chains: Chains,
+        run: Progress,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        first: bool = False,
+    ) -> None:
+        """Writes all draws since the last time, and the state; says it if that failed.
+
+        Arguments:
+            kernel: Where it stands.
+            chains: Likewise.
+            run: Likewise.
+            args: The model's arguments.
+            kwargs: Its keyword arguments.
+            first: Whether the run has just begun: then it ends where nothing can be written.
+        """
+        place = (run.chain, chains.iteration, chains.kept.made)
+        if place == self._place:
+            return
+        try:
+            with told(self.store.path):
+                self._write(kernel, chains, run, args, kwargs)
+            self._has_failed, self._place = False, place
+        except (OSError, Unstorable) as error:
+            if first:
+                raise
+            if not self._has_failed:
+                warnings.warn(
+                    f"{error}: the run goes on, and it is tried again after {self.every:g} seconds",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._has_failed = True
+        self._last = time.monotonic()
+
+    def _write(
+        self,
+        kernel: Kernel,
+        chains: Chains,
+        run: Progress,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        if chains.state is None:
+            raise RuntimeError("the chains have not begun")
+        rows = self.rows(run.chain)
+        for prefix, record in ((WARM, chains.warm), ("", chains.kept)):
+            self._write_draws(prefix, kernel, record, rows)
+        tables: dict[str, Frozen] = {
+            "source": source_words(kernel),
+            "found": found_words(kernel, chains.state),
+            "random": freeze(random_states(), {}),
+            "settings": freeze(run.settings, {}),
+        }
+        unstorable = None
+        try:
+            tables["kernel"] = kernel_words(kernel)
+        except Unstorable as error:
+            unstorable = str(error)
+        lasting = not kernel.warming and chains.kept.made == 0
+        words: dict[str, Any] = {
+            "lasting": lasting,
+            "unstorable": unstorable,
+            "kernel class": type(kernel).__name__,
+            "structure": structure_of(kernel.potential),
+            "data": digest_of(kernel.potential, args, kwargs),
+            "run": {name: part for name, part in vars(run).items() if name != "settings"},
+            "process": [str(torch.get_default_dtype()), torch.get_num_threads()],
+            "iteration": chains.iteration,
+            "kept": [chains.kept.made, chains.kept.stored, chains.kept.divergences],
+            "warm": [chains.warm.made, chains.warm.stored, chains.warm.divergences],
+            "local": None if chains.kept.keep is None else sorted(chains.kept.keep),
+        }
+        arrays: list[np.ndarray] = []
+        for name, (table, parts) in tables.items():
+            words[name] = [table, len(arrays), len(arrays) + len(parts)]
+            arrays += parts
+        self.store.save(words, arrays, lasting=lasting)
+
+    def close(self, records: Sequence[Record]) -> None:
+        """Gives up room that was not needed, and lets other processes have the store."""
+        draws = max(record.stored for record in records)
+        for group in GROUPS if draws else ():
+            try:
+                self.store.resize(group, draws)
+            except OSError:  # nothing is lost: draws are counted by the state
+                break
+        self.store.close()
+
+    def discard_empty(self) -> None:
+        """Removes the store of a run that could not begin."""
+        if not self.store.has_states:
+            self.store.close()
+            shutil.rmtree(self.store.path, ignore_errors=True)
+
+    def rows(self, chain: int | None) -> slice:
+        """The rows of the store that chains have: all, or one (with their number as its step)."""
+        if chain is None:
+            return slice(0, self.num_chains)
+        return slice(chain, chain + 1, self.num_chains)
+
+    def _write_draws(self, prefix: str, kernel: Kernel, record: Record, rows: slice) -> None:
+        if not len(record):
+            return
+        draws = record.stacked()
+        sites = kernel.potential.constrain(draws.position.to(kernel.potential.example.device))
+        parts = ({"position": draws.position}, draws.stats, sites | dict(draws.local))
+        for group, values in zip(GROUPS, parts, strict=True):
+            arrays = {name: _array(value) for name, value in values.items()}
+            if arrays:
+                self.store.append(prefix + group, arrays, rows, record.stored, record.room)
+        record.forget()
+
+
+def _array(value: Tensor) -> np.ndarray:
+    plain = value.detach().cpu()
+    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+class StoredLocal(Mapping[str, Tensor]):
+    """Recovered values of local sites, read from a store when they are asked for."""
+
+    def __init__(self, path: str, group: str, names: Sequence[str], draws: int) -> None:
+        self._path, self._group, self._names, self._draws = path, group, list(names), draws
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        store = Store(self._path, writes=False)
+        return torch.from_numpy(store.read(self._group, name, self._draws))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def stored_draws(store: Store, prefix: str, rows: slice, draws: int, local: Sequence[str]) -> Draws:
+    """So many of the first draws of chains, with recovered sites read when they are asked for."""
+
+    def read(group: str, name: str) -> Tensor:
+        found = store.read(prefix + group, name, draws)[slice(rows.start, rows.stop)]
+        return torch.from_numpy(found)
+
+    stats = store.group(prefix + "sample_stats")
+    place = str(store.path), prefix + "posterior", local, draws
+    whole = rows.step is None
+    recovered: Mapping[str, Tensor] = (
+        StoredLocal(*place) if whole else {name: read("posterior", name) for name in local}
+    )
+    position = read("unconstrained_posterior", "position")
+    return Draws(position, {name: read("sample_stats", name) for name in stats}, recovered)
+
+
+def collected(
+    checkpoints: Checkpoints, record: Record, chain: int | None, prefix: str = ""
+) -> Draws:
+    """All draws of chains: those that were written, and those that are still in memory."""
+    rows, local = checkpoints.rows(chain), sorted(record.keep or ())
+    if not record.stored:
+        return record.stacked()
+    written = stored_draws(checkpoints.store, prefix, rows, record.stored, local)
+    return Draws.in_sequence([written, record.stacked()]) if len(record) else written

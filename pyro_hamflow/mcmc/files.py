@@ -1,0 +1,53 @@
+"""Files that several processes may want, and that outlive the machine's faults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyro_hamflow.mcmc.packing import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # there is none on Windows, where stores are not locked
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Says of errors of the file system where they happened."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"the checkpoint cannot be written: {reason}", str(path)
+        ) from error
+
+
+def locked(path: Path) -> int | None:
+    """A lock on a directory, that ends with the process; none where there are none."""
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise CheckpointError(f"another run is writing to {path}: let it end first") from error
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
+def flush(path: Path) -> None:
+    """Has the file system write a file or a directory to the disk."""
+    if not path.exists():
+        return  # an array without elements
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

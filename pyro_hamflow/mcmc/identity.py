@@ -1,0 +1,84 @@
+"""What a run depends on beside its state, to be compared or set: model, data, random states."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_hamflow.model.potential import Potential
+
+
+def structure_of(potential: Potential) -> dict[str, Any]:
+    """The sites of a model, in plain words."""
+    return {
+        kind: [[site.name, list(site.shape), str(site.dtype)] for site in getattr(potential, kind)]
+        for kind in ("sites", "noise_sites")
+    }
+
+
+def digest_of(potential: Potential, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A digest of a model's arguments, of what it observes, and of Pyro's parameters in it."""
+    digest = hashlib.sha256()
+    nodes = potential.plain_trace.nodes.values()
+    of_model = [
+        (node["name"], node["value"])
+        for node in nodes
+        if node["type"] == "param" or (node["type"] == "sample" and node["is_observed"])
+        if "estimate" not in node["infer"]
+    ]
+    for word in _words([list(args), dict(kwargs), of_model]):
+        digest.update(len(word).to_bytes(8, "little") + word)
+    return digest.hexdigest()
+
+
+def _words(value: Any) -> Iterator[bytes]:
+    """Plain values as bytes; of others, their kind."""
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        plain = value.detach().cpu().contiguous()
+        yield plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
+    elif value is None or isinstance(value, bool | int | float | str | bytes | np.generic):
+        yield f"{type(value).__name__} {value!r}".encode()
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield repr(key).encode()
+            yield from _words(part)
+    elif isinstance(value, list | tuple):
+        yield f"{len(value)}".encode()
+        for part in value:
+            yield from _words(part)
+    else:
+        yield type(value).__qualname__.encode()
+
+
+# --- random states ------------------------------------------------------------------------------
+
+
+def random_states() -> dict[str, Any]:
+    """Those of torch, on all devices, of NumPy and of Python, as plain values and tensors."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "gpus": list(on_gpus),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Sets what :func:`random_states` has found."""
+    torch.set_rng_state(states["torch"])
+    if states["gpus"]:
+        torch.cuda.set_rng_state_all(states["gpus"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(states["python"])

@@ -1,0 +1,277 @@
+"""How a run goes on from a checkpoint: what was found there, and whether it is of this model.
+
+Model and data are given again by the user, and compared with what is said of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyro_hamflow.mcmc.chains import Chains
+from pyro_hamflow.mcmc.checkpoint import GROUPS, WARM, Progress
+from pyro_hamflow.mcmc.draws import Record
+from pyro_hamflow.mcmc.frozen import thaw
+from pyro_hamflow.mcmc.identity import digest_of, set_random_states, structure_of
+from pyro_hamflow.mcmc.kernels.base import Kernel
+from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint
+from pyro_hamflow.mcmc.snapshot import Frozen, capture, kernel_of, kernel_words, take_up
+from pyro_hamflow.mcmc.store import Saved, Store
+from pyro_hamflow.mcmc.transitions.base import State
+
+_CLOSE = 1e4  # roundings, by which a density of the same model may differ on another machine
+
+
+class OtherModel(CheckpointError):
+    """A model, or a kernel, that is not the one that a checkpoint is of."""
+
+
+class OtherData(CheckpointError):
+    """Data that are not those that a checkpoint is of."""
+
+
+@dataclass
+class Found:
+    """A state of a run, and the store that it is in.
+
+    Attributes:
+        store: The store.
+        saved: The state.
+        progress: How far the run had come.
+        lasting: The numbers of all states, and which of them are kept.
+    """
+
+    store: Store
+    saved: Saved
+    progress: Progress
+    lasting: dict[int, bool]
+
+    def table(self, name: str) -> Frozen:
+        """A table of the state, with its arrays."""
+        table, start, stop = self.saved.words[name]
+        return table, self.saved.arrays[start:stop]
+
+    def record(self, name: str, num_samples: int, thin: int) -> Record:
+        """A record of draws that are all in the store."""
+        made, stored, divergences = self.saved.words[name]
+        return Record(
+            thin=thin,
+            room=num_samples // thin,
+            keep=self._keep,
+            made=made,
+            stored=stored,
+            divergences=divergences,
+        )
+
+    @property
+    def _keep(self) -> frozenset[str] | None:
+        local = self.saved.words["local"]
+        return None if local is None else frozenset(local)
+
+    def finished(self) -> list[Chains]:
+        """The chains that had come to the end of their run, where one moves after the other."""
+        return [
+            Chains(
+                f" [{chain}]",
+                1,
+                warm=Record(keep=self._keep, made=warm, stored=warm),
+                kept=Record(keep=self._keep, made=kept, stored=kept),
+            )
+            for chain, (kept, warm) in enumerate(self.progress.ended)
+        ]
+
+    def settings(self, wanted: int | None) -> dict[str, Any]:
+        """What the run was set up with; torch's precision and number of threads are set to it.
+
+        Arguments:
+            wanted: How many draws of each chain there are to be, if not as many as before.
+
+        Raises:
+            ValueError: If there are more already, or chains that have ended would have to go on.
+        """
+        dtype, threads = self.saved.words["process"]
+        torch.set_default_dtype(getattr(torch, dtype.removeprefix("torch.")))
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        settings, made = dict(self.progress.settings), self.saved.words["kept"][0]
+        before = settings["num_samples"]
+        if wanted is None:
+            return settings
+        if wanted < made:
+            raise ValueError(
+                f"`num_samples` is {wanted}: expected {made} or more, as many as were made"
+            )
+        if wanted > before and settings["chain_method"] == "sequential":
+            raise CheckpointError(
+                f"`num_samples` is {wanted}: chains that moved one after the other end at {before}"
+            )
+        return settings | {"num_samples": wanted}
+
+    def set_random_states(self) -> None:
+        """Sets random states to what they were."""
+        set_random_states(thaw(*self.table("random"), {}))
+
+    def kernel(self, given: Any) -> Kernel:
+        """The kernel of the run: the one that was given, or made again for a model.
+
+        Raises:
+            OtherModel: If it is another, or cannot be made again.
+        """
+        words = self.saved.words
+        if isinstance(given, Kernel):
+            if type(given).__name__ != words["kernel class"]:
+                raise OtherModel(
+                    f"{self.store.path} is of a kernel {words['kernel class']}: got one of kind "
+                    f"{type(given).__name__}"
+                )
+            if words["unstorable"] is None and _differ(kernel_words(given), self.table("kernel")):
+                raise OtherModel(
+                    f"{self.store.path} is of a {words['kernel class']} with other settings than "
+                    "the one that was given"
+                )
+            return given
+        if words["unstorable"] is not None:
+            raise OtherModel(
+                f"{self.store.path} needs the kernel, made as it was before, in place of the "
+                f"model: {words['unstorable']}"
+            )
+        return kernel_of(self.table("kernel"), given)
+
+    def take_up(
+        self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], chains: Chains
+    ) -> None:
+        """Puts a kernel and chains where they were.
+
+        Raises:
+            OtherModel: If the model has other sites, or another density.
+            OtherData: If the data are others.
+        """
+        words, path = self.saved.words, self.store.path
+        try:
+            capture(kernel, args, kwargs, self.table("source"))
+        except Exception as error:
+            error.add_note(f"while the model of {path} was captured again")
+            raise
+        structure = structure_of(kernel.potential)
+        if structure != words["structure"]:
+            raise OtherModel(f"{path} is of another model: {_difference(words, structure)}")
+        if digest_of(kernel.potential, args, kwargs) != words["data"]:
+            raise OtherData(
+                f"{path} is of other data: expected the arguments, what is observed and Pyro's "
+                "parameters to be the same, bit for bit"
+            )
+        chains.state = take_up(kernel, self.table("found"))
+        self._refuse_another_density(kernel, chains.state)
+        self.store.go_on_from(self.saved, self.lasting)
+        for prefix, name in (("", "kept"), (WARM, "warm")):
+            for group in GROUPS:
+                self.store.forget_draws(prefix + group, self.progress.chain or 0, words[name][1])
+        chains.phase, chains.iteration = kernel.phase, words["iteration"]
+
+    def _refuse_another_density(self, kernel: Kernel, state: State) -> None:
+        with torch.random.fork_rng():
+            shown = kernel.shown(state)
+            was, now = shown.evaluation.value, kernel.potential.value(shown.position, shown.noise)
+        close = _CLOSE * torch.finfo(now.dtype).eps
+        if not torch.allclose(now, was.to(now), rtol=close, atol=close, equal_nan=True):
+            raise OtherModel(
+                f"{self.store.path} is of another model: minus the log density at the chains' "
+                f"positions was {was.tolist()}, and is {now.tolist()}"
+            )
+
+
+def _differ(one: Frozen, other: Frozen) -> bool:
+    same = one[0] == other[0] and len(one[1]) == len(other[1])
+    pairs = zip(one[1], other[1], strict=False)
+    return not same or any(a.tobytes() != b.tobytes() for a, b in pairs)
+
+
+def _difference(words: Mapping[str, Any], structure: Mapping[str, Any]) -> str:
+    """In which sites two models differ."""
+    for kind, found in structure.items():
+        was = {name: rest for name, *rest in words["structure"][kind]}
+        now = {name: rest for name, *rest in found}
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name):
+                before, after = was.get(name, "absent"), now.get(name, "absent")
+                return f"site '{name}' was {before}, and is {after}"
+    return "its sites come in another order"
+
+
+@contextmanager
+def latest(path: str | os.PathLike[str], at: int | None) -> Iterator[Found]:
+    """The latest state of a run, or the one of a number, if it and its draws are whole.
+
+    No other process may write to it meanwhile.
+
+    Raises:
+        DamagedCheckpoint: If it is not; says which one is.
+    """
+    store = Store(path)
+    try:
+        yield _latest(store, at)
+    finally:
+        store.close()
+
+
+def _latest(store: Store, at: int | None) -> Found:
+    lasting: dict[int, bool] = {}
+    whole: list[Found] = []
+    fault: str | None = None
+    for number, saved in store.states():
+        if isinstance(saved, DamagedCheckpoint):
+            fault = fault or (f"state {number} is damaged" if not whole else None)
+            lasting[number] = False
+            continue
+        lasting[number] = bool(saved.words.get("lasting"))
+        run = saved.words["run"]
+        settings, start, stop = saved.words["settings"]
+        settings = thaw(settings, saved.arrays[start:stop], {})
+        found = Found(store, saved, Progress(settings, **run), lasting)
+        damaged = _damaged(found)
+        if damaged is None:
+            whole.append(found)
+        elif not whole:
+            fault = fault or damaged
+    wanted = [found for found in whole if at in (None, found.saved.number)]
+    if not wanted and at is not None:
+        numbers = [found.saved.number for found in whole]
+        raise CheckpointError(f"{store.path} has no whole state {at}: expected one of {numbers}")
+    if fault is not None and at is None:
+        raise DamagedCheckpoint(f"{store.path}: {fault}; {_offer(whole)}")
+    if not wanted:
+        raise CheckpointError(
+            f"{store.path} has no state yet: the run ended before its first checkpoint; start anew"
+        )
+    return wanted[0]
+
+
+def _damaged(found: Found) -> str | None:
+    """What of a state's draws is not as it was written, if something is."""
+    words, run = found.saved.words, found.progress
+    counts = {"": words["kept"][1], WARM: words["warm"][1]}
+    for prefix, stored in counts.items():
+        ended = [counts[bool(prefix)] for counts in run.ended]
+        of_chains = [stored] if run.chain is None else [*ended[: run.chain], stored]
+        for group in GROUPS:
+            for row, count in enumerate(of_chains):
+                only = None if run.chain is None else row
+                whole = found.store.first_damaged(prefix + group, count, only)
+                if whole < count:
+                    return f"draws from {whole} on are damaged in the group {prefix + group}"
+    return None
+
+
+def _offer(whole: Sequence[Found]) -> str:
+    if not whole:
+        return "no earlier state is whole; draws before those can be read with xarray"
+    number, words = whole[0].saved.number, whole[0].saved.words
+    return (
+        f"`at={number}` goes on from the last whole one, after {words['iteration']} iterations of "
+        f"warm-up and {words['kept'][0]} draws"
+    )

@@ -1,0 +1,303 @@
+"""Runs in Zarr stores: draws along chunks, and states from which a run goes on.
+
+A store is laid out as ArviZ lays out its groups (``posterior``, ``sample_stats`` and
+``unconstrained_posterior``; the same of the warm-up if it is kept), so that xarray opens it, lazily
+too. Room is made for draws ahead; how many there are says the latest *state*, an array of bytes in
+the group ``checkpoints`` with a digest of its own, which is written after the draws that it counts.
+Each file is written beside its place and renamed into it, so that a write that was cut off is as
+none: what is there is the state before, whose draws no later one changes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pyro_hamflow.mcmc.files import flush, locked, told
+from pyro_hamflow.mcmc.packing import (
+    VERSION,
+    CheckpointError,
+    DamagedCheckpoint,
+    OtherVersion,
+    packed,
+    unpacked,
+)
+
+_FORMAT = "pyro_hamflow run"
+_WHOLE = {"write_empty_chunks": True}  # so that a chunk that is missing is noticed
+_CHUNK_BYTES = 2**20  # of an array's chunk: small enough to be written again with each checkpoint
+_LONGEST_CHUNK = 10_000  # draws
+_KEPT_STATES = 2  # the latest, beside the one at the end of warm-up
+
+
+class Saved(NamedTuple):
+    """A state of a run.
+
+    Attributes:
+        number: Its number; later ones are higher.
+        words: What is said of it in plain words and numbers, which JSON has.
+        arrays: What these refer to.
+    """
+
+    number: int
+    words: dict[str, Any]
+    arrays: list[np.ndarray]
+
+
+class Store:
+    """The store of one run; held by one process at a time.
+
+    Arguments:
+        path: Where it is.
+        new: Whether it is made.
+        writes: Whether anything is written.
+
+    Raises:
+        FileExistsError: If it is to be made, and something is there.
+        FileNotFoundError: If it is not, and nothing is.
+        OtherVersion: If what is there is no run, or of another version.
+        CheckpointError: If another process writes to it.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, new: bool = False, writes: bool = True
+    ) -> None:
+        import zarr  # slow to import
+
+        self.path = Path(path)
+        if new:
+            if os.path.lexists(self.path):
+                raise FileExistsError(
+                    f"{self.path} exists already: go on with `MCMC.resume`, or name another place"
+                )
+            with told(self.path):
+                self.path.mkdir(parents=True)
+        elif not self.path.exists():
+            raise FileNotFoundError(f"there is no {self.path}: expected the checkpoint of a run")
+        else:
+            _refuse_others(self.path)
+        self._lock = locked(self.path) if writes else None
+        if new:
+            attributes = {"format": _FORMAT, "version": VERSION}
+            with told(self.path):
+                zarr.create_group(self.path, attributes=attributes)
+        mode: Literal["r", "r+"] = "r+" if writes else "r"
+        self._root: Any = zarr.open_group(self.path, mode=mode, use_consolidated=False)
+        self._states: Any = (
+            self._root.require_group("checkpoints") if new else self._root["checkpoints"]
+        )
+        self._arrays: dict[str, dict[str, Any]] = {}
+        self._kept: list[tuple[int, bool]] = []
+
+    def hold(self) -> None:
+        """Has it again after :meth:`close`.
+
+        Raises:
+            CheckpointError: If another run has it, or has gone on in it.
+        """
+        if self._lock is None:
+            self._lock = locked(self.path)
+        if self._kept and max(self._numbers()) > self._kept[-1][0]:
+            raise CheckpointError(f"another run has gone on in {self.path}: resume that one")
+
+    def close(self) -> None:
+        """Lets other processes have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # --- draws ------------------------------------------------------------------------------------
+
+    def group(self, name: str) -> dict[str, Any]:
+        """The arrays of a group, by the names of their variables."""
+        if name not in self._arrays:
+            there = (self.path / name / "zarr.json").exists()
+            found = self._root[name].arrays() if there else ()
+            self._arrays[name] = {
+                array.attrs["name"]: array.with_config(_WHOLE) for _, array in found
+            }
+        return self._arrays[name]
+
+    def append(
+        self, group: str, values: Mapping[str, np.ndarray], chains: slice, first: int, room: int
+    ) -> None:
+        """Writes draws from a place on.
+
+        Arguments:
+            group: Of which group.
+            values: By the names of variables, of shape ``(chains, draws, *)``.
+            chains: Which of the chains they are of, of how many: its ``stop`` where all at once.
+            first: How many draws of each there are already.
+            room: How many there may be in the end, as far as is known.
+        """
+        arrays = self.group(group)
+        for name, value in values.items():
+            if name not in arrays:
+                arrays[name] = self._new_array(group, name, value, chains, room)
+        stop = first + max(value.shape[1] for value in values.values())
+        for name, value in values.items():
+            if stop > arrays[name].shape[1]:
+                self.resize(group, room if room >= stop else 2 * stop)
+            arrays[name][chains, first:stop] = value
+            self._flush_chunks(group, arrays[name], chains, first, stop)
+
+    def _new_array(self, group: str, name: str, value: np.ndarray, chains: slice, room: int) -> Any:
+        from zarr.codecs import Crc32cCodec, ZstdCodec  # slow to import
+
+        label = name.replace("/", ".")
+        while label in self._root.require_group(group):
+            label += "_"
+        number = chains.step or chains.stop
+        alone = 1 if chains.step else number  # chains that come one after the other lie apart
+        each = max(1, alone * value[:1, :1].nbytes)
+        length = max(1, min(_CHUNK_BYTES // each, _LONGEST_CHUNK, max(room, 1)))
+        inner = value.shape[2:]
+        array = self._root[group].create_array(
+            label,
+            shape=(number, max(room, value.shape[1]), *inner),
+            chunks=(alone, length, *(max(1, size) for size in inner)),
+            dtype=value.dtype,
+            fill_value=math.nan if value.dtype.kind == "f" else 0,
+            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            dimension_names=["chain", "draw", *(f"{label}_dim_{i}" for i in range(len(inner)))],
+            attributes={"name": name},
+            config=_WHOLE,
+        )
+        return array
+
+    def resize(self, group: str, draws: int) -> None:
+        """Makes room for so many draws of each chain, or gives up what is beyond them."""
+        for array in self.group(group).values():
+            if array.shape[1] != draws:
+                array.resize((array.shape[0], draws, *array.shape[2:]))
+
+    def read(self, group: str, name: str, draws: int, chains: int | None = None) -> np.ndarray:
+        """The first draws of a variable, of all chains or the first of them."""
+        array = self.group(group)[name]
+        try:
+            return array[:chains, :draws]
+        except Exception as error:
+            first = self._first_damaged(group, array, draws, None)
+            raise DamagedCheckpoint(
+                f"{self.path}: the draws of '{name}' from {first} on are not as they were written"
+            ) from error
+
+    def first_damaged(self, group: str, draws: int, chain: int | None) -> int:
+        """The first draw that is not as it was written, of all chains or one; how many if none."""
+        arrays = self.group(group).values()
+        if draws and not arrays and group.endswith("sample_stats"):
+            return 0
+        found = [self._first_damaged(group, array, draws, chain) for array in arrays]
+        return min(found, default=draws)
+
+    def _first_damaged(self, group: str, array: Any, draws: int, chain: int | None) -> int:
+        rows, length = array.chunks[:2]
+        if 0 in array.shape[2:]:
+            return draws
+        if array.shape[1] < draws:
+            return array.shape[1]
+        for first in range(0, draws, length):
+            for row in range(0, array.shape[0], rows) if chain is None else (chain,):
+                stop = min(first + length, draws)
+                try:
+                    if not self._file(group, array, row // rows, first // length).exists():
+                        return first
+                    array[row : row + rows, first:stop]
+                except Exception:  # a codec's own, of any kind
+                    return first
+        return draws
+
+    def _file(self, group: str, array: Any, row: int, column: int) -> Path:
+        inner = ["0"] * (array.ndim - 2)
+        return self.path.joinpath(group, array.basename, "c", str(row), str(column), *inner)
+
+    def _flush_chunks(self, group: str, array: Any, chains: slice, first: int, stop: int) -> None:
+        rows, length = array.chunks[:2]
+        for row in range((chains.start or 0) // rows, -(-chains.stop // rows)):
+            for column in range(first // length, -(-stop // length)):
+                flush(self._file(group, array, row, column))
+
+    # --- states -----------------------------------------------------------------------------------
+
+    def save(self, words: Mapping[str, Any], arrays: list[np.ndarray], *, lasting: bool) -> None:
+        """Writes a state, after the draws that it counts; forgets older ones but for lasting ones.
+
+        Arguments:
+            words: What is said of it.
+            arrays: What these refer to.
+            lasting: Whether it is kept, as that at the end of warm-up is.
+        """
+        data = np.frombuffer(packed(words, arrays), np.uint8)
+        number = self._kept[-1][0] + 1 if self._kept else 1
+        name = f"{number:06d}"
+        self._states.create_array(name, data=data, chunks=data.shape, overwrite=True)
+        place = self.path / "checkpoints" / name
+        for file in (place / "c" / "0", place / "zarr.json", place / "c", place, place.parent):
+            flush(file)
+        self._kept.append((number, lasting))
+        plain = [number for number, lasts in self._kept if not lasts]
+        for old in plain[:-_KEPT_STATES]:
+            shutil.rmtree(self.path / "checkpoints" / f"{old:06d}", ignore_errors=True)
+            self._kept.remove((old, False))
+
+    @property
+    def has_states(self) -> bool:
+        """Whether any state has been written."""
+        return bool(self._kept)
+
+    def states(self) -> Iterator[tuple[int, Saved | DamagedCheckpoint]]:
+        """All states that were written whole, the latest first; of damaged ones, the error."""
+        for number in sorted(self._numbers(), reverse=True):
+            try:
+                data = self._states[f"{number:06d}"][:].tobytes()
+                yield number, Saved(number, *unpacked(data))
+            except OtherVersion as error:
+                raise OtherVersion(f"{self.path}: state {number}: {error}") from error
+            except Exception as error:  # a codec's own, of any kind
+                yield number, DamagedCheckpoint(str(error))
+
+    def _numbers(self) -> list[int]:
+        return [
+            int(place.name)
+            for place in (self.path / "checkpoints").iterdir()
+            if place.name.isdigit() and (place / "c" / "0").exists()
+        ]
+
+    def forget_draws(self, group: str, chain: int, draws: int) -> None:
+        """Removes what is beyond so many draws of a chain (and of those with it), whole or not."""
+        for array in self.group(group).values():
+            rows, length = array.chunks[:2]
+            for column in range(-(-draws // length), -(-array.shape[1] // length)):
+                self._file(group, array, chain // rows, column).unlink(missing_ok=True)
+
+    def go_on_from(self, state: Saved, lasting: Mapping[int, bool]) -> None:
+        """Takes a state for the latest: what came after it will be made again."""
+        for number in list(lasting):
+            if number > state.number:
+                shutil.rmtree(self.path / "checkpoints" / f"{number:06d}")
+        self._kept = sorted((n, lasts) for n, lasts in lasting.items() if n <= state.number)
+        for left in self.path.rglob("*.partial"):  # of a write that was cut off
+            left.unlink(missing_ok=True)
+
+
+def _refuse_others(path: Path) -> None:
+    try:
+        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        found, version = attributes["format"], attributes["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OtherVersion(
+            f"{path} is no checkpoint of a run: expected a directory that `MCMC(..., "
+            "checkpoint=...)` has written"
+        ) from error
+    if found != _FORMAT or version != VERSION:
+        raise OtherVersion(
+            f"{path} is of format {found!r}, version {version}: expected {_FORMAT!r}, version "
+            f"{VERSION}"
+        )
