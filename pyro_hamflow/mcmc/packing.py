@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+FORMAT = "pyro_hamflow run"
 VERSION = 1  # of all that checkpoints hold
 _MAGIC = b"pyro_hamflow state\n"
 _ALIGNED = 64  # bytes, at which arrays begin
@@ -59,3 +61,20 @@ def unpacked(data: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
         for dtype, shape, place, length in head["arrays"]
     ]
     return head["words"], arrays
+
+
+def refuse_others(path: Path) -> None:
+    """Refuses a place that is no store of a run, or one of another version."""
+    try:
+        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        found, version = attributes["format"], attributes["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OtherVersion(
+            f"{path} is no checkpoint of a run: expected a directory that `MCMC(..., "
+            "checkpoint=...)` has written"
+        ) from error
+    if found != FORMAT or version != VERSION:
+        raise OtherVersion(
+            f"{path} is of format {found!r}, version {version}: expected {FORMAT!r}, version "
+            f"{VERSION}"
+        )

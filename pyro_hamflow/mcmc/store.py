@@ -10,7 +10,6 @@ none: what is there is the state before, whose draws no later one changes.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -22,15 +21,16 @@ import numpy as np
 
 from pyro_hamflow.mcmc.files import flush, locked, told
 from pyro_hamflow.mcmc.packing import (
+    FORMAT,
     VERSION,
     CheckpointError,
     DamagedCheckpoint,
     OtherVersion,
     packed,
+    refuse_others,
     unpacked,
 )
 
-_FORMAT = "pyro_hamflow run"
 _WHOLE = {"write_empty_chunks": True}  # so that a chunk that is missing is noticed
 _CHUNK_BYTES = 2**20  # of an array's chunk: small enough to be written again with each checkpoint
 _LONGEST_CHUNK = 10_000  # draws
@@ -82,10 +82,10 @@ class Store:
         elif not self.path.exists():
             raise FileNotFoundError(f"there is no {self.path}: expected the checkpoint of a run")
         else:
-            _refuse_others(self.path)
+            refuse_others(self.path)
         self._lock = locked(self.path) if writes else None
         if new:
-            attributes = {"format": _FORMAT, "version": VERSION}
+            attributes = {"format": FORMAT, "version": VERSION}
             with told(self.path):
                 zarr.create_group(self.path, attributes=attributes)
         mode: Literal["r", "r+"] = "r+" if writes else "r"
@@ -285,19 +285,3 @@ class Store:
         self._kept = sorted((n, lasts) for n, lasts in lasting.items() if n <= state.number)
         for left in self.path.rglob("*.partial"):  # of a write that was cut off
             left.unlink(missing_ok=True)
-
-
-def _refuse_others(path: Path) -> None:
-    try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
-        found, version = attributes["format"], attributes["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OtherVersion(
-            f"{path} is no checkpoint of a run: expected a directory that `MCMC(..., "
-            "checkpoint=...)` has written"
-        ) from error
-    if found != _FORMAT or version != VERSION:
-        raise OtherVersion(
-            f"{path} is of format {found!r}, version {version}: expected {_FORMAT!r}, version "
-            f"{VERSION}"
-        )
