@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.frozen import freeze
-from pyro_hamflow.mcmc.identity import digest_of, random_states, structure_of
+from pyro_hamflow.mcmc.identity import digest_of, plates_of, random_states, structure_of
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.snapshot import Frozen, found_words, kernel_words, source_words
 from pyro_hamflow.mcmc.storable import Unstorable
@@ -144,6 +144,7 @@ class Checkpoints:
         lasting = not kernel.warming and chains.kept.made == 0
         words: dict[str, Any] = {
             "lasting": lasting,
+            "num chains": self.num_chains,
             "unstorable": unstorable,
             "kernel class": type(kernel).__name__,
             "structure": structure_of(kernel.potential),
@@ -189,10 +190,12 @@ class Checkpoints:
         draws = record.stacked()
         sites = kernel.potential.constrain(draws.position.to(kernel.potential.example.device))
         parts = ({"position": draws.position}, draws.stats, sites | dict(draws.local))
+        plates = plates_of(kernel.potential)
         for group, values in zip(GROUPS, parts, strict=True):
             arrays = {name: _array(value) for name, value in values.items()}
+            place = rows, record.stored, record.room
             if arrays:
-                self.store.append(prefix + group, arrays, rows, record.stored, record.room)
+                self.store.append(prefix + group, arrays, *place, plates)
         record.forget()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.trace import Frames, is_latent, vectorized_frames
 
 
 def structure_of(potential: Potential) -> dict[str, Any]:
@@ -20,6 +21,39 @@ def structure_of(potential: Potential) -> dict[str, Any]:
         kind: [[site.name, list(site.shape), str(site.dtype)] for site in getattr(potential, kind)]
         for kind in ("sites", "noise_sites")
     }
+
+
+def plates_of(potential: Potential) -> dict[str, dict[int, tuple[str, int]]]:
+    """Of each latent site, the names and sizes of plates by the dimension that they take."""
+    sites: dict[str, tuple[Frames, int]] = {}
+    for name, node in potential.plain_trace.nodes.items():
+        if node["type"] == "sample" and is_latent(node):
+            sites[name] = vectorized_frames(node), len(node["fn"].batch_shape)
+    for estimate in potential.recovery.estimates:
+        frames = estimate.group.frames
+        batch = -frames[0].dim if frames else 0
+        sites |= dict.fromkeys(estimate.group.sites, (frames, batch))
+    taken = {"chain", "draw", *sites}
+    return {
+        name: {
+            batch + frame.dim: (frame.name.replace("/", "."), frame.size)
+            for frame in frames
+            if frame.name not in taken
+        }
+        for name, (frames, batch) in sites.items()
+    }
+
+
+def dimension_names(
+    label: str, shape: tuple[int, ...], plates: Mapping[int, tuple[str, int]]
+) -> list[str]:
+    """Names of a variable's dimensions: of plates where they have their sizes, else numbers."""
+    names: list[str] = []
+    for i, size in enumerate(shape):
+        plate, length = plates.get(i, ("", -1))
+        numbered = f"{label}_dim_{i}"
+        names.append(plate if size == length and plate not in names else numbered)
+    return names
 
 
 def digest_of(potential: Potential, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,20 @@ class OtherVersion(CheckpointError):
 
 class DamagedCheckpoint(CheckpointError):
     """A store whose latest state or whose draws are not as they were written."""
+
+
+class Saved(NamedTuple):
+    """A state of a run.
+
+    Attributes:
+        number: Its number; later ones are higher.
+        words: What is said of it in plain words and numbers, which JSON has.
+        arrays: What these refer to.
+    """
+
+    number: int
+    words: dict[str, Any]
+    arrays: list[np.ndarray]
 
 
 def packed(words: Mapping[str, Any], arrays: list[np.ndarray]) -> bytes:

@@ -19,9 +19,9 @@ from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.frozen import thaw
 from pyro_hamflow.mcmc.identity import digest_of, set_random_states, structure_of
 from pyro_hamflow.mcmc.kernels.base import Kernel
-from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint
+from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint, Saved
 from pyro_hamflow.mcmc.snapshot import Frozen, capture, kernel_of, kernel_words, take_up
-from pyro_hamflow.mcmc.store import Saved, Store
+from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.transitions.base import State
 
 _CLOSE = 1e4  # roundings, by which a density of the same model may differ on another machine

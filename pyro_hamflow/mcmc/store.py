@@ -15,17 +15,19 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pyro_hamflow.mcmc.files import flush, locked, told
+from pyro_hamflow.mcmc.identity import dimension_names
 from pyro_hamflow.mcmc.packing import (
     FORMAT,
     VERSION,
     CheckpointError,
     DamagedCheckpoint,
     OtherVersion,
+    Saved,
     packed,
     refuse_others,
     unpacked,
@@ -35,20 +37,6 @@ _WHOLE = {"write_empty_chunks": True}  # so that a chunk that is missing is noti
 _CHUNK_BYTES = 2**20  # of an array's chunk: small enough to be written again with each checkpoint
 _LONGEST_CHUNK = 10_000  # draws
 _KEPT_STATES = 2  # the latest, beside the one at the end of warm-up
-
-
-class Saved(NamedTuple):
-    """A state of a run.
-
-    Attributes:
-        number: Its number; later ones are higher.
-        words: What is said of it in plain words and numbers, which JSON has.
-        arrays: What these refer to.
-    """
-
-    number: int
-    words: dict[str, Any]
-    arrays: list[np.ndarray]
 
 
 class Store:
@@ -73,7 +61,7 @@ class Store:
 
         self.path = Path(path)
         if new:
-            if os.path.lexists(self.path):
+            if os.path.lexists(self.path) and not self._is_unbegun():
                 raise FileExistsError(
                     f"{self.path} exists already: go on with `MCMC.resume`, or name another place"
                 )
@@ -88,13 +76,28 @@ class Store:
             attributes = {"format": FORMAT, "version": VERSION}
             with told(self.path):
                 zarr.create_group(self.path, attributes=attributes)
-        mode: Literal["r", "r+"] = "r+" if writes else "r"
-        self._root: Any = zarr.open_group(self.path, mode=mode, use_consolidated=False)
-        self._states: Any = (
-            self._root.require_group("checkpoints") if new else self._root["checkpoints"]
+        self._root: Any = zarr.open_group(
+            self.path, mode="r+" if writes else "r", use_consolidated=False
         )
         self._arrays: dict[str, dict[str, Any]] = {}
         self._kept: list[tuple[int, bool]] = []
+
+    def _is_unbegun(self) -> bool:
+        """Whether it is empty, or a run has ended here before its first state; it is removed."""
+        try:
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
+                return True
+            refuse_others(self.path)
+            lock = locked(self.path)
+        except CheckpointError:
+            return False
+        empty = not self._numbers()
+        if empty:
+            shutil.rmtree(self.path)
+        if lock is not None:
+            os.close(lock)
+        return empty
 
     def hold(self) -> None:
         """Has it again after :meth:`close`.
@@ -126,7 +129,13 @@ class Store:
         return self._arrays[name]
 
     def append(
-        self, group: str, values: Mapping[str, np.ndarray], chains: slice, first: int, room: int
+        self,
+        group: str,
+        values: Mapping[str, np.ndarray],
+        chains: slice,
+        first: int,
+        room: int,
+        plates: Mapping[str, Mapping[int, tuple[str, int]]],
     ) -> None:
         """Writes draws from a place on.
 
@@ -136,11 +145,15 @@ class Store:
             chains: Which of the chains they are of, of how many: its ``stop`` where all at once.
             first: How many draws of each there are already.
             room: How many there may be in the end, as far as is known.
+            plates: Of each variable, the names and sizes of plates by their dimensions, which are
+                counted from the left.
         """
         arrays = self.group(group)
         for name, value in values.items():
             if name not in arrays:
-                arrays[name] = self._new_array(group, name, value, chains, room)
+                arrays[name] = self._new_array(
+                    group, name, value, chains, room, plates.get(name, {})
+                )
         stop = first + max(value.shape[1] for value in values.values())
         for name, value in values.items():
             if stop > arrays[name].shape[1]:
@@ -148,7 +161,15 @@ class Store:
             arrays[name][chains, first:stop] = value
             self._flush_chunks(group, arrays[name], chains, first, stop)
 
-    def _new_array(self, group: str, name: str, value: np.ndarray, chains: slice, room: int) -> Any:
+    def _new_array(
+        self,
+        group: str,
+        name: str,
+        value: np.ndarray,
+        chains: slice,
+        room: int,
+        plates: Mapping[int, tuple[str, int]],
+    ) -> Any:
         from zarr.codecs import Crc32cCodec, ZstdCodec  # slow to import
 
         label = name.replace("/", ".")
@@ -159,18 +180,17 @@ class Store:
         each = max(1, alone * value[:1, :1].nbytes)
         length = max(1, min(_CHUNK_BYTES // each, _LONGEST_CHUNK, max(room, 1)))
         inner = value.shape[2:]
-        array = self._root[group].create_array(
+        return self._root[group].create_array(
             label,
             shape=(number, max(room, value.shape[1]), *inner),
             chunks=(alone, length, *(max(1, size) for size in inner)),
             dtype=value.dtype,
             fill_value=math.nan if value.dtype.kind == "f" else 0,
             compressors=[ZstdCodec(level=1), Crc32cCodec()],
-            dimension_names=["chain", "draw", *(f"{label}_dim_{i}" for i in range(len(inner)))],
+            dimension_names=["chain", "draw", *dimension_names(label, inner, plates)],
             attributes={"name": name},
             config=_WHOLE,
         )
-        return array
 
     def resize(self, group: str, draws: int) -> None:
         """Makes room for so many draws of each chain, or gives up what is beyond them."""
@@ -192,10 +212,8 @@ class Store:
     def first_damaged(self, group: str, draws: int, chain: int | None) -> int:
         """The first draw that is not as it was written, of all chains or one; how many if none."""
         arrays = self.group(group).values()
-        if draws and not arrays and group.endswith("sample_stats"):
-            return 0
         found = [self._first_damaged(group, array, draws, chain) for array in arrays]
-        return min(found, default=draws)
+        return min(found, default=0 if group.endswith("sample_stats") else draws)
 
     def _first_damaged(self, group: str, array: Any, draws: int, chain: int | None) -> int:
         rows, length = array.chunks[:2]
@@ -237,7 +255,8 @@ class Store:
         data = np.frombuffer(packed(words, arrays), np.uint8)
         number = self._kept[-1][0] + 1 if self._kept else 1
         name = f"{number:06d}"
-        self._states.create_array(name, data=data, chunks=data.shape, overwrite=True)
+        group = self._root.require_group("checkpoints")
+        group.create_array(name, data=data, chunks=data.shape, overwrite=True)
         place = self.path / "checkpoints" / name
         for file in (place / "c" / "0", place / "zarr.json", place / "c", place, place.parent):
             flush(file)
@@ -256,7 +275,7 @@ class Store:
         """All states that were written whole, the latest first; of damaged ones, the error."""
         for number in sorted(self._numbers(), reverse=True):
             try:
-                data = self._states[f"{number:06d}"][:].tobytes()
+                data = self._root[f"checkpoints/{number:06d}"][:].tobytes()
                 yield number, Saved(number, *unpacked(data))
             except OtherVersion as error:
                 raise OtherVersion(f"{self.path}: state {number}: {error}") from error
@@ -264,11 +283,8 @@ class Store:
                 yield number, DamagedCheckpoint(str(error))
 
     def _numbers(self) -> list[int]:
-        return [
-            int(place.name)
-            for place in (self.path / "checkpoints").iterdir()
-            if place.name.isdigit() and (place / "c" / "0").exists()
-        ]
+        states = (self.path / "checkpoints").glob("[0-9]*/c/0")
+        return [int(state.parts[-3]) for state in states]
 
     def forget_draws(self, group: str, chain: int, draws: int) -> None:
         """Removes what is beyond so many draws of a chain (and of those with it), whole or not."""

@@ -6,6 +6,7 @@ for ArviZ 0.x or as xarray's ``DataTree`` for ArviZ 1.x.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from pyro_hamflow.results.deterministic import deterministic_values
 from pyro_hamflow.results.names import Names
 from pyro_hamflow.results.pointwise import Pointwise, pointwise
 from pyro_hamflow.results.run import Run
+from pyro_hamflow.results.stored import stored_groups
 
 if TYPE_CHECKING:
     import xarray
@@ -74,9 +76,12 @@ def to_inference_data(
     attributes the evidence and, of the former, Pareto's k.
 
     Arguments:
-        result: A :class:`pyro_hamflow.MCMC` after its run, a :class:`pyro.infer.MCMC` after a run
-            of one of this package's kernels, what :func:`~pyro_hamflow.importance_sample` returns,
-            or a :class:`pyro_hamflow.AnnealedSampler` after its run.
+        result: The path of a checkpoint (``MCMC(..., checkpoint=...)``), whose draws are then read
+            when they are asked for: sites in their supports and on the real line, and
+            ``sample_stats``, without what needs the model. Or a :class:`pyro_hamflow.MCMC` after
+            its run, a :class:`pyro.infer.MCMC` after a run of one of this package's kernels, what
+            :func:`~pyro_hamflow.importance_sample` returns, or a
+            :class:`pyro_hamflow.AnnealedSampler` after its run.
         coords: Coordinate values of dimensions, under the name of the plate or of the result.
         dims: Names for the dimensions of a site that are no plates, in order.
         log_likelihood: Whether to include that group, which takes time where likelihoods are
@@ -103,15 +108,16 @@ def to_inference_data(
         >>> dict(to_inference_data(mcmc).log_likelihood.sizes)
         {'chain': 2, 'draw': 100, 'day': 3}
     """
-    with undisturbed():
-        groups, attributes = build_groups(
-            result,
-            coords=coords,
-            dims=dims,
-            log_likelihood=log_likelihood,
-            prior=prior,
-            posterior_predictive=posterior_predictive,
-        )
+    given: dict[str, Any] = {"coords": coords, "dims": dims}
+    given |= {"prior": prior, "posterior_predictive": posterior_predictive}
+    if isinstance(result, str | os.PathLike):
+        for name, part in given.items():
+            if part is not None:
+                raise ValueError(f"`{name}` is given with a path: expected a run")
+        groups, attributes = stored_groups(result)
+    else:
+        with undisturbed():
+            groups, attributes = build_groups(result, log_likelihood=log_likelihood, **given)
     if arviz_bridge.has_trees():
         return to_datatree(groups, attributes)
     return arviz_bridge.inference_data(groups, attributes)

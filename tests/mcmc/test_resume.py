@@ -171,7 +171,7 @@ def await_states(path, count):
     limit = time.monotonic() + 60.0
     while time.monotonic() < limit:
         states = Path(path, "checkpoints")
-        if any(int(state.name) >= count for state in states.glob("0*")):
+        if any(int(state.parent.parent.name) >= count for state in states.glob("0*/c/0")):
             return
         time.sleep(0.002)
     raise AssertionError("the run has not come so far")
@@ -350,6 +350,16 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, copied):
     with pytest.raises(FileExistsError, match="exists already: go on with `MCMC.resume`"):
         run_of(copied).run(DATA)
     assert_same(resumed(copied), finished())
+
+
+def test_a_run_that_ended_before_its_first_state_is_in_nobodys_way(copied):
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="has no state yet: .*start anew"):
+        resumed(copied)
+    run_of(copied, num_samples=5).run(DATA)
+    (copied.parent / "empty").mkdir()
+    run_of(copied.parent / "empty", num_samples=5).run(DATA)
 
 
 def test_two_runs_do_not_write_to_one_place(copied):
