@@ -49,7 +49,7 @@ class Store:
 
     Raises:
         FileExistsError: If it is to be made, and something is there.
-        FileNotFoundError: If it is not, and nothing is.
+        FileNotFoundError: If it is to be opened, and nothing is.
         OtherVersion: If what is there is no run, or of another version.
         CheckpointError: If another process writes to it.
     """
@@ -114,9 +114,7 @@ class Store:
         """Lets other processes have it."""
         if self._lock is not None:
             os.close(self._lock)
-            self._lock = None
-
-    # --- draws ------------------------------------------------------------------------------------
+        self._lock = None
 
     def group(self, name: str) -> dict[str, Any]:
         """The arrays of a group, by the names of their variables."""
@@ -241,8 +239,6 @@ class Store:
         for row in range((chains.start or 0) // rows, -(-chains.stop // rows)):
             for column in range(first // length, -(-stop // length)):
                 flush(self._file(group, array, row, column))
-
-    # --- states -----------------------------------------------------------------------------------
 
     def save(self, words: Mapping[str, Any], arrays: list[np.ndarray], *, lasting: bool) -> None:
         """Writes a state, after the draws that it counts; forgets older ones but for lasting ones.
