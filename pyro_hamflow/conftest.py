@@ -16,6 +16,7 @@ import pyro_hamflow
 from pyro_hamflow.flows.coupling import AffineCoupling
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture, fit_mixture, geometric_mean
 from pyro_hamflow.flows.population import flow_for
+from pyro_hamflow.flows.product_mixture import ProductMixture, independent
 from pyro_hamflow.flows.pyro_guides import PyroGuide
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.kernels.base import Kernel
@@ -48,6 +49,7 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         AffineCoupling=AffineCoupling,
         Evaluation=Evaluation,
         GaussianMixture=GaussianMixture,
+        ProductMixture=ProductMixture,
         Info=Info,
         Kernel=Kernel,
         ModelTarget=ModelTarget,
@@ -57,6 +59,7 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         draw_uniform=draw_uniform,
         fit_mixture=fit_mixture,
         flow_for=flow_for,
+        independent=independent,
         geometric_mean=geometric_mean,
         metropolis=metropolis,
         partial=partial,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_hamflow.flows.coupling import AffineCoupling
 from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
+from pyro_hamflow.flows.product_mixture import ProductMixture
 from pyro_hamflow.flows.standardised import standardise
 from pyro_hamflow.model.prior import Prior
 
@@ -35,7 +36,11 @@ class MixtureFlow(nn.Module):
     scale_tril: Tensor
 
     def __init__(
-        self, loc: Tensor, scale_tril: Tensor, mixture: GaussianMixture, layers: nn.ModuleList
+        self,
+        loc: Tensor,
+        scale_tril: Tensor,
+        mixture: GaussianMixture | ProductMixture,
+        layers: nn.ModuleList,
     ) -> None:
         super().__init__()
         self.register_buffer("loc", loc)

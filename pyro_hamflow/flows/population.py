@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_hamflow.flows.coupling import couplings
-from pyro_hamflow.flows.gaussian_mixture import fit_mixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
+from pyro_hamflow.flows.product_mixture import ProductMixture, fit_product, independent
 from pyro_hamflow.flows.standardised import standardise
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
@@ -51,9 +51,12 @@ def flow_for(
     """
     position, score, weights = _usable(position, -gradient, log_weights)
     held_out = torch.arange(len(position)) % _HELD_OUT == 0
-    loc, scale_tril = _whitening(position, score, weights)
+    alone = independent(position, score)
+    loc, scale_tril = _whitening(position, score, weights, alone)
     whitened = standardise(position, loc, scale_tril)
-    mixture = fit_mixture(whitened, score @ scale_tril, weights, held_out)
+    mixture = fit_product(whitened, score @ scale_tril, weights, held_out, alone)
+    if isinstance(mixture, ProductMixture) and bool(alone.all()):
+        num_layers = 0  # they make coordinates hang on each other
     layers = couplings(position.shape[-1], num_layers, hidden)
     flow = MixtureFlow(loc, scale_tril, mixture, layers).to(position)
     if len(flow.layers):
@@ -167,12 +170,14 @@ def _usable(
     return position[good].detach().double(), score[good].detach().double(), weights
 
 
-def _whitening(position: Tensor, score: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _whitening(
+    position: Tensor, score: Tensor, weights: Tensor, alone: Tensor
+) -> tuple[Tensor, Tensor]:
     """Centre and unit of coordinates in which each mode is about standard.
 
     The scores' covariance is the mean curvature, which does not know how far modes are apart, as
     the draws' covariance does. It is drawn towards its own diagonal, the more so the fewer draws
-    there are.
+    there are; coordinates that are alone stay so.
     """
     share = weights / weights.sum()
     size = score.abs().median(0).values.clamp(min=torch.finfo(score.dtype).tiny)
@@ -185,5 +190,6 @@ def _whitening(position: Tensor, score: Tensor, weights: Tensor) -> tuple[Tensor
     eye = torch.eye(dimension).to(score)
     curvature = (share[:, None] * standard).mT @ standard
     curvature = (count * curvature + strength * eye) / (count + strength)
+    curvature = torch.where(alone | alone[:, None], curvature.diagonal().diag(), curvature)
     covariance = diagonal[:, None] * torch.linalg.inv(curvature) * diagonal
     return share @ position, torch.linalg.cholesky(0.5 * (covariance + covariance.mT))

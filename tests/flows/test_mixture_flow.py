@@ -14,6 +14,7 @@ from pyro_hamflow.flows.coupling import couplings
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
 from pyro_hamflow.flows.population import flow_for, train_flow
+from pyro_hamflow.flows.product_mixture import ProductMixture, independent
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 
@@ -175,6 +176,75 @@ def test_two_modes_are_two_gaussians(dimension):
     assert found.ess > 0.85 * 4000
     share = float(found.mean((found.position[:, 0] < 0).double()))
     assert abs(share - SHARE) < 4 * math.sqrt(SHARE * (1 - SHARE) / found.ess)
+
+
+def wells(pairs):
+    """Coordinates of two modes each, all independent; and two that hang on each other."""
+
+    def model():
+        prior = dist.Normal(torch.zeros(pairs + 2), 5.0).to_event(1)
+        x = pyro.sample("x", prior)
+        parts = [math.log(w) + _each(x[:pairs], m) for w, m in ((SHARE, -2.5), (1 - SHARE, 2.5))]
+        rest = _each(x[pairs], 0.0) + _each(x[pairs + 1] - x[pairs], 1.0)
+        pyro.factor("modes", torch.logaddexp(*parts).sum() + rest - prior.log_prob(x))
+
+    return model
+
+
+def _each(x, mean):
+    return dist.Normal(mean, math.sqrt(0.5)).log_prob(x)
+
+
+def wells_draws(count, pairs):
+    mean = torch.where(torch.rand(count, pairs) < SHARE, -2.5, 2.5)
+    x, y = mean + math.sqrt(0.5) * torch.randn(count, pairs), torch.randn(2, count, 1) * 0.5**0.5
+    return torch.cat([x, y[0], y[0] + 1.0 + y[1]], -1)
+
+
+def test_more_modes_than_draws_of_coordinates_that_are_independent():
+    torch.manual_seed(0)
+    potential, flow = built(wells(12), wells_draws(2000, 12), num_layers=0)
+    mixture = flow.flow.mixture
+    assert isinstance(mixture, ProductMixture)
+    assert mixture.groups == [*([i] for i in range(12)), [12, 13]]
+    assert mixture.num_components >= 2**12
+    found = importance_sample(potential.model, flow, num_samples=4000, seed=0)
+    assert abs(found.log_evidence) < 3 * found.log_evidence_error < 0.05
+    assert found.ess > 0.7 * 4000
+    shares = found.mean((found.position[:, :12] < 0).double())
+    assert (abs(shares - SHARE) < 4 * math.sqrt(SHARE * (1 - SHARE) / found.ess)).all()
+
+
+def test_the_density_of_a_product_is_that_of_its_draws():
+    """Against one mixture of all combinations, whose order of coordinates is another."""
+    torch.manual_seed(0)
+    part = GaussianMixture(
+        torch.tensor([0.3, 1.0]), torch.tensor([[-2.0], [1.0]]), torch.tensor([[[0.5]], [[1.5]]])
+    )
+    pair = GaussianMixture(torch.zeros(1), torch.ones(1, 2), torch.tensor([[[1.0, 0], [0.5, 2]]]))
+    product = ProductMixture([torch.tensor([1]), torch.tensor([2, 0])], [part, pair])
+    both = GaussianMixture(
+        part.log_shares,
+        torch.tensor([[1.0, m, 1.0] for m in (-2.0, 1.0)]),
+        torch.linalg.cholesky(
+            torch.tensor([[[4.25, 0, 0.5], [0, s, 0], [0.5, 0, 1]] for s in (0.25, 2.25)])
+        ),
+    )
+    x = product.draw(20_000)
+    torch.testing.assert_close(product.log_density(x), both.log_density(x))
+    for one in (x.mean(0) - both.draw(20_000).mean(0), x.mT.cov() - both.draw(20_000).mT.cov()):
+        assert one.abs().max() < 0.2
+    assert product.draw(20_000, 4.0).std(0)[0] > 1.2 * x.std(0)[0]
+
+
+def test_modes_that_go_together_are_not_independent():
+    """Of each coordinate alone the scores say nothing of the others."""
+    for draws, gradient_of in ((two_modes_draws(1000, 3), two_modes(3)), (wells_draws(1000, 1), 0)):
+        model = gradient_of or wells(1)
+        potential = Potential(model)
+        _, gradient, _ = potential.gradients(draws, draws.new_zeros(len(draws), 0))
+        alone = independent(draws, -gradient)
+        assert alone.tolist() == ([True, False, False] if gradient_of == 0 else [False] * 3)
 
 
 def test_weights_of_draws_count():
