@@ -127,8 +127,10 @@ class WhitenedModel:
 
         Without data, as when these are to be predicted, the sites are those of the last.
         """
-        if self._fit is not None and self._is_held:
-            return self._fit
+        if self._fit is not None:
+            self._fit.split.restore()
+            if self._is_held:
+                return self._fit
         data, before = Arguments(args, kwargs), self._fit
         leaves = tree_leaves(data)
         seen = [(leaf, getattr(leaf, "_version", None)) for leaf in leaves]
@@ -181,6 +183,10 @@ class WhitenedModel:
             yield
         finally:
             self._is_held, self._fit = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The data are looked at again in another process."""
+        return self.__dict__ | {"_seen": []}
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)

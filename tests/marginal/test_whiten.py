@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -311,6 +312,17 @@ def test_other_data_have_other_sites():
     assert whitened.fit(COUNTS) is first
     assert whitened.fit(COUNTS.clone()) is first
     assert whitened.fit(COUNTS + 1.0) is not first
+
+
+def test_a_fitted_model_is_pickled():
+    whitened, y = whitened_model("counts")
+    values = {"step": torch.tensor(0.4), "error": torch.tensor(0.5), "x_white": torch.ones(7)}
+    again = pickle.loads(pickle.dumps(whitened))
+    before, after = (
+        poutine.trace(poutine.condition(model, values)).get_trace(y) for model in (whitened, again)
+    )
+    torch.testing.assert_close(after.nodes["x"]["value"], before.nodes["x"]["value"])
+    torch.testing.assert_close(after.log_prob_sum(), before.log_prob_sum())
 
 
 def mean_after(y):

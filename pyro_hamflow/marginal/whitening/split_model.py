@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
 from pyro_hamflow.marginal.whitening.handlers import values_before
@@ -48,6 +50,7 @@ class SplitModel:
 
     def __init__(self, model: Model, data: Arguments, names: Sequence[str]) -> None:
         potential = self._potential = Potential(model, data.args, data.kwargs)
+        self._model, self._data = model, data
         check_sites(potential, names)
         layout = flat_layout(potential, names)
         self._names = set(names)
@@ -55,9 +58,8 @@ class SplitModel:
         stacked = [*self.parameters, *(s for s in potential.sites if s.name in names)]
         entries = [torch.arange(site.start, site.stop) for site in stacked]
         self._places = torch.cat(entries).argsort().to(potential.example.device)
+        self._evaluator = self._evaluator_of(potential)
         position, self._noise = (0.1 * part[0] for part in potential.vectors(1))
-        trace = potential.trace(position, self._noise)
-        self._evaluator = potential.runs.evaluator_of(self._rest_of(trace))
         others = {name: node["value"].detach() for name, node in potential.runs.latent.items()}
         self._others = others | {
             name: value.detach() for name, value in potential.constrain(position).items()
@@ -74,6 +76,20 @@ class SplitModel:
         self.num_before = sum(sizes)
         later = [site.name for site in self.parameters if site.name not in before]
         refuse_later_parameters(self.prior, self.start.new_zeros(len(layout.order)), later, before)
+
+    def _evaluator_of(self, potential: Potential) -> TraceEinsumEvaluator:
+        position, noise = (0.1 * part[0] for part in potential.vectors(1))
+        return potential.runs.evaluator_of(self._rest_of(potential.trace(position, noise)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Programs stay in the process that made them."""
+        return self.__dict__ | {"_potential": None, "_evaluator": None}
+
+    def restore(self) -> None:
+        """Makes the programs that another process has kept."""
+        if self._potential is None:
+            self._potential = Potential(self._model, self._data.args, self._data.kwargs)
+            self._evaluator = self._evaluator_of(self._potential)
 
     def _prior_range(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """The middle and spread of draws of parameters from their priors; and the draws."""
