@@ -27,6 +27,7 @@ from benchmarks import (
     mixed,
     modes,
     nuts,
+    paths,
     steps,
     surrogate,
 )
@@ -44,6 +45,7 @@ TOPICS = {
     "engines": engines,
     "steps": steps,
     "methods": methods,
+    "paths": paths,
     "mixed": mixed,
     "flows": flows,
     "modes": modes,

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.path_bands import Bands
-from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand, gradient
+from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand
 from pyro_hamflow.programs import banded
 
 _STEPS = 100  # of Newton at most
 _DAMPED = 1e-2  # of the precision's diagonal, that is added after a step that has failed
 _REST = 1e-9  # of the Newton decrement, squared standard deviations for each coordinate
 _LIGHTEST = 3.0  # by how much the log mass of another mode may be lower that is told of
+_LARGEST_GROWTH = 1.0  # of a log standard deviation, which moves to first order only
 _STEP = 1e-4  # of differences, relative to the size of a parameter
 _SPREAD = math.sqrt(3.0)  # of the points of Gauss and Hermite, in standard deviations
 _CENTRE, _SIDE = 2.0 / 3.0, 1.0 / 6.0  # their weights
@@ -47,6 +48,7 @@ class PathFit:
         held: The expansion of the likelihood there.
         deviations: The posterior's standard deviations; none where the likelihood is not averaged.
         slopes: How the mode moves, ``(*group.shape, n, parameters)``; none while it stays.
+        growth: How the logarithms of the standard deviations move, of the same shape.
         steps: How many expansions of the likelihood a parameter value takes.
         is_exact: Whether the joint density is Gaussian, so that all paths have the same weight.
     """
@@ -57,6 +59,7 @@ class PathFit:
     held: Expansion
     deviations: Tensor | None
     slopes: Tensor | None
+    growth: Tensor | None
     steps: int
     is_exact: bool
 
@@ -85,12 +88,15 @@ def gaussian_at(fit: PathFit, parts: Parts, parameters: dict[str, Tensor]) -> Pa
     place = fit.mode
     if fit.steps == 0:
         return _gaussian(place, expand(parts.prior, place, fit.bands.prior), fit.held)
-    shift = fit.anchor.shift(parameters)
+    shift, deviations = fit.anchor.shift(parameters), fit.deviations
     if shift is not None and fit.slopes is not None:
         place = place + fit.slopes @ shift.to(place)
+    if shift is not None and deviations is not None and fit.growth is not None:
+        grown = (fit.growth @ shift.to(place)).clamp(-_LARGEST_GROWTH, _LARGEST_GROWTH)
+        deviations = deviations * grown.exp()
     for step in range(fit.steps):
         prior = expand(parts.prior, place, fit.bands.prior)
-        site = _site(parts, place, fit.bands.likelihood, fit.deviations)
+        site = _site(parts, place, fit.bands.likelihood, deviations)
         found = _gaussian(place, prior, site)
         if step < fit.steps - 1:
             place = found.draw(torch.zeros_like(place))
@@ -227,14 +233,16 @@ def fit_path(
     site = _site(parts, mode, bands.likelihood, None)
     if _is_exact(parts, _gaussian(mode, prior, site)):
         held = Expansion(site.gradient.detach(), site.bands.detach())
-        return PathFit(anchor, bands, mode, held, None, None, max(steps, 1), True)
+        return PathFit(anchor, bands, mode, held, None, None, None, max(steps, 1), True)
     deviations = None
     if bands.likelihood == 1:
         deviations = _deviations(_added(prior.bands, site.bands))
         site = _site(parts, mode, bands.likelihood, deviations)
     held = Expansion(site.gradient.detach(), site.bands.detach())
-    slopes = _slopes(parts_at, anchor, bands, mode) if steps and anchor.followed else None
-    return PathFit(anchor, bands, mode, held, deviations, slopes, steps, False)
+    slopes, growth = None, None
+    if steps and anchor.followed:
+        slopes, growth = _slopes(parts_at, anchor, bands, mode)
+    return PathFit(anchor, bands, mode, held, deviations, slopes, growth, steps, False)
 
 
 def _is_exact(parts: Parts, found: PathGaussian) -> bool:
@@ -260,19 +268,21 @@ def _deviations(precision: Tensor) -> Tensor:
     return slope[..., 0].clamp(min=0.0).sqrt()
 
 
-def _slopes(parts_at: PartsAt, anchor: Anchor, bands: Bands, mode: Tensor) -> Tensor:
-    """How the mode moves with the parameters, by differences of Newton steps from it."""
-    parts = parts_at(anchor.values)
-    prior = expand(parts.prior, mode, bands.prior)
-    site = _site(parts, mode, bands.likelihood, None)
-    root = _root(_added(prior.bands, site.bands).detach())
+def _slopes(parts_at: PartsAt, anchor: Anchor, bands: Bands, mode: Tensor) -> tuple[Tensor, Tensor]:
+    """How the mode and the log standard deviations move with the parameters, by differences."""
+
+    def newton(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
+        prior, site = expand(parts.prior, x, bands.prior), _site(parts, x, bands.likelihood, None)
+        precision = _added(prior.bands, site.bands).detach()
+        step = banded.solve_both(_root(precision), (prior.gradient + site.gradient).detach())
+        return step, _deviations(precision).log()
+
     sizes = torch.cat([anchor.values[name].abs().reshape(-1) for name in anchor.followed])
     columns = []
     for i, size in enumerate(sizes.tolist()):
         shift = torch.zeros_like(sizes)
         shift[i] = _STEP * max(size, _STEP)
-        sides = [parts_at(anchor.at(side)) for side in (shift, -shift)]
-        up, down = (gradient(p.prior, mode) + gradient(p.likelihood, mode) for p in sides)
-        columns.append((up - down) / (2.0 * shift[i]))
-    change = torch.stack(columns, -2).detach()
-    return banded.solve_both(root, change).mT
+        up, down = (newton(parts_at(anchor.at(side)), mode) for side in (shift, -shift))
+        columns.append([(u - d) / (2.0 * shift[i]) for u, d in zip(up, down, strict=True)])
+    moves, growths = zip(*columns, strict=True)
+    return torch.stack(moves, -1), torch.stack(growths, -1)

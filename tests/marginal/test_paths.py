@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import arviz
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_hamflow import marginalize
+from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
+from pyro_hamflow.marginal import path_bands
+from pyro_hamflow.marginal.mending import refit_at
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.model.kinds import Arguments
@@ -203,3 +208,129 @@ def test_estimates_of_a_volatility_are_unbiased(steps, monkeypatch):
     )
     with pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.slow
+def test_posterior_of_a_volatility_is_that_of_a_grid():
+    y = returns(25)
+    mcmc = MCMC(
+        PseudoMarginalNUTS(marginalize(volatility, ["x"])),
+        num_samples=400,
+        num_chains=4,
+        seed=0,
+        disable_progbar=True,
+    )
+    mcmc.run(y)
+    draws = mcmc.get_samples(group_by_chain=True)
+    phi = torch.linspace(-0.99, 0.99, 24, dtype=torch.float64)
+    s = torch.linspace(0.03, 3.0, 24, dtype=torch.float64)
+    logs = torch.stack(
+        [torch.stack([filtered(y, float(a), float(b), 121) for b in s]) for a in phi]
+    )
+    weights = (logs - 0.5 * s.square()).flatten().softmax(0).reshape(logs.shape)
+    for name, grid, weight in (("phi", phi, weights.sum(1)), ("s", s, weights.sum(0))):
+        for power in (1, 2):
+            truth = float((weight * grid**power).sum())
+            values = draws[name].double() ** power
+            error = float(values.std()) / math.sqrt(float(arviz.ess(values.numpy())))
+            assert abs(float(values.mean()) - truth) < 4 * error, (name, power)
+    assert to_inference_data(mcmc).posterior["x"].shape == (4, 400, 25)  # whole paths come back
+
+
+def test_states_that_a_parameter_parts_at_the_pilot_are_still_a_path():
+    marginal = marginalize(vector, ["x"], num_particles=1)
+    marginal.fit(Y, pilot=at(PILOT | {"phi": 0.0}))
+    assert marginal.proposal.fitted["x"].bands.prior == 2
+
+
+def panel(y, mask):
+    phi, s, _ = parameters()
+    with pyro.plate("series", len(y)):
+        x = torch.zeros((), dtype=torch.float64)
+        for t in range(y.shape[1]):
+            with pyro.poutine.mask(mask=mask[:, t]):
+                x = pyro.sample(f"x_{t}", dist.Normal(phi * x, s))
+                pyro.sample(f"y_{t}", dist.Normal(x, 0.5), obs=y[:, t])
+
+
+def test_each_series_of_a_panel_is_one_estimate():
+    y, lengths = torch.stack([Y, Y.flip(0), -Y])[:, :16], torch.tensor([16, 5, 9])
+    marginal = marginalize(panel, ["x"], num_particles=1)
+    data = y, torch.arange(16) < lengths[:, None]
+    marginal.fit(*data, pilot=at(PILOT))
+    found = repeated_estimates(marginal, at(AT), 1, Arguments(data, {}))[0]
+    phi, s, _ = AT.values()
+    one = torch.ones(1, dtype=torch.float64)
+    exact = [
+        kalman(row[:n], one_by_one(phi), one_by_one(s**2), one_by_one(s**2), one, 0.5)
+        for row, n in zip(y, lengths.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(found, torch.stack(exact))
+
+
+def squares(y):
+    phi, s, _ = parameters()
+    x = pyro.sample("x", Autoregression(0.0, phi, s, len(y)))
+    pyro.sample("y", dist.Normal(x.square(), 0.3).to_event(1), obs=y)
+
+
+def test_other_modes_of_a_path_are_told():
+    marginal = marginalize(squares, ["x"])
+    marginal.fit(Y.square(), pilot=at({"phi": 0.5, "s": 1.0, "r": 1.0}))
+    assert "can lie about several modes" in marginal.proposal.remark
+    marginal = marginalize(volatility, ["x"])
+    marginal.fit(Y, pilot=at({"phi": 0.5, "s": 1.0}))
+    assert marginal.proposal.remark is None
+
+
+def all_meet(y):
+    _, s, r = parameters()
+    mixing = torch.linspace(0.0, 3.0, len(y) ** 2, dtype=torch.float64).sin()
+    with pyro.plate("subject", len(y)):
+        x = pyro.sample("x", dist.Normal(y.new_zeros(()), s))
+        mean = mixing.reshape(len(y), -1) @ x.exp()
+        pyro.sample("y", dist.Normal(mean, r), obs=y)
+
+
+def reads_its_state(y):
+    _, s, r = parameters()
+    x = y.new_zeros(())
+    for t in range(len(y)):
+        x = pyro.sample(f"x_{t}", dist.Normal(x if x > 0 else -x, s))
+        pyro.sample(f"y_{t}", dist.Normal(x, r), obs=y[t])
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [(all_meet, "'subject' are not independent .* no path"), (reads_its_state, "'x_0' cannot be")],
+)
+def test_what_is_no_path_is_refused(model, match):
+    with pytest.raises(ValueError, match=match):
+        marginalize(model, ["x"]).fit(Y, pilot=at(PILOT))
+
+
+def test_a_path_without_order_may_not_be_long(monkeypatch):
+    monkeypatch.setattr(path_bands, "_LONGEST", 10)
+
+    def model(y):
+        mixing = torch.linspace(0.0, 3.0, len(y) ** 2, dtype=torch.float64).sin()
+        x = pyro.sample("x", dist.Normal(y.new_zeros(len(y)), 1.0).to_event(1))
+        mean = mixing.reshape(len(y), -1) @ x.exp()
+        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="20 numbers of site 'x' depend on each other without"):
+        marginalize(model, ["x"]).fit(Y, pilot={})
+
+
+def test_warm_up_takes_a_proposal_that_follows_more_closely(monkeypatch):
+    y = returns(200)
+    pilot, away = at({"phi": 0.5, "s": 1.2}), at({"phi": 0.97, "s": 0.15})  # as chains may arrive
+    marginal = marginalize(volatility, ["x"], num_particles=1)
+    marginal.fit(y, pilot=pilot)
+    data = Arguments((y,), {})
+    found = refit_at(marginal, pilot, [away], data)
+    assert found is not None and found.proposal.steps == 1
+    before, after = (repeated_estimates(m, away, 60, data).var() for m in (marginal, found))
+    assert after < 0.5 * before
+    monkeypatch.setattr(PathProposal, "closer", lambda proposal: None)
+    assert refit_at(marginal, pilot, [away], data) is None

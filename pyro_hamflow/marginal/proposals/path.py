@@ -185,7 +185,9 @@ class PathProposal(Proposal):
             else:
                 bands, start = before.bands, before.mode
             parts_at = partial(_ordered, of_values, bands.order)
-            steps = self.steps if followed else 0
+            # What is held at the pilot is the likelihood: it had better not hold the path together.
+            least = int(bands.likelihood > bands.prior)
+            steps = max(self.steps, least) if followed else 0
             fitted[name] = fit_path(parts_at, Anchor(values, followed), bands, start, steps)
         return replace(self, fitted=fitted, densities=densities)
 
