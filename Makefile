@@ -34,7 +34,7 @@ lint: $(VENV)/test
 
 types: $(VENV)/test
 	$(BIN)/mypy
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(VENV)/test
 	$(BIN)/ruff check --fix $(SOURCES)

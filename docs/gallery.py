@@ -29,6 +29,8 @@ NAMES = (
     "lecture/phi4_plane",
     "comparing_models",
     "many_patients",
+    "stochastic_volatility",
+    "gallery/term_premium",
 )
 _PLAIN = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 

@@ -165,8 +165,8 @@ def test_every_site_comes_out_under_a_legal_name(model, tmp_path):
     for name, group in groups.items():
         xarray.testing.assert_identical(back[name].load(), group.load())
     tree = to_datatree(*groups_of(mcmc))
-    tree.to_netcdf(tmp_path / "tree.nc")
-    with xarray.open_datatree(tmp_path / "tree.nc") as opened:
+    tree.to_netcdf(tmp_path / "tree.nc", engine="h5netcdf")
+    with xarray.open_datatree(tmp_path / "tree.nc", engine="h5netcdf") as opened:
         for name, group in groups.items():
             xarray.testing.assert_identical(opened[name].to_dataset().load(), group)
 

@@ -216,6 +216,7 @@ def test_weights_without_any_mass_do_not_crash():
 
 
 def test_smoothing_agrees_between_the_versions_of_arviz(monkeypatch):
+    pytest.importorskip("arviz_stats")
     log_weights = torch.randn(2000)
     weights, k = smooth_weights(log_weights)
     monkeypatch.setattr(arviz, "__version__", "1.0.0")
