@@ -185,6 +185,15 @@ class Draws:
         return Draws(torch.cat([part.position for part in parts], 1), stats, local)
 
     @staticmethod
+    def follow(parts: list[Draws]) -> Draws:
+        """Draws of the same chains, one after the other."""
+        return Draws(
+            torch.cat([part.position for part in parts], 1),
+            {name: torch.cat([part.stats[name] for part in parts], 1) for name in parts[0].stats},
+            {name: torch.cat([part.local[name] for part in parts], 1) for name in parts[0].local},
+        )
+
+    @staticmethod
     def join(parts: list[Draws]) -> Draws:
         """The draws of several chains, cut to the shortest.
 

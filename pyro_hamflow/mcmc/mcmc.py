@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -27,9 +30,13 @@ from pyro_hamflow.mcmc.adaptation.base import Phase
 from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import WARM, Checkpoints, Progress, collected
 from pyro_hamflow.mcmc.draws import Draws, Record
+from pyro_hamflow.mcmc.groups import Group, complete, joined, seeds, split
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
-from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.mcmc.messages import FEWEST, report
 from pyro_hamflow.mcmc.resume import Found, latest
+from pyro_hamflow.mcmc.segment import Task, packed
+from pyro_hamflow.mcmc.snapshot import capture, take_up
+from pyro_hamflow.mcmc.spread import Executors, Spread
 from pyro_hamflow.mcmc.stopping import RunSoFar, StopWhen
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.transitions.base import Info
@@ -38,6 +45,7 @@ from pyro_hamflow.process import HeldSignals, undisturbed
 from pyro_hamflow.progress import progress
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
+_GROWTH = 1.1  # of the draws of groups, after which `stop_when` is asked
 _LONGEST = 4  # times the fewest iterations of warm-up
 _METHODS = ("vectorized", "sequential")
 
@@ -97,6 +105,17 @@ class MCMC:
             (:class:`~pyro_hamflow.mcmc.stopping.RunSoFar`); where it says yes, the run is over,
             with fewer than ``num_samples`` draws. :func:`~pyro_hamflow.ess_above`,
             :func:`~pyro_hamflow.rhat_below` and :func:`~pyro_hamflow.time_over` make some.
+        executor: Moves chains in other processes, or on other machines: any
+            :class:`concurrent.futures.Executor`, as a pool of processes, or dask's
+            ``client.get_executor()``; or a function that makes one, which is called again where one
+            is broken. Draws are the same whichever it is, and however many workers it has. A
+            worker that is lost costs ten seconds' work; a group whose worker is lost three times
+            ends, and a message tells which (:attr:`ended_early`). Model and ``hook_fn`` are
+            pickled (by cloudpickle, if that is installed) and run in the workers.
+        chains_per_worker: How many chains make a group with an ``executor``: they move at once,
+            and are tuned together, apart from other groups.
+        worker_timeout: After how many seconds in which an executor brings nothing back what it was
+            to bring is taken for lost.
 
     Raises:
         TypeError: If the kernel is none of this package's, or starting values have no names.
@@ -134,6 +153,9 @@ class MCMC:
         checkpoint_every: float = 60.0,
         thin: int = 1,
         keep: Sequence[str] | None = None,
+        executor: Executors | None = None,
+        chains_per_worker: int = 1,
+        worker_timeout: float = 3600.0,
     ) -> None:
         if not isinstance(kernel, Kernel):
             raise TypeError(
@@ -163,6 +185,23 @@ class MCMC:
             raise TypeError(
                 f"`initial_params` is {initial_params!r}: expected values of each site by name"
             )
+        whole("chains_per_worker", chains_per_worker, 1)
+        positive("worker_timeout", worker_timeout)
+        if executor is not None and not (isinstance(executor, Executor) or callable(executor)):
+            raise TypeError(
+                f"`executor` is {executor!r}: expected a concurrent.futures.Executor, or a "
+                "function that makes one"
+            )
+        if executor is not None and chain_method == "sequential":
+            raise ValueError(
+                "`executor` is given with `chain_method='sequential'`: expected 'vectorized', as "
+                "the chains of each group move at once"
+            )
+        if executor is not None and checkpoint is not None:
+            raise ValueError(
+                "`checkpoint` is given with `executor`: expected one of them, as checkpoints are "
+                "written of chains in this process"
+            )
         if chain_method not in _METHODS:
             raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
         if kernel.source.potential_fn is not None and initial_params is None:
@@ -183,7 +222,7 @@ class MCMC:
         self.initial_params = initial_params
         self.chain_method = chain_method
         pooled = num_chains if chain_method == "vectorized" else 1
-        self._fewest_warmup_steps = 100 + math.ceil(600 / pooled)
+        self._pool(pooled if executor is None else min(pooled, chains_per_worker))
         self._given_warmup_steps = warmup_steps
         self.warmup_steps = self._planned_warmup_steps
         self.seed = seed
@@ -193,6 +232,10 @@ class MCMC:
         self.checkpoint_every = checkpoint_every
         self.thin = thin
         self.keep = None if keep is None else list(keep)
+        self.executor = executor
+        self.chains_per_worker = chains_per_worker
+        self.worker_timeout = worker_timeout
+        self.ended_early: dict[str, Draws] = {}
         self._checkpoints: Checkpoints | None = None
         self._finished: list[Chains] = []
         self.hook_fn = hook_fn
@@ -221,6 +264,9 @@ class MCMC:
         Raises:
             ValueError: Before any sampling, if model, data or starting values have faults.
         """
+        if self.executor is not None:
+            self._run_spread(self.executor, args, kwargs)
+            return
         with undisturbed(self.seed):
             self._run(args, kwargs)
 
@@ -279,11 +325,115 @@ class MCMC:
         self._tell()
         self._finished = []
         if stopped is not None:
-            told = f"interrupted: {made} of {self.num_samples} draws were made and are kept"
-            if not isinstance(stopped, KeyboardInterrupt):
-                stopped.add_note(told)
-                raise stopped
-            warnings.warn(told, RuntimeWarning, stacklevel=3)
+            self._say_interrupted(stopped, made, stacklevel=4)
+
+    # --- chains in other processes ----------------------------------------------------------------
+
+    def _run_spread(
+        self, executor: Executors, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Runs groups of chains where an executor takes them."""
+        self._args, self._kwargs = args, kwargs
+        self._draws = self._warmup_draws = self._samples = self._left = None
+        self.interrupted, self.ended_early = False, {}
+        self._so_far = RunSoFar(time.monotonic())
+        with undisturbed(self.seed):
+            self._validate()
+            groups = self._groups()
+        stopped: BaseException | None = None
+        planned = sum(group.planned + self.num_samples for group in groups)
+        with progress(planned, "Warmup", hidden=self.disable_progbar) as bar:
+            goal = partial(self._next_goal, groups)
+            spread = Spread(executor, groups, self.num_samples, self.worker_timeout, bar, goal)
+            try:
+                spread.run()
+            except BaseException as error:  # noqa: BLE001  # raised again, once draws are safe
+                stopped = error
+        stopped = stopped or spread.error
+        self.interrupted = stopped is not None
+        self._heard = list(dict.fromkeys(m for g in groups if g.latest for m in g.latest.messages))
+        self._heard += spread.remarks
+        kept = complete(groups)
+        if not kept:
+            raise stopped or RuntimeError(" ".join(["no draw was made.", *spread.remarks]))
+        self._collect(groups, kept)
+        self._tell()
+        if stopped is not None:
+            self._say_interrupted(stopped, kept[0].made, stacklevel=4)
+
+    def _groups(self) -> list[Group]:
+        """The groups of the run, each with a run of its own; finds faults before any begins."""
+        given = self.seed
+        seed = int(torch.randint(_LARGEST_SEED, ())) if given is None else given
+        with torch.random.fork_rng():  # so that workers find the parameters that the model makes
+            self.kernel.prepare(self._args, self._kwargs, self._initial(None))
+        self._refuse_unknown_sites()
+        chains = split(self.num_chains, self.chains_per_worker)
+        groups = []
+        for numbers, own_seed in zip(chains, seeds(seed, len(chains)), strict=True):
+            run = copy.copy(self)
+            run.executor = run.stop_when = run.seed = None
+            run._finished = []
+            run.disable_progbar, run.num_chains = True, len(numbers)
+            run._pool(len(numbers))
+            if self.initial_params is not None and self.num_chains > 1:
+                part = slice(numbers.start, numbers.stop) if len(numbers) > 1 else numbers.start
+                run.initial_params = {n: v[part] for n, v in self.initial_params.items()}
+            try:
+                task = packed(Task(run, own_seed))
+            except Exception as error:
+                raise TypeError(
+                    f"the run cannot be sent to workers ({error}): expected a model, kernel and "
+                    "`hook_fn` that can be pickled; where cloudpickle is installed, those of a "
+                    "script or a notebook can be, too"
+                ) from error
+            groups.append(Group(numbers.start, len(numbers), task, run._planned_warmup_steps))
+        return groups
+
+    def _next_goal(self, groups: list[Group], made: int) -> int | None:
+        """How many draws all groups are to make before `stop_when` is asked."""
+        if made == self.num_samples:
+            return None
+        if self.stop_when is None:
+            return self.num_samples
+        going = [group for group in groups if group.fault is None]
+        if made and going:
+            draws = joined(going, lambda group: group.draws)
+            self._so_far.update(made, lambda: draws.position)
+            if self.stop_when(self._so_far):
+                return None
+        return min(self.num_samples, max(FEWEST, math.ceil(_GROWTH * made)))
+
+    def _collect(self, groups: list[Group], kept: list[Group]) -> None:
+        """Takes the draws of groups, and what one of them has found."""
+        self._draws = joined(kept, lambda group: group.draws)
+        if self.save_warmup and all(group.warm for group in kept):
+            self._warmup_draws = joined(kept, lambda group: group.warm)
+        for group in groups:
+            if group.draws and group not in kept:
+                self.ended_early[group.name] = Draws.follow(group.draws)
+                if group.fault is None:
+                    told = f"{group.name} came to {group.made} draws, which `ended_early` has"
+                    self._heard.append(f"{told}: too few to cut all others to their number.")
+        self.warmup_steps = max(group.iteration for group in kept)
+        self.warmup_time = sum(group.warmup_time for group in groups)
+        self.sampling_time = sum(group.sampling_time for group in groups)
+        saved = kept[0].saved
+        self._finished = [Chains("", self.num_chains)]
+        if saved is not None:
+            self._finished[0].kept = saved.kept
+            with undisturbed():
+                capture(self.kernel, self._args, self._kwargs, saved.source)
+                take_up(self.kernel, saved.found)
+
+    def _say_interrupted(self, stopped: BaseException, made: int, stacklevel: int) -> None:
+        told = f"interrupted: {made} of {self.num_samples} draws were made and are kept"
+        if not isinstance(stopped, KeyboardInterrupt):
+            stopped.add_note(told)
+            raise stopped
+        warnings.warn(told, RuntimeWarning, stacklevel=stacklevel)
+
+    # --- chains in this process -------------------------------------------------------------------
 
     @classmethod
     def resume(
@@ -411,6 +561,10 @@ class MCMC:
             return
         with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled():
             poutine.trace(model).get_trace(*self._args, **self._kwargs).compute_log_prob()
+
+    def _pool(self, num_chains: int) -> None:
+        """Plans the warm-up of chains that are tuned together."""
+        self._fewest_warmup_steps = 100 + math.ceil(600 / num_chains)
 
     @property
     def _planned_warmup_steps(self) -> int:
@@ -644,7 +798,11 @@ class MCMC:
         """What is pickled: with draws in their supports, for the maps to these are not pickled."""
         if self._draws is not None:
             self._constrained()
-        return self.__dict__ | {"_left": None, "_so_far": RunSoFar(0.0), "_checkpoints": None}
+        return (
+            self.__dict__
+            | {"_left": None, "_so_far": RunSoFar(0.0)}
+            | dict.fromkeys(("_checkpoints", "executor"))
+        )
 
     def diagnostics(self) -> dict[str, Any]:
         """Effective sample sizes and R-hat of each site, by ArviZ, and divergences.

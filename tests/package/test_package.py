@@ -36,7 +36,7 @@ ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc
 ROOMS += ["mcmc.kernels"]
 ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.identity", "mcmc.snapshot", "mcmc.packing"]
 ROOMS += ["mcmc.files", "mcmc.store", "mcmc.checkpoint", "mcmc.resume"]
-ROOMS += ["mcmc.mcmc", "results"]
+ROOMS += ["mcmc.segment", "mcmc.groups", "mcmc.spread", "mcmc.mcmc", "results"]
 
 MOST_LINES = 300
 LONGER = {

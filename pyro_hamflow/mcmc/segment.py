@@ -1,0 +1,236 @@
+"""A segment of the run of some chains, made in whatever process an executor takes it to.
+
+What goes there is one value of bytes, and what comes back is another. Nothing of a process but its
+cache of captured models outlives a segment, so that each may be made anywhere, and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import pyro
+import torch
+from pyro import settings
+
+from pyro_hamflow.mcmc.chains import Chains
+from pyro_hamflow.mcmc.draws import Draws, Record
+from pyro_hamflow.mcmc.identity import random_states, set_random_states
+from pyro_hamflow.mcmc.kernels.base import Kernel
+from pyro_hamflow.mcmc.snapshot import Frozen, capture, found_words, source_words, take_up
+from pyro_hamflow.mcmc.storable import Unstorable
+from pyro_hamflow.process import undisturbed
+
+try:
+    import cloudpickle as pickler  # takes models of a notebook, too
+except ImportError:
+    pickler = pickle
+
+_MOST_TASKS = 8  # that a process remembers, with their captured models
+
+
+class Runner(Protocol):
+    """What moves chains: an :class:`~pyro_hamflow.MCMC`, whose only group they are."""
+
+    kernel: Kernel
+    num_samples: int
+    warmup_time: float
+    sampling_time: float
+    _args: tuple[Any, ...]
+    _kwargs: dict[str, Any]
+
+    def _new_chains(self, chain: int | None) -> Chains: ...
+
+    def _begin(self, chains: Chains, chain: int | None) -> None: ...
+
+    def _move(self, chains: Chains) -> Any: ...
+
+
+@dataclass
+class Task:
+    """The run of a group of chains, and what it takes from the process that it was set up in.
+
+    Arguments:
+        run: What moves the chains.
+        seed: What its random numbers begin with.
+    """
+
+    run: Any
+    seed: int
+    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    device: torch.device = field(default_factory=torch.get_default_device)
+    num_threads: int = field(default_factory=torch.get_num_threads)
+    settings: dict[str, Any] = field(default_factory=settings.get)
+    parameters: Any = field(default_factory=lambda: pyro.get_param_store().get_state())
+
+    @contextmanager
+    def process(self) -> Iterator[None]:
+        """Sets a process up like the one that the task comes from, as long as it lasts."""
+        with undisturbed(self.seed), ExitStack() as stack:
+            torch.set_default_dtype(self.dtype)
+            if torch.get_num_threads() != self.num_threads:
+                torch.set_num_threads(self.num_threads)
+            settings.set(**self.settings)
+            if torch.get_default_device() != self.device:
+                stack.enter_context(self.device)
+            stack.enter_context(pyro.get_param_store().scope(self.parameters))
+            yield
+
+
+@dataclass
+class Saved:
+    """Where a group is: all that its next iteration depends on."""
+
+    source: Frozen
+    found: Frozen
+    random: dict[str, Any]
+    iteration: int
+    warm: Record
+    kept: Record
+
+
+@dataclass
+class Segment:
+    """What a segment has led to.
+
+    Attributes:
+        draws: Those that were made in it; none if there are none.
+        warm: The same of the warm-up, where it is kept.
+        saved: Where the group is now; none if its state cannot be stored.
+        iteration: How many iterations of warm-up the group has made so far.
+        made: How many draws it has made so far.
+        warmup_left: How many iterations of warm-up are to come, as far as is known.
+        messages: What its kernel has to say so far.
+        warmup_time: Seconds of warm-up in this segment.
+        sampling_time: Seconds of drawing in it.
+        error: What has ended it before its time.
+    """
+
+    draws: Draws | None
+    warm: Draws | None
+    saved: Saved | None
+    iteration: int
+    made: int
+    warmup_left: int
+    messages: list[str]
+    warmup_time: float
+    sampling_time: float
+    error: BaseException | None
+
+
+_known: OrderedDict[str, Task] = OrderedDict()
+
+
+def packed(value: Any) -> bytes:
+    """A value as bytes, functions of a script or a notebook included."""
+    return pickler.dumps(value)
+
+
+def make_segment(
+    task: bytes, saved: bytes | None, seconds: float, most_draws: int, attempt: int
+) -> bytes:
+    """Moves the chains of a group on, until they have their draws or their time is over.
+
+    Arguments:
+        task: A packed :class:`Task`.
+        saved: Where the group is, packed; at the beginning if not given.
+        seconds: For how long.
+        most_draws: Up to how many draws.
+        attempt: Tells this call from earlier ones, which executors might take for the same.
+
+    Returns:
+        A packed :class:`Segment`.
+    """
+    found = _task(task)
+    with found.process():
+        return packed(_make(found.run, saved, seconds, most_draws))
+
+
+def _task(task: bytes) -> Task:
+    """The task of these bytes: as it was before in this process, its model captured, if it was."""
+    key = hashlib.sha256(task).hexdigest()
+    known = _known.pop(key, None)
+    _known[key] = found = pickle.loads(task) if known is None else known
+    while len(_known) > _MOST_TASKS:
+        _known.popitem(last=False)
+    return found
+
+
+def _make(run: Runner, saved: bytes | None, seconds: float, most_draws: int) -> Segment:
+    ends = time.monotonic() + seconds
+    chains = run._new_chains(None)
+    run.warmup_time = run.sampling_time = 0.0
+    error: BaseException | None = None
+    place: Saved | None = None
+    try:
+        if saved is None:
+            run._begin(chains, None)
+        else:
+            _go_on_from(run, pickle.loads(saved), chains)
+        can_be_saved = True
+        while place is None and chains.kept.made < run.num_samples:
+            run._move(chains)
+            over = time.monotonic() >= ends or chains.kept.made >= most_draws
+            if over and can_be_saved:
+                place = _saved(run, chains)
+                can_be_saved = place is not None  # else all is one segment
+    except BaseException as caught:  # noqa: BLE001  # goes back with the draws
+        error = _carried(caught)
+    kernel = run.kernel
+    begun = chains.state is not None
+    return Segment(
+        chains.kept.stacked() if len(chains.kept) else None,
+        chains.warm.stacked() if len(chains.warm) else None,
+        place,
+        chains.iteration,
+        chains.kept.made,
+        kernel.warmup_left if begun else 0,
+        list(kernel.messages) if begun else [],
+        run.warmup_time,
+        run.sampling_time,
+        error,
+    )
+
+
+def _saved(run: Runner, chains: Chains) -> Saved | None:
+    """Where chains are; none if their kernel holds what cannot be stored."""
+    assert chains.state is not None
+    try:
+        words = source_words(run.kernel), found_words(run.kernel, chains.state)
+    except Unstorable:
+        return None
+    records = _emptied(chains.warm), _emptied(chains.kept)
+    return Saved(*words, random_states(), chains.iteration, *records)
+
+
+def _emptied(record: Record) -> Record:
+    """A record that goes on after another."""
+    return replace(record, position=[], stats={}, local={}, blocks=[], stored=record.count)
+
+
+def _go_on_from(run: Runner, saved: Saved, chains: Chains) -> None:
+    """Puts a kernel and chains where they were."""
+    capture(run.kernel, run._args, run._kwargs, saved.source)
+    chains.state = take_up(run.kernel, saved.found)
+    chains.phase, chains.iteration = run.kernel.phase, saved.iteration
+    chains.warm, chains.kept = saved.warm, saved.kept
+    set_random_states(saved.random)
+
+
+def _carried(error: BaseException) -> BaseException:
+    """An exception that can be packed, with where it was raised as a note."""
+    where = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(packed(error))
+    except Exception:  # noqa: BLE001  # whatever the classes of others raise
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.__traceback__ = None
+    error.add_note(f"It was raised in a worker:\n{where}")
+    return error

@@ -1,0 +1,497 @@
+"""Chains in other processes: the same draws wherever they are made, and workers that are lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
+from contextlib import contextmanager
+from pathlib import Path
+
+import loky
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from distributed import LocalCluster
+
+from pyro_hamflow import (
+    HMC,
+    MCMC,
+    NUTS,
+    PseudoMarginalNUTS,
+    ess_above,
+    marginalize,
+    time_over,
+    to_inference_data,
+)
+from pyro_hamflow.mcmc import spread
+from pyro_hamflow.mcmc.groups import seeds
+
+Y = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+
+def model(y):
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("row", 3):
+        pyro.sample("y", dist.Normal(mean.sum(), 1.0), obs=y)
+
+
+def latent(y):
+    mean = pyro.sample("mean", dist.Normal(torch.zeros_like(y[0]), 1.0))
+    with pyro.plate("row", len(y)):
+        x = pyro.sample("x", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def marginal():
+    return PseudoMarginalNUTS(marginalize(latent, ["x"], num_particles=2))
+
+
+class Inline(Executor):
+    """Does at once, in this process, what it is asked for."""
+
+    def submit(self, function, /, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def forked(num_workers=2):
+    """Processes whose modules are imported once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyro_hamflow", "tests.mcmc.test_executors"])
+    return ProcessPoolExecutor(num_workers, mp_context=context)
+
+
+def run(executor, num_samples=24, *, kernel=None, num_chains=3, num_warm=16, data=Y, **settings):
+    settings = {"seed": 3, "chains_per_worker": 2, "disable_progbar": True} | settings
+    kernel = NUTS(model) if kernel is None else kernel
+    mcmc = MCMC(kernel, num_samples, num_warm, num_chains=num_chains, executor=executor, **settings)
+    mcmc.run(data)
+    return mcmc
+
+
+@contextmanager
+def short_segments(seconds=0.1):
+    before, spread.SECONDS = spread.SECONDS, seconds
+    try:
+        yield
+    finally:
+        spread.SECONDS = before
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The draws of each group, by runs in this process."""
+    torch.set_default_dtype(torch.float64)
+    parts = []
+    for seed, num_chains in zip(seeds(3, 2), (2, 1), strict=True):
+        mcmc = MCMC(NUTS(model), 24, 16, num_chains=num_chains, seed=seed, disable_progbar=True)
+        mcmc.run(Y)
+        parts.append(mcmc.draws.position)
+    return torch.cat(parts)
+
+
+# --- wherever they are made ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.03, 100.0])
+def test_draws_are_those_of_runs_of_the_groups(expected, seconds):
+    with short_segments(seconds):
+        mcmc = run(Inline())
+    assert torch.equal(mcmc.draws.position, expected)
+    assert mcmc.messages == [m for m in mcmc.messages if "worker" not in m]
+    assert mcmc.warmup_steps == 16
+    assert mcmc.kernel.step_size > 0.0
+    assert dict(to_inference_data(mcmc).posterior.sizes)["chain"] == 3
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_threads_give_the_same_draws(expected, num_workers):
+    with ThreadPoolExecutor(num_workers) as executor, short_segments():
+        assert torch.equal(run(executor).draws.position, expected)
+
+
+def test_a_spawned_pool_gives_the_same_draws(expected):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor, short_segments(0.2):
+        assert torch.equal(run(executor).draws.position, expected)
+
+
+def test_loky_gives_the_same_draws(expected):
+    with loky.ProcessPoolExecutor(1) as executor, short_segments(0.2):
+        assert torch.equal(run(executor).draws.position, expected)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+            yield cluster
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dask_gives_the_same_draws(cluster, expected):
+    with cluster.get_client() as client, short_segments(0.2):
+        assert torch.equal(run(client.get_executor()).draws.position, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_dask_loses_a_worker(cluster, expected, tmp_path):
+    with cluster.get_client() as client, short_segments(0.2):
+        mcmc = run(client.get_executor(), hook_fn=Killer(tmp_path / "flag", 10))
+    assert (tmp_path / "flag").exists()
+    assert torch.equal(mcmc.draws.position, expected)
+
+
+@pytest.mark.slow
+def test_loky_loses_a_worker(expected, tmp_path):
+    executor = loky.get_reusable_executor(2)
+    with short_segments(0.2):
+        mcmc = run(executor, hook_fn=Killer(tmp_path / "flag", 10))
+    assert torch.equal(mcmc.draws.position, expected)
+    assert any("made again" in message for message in mcmc.messages)
+
+
+@pytest.mark.parametrize("kernel", [lambda: HMC(model), marginal])
+def test_segments_of_other_kernels(kernel):
+    def draws(seconds):
+        with short_segments(seconds):
+            return run(Inline(), 12, kernel=kernel(), num_warm=30, save_warmup=True)
+
+    whole, cut = draws(1000.0), draws(0.05)
+    assert torch.equal(whole.draws.position, cut.draws.position)
+    assert torch.equal(whole.warmup_draws.position, cut.warmup_draws.position)
+    for name, stat in whole.draws.stats.items():
+        assert torch.equal(stat, cut.draws.stats[name]), name
+    for name, part in whole.draws.local.items():
+        assert torch.equal(part, cut.draws.local[name]), name
+
+
+def test_run_without_a_seed_takes_torchs():
+    def draws():
+        return run(Inline(), 5, seed=None, num_warm=5).draws.position
+
+    torch.manual_seed(4)
+    first, second = draws(), draws()
+    torch.manual_seed(4)
+    assert torch.equal(draws(), first)
+    assert not torch.equal(second, first)
+    before = torch.get_rng_state()
+    run(Inline(), 5, num_warm=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def located():
+    where = pyro.param("where", torch.tensor(0.0))
+    pyro.sample("x", dist.Normal(where, torch.tensor(1e-3)))
+
+
+def shape_of_process():
+    """A model that tells in its parameter what process it runs in."""
+    assert torch.get_default_dtype() == torch.float32
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def test_workers_have_the_parameters_and_the_precision_of_this_process():
+    pyro.param("where", torch.tensor(50.0))
+    with forked(1) as executor:
+        mcmc = MCMC(NUTS(located), 20, 20, executor=executor, seed=1)
+        mcmc.run()
+        assert abs(float(mcmc.get_samples()["x"].mean()) - 50.0) < 0.1
+        torch.set_default_dtype(torch.float32)
+        mcmc = MCMC(NUTS(shape_of_process), 5, 5, executor=executor, seed=1)
+        mcmc.run()
+    assert mcmc.draws.position.dtype == torch.float32
+    assert list(pyro.get_param_store()) == ["where"]
+
+
+def test_starting_values_are_those_of_each_chain():
+    start = {"mean": torch.arange(6.0).reshape(3, 2)}
+    still = HMC(model, step_size=1e-12, adapt_step_size=False, adapt_mass_matrix=False)
+    mcmc = run(Inline(), 1, kernel=still, num_warm=0, initial_params=start)
+    torch.testing.assert_close(mcmc.draws.position[:, 0], start["mean"], atol=1e-6, rtol=0.0)
+
+
+class Unstorable(NUTS):
+    """A kernel of a class that no file may name."""
+
+
+def test_a_kernel_whose_state_cannot_be_stored_is_one_segment(expected):
+    with short_segments():
+        mcmc = run(Inline(), kernel=Unstorable(model))
+    assert torch.equal(mcmc.draws.position, expected)
+
+
+# --- when it ends -------------------------------------------------------------------------------
+
+
+def test_spread_run_stops_at_effective_draws():
+    """After the same draws, however long segments are."""
+
+    def draws(seconds):
+        with short_segments(seconds):
+            return run(Inline(), 3000, num_warm=60, stop_when=ess_above(200)).draws.position
+
+    first = draws(0.3)
+    assert 50 < first.shape[1] < 1500
+    assert torch.equal(draws(100.0), first)
+
+
+def test_spread_run_stops_in_time():
+    with short_segments(0.2):
+        mcmc = run(Inline(), 10**6, stop_when=time_over(0.3))
+    assert 50 <= mcmc.draws.position.shape[1] < 10**5
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+class Killer:
+    """Kills the process that it is called in, at one draw: once, or whenever it is that group's."""
+
+    def __init__(self, flag, draw, seed=None, number=signal.SIGKILL):
+        self.flag, self.draw, self.seed, self.number = flag, draw, seed, number
+
+    def __call__(self, kernel, params, stage, i):
+        if stage != "Sample" or i != self.draw:
+            return
+        if self.seed is None and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), self.number)
+        if self.seed == torch.initial_seed():
+            with Path(self.flag).open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_worker_killed_once_costs_its_segment(expected, tmp_path):
+    killer = Killer(tmp_path / "flag", 10)
+    with forked() as executor, short_segments():
+        mcmc = run(executor, hook_fn=killer)
+    assert killer.flag.exists()
+    assert torch.equal(mcmc.draws.position, expected)
+    assert [m for m in mcmc.messages if "BrokenProcessPool" in m and "made again" in m]
+    assert not mcmc.ended_early
+
+
+class Tired(Inline):
+    """Does two things, and breaks."""
+
+    def __init__(self):
+        self.done = 0
+
+    def submit(self, function, /, *args):
+        self.done += 1
+        if self.done > 2:
+            raise BrokenExecutor
+        return super().submit(function, *args)
+
+
+def test_a_function_makes_an_executor_for_each_that_breaks(expected):
+    made = []
+
+    def make():
+        made.append(Tired())
+        return made[-1]
+
+    with short_segments(0.05):
+        assert torch.equal(run(make).draws.position, expected)
+    assert len(made) > 1
+
+
+@pytest.mark.slow
+def test_a_worker_killed_for_ever_costs_its_chains(expected, tmp_path):
+    killer = Killer(tmp_path / "flag", 10, seed=seeds(3, 2)[1])
+    with forked() as executor, short_segments():
+        mcmc = run(executor, hook_fn=killer)
+    assert torch.equal(mcmc.draws.position, expected[:2])
+    (early,) = mcmc.ended_early.values()
+    made = early.position.shape[1]
+    assert 0 < made <= 10
+    assert torch.equal(early.position, expected[2:, :made])
+    told = f"Chain 2 ended after {made} of 24 draws, which `ended_early` has: its worker was lost 3"
+    assert any(message.startswith(told) for message in mcmc.messages)
+    assert len(killer.flag.read_text().split()) >= 3
+
+
+@pytest.mark.slow
+def test_a_worker_that_stops_is_not_waited_for(expected, tmp_path):
+    """Stopped by SIGSTOP, it neither ends nor answers."""
+    killer = Killer(tmp_path / "flag", 10, seed=seeds(3, 2)[1], number=signal.SIGSTOP)
+    executor, began = forked(), time.monotonic()
+    try:
+        with short_segments():
+            mcmc = run(executor, hook_fn=killer, worker_timeout=5.0)
+    finally:
+        for number in killer.flag.read_text().split():
+            os.kill(int(number), signal.SIGKILL)
+        executor.shutdown()
+    assert time.monotonic() - began < 90.0
+    assert torch.equal(mcmc.draws.position, expected[:2])
+    assert any("nothing came back for 5 seconds" in message for message in mcmc.messages)
+
+
+class Failing:
+    def __init__(self, *error):
+        self.kind, *self.words = error
+
+    def __call__(self, kernel, params, stage, i):
+        if stage == "Sample" and i == 10:
+            raise self.kind(*self.words)
+
+
+class Unpicklable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ([ZeroDivisionError, "mine"], ZeroDivisionError),
+        ([Unpicklable, "this", "that"], RuntimeError),
+    ],
+)
+def test_exception_in_a_worker_keeps_draws(expected, error, kind):
+    mcmc = MCMC(NUTS(model), 24, 16, num_chains=3, executor=Inline(), chains_per_worker=2, seed=3)
+    mcmc.hook_fn = Failing(*error)
+    with short_segments(100.0), pytest.raises(kind, match="mine|this and that") as caught:
+        mcmc.run(Y)
+    assert any("raised in a worker" in note for note in caught.value.__notes__)
+    assert caught.value.__notes__[-1] == "interrupted: 11 of 24 draws were made and are kept"
+    assert torch.equal(mcmc.draws.position, expected[:, :11])
+
+
+class Touching:
+    def __init__(self, flag, draw):
+        self.flag, self.draw = flag, draw
+
+    def __call__(self, kernel, params, stage, i):
+        if i == self.draw:
+            self.flag.touch()
+
+
+def test_interrupted_spread_run_keeps_draws(expected, tmp_path):
+    """By a signal, which reaches this process alone."""
+    flag = tmp_path / "flag"
+
+    def interrupt():
+        while not flag.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    mcmc = MCMC(NUTS(model), 10**6, 16, num_chains=3, chains_per_worker=2, seed=3)
+    mcmc.hook_fn = Touching(flag, 200)
+    with forked() as executor, short_segments(0.2):
+        mcmc.executor = executor
+        threading.Thread(target=interrupt).start()
+        with pytest.warns(RuntimeWarning, match="interrupted: .* draws were made and are kept"):
+            mcmc.run(Y)
+    assert mcmc.interrupted
+    num_chains = len(mcmc.draws.position)  # another may have made many fewer
+    assert num_chains + sum(len(part.position) for part in mcmc.ended_early.values()) == 3
+    assert torch.equal(mcmc.draws.position[:, :24], expected[:num_chains])
+
+
+def test_interrupted_before_the_first_draw():
+    class Interrupted(Executor):
+        def submit(self, function, /, *args):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted())
+
+
+def test_faults_of_the_model_are_found_before_any_worker_is_asked():
+    class Never(Executor):
+        def submit(self, function, /, *args):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="`initial_params` of site 'mean' has shape"):
+        run(Never(), initial_params={"mean": torch.zeros(7, 2)})
+    with pytest.raises(ValueError, match="names .'other'."):
+        run(Never(), save_params=["other"])
+
+
+class Refusing(Executor):
+    """An executor with a fault of some kind."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def submit(self, function, /, *args):
+        if isinstance(self.fault, Exception):
+            raise self.fault
+        future = Future()
+        if self.fault == "cancelled":
+            future.cancel()
+            future.set_running_or_notify_cancel()
+        elif self.fault == "failed":
+            future.set_exception(MemoryError("no room"))
+        elif self.fault == "foreign":
+            future.set_result("what is this")
+        return future
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (RuntimeError("closed"), "takes no more work .RuntimeError: closed"),
+        ("cancelled", "was lost 3 times .CancelledError"),
+        ("failed", "was lost 3 times .MemoryError: no room"),
+        ("silent", "nothing came back for 0.2 seconds"),
+        ("foreign", "was lost 3 times"),
+    ],
+)
+def test_executors_that_do_nothing_are_told(fault, words):
+    with pytest.raises(RuntimeError, match=f"no draw was made.*{words}"):
+        run(Refusing(fault), worker_timeout=0.2)
+
+
+def test_shut_down_pools_are_made_again(expected):
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    assert torch.equal(run(executor).draws.position, expected)
+
+
+def test_what_cannot_be_sent_is_told():
+    lock = threading.Lock()
+
+    def local(y):
+        with lock:
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(TypeError, match="cannot be sent to workers.*lock"):
+        run(Inline(), kernel=NUTS(local))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"executor": 3}, TypeError, "`executor` is 3: expected a concurrent.futures.Executor"),
+        ({"chains_per_worker": 0}, ValueError, "`chains_per_worker` is 0: expected 1 or more"),
+        ({"worker_timeout": 0.0}, ValueError, "`worker_timeout` is 0.0: expected a positive"),
+        (
+            {"executor": Inline(), "chain_method": "sequential"},
+            ValueError,
+            "`executor` is given with `chain_method='sequential'`",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        MCMC(NUTS(model), 5, 5, **settings)
