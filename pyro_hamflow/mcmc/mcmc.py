@@ -110,8 +110,8 @@ class MCMC:
             ``client.get_executor()``; or a function that makes one, which is called again where one
             is broken. Draws are the same whichever it is, and however many workers it has. A
             worker that is lost costs ten seconds' work; a group whose worker is lost three times
-            ends, and a message tells which (:attr:`ended_early`). Model and ``hook_fn`` are
-            pickled (by cloudpickle, if that is installed) and run in the workers.
+            ends, and a message tells which (``ended_early`` has the draws of such groups). Model
+            and ``hook_fn`` are pickled (by cloudpickle, if it is installed) and run in the workers.
         chains_per_worker: How many chains make a group with an ``executor``: they move at once,
             and are tuned together, apart from other groups.
         worker_timeout: After how many seconds in which an executor brings nothing back what it was

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -92,8 +93,7 @@ class Spread:
             try:
                 self._end()
             finally:
-                if self._own:
-                    self._executor.shutdown(wait=False, cancel_futures=True)
+                self._shut_down()
 
     @property
     def remarks(self) -> list[str]:
@@ -148,10 +148,15 @@ class Spread:
             made = _like(self._executor) if self._make is None else self._make()
         except Exception:  # noqa: BLE001  # what executors raise differs
             return False
-        if self._own:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        self._shut_down()
         self._executor, self._own = made, True
         return True
+
+    def _shut_down(self) -> None:
+        """Shuts down an executor that was made here."""
+        if self._own:
+            with suppress(Exception):  # what executors raise differs
+                self._executor.shutdown(wait=False)
 
     # --- what comes back --------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -32,11 +33,13 @@ from pyro_hamflow import (
     PseudoMarginalNUTS,
     ess_above,
     marginalize,
+    progress,
     time_over,
     to_inference_data,
 )
 from pyro_hamflow.mcmc import spread
 from pyro_hamflow.mcmc.groups import seeds
+from pyro_hamflow.process import undisturbed
 
 Y = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
@@ -92,6 +95,12 @@ def short_segments(seconds=0.1):
 
 
 @pytest.fixture(scope="module")
+def pool():
+    with forked(1) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
 def expected():
     """The draws of each group, by runs in this process."""
     torch.set_default_dtype(torch.float64)
@@ -117,9 +126,8 @@ def test_draws_are_those_of_runs_of_the_groups(expected, seconds):
     assert dict(to_inference_data(mcmc).posterior.sizes)["chain"] == 3
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_threads_give_the_same_draws(expected, num_workers):
-    with ThreadPoolExecutor(num_workers) as executor, short_segments():
+def test_threads_give_the_same_draws(expected):
+    with ThreadPoolExecutor(3) as executor, short_segments():
         assert torch.equal(run(executor).draws.position, expected)
 
 
@@ -206,15 +214,14 @@ def shape_of_process():
     pyro.sample("x", dist.Normal(0.0, 1.0))
 
 
-def test_workers_have_the_parameters_and_the_precision_of_this_process():
+def test_workers_have_the_parameters_and_the_precision_of_this_process(pool):
     pyro.param("where", torch.tensor(50.0))
-    with forked(1) as executor:
-        mcmc = MCMC(NUTS(located), 20, 20, executor=executor, seed=1)
-        mcmc.run()
-        assert abs(float(mcmc.get_samples()["x"].mean()) - 50.0) < 0.1
-        torch.set_default_dtype(torch.float32)
-        mcmc = MCMC(NUTS(shape_of_process), 5, 5, executor=executor, seed=1)
-        mcmc.run()
+    mcmc = MCMC(NUTS(located), 20, 20, executor=pool, seed=1)
+    mcmc.run()
+    assert abs(float(mcmc.get_samples()["x"].mean()) - 50.0) < 0.1
+    torch.set_default_dtype(torch.float32)
+    mcmc = MCMC(NUTS(shape_of_process), 5, 5, executor=pool, seed=1)
+    mcmc.run()
     assert mcmc.draws.position.dtype == torch.float32
     assert list(pyro.get_param_store()) == ["where"]
 
@@ -234,6 +241,14 @@ def test_a_kernel_whose_state_cannot_be_stored_is_one_segment(expected):
     with short_segments():
         mcmc = run(Inline(), kernel=Unstorable(model))
     assert torch.equal(mcmc.draws.position, expected)
+
+
+def test_one_bar_is_of_all_groups(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    with short_segments(0.05):
+        run(Inline(), disable_progbar=False)
+    shown = capsys.readouterr().err
+    assert "80/80" in shown and "groups=2 of 2 done" in shown
 
 
 # --- when it ends -------------------------------------------------------------------------------
@@ -292,7 +307,10 @@ class Tired(Inline):
     """Does two things, and breaks."""
 
     def __init__(self):
-        self.done = 0
+        self.done, self.is_over = 0, False
+
+    def shutdown(self, wait=True):  # as loky's and dask's
+        self.is_over = True
 
     def submit(self, function, /, *args):
         self.done += 1
@@ -310,7 +328,7 @@ def test_a_function_makes_an_executor_for_each_that_breaks(expected):
 
     with short_segments(0.05):
         assert torch.equal(run(make).draws.position, expected)
-    assert len(made) > 1
+    assert len(made) > 1 and all(executor.is_over for executor in made)
 
 
 @pytest.mark.slow
@@ -460,6 +478,87 @@ class Refusing(Executor):
 def test_executors_that_do_nothing_are_told(fault, words):
     with pytest.raises(RuntimeError, match=f"no draw was made.*{words}"):
         run(Refusing(fault), worker_timeout=0.2)
+
+
+class Leaving:
+    def __init__(self, how):
+        self.how = how
+
+    def __call__(self, kernel, params, stage, i):
+        if stage == "Sample" and i == 10:
+            sys.exit("enough") if self.how == "exit" else params["mean"].nonsense
+
+
+@pytest.mark.parametrize(("how", "kind"), [("exit", SystemExit), ("nonsense", AttributeError)])
+def test_faults_of_a_hook_in_a_worker_end_the_run(expected, how, kind):
+    mcmc = MCMC(NUTS(model), 24, 16, num_chains=3, chains_per_worker=2, seed=3)
+    mcmc.executor, mcmc.hook_fn = Inline(), Leaving(how)
+    with short_segments(100.0), pytest.raises(kind):
+        mcmc.run(Y)
+    assert torch.equal(mcmc.draws.position, expected[:, :11])
+
+
+class FailingElsewhere:
+    """A model that needs what workers do not have."""
+
+    def __init__(self):
+        self.home = os.getpid()
+
+    def __call__(self, y):
+        if os.getpid() != self.home:
+            raise FileNotFoundError("data.csv")
+        model(y)
+
+
+def test_a_model_that_fails_in_workers_is_told(pool):
+    mcmc = MCMC(NUTS(FailingElsewhere()), 5, 5, executor=pool)
+    with pytest.raises(Exception, match="data.csv") as caught:
+        mcmc.run(Y)
+    assert any("raised in a worker" in note for note in caught.value.__notes__)
+
+
+def test_two_runs_share_an_executor(expected):
+    found = []
+
+    def work(executor):
+        found.append(run(executor).draws.position)
+
+    with ThreadPoolExecutor(2) as executor, short_segments():
+        threads = [threading.Thread(target=work, args=(executor,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert len(found) == 2
+    assert all(torch.equal(position, expected) for position in found)
+
+
+def test_a_forked_worker_is_free_while_another_thread_runs(expected):
+    """The lock that its parent's other thread held when it was forked is not held in it."""
+    inside, over = threading.Event(), threading.Event()
+
+    def hold():
+        with undisturbed():
+            inside.set()
+            over.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(60)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with undisturbed():
+            os.write(writer, b"free")
+        os._exit(0)
+    began = time.monotonic()
+    while os.waitpid(child, os.WNOHANG)[0] == 0 and time.monotonic() - began < 20:
+        time.sleep(0.05)
+    else:
+        over.set()
+    thread.join(60)
+    os.set_blocking(reader, False)
+    assert os.read(reader, 4) == b"free"
 
 
 def test_shut_down_pools_are_made_again(expected):
