@@ -235,3 +235,20 @@ def test_without_a_compiler_torch_draws(monkeypatch, tmp_path):
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="`engine` is 'rust'"):
         NUTS(bent, engine="rust")
+
+
+def test_moves_under_a_map_are_left_to_torch():
+    kernel = NUTS(eight_schools_noncentred, transport="flow", engine="native", max_tree_depth=2)
+    kernel.begin(4, 20)
+    assert kernel.settings["engine_reason"] == "moves are made under a map"
+    assert "NUTS: draws are made by torch, for moves are made under a map." in kernel.messages
+
+
+def test_long_runs_are_native_where_nothing_is_said():
+    kernel = HMC(eight_schools_noncentred)
+    kernel.planned_draws = 10**5
+    kernel.begin(4, 20)
+    assert kernel.settings["engine"] == "native"
+    kernel.planned_draws = 100
+    kernel.begin(4, 20)
+    assert kernel.settings["engine"] == "torch"

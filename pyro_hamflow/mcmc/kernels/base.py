@@ -118,28 +118,34 @@ class Kernel(PyroFace):
         moves = self.hamiltonian
         if moves.estimator is not None:
             return moves.estimator.transition(potential, position)
-        self._engine = self._choose_engine(potential, len(position))
+        self._take_engine(self._choose_engine(potential, len(position)))
         if self._engine.name == "native":
             return moves.trajectories.native_transition(potential)
         return moves.trajectories.parameter_transition(potential, len(position))
 
     def _choose_engine(self, potential: Potential, num_chains: int) -> Choice:
-        """The engine of the run; says so where it is not the one that was asked for."""
+        """The engine of a run whose moves are plain."""
         plan = self.plan
         draws = plan.num_draws
         iterations = None if draws is None else plan.warmup_steps + draws
         examples = tuple(part[0] for part in potential.vectors(1))
         graph = None if self.engine == "torch" else potential.programs.base("gradient")
-        choice = choose_engine(self.engine, graph, examples, num_chains, iterations)
+        return choose_engine(self.engine, graph, examples, num_chains, iterations)
+
+    def _take_engine(self, choice: Choice) -> None:
+        """Takes an engine; says so where it is not the one that was asked for."""
+        self._engine = choice
         if choice.declined:
-            plan.say(f"draws are made by torch, for {choice.reason}.")
-        return choice
+            self.plan.say(f"draws are made by torch, for {choice.reason}.")
 
     def first_phase(self, position: Tensor, noise: Tensor) -> tuple[Phase, State]:
         """The phase that a run begins with, and its first state."""
         if self._surrogate_run is not None:
             return surrogate.first_phase(self._surrogate_run, position, noise)
         if self._transporting is not None:
+            if self.engine != "torch":
+                asked = self.engine == "native"
+                self._take_engine(Choice("torch", "moves are made under a map", declined=asked))
             return self._transporting.first_phase(
                 self.potential, self.hamiltonian, self.plan, position, noise
             )

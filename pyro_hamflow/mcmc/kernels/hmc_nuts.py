@@ -40,7 +40,8 @@ class HMC(Kernel):
             ``"native"`` moves each by itself in machine code, made by Inductor and a C++ compiler
             in some seconds and kept on disk (:func:`~pyro_hamflow.clear_cache`); ``"auto"`` takes
             the latter where it has code for all of the model's operations and the run is long
-            enough. Both make the same trajectories, of other random numbers.
+            enough. Both make the same trajectories, of other random numbers; ``settings`` and the
+            attributes of results say which it was, and why.
 
     The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
     of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`, in Pyro's order.
@@ -94,7 +95,7 @@ class HMC(Kernel):
         jitter: float = 0.4,
         max_num_steps: int = 1000,
         transport: Any = None,
-        engine: str = "torch",
+        engine: str = "auto",
     ) -> None:
         meaningless("jit_options", given=jit_options is not None)
         meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
@@ -200,7 +201,7 @@ class NUTS(Kernel):
         *,
         inverse_mass_matrix: InverseMass | None = None,
         transport: Any = None,
-        engine: str = "torch",
+        engine: str = "auto",
     ) -> None:
         meaningless("jit_options", given=jit_options is not None)
         meaningless("ignore_jit_warnings", given=ignore_jit_warnings)
