@@ -49,7 +49,8 @@ def whiten(model: Model, sites: Sequence[str]) -> WhitenedModel:
 
     Arguments:
         model: A Pyro model.
-        sites: Names of the sites of one path.
+        sites: Names of the sites of one path; ``x`` stands for a loop of sites ``x_0``, ``x_1`` and
+            so on.
 
     Returns:
         The whitened model, a Pyro model with the same arguments. Names in it: where ``x`` is the
@@ -72,7 +73,7 @@ def whiten(model: Model, sites: Sequence[str]) -> WhitenedModel:
         ...         x = pyro.sample(f"x_{t}", dist.Normal(x, scale))
         ...         pyro.sample(f"y_{t}", dist.Poisson(x.exp()), obs=y[t])
         >>> y = torch.tensor([2.0, 0.0, 1.0])
-        >>> whitened = whiten(model, ["x_0", "x_1", "x_2"])
+        >>> whitened = whiten(model, ["x"])
         >>> trace = pyro.poutine.trace(whitened).get_trace(y)
         >>> trace.stochastic_nodes
         ['scale', 'x_0_white']
@@ -97,7 +98,7 @@ class WhitenedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; its sites are fitted first, if they are not yet."""
         fit = self.fit(*args, **kwargs)
-        before = values_before(self.sites, self.model, *args, **kwargs)
+        before = values_before(fit.prior.layout.names, self.model, *args, **kwargs)
         path = self._draw(fit, before)
         with WithPath(path, before):
             return self.model(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -22,6 +23,20 @@ from pyro_hamflow.model.trace import is_latent
 
 _MOST = 3000  # variables without a band: a factor of as many takes a second
 _ALIKE = 1e-3  # of a precision, up to which it is the same elsewhere, in the root of rounding
+
+
+def path_names(potential: Potential, sites: Sequence[str]) -> list[str]:
+    """The sites of a path; a name that is no site's stands for the loop of sites that bear it."""
+    nodes = potential.runs.plain_trace.nodes
+    names: list[str] = []
+    for name in sites:
+        loop = [
+            other
+            for other, site in nodes.items()
+            if is_latent(site) and re.fullmatch(rf"{re.escape(name)}_?\d+", other)
+        ]
+        names += loop if loop and name not in nodes else [name]
+    return list(dict.fromkeys(names))
 
 
 def check_sites(potential: Potential, names: Sequence[str]) -> None:

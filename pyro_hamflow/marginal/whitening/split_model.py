@@ -16,6 +16,7 @@ from pyro_hamflow.marginal.whitening.layout import (
     flat_layout,
     lay_out,
     parameters_before,
+    path_names,
     refuse_later_parameters,
 )
 from pyro_hamflow.marginal.whitening.path_prior import PathPrior, Values
@@ -33,7 +34,7 @@ class SplitModel:
     Arguments:
         model: The model.
         data: What it is called with.
-        names: The sites of the path.
+        sites: The sites of the path.
 
     Attributes:
         prior: The path's prior given the parameters.
@@ -48,9 +49,10 @@ class SplitModel:
         ValueError: If the sites are not a path that can be whitened.
     """
 
-    def __init__(self, model: Model, data: Arguments, names: Sequence[str]) -> None:
+    def __init__(self, model: Model, data: Arguments, sites: Sequence[str]) -> None:
         potential = self._potential = Potential(model, data.args, data.kwargs)
         self._model, self._data = model, data
+        names = path_names(potential, sites)
         check_sites(potential, names)
         layout = flat_layout(potential, names)
         self._names = set(names)
