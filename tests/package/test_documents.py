@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,10 +150,15 @@ def test_ten_tasks_have_a_page_each():
 
 
 @pytest.mark.slow
-def test_the_site_is_built_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", str(DOCS), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_site_is_built_without_a_warning_and_drawn_by_a_browser():
+    look = runpy.run_path(str(DOCS / "look.py"))
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", str(DOCS)]
+    done = subprocess.run([*command, str(look["SITE"])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if not any(map(shutil.which, look["BROWSERS"])):
+        pytest.skip("there is no browser to look with")
+    done = subprocess.run([sys.executable, DOCS / "look.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
