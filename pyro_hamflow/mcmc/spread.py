@@ -142,21 +142,25 @@ class Spread:
                 self._awaited[future] = _Await(group, time.monotonic(), alone)
                 return
 
-    def _renew(self) -> bool:
+    def _renew(self, *, hanging: bool = False) -> bool:
         """Exchanges a broken executor for another like it; says whether that could be done."""
         try:
             made = _like(self._executor) if self._make is None else self._make()
         except Exception:  # noqa: BLE001  # what executors raise differs
             return False
-        self._shut_down()
+        self._shut_down(kill=hanging)
         self._executor, self._own = made, True
         return True
 
-    def _shut_down(self) -> None:
-        """Shuts down an executor that was made here."""
-        if self._own:
-            with suppress(Exception):  # what executors raise differs
-                self._executor.shutdown(wait=False)
+    def _shut_down(self, *, kill: bool = False) -> None:
+        """Shuts down an executor that was made here; its processes are ended if they hang."""
+        if not self._own:
+            return
+        processes = list((getattr(self._executor, "_processes", None) or {}).values())
+        with suppress(Exception):  # what executors raise differs
+            self._executor.shutdown(wait=False)
+        for process in processes if kill else ():
+            process.kill()
 
     # --- what comes back --------------------------------------------------------------------------
 
@@ -204,11 +208,17 @@ class Spread:
     def _give_up_what_is_overdue(self) -> None:
         """Takes for lost what has not come back though nothing else came either."""
         now = time.monotonic()
-        for future, awaited in list(self._awaited.items()):
-            if now - max(self._heard, awaited.since) > self.patience:
-                del self._awaited[future]
-                future.cancel()
-                self._lose(awaited, f"nothing came back for {self.patience:g} seconds")
+        overdue = [
+            (future, awaited)
+            for future, awaited in self._awaited.items()
+            if now - max(self._heard, awaited.since) > self.patience
+        ]
+        for future, awaited in overdue:
+            del self._awaited[future]
+            future.cancel()
+            self._lose(awaited, f"nothing came back for {self.patience:g} seconds")
+        if overdue:  # workers that hang would be asked again
+            self._renew(hanging=True)
 
     def _look_at_goal(self) -> None:
         """Asks how to go on, once all groups have come to where they were to come."""
