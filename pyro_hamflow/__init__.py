@@ -19,7 +19,11 @@ from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginalHMC, PseudoM
 from pyro_hamflow.mcmc.kernels.random_walk import RandomWalk
 from pyro_hamflow.mcmc.mcmc import MCMC
 from pyro_hamflow.mcmc.stopping import ess_above, rhat_below, time_over
-from pyro_hamflow.mcmc.transitions.noise_refresh import CorrelatedRefresh, EllipticalSliceRefresh
+from pyro_hamflow.mcmc.transitions.noise_refresh import (
+    CorrelatedRefresh,
+    EllipticalSliceRefresh,
+    StretchRefresh,
+)
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic, RelativisticKinetic
 from pyro_hamflow.programs.engines.store import clear_cache
 from pyro_hamflow.results.inference_data import to_inference_data
@@ -70,6 +74,7 @@ __all__ = [
     "RelativisticKinetic",
     "ReverseKL",
     "SoftUniform",
+    "StretchRefresh",
     "SymmetrisedGuide",
     "TrajectoryMatching",
     "clear_cache",

@@ -90,6 +90,8 @@ def marginalize(
     memory proportional to the length where each state meets a few before it; a path in plates is
     one estimate for each of their elements. Where all is Gaussian, one particle is exact. Particle
     filters are no alternative here: their estimates are no smooth functions of the parameters.
+    Where the estimate of a long path varies too much for its noise to be renewed at once,
+    :class:`~pyro_hamflow.StretchRefresh` renews it stretch by stretch.
 
     Arguments:
         model: A Pyro model.
@@ -98,9 +100,9 @@ def marginalize(
             share them. With ``"laplace"`` one of each component's, and every eighth, is drawn from
             the prior, but none where a component has only one. If N is not given, it is 32, for
             ``"prior"`` up to 512 once warm-up finds that the estimate varies much, and for
-            ``"laplace"`` as many of 2, 4, 8 or 16 as bring the variance of the log estimate to one
-            where the proposal is fitted; at least two for each component, or one with ``"prior"``.
-            See :func:`~pyro_hamflow.estimator_quality`.
+            ``"laplace"`` as many of 2, 4, 8 or 16 (of paths, one may do) as bring the variance of
+            the log estimate to one where the proposal is fitted; at least two for each component,
+            or one with ``"prior"``. See :func:`~pyro_hamflow.estimator_quality`.
         proposal: ``"prior"`` draws particles from the prior; ``"laplace"`` from the prior times a
             Gaussian approximation of the likelihood, fitted before sampling, and a few from the
             prior itself, so that no weight exceeds the likelihood a hundredfold; a function

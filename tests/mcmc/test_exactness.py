@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh
+from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh, StretchRefresh
 from pyro_hamflow.dynamics import integrators
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.marginal import estimator as estimator_module
@@ -45,6 +45,7 @@ REFRESHES = {
     "fresh": CorrelatedRefresh(0.0),
     "correlated": CorrelatedRefresh(0.9),
     "slice": EllipticalSliceRefresh(),
+    "stretches": StretchRefresh(3),
 }
 
 

@@ -9,7 +9,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import CorrelatedRefresh, EllipticalSliceRefresh, marginalize, noise
+from pyro_hamflow import (
+    CorrelatedRefresh,
+    EllipticalSliceRefresh,
+    StretchRefresh,
+    marginalize,
+    noise,
+)
 from pyro_hamflow.mcmc.transitions.base import select
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
 from pyro_hamflow.model.potential import Potential
@@ -195,6 +201,7 @@ REFRESHES = {
     "fresh": CorrelatedRefresh(0.0),
     "correlated": CorrelatedRefresh(0.9),
     "slice": EllipticalSliceRefresh(),
+    "stretches": StretchRefresh(3),
 }
 
 
@@ -215,7 +222,7 @@ def test_evaluation_belongs_to_refreshed_noise(potential, refresh):
         assert bool((moved != u).all())
         assert bool((share == 1).all())
     else:
-        assert count == 1
+        assert count == (3 if refresh is REFRESHES["stretches"] else 1)
     for name, values in evaluation.local.items():
         assert values.shape == again.local[name].shape
 
@@ -262,3 +269,20 @@ def test_select_keeps_trailing_shapes():
     accepted = torch.tensor([True, False])
     new, old = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
     assert torch.equal(select(accepted, new, old).sum((1, 2)), torch.tensor([12.0, 0.0]))
+
+
+def test_stretches_lie_along_the_path():
+    """Each is one piece of the coordinates, of all noise vectors alike; together they are all."""
+
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        x = pyro.sample("x", dist.Normal(torch.zeros(12), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(scale * x, 1.0).to_event(1), obs=torch.ones(12))
+
+    marginal = marginalize(model, ["x"], num_particles=2, proposal="prior")
+    potential = Potential(marginal, separate_noise=True)
+    noise = torch.zeros(1, potential.noise_dimension)
+    found = Blocks(potential).stretches(3, 0.5, noise).reshape(2, 12)
+    assert torch.equal(found[0], found[1])
+    assert set(found[0].tolist()) == {0, 1, 2}
+    assert int((found[0].diff() != 0).sum()) == 3  # the first lies at both ends

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyro_hamflow.checks import between
+from pyro_hamflow.checks import between, whole
 from pyro_hamflow.mcmc.transitions.base import select, select_evaluation
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
@@ -102,6 +102,20 @@ class Blocks:
             result[:, part] = (old * turned.cos() + new * turned.sin()).reshape(len(noise), -1)
         return result
 
+    def stretches(self, count: int, offset: float, noise: Tensor) -> Tensor:
+        """The stretch of its path that each number of the noise belongs to, ``(noise_dimension,)``.
+
+        Arguments:
+            count: How many stretches there are.
+            offset: Where the first begins, as a part of one.
+            noise: The noise, chains first.
+        """
+        place = torch.linspace(0.0, 1.0, noise.shape[-1], device=noise.device)
+        for site in self.sites:
+            along = torch.linspace(0.0, 1.0, site.shape[-1], device=noise.device)
+            place[site.start : site.stop] = along.expand(site.shape).reshape(-1)
+        return (place * count + offset).floor().long() % count
+
     def merge_evaluations(
         self, accepted: dict[str, Tensor], new: Evaluation, old: Evaluation
     ) -> Evaluation:
@@ -155,14 +169,52 @@ class CorrelatedRefresh:
     ) -> tuple[Tensor, Evaluation, Tensor, int]:
         fresh = math.sqrt(1.0 - self.correlation**2) * torch.randn_like(noise)
         proposed = self.correlation * noise + fresh
-        new = evaluate(proposed)
-        accepted = {}
-        for name, log_ratio in blocks.log_ratios(new, current).items():
-            uniform = torch.rand_like(log_ratio).log()
-            accepted[name] = uniform < log_ratio  # false where the ratio is no number
-        merged = blocks.merge(accepted, proposed, noise)
-        evaluation = blocks.merge_evaluations(accepted, new, current)
-        return merged, evaluation, _share(accepted), 1
+        return *_metropolis(blocks, proposed, noise, current, evaluate), 1
+
+
+def _metropolis(
+    blocks: Blocks, proposed: Tensor, noise: Tensor, current: Evaluation, evaluate: EvaluateNoise
+) -> tuple[Tensor, Evaluation, Tensor]:
+    """Accepts or rejects each block of noise that was proposed reversibly by its density."""
+    new = evaluate(proposed)
+    accepted = {}
+    for name, log_ratio in blocks.log_ratios(new, current).items():
+        uniform = torch.rand_like(log_ratio).log()
+        accepted[name] = uniform < log_ratio  # false where the ratio is no number
+    merged = blocks.merge(accepted, proposed, noise)
+    evaluation = blocks.merge_evaluations(accepted, new, current)
+    return merged, evaluation, _share(accepted)
+
+
+@dataclass(frozen=True)
+class StretchRefresh:
+    """Renews the noise of a path stretch by stretch, each accepted by the whole estimate.
+
+    For long paths, whose estimate varies too much for all of their noise to be accepted at once.
+    Where the stretches begin is drawn anew each time.
+
+    Arguments:
+        num_stretches: How many there are, of about the same length; an evaluation each.
+
+    Invariant:
+        The density of the noise given the parameters, exactly.
+    """
+
+    num_stretches: int = 4
+
+    def __post_init__(self) -> None:
+        whole("num_stretches", self.num_stretches, 1)
+
+    def __call__(
+        self, blocks: Blocks, noise: Tensor, current: Evaluation, evaluate: EvaluateNoise
+    ) -> tuple[Tensor, Evaluation, Tensor, int]:
+        number = blocks.stretches(self.num_stretches, float(torch.rand(())), noise)
+        shares = []
+        for k in range(self.num_stretches):
+            proposed = torch.where(number == k, torch.randn_like(noise), noise)
+            noise, current, share = _metropolis(blocks, proposed, noise, current, evaluate)
+            shares.append(share)
+        return noise, current, torch.stack(shares).mean(0), self.num_stretches
 
 
 @dataclass(frozen=True)
