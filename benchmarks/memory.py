@@ -74,7 +74,7 @@ def few_draws(num_particles: int, method: str, *, compiled: bool) -> Row:
     """Runs a few draws; returns this process's peak memory before and after, in GiB."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    imports = _peak()
+    imports = peak_memory()
     kernel = glmm_kernel("laplace", "iid", num_particles, method, jit_compile=compiled)
     mcmc = MCMC(
         kernel,
@@ -86,10 +86,10 @@ def few_draws(num_particles: int, method: str, *, compiled: bool) -> Row:
         disable_progbar=True,
     )
     mcmc.run(*glmm_arguments())
-    return {"imports": imports, "peak": _peak()}
+    return {"imports": imports, "peak": peak_memory()}
 
 
-def _peak() -> float:
+def peak_memory() -> float:
     """The process's peak resident memory in GiB."""
     status = Path("/proc/self/status")
     if status.exists():  # `ru_maxrss` of a fresh process on Linux starts at its parent's

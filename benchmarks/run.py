@@ -28,6 +28,7 @@ from benchmarks import (
     modes,
     nuts,
     paths,
+    reliability,
     steps,
     surrogate,
 )
@@ -53,6 +54,7 @@ TOPICS = {
     "surrogate": surrogate,
     "amortized": amortized,
     "devices": devices,
+    "reliability": reliability,
 }
 
 
