@@ -127,7 +127,7 @@ def _cost(name: str, *, quick: bool) -> Row:
 
 
 def _memory(*, quick: bool) -> Table:
-    counts = (200, 400) if quick else (2_000, 4_000, 8_000)
+    counts = (400, 1_200) if quick else (4_000, 8_000, 16_000)
     rows = []
     for streams in (False, True):
         for count in counts:

@@ -168,7 +168,7 @@ def slowly(path):
 
 def await_states(path, count):
     """Waits until a run has written so many states."""
-    limit = time.monotonic() + 60.0
+    limit = time.monotonic() + 300.0
     while time.monotonic() < limit:
         states = Path(path, "checkpoints")
         if any(int(state.parent.parent.name) >= count for state in states.glob("0*/c/0")):
