@@ -144,8 +144,8 @@ def _memory(*, quick: bool) -> Table:
         "Peak memory of a process that draws from union membership and keeps its 545 effects",
         rows,
         "In memory, or written every second; 20 chains. The slope, from the smallest to the "
-        f"largest, is {slope * 2**30:.3g} bytes per draw where draws are written: parameters and "
-        "statistics are read at the end of a run, effects are not.",
+        f"largest, is {slope * 2**30:.3g} bytes per draw where draws are written: positions are "
+        "read, and looked at, at the end of a run; effects are not.",
         f"{_DRAWS:,} draws in {_GOAL_GIB:g} GiB, by that slope: {met(expected <= _GOAL_GIB)} "
         f"({expected:.2f}).",
     )

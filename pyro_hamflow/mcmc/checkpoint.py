@@ -204,8 +204,8 @@ def _array(value: Tensor) -> np.ndarray:
     return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
-class StoredLocal(Mapping[str, Tensor]):
-    """Recovered values of local sites, read from a store when they are asked for."""
+class Stored(Mapping[str, Tensor]):
+    """Variables of a group of a store, read when they are asked for."""
 
     def __init__(self, path: str, group: str, names: Sequence[str], draws: int) -> None:
         self._path, self._group, self._names, self._draws = path, group, list(names), draws
@@ -224,20 +224,23 @@ class StoredLocal(Mapping[str, Tensor]):
 
 
 def stored_draws(store: Store, prefix: str, rows: slice, draws: int, local: Sequence[str]) -> Draws:
-    """So many of the first draws of chains, with recovered sites read when they are asked for."""
+    """So many of the first draws of chains; where all move at once, read when they are asked for.
+
+    But for positions, which are read at once.
+    """
 
     def read(group: str, name: str) -> Tensor:
         found = store.read(prefix + group, name, draws)[slice(rows.start, rows.stop)]
         return torch.from_numpy(found)
 
-    stats = store.group(prefix + "sample_stats")
-    place = str(store.path), prefix + "posterior", local, draws
-    whole = rows.step is None
-    recovered: Mapping[str, Tensor] = (
-        StoredLocal(*place) if whole else {name: read("posterior", name) for name in local}
-    )
+    def of(group: str, names: Sequence[str]) -> Mapping[str, Tensor]:
+        if rows.step is None:
+            return Stored(str(store.path), prefix + group, names, draws)
+        return {name: read(group, name) for name in names}
+
+    stats = of("sample_stats", list(store.group(prefix + "sample_stats")))
     position = read("unconstrained_posterior", "position")
-    return Draws(position, {name: read("sample_stats", name) for name in stats}, recovered)
+    return Draws(position, stats, of("posterior", local))
 
 
 def collected(

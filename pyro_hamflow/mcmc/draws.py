@@ -153,7 +153,7 @@ class Draws:
     """A record as tensors of shape ``(chains, draws, *)``; see :class:`Record` for the parts."""
 
     position: Tensor
-    stats: dict[str, Tensor]
+    stats: Mapping[str, Tensor]
     local: Mapping[str, Tensor]
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,7 @@ def _look_for_clusters(result: Report, values: np.ndarray, name: str) -> None:
         )
 
 
-def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:
+def _look_at_energies(result: Report, stats: Mapping[str, Tensor]) -> None:
     log_density = stats["lp"].double().numpy()
     rhat = _rhat(log_density)
     result.values["rhat_lp"] = rhat
@@ -153,7 +153,7 @@ def _look_at_energies(result: Report, stats: dict[str, Tensor]) -> None:
             )
 
 
-def _look_at_trajectories(result: Report, stats: dict[str, Tensor]) -> None:
+def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor]) -> None:
     total = stats["diverging"].numel()
     result.values["divergences"] = diverging = int(stats["diverging"].sum())
     if diverging:
