@@ -118,12 +118,13 @@ class Store:
 
     def group(self, name: str) -> dict[str, Any]:
         """The arrays of a group, by the names of their variables."""
+        import zarr  # slow to import
+
         if name not in self._arrays:
             there = (self.path / name / "zarr.json").exists()
             found = self._root[name].arrays() if there else ()
-            self._arrays[name] = {
-                array.attrs["name"]: array.with_config(_WHOLE) for _, array in found
-            }
+            with zarr.config.set({f"array.{key}": value for key, value in _WHOLE.items()}):
+                self._arrays[name] = {array.attrs["name"]: array for _, array in found}
         return self._arrays[name]
 
     def append(
