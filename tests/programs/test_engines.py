@@ -17,7 +17,7 @@ from pyro_hamflow.programs.capture import capture
 from pyro_hamflow.programs.engines import choice, native
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.choice import choose_engine
-from pyro_hamflow.programs.engines.native import NativeProgram
+from pyro_hamflow.programs.engines.native import NativeProgram, Request
 from pyro_hamflow.programs.engines.store import Store
 from tests.helpers.native import native_program
 
@@ -87,6 +87,22 @@ def test_operations_of_libraries_are_right(function):
     expected = both(x, none)
     assert torch.allclose(value[0], expected[0], rtol=1e-12)
     assert torch.allclose(gradient[0], expected[1], rtol=1e-10)
+
+
+def test_numbers_that_are_none_and_differences_that_are_zero_are_those_of_torch():
+    def both(x, noise):
+        return x[2:].sort(descending=True).values[1:].sum(), x[:2] * x[:2] - x[1] * x[1]
+
+    x, none = torch.tensor([0.1, 0.1, 2.0, torch.nan, 1.0]), torch.zeros(0)
+    program = NativeProgram(capture(both, x, none), (x, none))
+    value, difference = program.gradient(x[None], none[None])
+    assert value.item() == 3.0
+    assert (difference[0, :2] == 0.0).all()
+    with pytest.raises(TypeError, match="float32"):
+        rows = x[None].float()
+        program.draw(
+            rows, value, rows, none[None], Request(x, value, torch.ones(1), False, 1, 0, 0)
+        )
 
 
 def test_an_operation_without_code_is_named(tmp_path):

@@ -105,6 +105,12 @@ static inline double calc_digamma(double x) {
 }
 #endif
 
+// The order of sorting, in which NaN is larger than all numbers.
+template <class T>
+static inline bool precedes(T a, T b) {
+  return a < b || (b != b && a == a);
+}
+
 // o = a b, of shapes (N, K) and (K, M); strides by rows and columns.
 template <long N, long K, long M, long AR, long AC, long BR, long BC, long OR, long OC, class T>
 static inline void product(const T* a, const T* b, T* o) {

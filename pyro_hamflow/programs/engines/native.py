@@ -131,7 +131,7 @@ class NativeProgram:
 
     def gradient(self, position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Potentials of shape ``(chains,)``, and their gradients in the position."""
-        position, noise = position.contiguous(), noise.contiguous()
+        position, noise = self._fitting(position), self._fitting(noise)
         value, gradient = position.new_empty(len(position)), torch.empty_like(position)
         places = {"position": position, "noise": noise, "value": value, "gradient": gradient}
         self._call(self._evaluate, position, noise, places, slots=0)
@@ -162,16 +162,19 @@ class NativeProgram:
             limited=torch.empty(shape, device="cpu", dtype=flag),
             accepted=torch.empty(shape, device="cpu", dtype=flag),
         )
-        noise = noise.contiguous()
+        if position.dtype != self._dtype:
+            raise TypeError(f"positions are {position.dtype}: expected {self._dtype}")
+        noise, root = self._fitting(noise), self._fitting(request.root)
+        sizes, momenta = self._fitting(request.step_sizes), request.momenta
         places = made._asdict() | {
             "position": position,
             "value": value,
             "gradient": gradient,
             "noise": noise,
-            "root": request.root.contiguous(),
-            "step_sizes": request.step_sizes.contiguous(),
+            "root": root,
+            "step_sizes": sizes,
             "num_steps": request.num_steps,
-            "momenta": request.momenta,
+            "momenta": None if momenta is None else self._fitting(momenta),
             "uniforms": request.uniforms,
         }
         self._call(
@@ -189,6 +192,10 @@ class NativeProgram:
             first_draw=request.first_draw,
         )
         return made
+
+    def _fitting(self, tensor: Tensor) -> Tensor:
+        """A tensor of the type that the machine code reads, without gaps in memory."""
+        return tensor.to(device="cpu", dtype=self._dtype).contiguous()
 
     def _call(
         self,

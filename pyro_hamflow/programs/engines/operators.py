@@ -137,11 +137,12 @@ def _sort(
     step, to = a.strides[dim], values.strides[dim]
     if places.strides[dim] != 1:
         raise NotSupported("aten.sort along strides")
-    order = ">" if descending else "<"
+    first, second = "vu" if descending else "uv"
+    order = f"precedes(x[{first} * {step}], x[{second} * {step}])"
     writer.emit(
         f"{head}{{ const {a.kind}* x = {a.at(indices)}; int64_t* j = {places.at(indices)}; "
         f"for (long k = 0; k < {length}; k++) j[k] = k; std::stable_sort(j, j + {length}, "
-        f"[x](int64_t u, int64_t v) {{ return x[u * {step}] {order} x[v * {step}]; }}); "
+        f"[x](int64_t u, int64_t v) {{ return {order}; }}); "
         f"for (long k = 0; k < {length}; k++) {values.at(indices)}[k * {to}] = x[j[k] * {step}]; }}"
     )
 
