@@ -167,6 +167,7 @@ def _make(run: Runner, saved: bytes | None, seconds: float, most_draws: int) -> 
     ends = time.monotonic() + seconds
     chains = run._new_chains(None)
     run.warmup_time = run.sampling_time = 0.0
+    planned = run.num_samples
     error: BaseException | None = None
     place: Saved | None = None
     try:
@@ -174,15 +175,19 @@ def _make(run: Runner, saved: bytes | None, seconds: float, most_draws: int) -> 
             run._begin(chains, None)
         else:
             _go_on_from(run, pickle.loads(saved), chains)
+        run.num_samples = most_draws  # so that no call of an engine makes more
         can_be_saved = True
-        while place is None and chains.kept.made < run.num_samples:
+        while place is None and chains.kept.made < planned:
             run._move(chains)
             over = time.monotonic() >= ends or chains.kept.made >= most_draws
             if over and can_be_saved:
                 place = _saved(run, chains)
-                can_be_saved = place is not None  # else all is one segment
+                if place is None:  # then all is one segment
+                    can_be_saved, run.num_samples = False, planned
     except BaseException as caught:  # noqa: BLE001  # goes back with the draws
         error = _carried(caught)
+    finally:
+        run.num_samples = planned
     kernel = run.kernel
     begun = chains.state is not None
     return Segment(

@@ -254,12 +254,14 @@ def test_one_bar_is_of_all_groups(monkeypatch, capsys):
 # --- when it ends -------------------------------------------------------------------------------
 
 
-def test_spread_run_stops_at_effective_draws():
-    """After the same draws, however long segments are."""
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=pytest.mark.slow)])
+def test_spread_run_stops_at_effective_draws(engine):
+    """After the same draws, however long segments are, and however many one call makes."""
 
     def draws(seconds):
+        settings = {"kernel": NUTS(model, engine=engine), "stop_when": ess_above(200)}
         with short_segments(seconds):
-            return run(Inline(), 3000, num_warm=60, stop_when=ess_above(200)).draws.position
+            return run(Inline(), 3000, num_warm=60, **settings).draws.position
 
     first = draws(0.3)
     assert 50 < first.shape[1] < 1500
