@@ -179,12 +179,12 @@ def filtered(y, phi, s, points=801, reach=9.0) -> Tensor:
     return total
 
 
-def returns(length, seed=3):
-    generator = torch.Generator().manual_seed(seed)
+def returns(length, phi=0.9, s=0.4):
+    generator = torch.Generator().manual_seed(3)
     noise = torch.randn(2, length, generator=generator, dtype=torch.float64)
     x = [noise[0, 0]]
     for z in noise[0, 1:]:
-        x.append(0.9 * x[-1] + 0.4 * z)
+        x.append(phi * x[-1] + s * z)
     return (torch.stack(x) / 2).exp() * noise[1]
 
 
@@ -334,3 +334,14 @@ def test_warm_up_takes_a_proposal_that_follows_more_closely(monkeypatch):
     assert after < 0.5 * before
     monkeypatch.setattr(PathProposal, "closer", lambda proposal: None)
     assert refit_at(marginal, pilot, [away], data) is None
+
+
+@pytest.mark.parametrize("length", [500, 2000])
+def test_four_particles_are_enough_for_long_paths(length):
+    """At parameters about two posterior deviations to either side, too."""
+    y, settled = returns(length, 0.97, 0.2), {"phi": 0.97, "s": 0.2}
+    marginal = marginalize(volatility, ["x"], num_particles=4)
+    marginal.fit(y, pilot=at(settled))
+    for values in (settled, {"phi": 0.96, "s": 0.23}, {"phi": 0.98, "s": 0.17}):
+        found = repeated_estimates(marginal, at(values), 60, Arguments((y,), {}))
+        assert found.var() < 1.0
