@@ -79,7 +79,7 @@ def break_off(path, stage, number, **changes):
 # --- the same draws -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "number"), [("Warmup", 12), ("Sample", 0), ("Sample", 25)])
+@pytest.mark.parametrize(("stage", "number"), [("Warmup", 12), ("Sample", 0)])
 def test_a_run_goes_on_bit_for_bit(tmp_path, stage, number):
     break_off(tmp_path / "run.zarr", stage, number, save_warmup=True)
     before = torch.get_rng_state()
@@ -187,7 +187,7 @@ def killed(path, count, number, delay=0.0):
     return process.exitcode
 
 
-@pytest.mark.parametrize(("count", "delay"), [(2, 0.003), (20, 0.011), (45, 0.007)])
+@pytest.mark.parametrize(("count", "delay"), [(10, 0.003), (45, 0.007)])
 def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, count, delay):
     assert killed(tmp_path / "run.zarr", count, signal.SIGKILL, delay) == -signal.SIGKILL
     found = MCMC.resume(tmp_path / "run.zarr", model, DATA, disable_progbar=True)
@@ -317,7 +317,7 @@ def spoil(file, place=0.5):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize("place", [0.0, 0.999])
 def test_of_a_damaged_state_the_last_whole_one_is_offered(copied, place):
     *_, last_but_one, last = states(copied)
     spoil(last / "c" / "0", place)
@@ -327,8 +327,14 @@ def test_of_a_damaged_state_the_last_whole_one_is_offered(copied, place):
     assert_same(resumed(copied, at=number), finished())
 
 
-@pytest.mark.parametrize("group", ["unconstrained_posterior/position", "sample_stats/lp"])
-@pytest.mark.parametrize("how", [spoil, Path.unlink, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize(
+    ("group", "how"),
+    [
+        ("unconstrained_posterior/position", spoil),
+        ("sample_stats/diverging", Path.unlink),
+        ("posterior/x", lambda file: file.write_bytes(b"")),
+    ],
+)
 def test_damaged_draws_are_made_again_from_the_end_of_warmup(copied, group, how):
     how(next(file for file in (copied / group / "c").rglob("*") if file.is_file()))
     with pytest.raises(DamagedCheckpoint, match="draws from 0 on are damaged in the group"):
@@ -387,7 +393,12 @@ def with_full_disk(path, result):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        mcmc = run_of(path, num_samples=2000, kernel=HMC(model, num_steps=1), checkpoint_every=0.1)
+        mcmc = run_of(
+            path,
+            num_samples=2000,
+            kernel=HMC(model, num_steps=1, engine="torch"),
+            checkpoint_every=0.1,
+        )
         mcmc.run(DATA)
     result.put((mcmc.draws.position.numpy(), [str(w.message) for w in told]))
 
@@ -397,7 +408,7 @@ def test_a_full_disk_costs_no_draws_and_is_told_once(tmp_path):
     process = in_process(with_full_disk, tmp_path / "run.zarr", result)
     position, told = result.get(timeout=100.0)
     process.join(60.0)
-    whole = finished(num_samples=2000, kernel=HMC(model, num_steps=1))
+    whole = finished(num_samples=2000, kernel=HMC(model, num_steps=1, engine="torch"))
     assert torch.equal(torch.from_numpy(position), whole.draws.position)
     assert len(told) == 1
     assert "File too large" in told[0] and "the run goes on" in told[0]

@@ -122,13 +122,13 @@ def test_a_kernel_taken_up_goes_on_bit_for_bit(name, monkeypatch):
     kernel.planned_draws = 100
     state = kernel.begin(4, warmup, args, {}, initial)
     taken = []
-    for count in (warmup // 3, warmup // 3, warmup - 2 * (warmup // 3) + 5):
+    for count in (2 * warmup // 3, warmup - 2 * warmup // 3 + 3):  # in warm-up and in sampling
         state, path = moved(kernel, state, count)
         for *_, rest in taken:
             rest += path
         words = source_words(kernel), found_words(kernel, state)
         taken.append((words, torch.get_rng_state(), []))
-    _, path = moved(kernel, state, 10)
+    _, path = moved(kernel, state, 5)
     for (source, found), random_state, rest in taken:
         rest += path
         other = make()
