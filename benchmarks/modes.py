@@ -126,7 +126,7 @@ def many_well(pairs: int = 16) -> Target:
         return (values["x"][:, :pairs] > 0.0).double()
 
     shares = torch.full((pairs,), 0.844307)
-    return Target(f"many-well, d = {2 * pairs}", model, 164.6956753, belongs, shares)
+    return Target(f"many-well, d = {2 * pairs}", model, 10.29347971 * pairs, belongs, shares)
 
 
 def by_population(target: Target, *, quick: bool) -> Row:
