@@ -187,22 +187,42 @@ def test_writers_at_the_same_time_do_not_meet(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def starts(potential, num_chains):
+    """Where chains start, and the noise of one."""
+    position, noise = potential.vectors(num_chains)
+    return position, noise[0]
+
+
+def test_machine_code_that_is_wrong_is_not_taken(monkeypatch):
+    """By a thousandth of one gradient, at some places alone."""
+    potential = Potential(line, (torch.zeros(2),))
+    graph, right = potential.programs.base("gradient"), NativeProgram.gradient
+
+    def wrong(self, position, noise):
+        value, gradient = right(self, position, noise)
+        return value, torch.where(position > 0.0, 1.001 * gradient, gradient)
+
+    monkeypatch.setattr(NativeProgram, "gradient", wrong)
+    found = choose_engine("auto", graph, *starts(potential, 4), 10**6)
+    assert found.name == "torch" and found.declined and "do not agree" in found.reason
+
+
 def test_the_choice_is_by_the_length_of_the_run():
     potential = Potential(line, (torch.zeros(2),))
-    graph, vectors = potential.programs.base("gradient"), tuple(v[0] for v in potential.vectors(1))
-    assert choose_engine("torch", graph, vectors, 4, 10**6).name == "torch"
-    short = choose_engine("auto", graph, vectors, 4, 100)
+    graph = potential.programs.base("gradient")
+    assert choose_engine("torch", graph, *starts(potential, 4), 10**6).name == "torch"
+    short = choose_engine("auto", graph, *starts(potential, 4), 100)
     assert short.name == "torch" and "too short" in short.reason and not short.declined
-    assert choose_engine("auto", graph, vectors, 4, None).name == "torch"
-    assert choose_engine("auto", graph, vectors, 4, 10**6).name == "native"
-    missing = choose_engine("native", None, vectors, 4, 100)
+    assert choose_engine("auto", graph, *starts(potential, 4), None).name == "torch"
+    assert choose_engine("auto", graph, *starts(potential, 4), 10**6).name == "native"
+    missing = choose_engine("native", None, *starts(potential, 4), 100)
     assert missing.declined and "not captured" in missing.reason
 
 
 def test_many_chains_of_large_data_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(choice, "_OUT_OF_CACHE", 1)
     potential = Potential(line, (torch.zeros(2),))
-    graph, vectors = potential.programs.base("gradient"), tuple(v[0] for v in potential.vectors(1))
-    found = choose_engine("auto", graph, vectors, 64, 10**6)
+    graph = potential.programs.base("gradient")
+    found = choose_engine("auto", graph, *starts(potential, 64), 10**6)
     assert found.name == "torch" and "large data" in found.reason
-    assert choose_engine("auto", graph, vectors, 4, 10**6).name == "native"
+    assert choose_engine("auto", graph, *starts(potential, 4), 10**6).name == "native"

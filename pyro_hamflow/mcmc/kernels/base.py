@@ -118,19 +118,19 @@ class Kernel(PyroFace):
         moves = self.hamiltonian
         if moves.estimator is not None:
             return moves.estimator.transition(potential, position)
-        self._take_engine(self._choose_engine(potential, len(position)))
+        self._take_engine(self._choose_engine(potential, position))
         if self._engine.name == "native":
             return moves.trajectories.native_transition(potential)
         return moves.trajectories.parameter_transition(potential, len(position))
 
-    def _choose_engine(self, potential: Potential, num_chains: int) -> Choice:
+    def _choose_engine(self, potential: Potential, position: Tensor) -> Choice:
         """The engine of a run whose moves are plain."""
         plan = self.plan
         draws = plan.num_draws
         iterations = None if draws is None else plan.warmup_steps + draws
-        examples = tuple(part[0] for part in potential.vectors(1))
+        noise = potential.vectors(1)[1][0]
         graph = None if self.engine == "torch" else potential.programs.base("gradient")
-        return choose_engine(self.engine, graph, examples, num_chains, iterations)
+        return choose_engine(self.engine, graph, position, noise, iterations)
 
     def _take_engine(self, choice: Choice) -> None:
         """Takes an engine; says so where it is not the one that was asked for."""

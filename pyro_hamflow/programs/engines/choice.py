@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
-from pyro_hamflow.programs.engines.native import native_program
+from pyro_hamflow.programs.engines.native import NativeProgram, native_program
 
 ENGINES = ("auto", "torch", "native")
 
@@ -25,6 +26,10 @@ _STEPS = 8  # of a trajectory, roughly, before anything is known of it
 # numbers a gradient took 2.4 ms of each of 64 chains, and 1.0 ms all at once; on 10,000 rows of 50
 # numbers, .17 and .35.
 _OUT_OF_CACHE, _MANY_CHAINS = 2**21, 16
+# How many chains' starts machine code is compared with the graph at, and by how much it is compared
+# on either side of them; sums in another order differ by 1e-9 in double precision at most.
+_CHECKED, _SHIFTS = 4, (-0.5, 0.7)
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
 class Choice(NamedTuple):
@@ -51,23 +56,24 @@ def check_engine(engine: str) -> str:
 def choose_engine(
     wanted: str,
     graph: GraphModule | None,
-    examples: tuple[Tensor, ...],
-    num_chains: int,
+    position: Tensor,
+    noise: Tensor,
     iterations: int | None,
 ) -> Choice:
     """Chooses the engine of a run.
 
     By the graph and by what is known before the run, and not by a clock or by what was compiled
-    before, so that a run repeats itself.
+    before, so that a run repeats itself. Machine code is taken only where it agrees with the graph
+    about the first chains' starts.
 
     Arguments:
         wanted: ``"auto"``, ``"torch"`` or ``"native"``.
         graph: One chain's potential and gradient, if they are captured.
-        examples: A position and a noise of one chain.
-        num_chains: How many chains move at once.
+        position: Where chains start, of shape ``(chains, dimension)``.
+        noise: The noise of one chain.
         iterations: How many there will be, warm-up included, if that is known.
     """
-    asked = wanted == "native"
+    asked, num_chains = wanted == "native", len(position)
     if wanted == "torch":
         return Choice("torch", "asked for")
     if graph is None:
@@ -77,10 +83,30 @@ def choose_engine(
     if not asked and num_chains >= _MANY_CHAINS and _largest_constant(graph) > _OUT_OF_CACHE:
         return Choice("torch", "many chains share the reading of large data")
     try:
-        native_program(graph, examples)
+        program = native_program(graph, (position[0], noise))
     except NotSupported as error:
         return Choice("torch", f"the native engine has no code for {error}", declined=asked)
+    if not _agree(program, graph, position[:_CHECKED], noise):
+        return Choice("torch", "machine code and graph do not agree", declined=True)
     return Choice("native", "asked for" if asked else "the run is long enough")
+
+
+def _agree(program: NativeProgram, graph: GraphModule, position: Tensor, noise: Tensor) -> bool:
+    """Whether machine code gives the graph's results at positions and about them."""
+    position = torch.cat([position + shift for shift in (0.0, *_SHIFTS)])
+    found = program.gradient(position, noise.expand(len(position), -1))
+    tolerance = _ROUNDING[position.dtype]
+    for row, value, gradient in zip(position, *found, strict=True):
+        expected = graph(row, noise)
+        if not expected[0].isfinite():
+            if value.isfinite():
+                return False
+            continue  # a gradient there means nothing
+        for one, other in zip((value, gradient), expected[:2], strict=True):
+            scale = tolerance * (1.0 + other.abs().max())
+            if not torch.allclose(one, other, rtol=tolerance, atol=float(scale), equal_nan=True):
+                return False
+    return True
 
 
 def _largest_constant(graph: GraphModule) -> int:
