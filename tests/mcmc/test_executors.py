@@ -398,25 +398,26 @@ def test_exception_in_a_worker_keeps_draws(expected, error, kind):
 
 
 class Touching:
-    def __init__(self, flag, draw):
-        self.flag, self.draw = flag, draw
+    """Leaves a file of each group, once it has come to a draw."""
+
+    def __init__(self, folder, draw):
+        self.folder, self.draw = folder, draw
 
     def __call__(self, kernel, params, stage, i):
         if i == self.draw:
-            self.flag.touch()
+            (self.folder / str(torch.initial_seed())).touch()
 
 
 def test_interrupted_spread_run_keeps_draws(expected, tmp_path):
     """By a signal, which reaches this process alone."""
-    flag = tmp_path / "flag"
 
     def interrupt():
-        while not flag.exists():
+        while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
     mcmc = MCMC(NUTS(model), 10**6, 16, num_chains=3, chains_per_worker=2, seed=3)
-    mcmc.hook_fn = Touching(flag, 200)
+    mcmc.hook_fn = Touching(tmp_path, 400)
     with forked() as executor, short_segments(0.2):
         mcmc.executor = executor
         threading.Thread(target=interrupt).start()
