@@ -28,6 +28,7 @@ MOST_POINTS = 1024
 _POINTS = 8  # of the first lattice
 _REPLICATES = 4  # of each
 _DRAWS = 250  # whose errors are looked at together
+_NUMBERS = 2**26  # of noise, made at once: half a GiB
 _STREAM = 0x9E3779B97F4A7C15  # added to a run's seed, whose own stream the chain has seen
 
 
@@ -122,8 +123,13 @@ class _Estimator:
         if isinstance(model, MarginalModel):
             layouts = model.plan(*source.args, **source.kwargs).layouts.values()
             self._points = max(_POINTS, *(layout.num_particles for layout in layouts))
-            self._models = movable(source, model, self._points)
-            self._plain = self._moved_points(0).potential
+            # So few points tell no covariance of more coordinates, as those of a path.
+            if max(layout.dimension for layout in layouts) <= _REPLICATES * self._points:
+                self._models = movable(source, model, self._points)
+                self._plain = self._moved_points(0).potential
+            else:
+                refined = model.refined(self._points, "iid")
+                self._plain = Potential(refined, source.args, source.kwargs, separate_noise=True)
         elif not source.separate_noise and _has_noise(source):
             self._plain = Potential(model, source.args, source.kwargs, separate_noise=True)
         self.is_noisy = self._plain.noise_dimension > 0
@@ -198,7 +204,7 @@ class _Estimator:
     def _replicate(
         self, level: int, draws: Tensor, places: list[Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Averages of a few estimates of each entry.
+        """Averages of a few estimates of each entry, of as many draws at once as noise allows.
 
         Arguments:
             level: Of the points.
@@ -209,8 +215,27 @@ class _Estimator:
         Returns:
             Their logarithms; their standard errors; and where points lie best by them.
         """
-        program, noise_dimension = self._program(level)
         count = _REPLICATES * (1 if self._models else self._growth(level))
+        numbers = count * max(1, self._program(level)[1])
+        blocks = [part.split(max(1, _NUMBERS // numbers)) for part in (draws, *places)]
+        parts = [
+            self._average_of(count, level, block, others, generator)
+            for block, *others in zip(*blocks, strict=True)
+        ]
+        values, errors, moments = zip(*parts, strict=True)
+        joined = [torch.cat(part) for part in zip(*moments, strict=True)]
+        return torch.cat(values), torch.cat(errors), joined
+
+    def _average_of(
+        self,
+        count: int,
+        level: int,
+        draws: Tensor,
+        places: list[Tensor],
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Averages of that many estimates of each entry; else as :meth:`_replicate`."""
+        program, noise_dimension = self._program(level)
         shape = (len(draws) * count, noise_dimension)
         noise = torch.randn(shape, generator=generator, dtype=self.position.dtype, device="cpu")
         rows = [self.position[draws.to(self.position.device)], *places]

@@ -152,6 +152,28 @@ def test_counts_agree_with_quadrature(proposal, points):
     assert worst_element(found.log_likelihood["y"], truth) < 1.3 * WANTED_ERROR
 
 
+def one_vector(y):
+    """Forty counts whose effects are one vector: one estimate of more coordinates than points."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.Normal(mean, 1.0).expand([len(y)]).to_event(1))
+    pyro.sample("y", dist.Poisson(x.exp()).to_event(1), obs=y)
+
+
+def test_many_coordinates_are_averaged_from_more_points(monkeypatch):
+    """And a few draws at a time, where noise is long; 1,024 points leave an error, and tell it."""
+    monkeypatch.setattr("pyro_hamflow.results.pointwise._NUMBERS", 300_000)
+    y = COUNTS.double().repeat(8)
+    mcmc = phf.MCMC(phf.PseudoMarginalNUTS(phf.marginalize(one_vector, ["x"])), 30, 30, seed=0)
+    with warnings.catch_warnings():  # such a short run has faults to tell of
+        warnings.simplefilter("ignore")
+        mcmc.run(y)
+        found = phf.to_inference_data(mcmc)
+    truth = 8 * by_quadrature(found.posterior["mean"].to_numpy()).sum(-1)
+    error = np.square(found.log_likelihood["y"].to_numpy() - truth).mean() ** 0.5
+    stated = found.log_likelihood.attrs["log_likelihood_error"]
+    assert error < 1.5 * max(stated, WANTED_ERROR) and stated < 0.12
+
+
 def test_importance_samples_and_pyros_runner_get_fresh_estimates():
     marginal = phf.marginalize(poisson, ["x"], num_particles=3, proposal="prior")
     guide = phf.AutoNeuralHamiltonianFlow(marginal, hidden=(8, 8))
