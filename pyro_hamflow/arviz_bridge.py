@@ -6,6 +6,7 @@ it is asked for.
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -41,7 +42,7 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
 def summary(samples: dict[str, np.ndarray], prob: float, **keywords: Any) -> Any:
     """ArviZ's table of draws ``(chains, draws, *)``, with intervals of highest density."""
     mass = {"ci_prob": prob, "ci_kind": "hdi"} if has_trees() else {"hdi_prob": prob}
-    return _arviz().summary(_arviz().convert_to_dataset(samples), **mass | keywords)
+    return _arviz().summary(_dataset(samples), **mass | keywords)
 
 
 def inference_data(groups: dict[str, Any], attributes: dict[str, Any]) -> Any:
@@ -57,8 +58,13 @@ def has_trees() -> bool:
 
 
 def _of_each(name: str, values: np.ndarray, **settings: Any) -> np.ndarray:
-    function, convert = getattr(_arviz(), name), _arviz().convert_to_dataset
-    return function(convert({"x": values}), **settings)["x"].values
+    return getattr(_arviz(), name)(_dataset({"x": values}), **settings)["x"].values
+
+
+def _dataset(samples: dict[str, np.ndarray]) -> Any:
+    with warnings.catch_warnings():  # ArviZ takes more chains than draws for an exchange of them
+        warnings.filterwarnings("ignore", "More chains", UserWarning)
+        return _arviz().convert_to_dataset(samples)
 
 
 def _arviz() -> ModuleType:

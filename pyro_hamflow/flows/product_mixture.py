@@ -77,6 +77,8 @@ def independent(position: Tensor, score: Tensor) -> Tensor:
         >>> independent(x, -x @ curvature).tolist()
         [False, False, True]
     """
+    if position.shape[1] == 1:  # there are no others
+        return torch.ones(1, dtype=torch.bool, device=position.device)
     order = position.argsort(0)
     along = score.gather(0, order)
     bend = along[1:-1] - 0.5 * (along[:-2] + along[2:])
