@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import torch
@@ -23,7 +23,7 @@ from pyro import settings
 from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.identity import random_states, set_random_states
-from pyro_hamflow.mcmc.kernels.base import Kernel
+from pyro_hamflow.mcmc.moving import Counts, Mover
 from pyro_hamflow.mcmc.snapshot import Frozen, capture, found_words, source_words, take_up
 from pyro_hamflow.mcmc.storable import Unstorable
 from pyro_hamflow.process import undisturbed
@@ -36,23 +36,6 @@ except ImportError:
 _MOST_TASKS = 8  # that a process remembers, with their captured models
 
 
-class Runner(Protocol):
-    """What moves chains: an :class:`~pyro_hamflow.MCMC`, whose only group they are."""
-
-    kernel: Kernel
-    num_samples: int
-    warmup_time: float
-    sampling_time: float
-    _args: tuple[Any, ...]
-    _kwargs: dict[str, Any]
-
-    def _new_chains(self, chain: int | None) -> Chains: ...
-
-    def _begin(self, chains: Chains, chain: int | None) -> None: ...
-
-    def _move(self, chains: Chains) -> Any: ...
-
-
 @dataclass
 class Task:
     """The run of a group of chains, and what it takes from the process that it was set up in.
@@ -62,7 +45,7 @@ class Task:
         seed: What its random numbers begin with.
     """
 
-    run: Any
+    run: Mover
     seed: int
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     device: torch.device = field(default_factory=torch.get_default_device)
@@ -163,22 +146,22 @@ def _task(task: bytes) -> Task:
     return found
 
 
-def _make(run: Runner, saved: bytes | None, seconds: float, most_draws: int) -> Segment:
+def _make(run: Mover, saved: bytes | None, seconds: float, most_draws: int) -> Segment:
     ends = time.monotonic() + seconds
-    chains = run._new_chains(None)
-    run.warmup_time = run.sampling_time = 0.0
+    chains = run.new_chains(None)
+    run.counts = Counts()
     planned = run.num_samples
     error: BaseException | None = None
     place: Saved | None = None
     try:
         if saved is None:
-            run._begin(chains, None)
+            run.begin(chains, None)
         else:
             _go_on_from(run, pickle.loads(saved), chains)
         run.num_samples = most_draws  # so that no call of an engine makes more
         can_be_saved = True
         while place is None and chains.kept.made < planned:
-            run._move(chains)
+            run.move(chains)
             over = time.monotonic() >= ends or chains.kept.made >= most_draws
             if over and can_be_saved:
                 place = _saved(run, chains)
@@ -198,13 +181,13 @@ def _make(run: Runner, saved: bytes | None, seconds: float, most_draws: int) -> 
         chains.kept.made,
         kernel.warmup_left if begun else 0,
         list(kernel.messages) if begun else [],
-        run.warmup_time,
-        run.sampling_time,
+        run.counts.warmup_time,
+        run.counts.sampling_time,
         error,
     )
 
 
-def _saved(run: Runner, chains: Chains) -> Saved | None:
+def _saved(run: Mover, chains: Chains) -> Saved | None:
     """Where chains are; none if their kernel holds what cannot be stored."""
     assert chains.state is not None
     try:
@@ -220,9 +203,9 @@ def _emptied(record: Record) -> Record:
     return replace(record, position=[], stats={}, local={}, blocks=[], stored=record.count)
 
 
-def _go_on_from(run: Runner, saved: Saved, chains: Chains) -> None:
+def _go_on_from(run: Mover, saved: Saved, chains: Chains) -> None:
     """Puts a kernel and chains where they were."""
-    capture(run.kernel, run._args, run._kwargs, saved.source)
+    capture(run.kernel, run.args, run.kwargs, saved.source)
     chains.state = take_up(run.kernel, saved.found)
     chains.phase, chains.iteration = run.kernel.phase, saved.iteration
     chains.warm, chains.kept = saved.warm, saved.kept

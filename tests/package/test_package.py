@@ -33,10 +33,10 @@ ROOMS = ["version", "checks", "process", "progress", "files", "arviz_bridge"]
 ROOMS += ["programs", "dynamics", "networks", "model", "marginal"]
 ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
 ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.stopping"]
-ROOMS += ["mcmc.kernels"]
+ROOMS += ["mcmc.kernels", "mcmc.moving"]
 ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.identity", "mcmc.snapshot", "mcmc.packing"]
-ROOMS += ["mcmc.files", "mcmc.store", "mcmc.checkpoint", "mcmc.resume"]
-ROOMS += ["mcmc.segment", "mcmc.groups", "mcmc.spread", "mcmc.mcmc", "results"]
+ROOMS += ["mcmc.files", "mcmc.store", "mcmc.checkpoint", "mcmc.course", "mcmc.resume"]
+ROOMS += ["mcmc.segment", "mcmc.groups", "mcmc.spread", "mcmc.workers", "mcmc.mcmc", "results"]
 
 MOST_LINES = 300
 LONGER = {
