@@ -100,16 +100,21 @@ def pool():
         yield executor
 
 
-@pytest.fixture(scope="module")
-def expected():
+def draws_of_groups(num_samples, stop_when=None):
     """The draws of each group, by runs in this process."""
     torch.set_default_dtype(torch.float64)
+    settings = {"stop_when": stop_when, "disable_progbar": True}
     parts = []
     for seed, num_chains in zip(seeds(3, 2), (2, 1), strict=True):
-        mcmc = MCMC(NUTS(model), 24, 16, num_chains=num_chains, seed=seed, disable_progbar=True)
+        mcmc = MCMC(NUTS(model), num_samples, 16, num_chains=num_chains, seed=seed, **settings)
         mcmc.run(Y)
         parts.append(mcmc.draws.position)
     return torch.cat(parts)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return draws_of_groups(24)
 
 
 # --- wherever they are made ---------------------------------------------------------------------
@@ -408,7 +413,7 @@ class Touching:
             (self.folder / str(torch.initial_seed())).touch()
 
 
-def test_interrupted_spread_run_keeps_draws(expected, tmp_path):
+def test_interrupted_spread_run_keeps_draws(tmp_path):
     """By a signal, which reaches this process alone."""
 
     def interrupt():
@@ -427,6 +432,8 @@ def test_interrupted_spread_run_keeps_draws(expected, tmp_path):
     num_chains = len(mcmc.draws.position)  # another may have made many fewer
     assert num_chains + sum(len(part.position) for part in mcmc.ended_early.values()) == 3
     first = 2 if "Chains 0 to 1" in mcmc.ended_early else 0
+    # Of a run of as many draws, for a kernel may plan by their number.
+    expected = draws_of_groups(10**6, stop_when=lambda run: run.num_draws == 24)
     assert torch.equal(mcmc.draws.position[:, :24], expected[first : first + num_chains])
 
 
