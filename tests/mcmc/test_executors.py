@@ -142,6 +142,7 @@ def test_a_spawned_pool_gives_the_same_draws(expected):
         assert torch.equal(run(executor).draws.position, expected)
 
 
+@pytest.mark.slow
 def test_loky_gives_the_same_draws(expected):
     with loky.ProcessPoolExecutor(1) as executor, short_segments(0.2):
         assert torch.equal(run(executor).draws.position, expected)
@@ -219,6 +220,7 @@ def shape_of_process():
     pyro.sample("x", dist.Normal(0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_workers_have_the_parameters_and_the_precision_of_this_process(pool):
     pyro.param("where", torch.tensor(50.0))
     mcmc = MCMC(NUTS(located), 20, 20, executor=pool, seed=1)

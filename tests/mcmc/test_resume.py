@@ -187,7 +187,9 @@ def killed(path, count, number, delay=0.0):
     return process.exitcode
 
 
-@pytest.mark.parametrize(("count", "delay"), [(10, 0.003), (45, 0.007)])
+@pytest.mark.parametrize(
+    ("count", "delay"), [pytest.param(10, 0.003, marks=pytest.mark.slow), (45, 0.007)]
+)
 def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, count, delay):
     assert killed(tmp_path / "run.zarr", count, signal.SIGKILL, delay) == -signal.SIGKILL
     found = MCMC.resume(tmp_path / "run.zarr", model, DATA, disable_progbar=True)
