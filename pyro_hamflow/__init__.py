@@ -25,7 +25,7 @@ from pyro_hamflow.mcmc.transitions.noise_refresh import (
     StretchRefresh,
 )
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic, RelativisticKinetic
-from pyro_hamflow.programs.engines.store import clear_cache
+from pyro_hamflow.programs.machine_code.store import clear_cache
 from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
 from pyro_hamflow.results.run_plots import (

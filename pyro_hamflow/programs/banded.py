@@ -4,7 +4,7 @@ A symmetric matrix Q whose entries vanish further than p from the diagonal is gi
 *bands*, a tensor of shape ``(*batch, n, p + 1)`` whose entry ``[i, k]`` is :math:`Q_{i, i-k}`;
 those with ``i < k`` are never read. Its Cholesky factor, the *root* :math:`Q = L L^\top`, has the
 same shape. All takes time and memory in proportion to n, and so do the gradients, whose rules are
-written out. The loops over n are operators of torch: machine code where a C compiler is at hand,
+written out. The loops over n are operators of torch: machine code where a C++ compiler is at hand,
 torch's own operations where none is. They can be recorded, batched by ``torch.func.vmap``, and
 differentiated once by ``torch.autograd``. A matrix that is not positive definite has a root with
 NaN.

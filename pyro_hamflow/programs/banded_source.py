@@ -1,4 +1,4 @@
-"""The sequential loops of banded matrices: in C, built where a compiler is at hand, and in torch.
+"""The sequential loops of banded matrices: in C++, made where a compiler is at hand, and in torch.
 
 Bands are stored row by row: entry ``k`` of row ``i`` is the matrix's at ``(i, i - k)``.
 """
@@ -6,17 +6,14 @@ Bands are stored row by row: entry ``k`` of row ``i`` is the matrix's at ``(i, i
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 from string import Template
 
 import torch
 from torch import Tensor
+
+from pyro_hamflow.programs.machine_code import compiler, libraries
+from pyro_hamflow.programs.machine_code.store import key_of, user_store
 
 _SOURCE = Template("""
 void factorise_$suffix(long batch, long n, long q, const $real *matrix, $real *root) {
@@ -79,42 +76,22 @@ void outer_$suffix(long batch, long count, long n, long q, const $real *left, co
 """)
 
 _KINDS = {torch.float64: ("double", "double", "sqrt"), torch.float32: ("float", "float", "sqrtf")}
-_SECONDS = 60.0  # that a compiler may take; it takes one
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loops in machine code, built once and kept beside torch's own extensions.
+    """The loops in machine code, made once and kept.
 
     Returns:
         The library; none where no compiler works, and torch does them more slowly.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        return None
     kinds = [_SOURCE.substitute(real=r, suffix=s, sqrt=root) for r, s, root in _KINDS.values()]
-    source = "#include <math.h>\n" + "".join(kinds)
-    name = f"banded_{hashlib.sha256((compiler + source).encode()).hexdigest()[:16]}.so"
-    home = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
-    for folder in (Path(home) / "pyro_hamflow", Path(tempfile.gettempdir()) / f"phf_{os.getpid()}"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / name).exists():
-                _build(compiler, source, folder / name)
-            return ctypes.CDLL(str(folder / name))
-        except (OSError, subprocess.SubprocessError):  # a folder or a compiler that does not work
-            continue
-    return None
-
-
-def _build(compiler: str, source: str, path: Path) -> None:
-    """Compiles into a file of another name, which then takes the name at once or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        code, made = Path(folder) / "banded.c", Path(folder) / path.name
-        code.write_text(source)
-        command = [compiler, "-O3", "-shared", "-fPIC", str(code), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
-        made.replace(path)
+    source = "\n".join(["#include <math.h>", 'extern "C" {', *kinds, "}"])
+    key = key_of(source, compiler.description())
+    try:
+        return libraries.library(key, partial(compiler.compiled, source), user_store())
+    except compiler.NotCompiled:
+        return None
 
 
 def call(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> bool:

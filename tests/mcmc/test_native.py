@@ -13,7 +13,7 @@ from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.programs.engines import compiler
+from pyro_hamflow.programs.machine_code import compiler
 from tests.helpers.exact_draws import bent
 from tests.helpers.native import native_transition
 from tests.helpers.zoo import ZOO, correlations, eight_schools_noncentred

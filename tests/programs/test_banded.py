@@ -31,7 +31,7 @@ def way(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(banded_source, "library", lambda: None)
     elif banded_source.library() is None:
-        pytest.skip("no C compiler")
+        pytest.skip("no C++ compiler")
     return request.param
 
 
@@ -112,7 +112,7 @@ def test_single_precision(way):
 
 def test_time_is_in_proportion_to_length():
     if banded_source.library() is None:
-        pytest.skip("no C compiler")
+        pytest.skip("no C++ compiler")
 
     def seconds(n: int) -> float:
         bands, linear = some_bands(n, 2, 4).requires_grad_(), random(4, n)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-import pyro_hamflow
 from benchmarks.coverage_models import ZOO
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import capture
@@ -18,7 +16,7 @@ from pyro_hamflow.programs.engines import choice, native
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.choice import choose_engine
 from pyro_hamflow.programs.engines.native import NativeProgram, Request
-from pyro_hamflow.programs.engines.store import Store
+from pyro_hamflow.programs.machine_code.store import Store
 from tests.helpers.native import native_program
 
 
@@ -156,35 +154,10 @@ def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path):
     assert slope_at_zero(program_of(torch.tensor([1.0, 2.0]), Store(file))) == -3.0
 
 
-def test_a_store_is_bounded_and_cleared(tmp_path, monkeypatch):
-    store = Store(tmp_path, most_bytes=25)
-    for number in range(4):
-        path = store.keep(f"key{number}", ".so", b"0123456789")
-        os.utime(path, (number, number))
-    assert store.find("key0", ".so") is None
-    assert store.find("key3", ".so").read_bytes() == b"0123456789"
-    assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setenv("PYRO_HAMFLOW_CACHE", str(tmp_path))
-    pyro_hamflow.clear_cache()
-    assert not list(tmp_path.iterdir())
-
-
-def test_writers_at_the_same_time_do_not_meet(tmp_path):
-    store, content = Store(tmp_path), bytes(200_000)
-    seen = []
-
-    def write():
-        for _ in range(20):
-            store.keep("key", ".so", content)
-            seen.append(store.find("key", ".so"))
-
-    threads = [threading.Thread(target=write) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seen) == 80 and all(seen)
-    assert len(list(tmp_path.iterdir())) == 1
+def test_other_systems_are_left_to_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_PLATFORMS", [("Windows", "AMD64")])
+    with pytest.raises(NotSupported, match="any operation, for it knows neither this system"):
+        program_of(torch.tensor([1.0, 2.0]), Store(tmp_path))
 
 
 def starts(potential, num_chains):

@@ -9,7 +9,7 @@ alone, and is kept from one process to the next.
 from __future__ import annotations
 
 import ctypes
-import tempfile
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -21,14 +21,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.programs.engines import compiler
 from pyro_hamflow.programs.engines.buffers import NotSupported, kind_of
 from pyro_hamflow.programs.engines.lowering import source_of, with_constants_as_arguments
-from pyro_hamflow.programs.engines.store import Store, key_of, user_store
 from pyro_hamflow.programs.engines.translation import Function
+from pyro_hamflow.programs.machine_code import compiler
+from pyro_hamflow.programs.machine_code.libraries import library
+from pyro_hamflow.programs.machine_code.store import Store, key_of, user_store
 
 _HERE = Path(__file__).parent
 HEADERS = {name: (_HERE / f"{name}.hpp").read_text() for name in ("kernels", "trajectories")}
+
+_PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried
 
 _NUMBERS = [
     *("chains", "draws", "noise_dimension", "slots", "dense", "turning", "threads"),
@@ -229,22 +232,34 @@ def native_program(graph: GraphModule, examples: Sequence[Tensor]) -> NativeProg
 def _library(graph: GraphModule, inputs: list[Tensor], real: str, store: Store) -> ctypes.CDLL:
     """The library of a graph: from the store, or newly made."""
     kinds = repr([(tuple(part.shape), str(part.dtype)) for part in inputs])
-    key = key_of(graph.code, kinds, compiler.description(), _own_code(), *HEADERS.values())
+    made_with = compiler.description(), torch.__version__, _own_code(), *HEADERS.values()
+    key = key_of(graph.code, kinds, *made_with)
     declined = store.find(key, ".txt")
     if declined is not None:
         raise NotSupported(declined.read_text())
-    path = store.find(key, ".so")
-    if path is not None:
-        return ctypes.CDLL(str(path))
-    if compiler.compiler() is None:
-        raise NotSupported("any operation, for there is no C++ compiler")
     try:
-        source, with_torch_headers = _source(graph, inputs, real)
+        return library(key, partial(_made, graph, inputs, real), store)
     except NotSupported as error:
         with suppress(OSError):
             store.keep(key, ".txt", str(error).encode())
         raise
-    return _load(key, compiler.compiled(source, with_torch_headers=with_torch_headers), store)
+    except compiler.NotCompiled as error:
+        raise NotSupported(f"any operation, for {error}") from error
+
+
+def _made(graph: GraphModule, inputs: list[Tensor], real: str) -> bytes:
+    """A library, made for this processor."""
+    if (platform.system(), platform.machine()) not in _PLATFORMS:
+        raise compiler.NotCompiled("it knows neither this system nor this processor")
+    compiler.check_compiler()
+    source, with_torch_headers = _source(graph, inputs, real)
+    headers = [f"-I{folder}" for folder in _torch_headers()] if with_torch_headers else []
+    return compiler.compiled(source, "-march=native", *headers)
+
+
+def _torch_headers() -> list[str]:
+    root = Path(torch.__file__).parent / "include"
+    return [str(root), str(root / "torch" / "csrc" / "api" / "include")]
 
 
 @cache
@@ -270,12 +285,3 @@ def _source(graph: GraphModule, inputs: list[Tensor], real: str) -> tuple[str, b
         HEADERS["trajectories"],
     ]
     return "\n".join(parts), special
-
-
-def _load(key: str, content: bytes, store: Store) -> ctypes.CDLL:
-    """Keeps a library and loads it; where it cannot be kept, it is made for this process alone."""
-    try:
-        return ctypes.CDLL(str(store.keep(key, ".so", content)))
-    except OSError:
-        with tempfile.TemporaryDirectory() as folder:  # a library that is loaded needs no file
-            return ctypes.CDLL(str(Store(Path(folder)).keep(key, ".so", content)))

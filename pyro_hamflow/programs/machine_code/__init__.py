@@ -1,0 +1,1 @@
+"""Machine code: the compiler that makes it, and where it is kept."""
