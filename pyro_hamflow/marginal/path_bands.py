@@ -40,7 +40,7 @@ def orders(group: Group, layout: Layout) -> Iterator[Order]:
     """Ways in which states that belong together may lie close together.
 
     As they come; time by time, where time comes last, or several vectors lie side by side; and all
-    of these summed up, for sites that are the steps of a path.
+    of these summed up, for sites that are the steps of a path, or the steps of its steps.
     """
     natural = torch.arange(layout.dimension, device=layout.example.device)
     blocks = list(layout.blocks.values())
@@ -53,10 +53,10 @@ def orders(group: Group, layout: Layout) -> Iterator[Order]:
         found[shape[1:].numel()] = natural
         for dim in range(1, len(shape)):
             found[layout.dimension // shape[dim]] = natural.reshape(shape).movedim(dim, 0).flatten()
-    for lag in (False, True):
+    for times in (0, 1, 2):
         for states, index in found.items():
             if states < layout.dimension:
-                yield Order(index, states if lag else 0)
+                yield Order(index, states if times else 0, times)
 
 
 def find_bands(looks: Sequence[tuple[Parts, Tensor]], group: Group, layout: Layout) -> Bands:

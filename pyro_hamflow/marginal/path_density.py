@@ -44,14 +44,16 @@ class Order(NamedTuple):
         places: The numbers of the sites' coordinates, in the path's order.
         lag: If not zero, the path is the running sum of these, each added to the one that lies so
             far before: sites that are the steps of a path.
+        times: How often they are summed so: twice for steps of steps.
     """
 
     places: Tensor
     lag: int = 0
+    times: int = 1
 
     def to_sites(self, path: Tensor) -> Tensor:
         """The sites' coordinates, ``(*group.shape, n)``."""
-        if self.lag:
+        for _ in range(self.times if self.lag else 0):
             before = torch.nn.functional.pad(path[..., : -self.lag], (self.lag, 0))
             path = path - before
         return path[..., self.places.argsort()]
@@ -59,10 +61,9 @@ class Order(NamedTuple):
     def from_sites(self, coordinates: Tensor) -> Tensor:
         """The inverse of :meth:`to_sites`, which has the same volume."""
         path = coordinates[..., self.places]
-        if not self.lag:
-            return path
-        rows = path.unflatten(-1, (-1, self.lag)).cumsum(-2)
-        return rows.flatten(-2)
+        for _ in range(self.times if self.lag else 0):
+            path = path.unflatten(-1, (-1, self.lag)).cumsum(-2).flatten(-2)
+        return path
 
 
 class Expansion(NamedTuple):

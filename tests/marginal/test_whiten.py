@@ -125,6 +125,22 @@ def random_levels(y):  # a vector, not a path; and a site after it
     pyro.sample("y", dist.Normal(x.cumsum(-1), error).to_event(1), obs=y)
 
 
+def steps_of_levels(y):  # what sums up to a path, twice
+    step, error = scales()
+    with pyro.plate("time", 7):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros_like(step), 0.5))
+        noise = pyro.sample("noise", dist.Normal(torch.zeros_like(step), 1.0))
+        x = (step * noise + slope.cumsum(-1)).cumsum(-1)
+        pyro.sample("y", dist.StudentT(4.0, x, error), obs=y)
+
+
+def panel_of_steps(y):  # series side by side, summed along time
+    step, error = scales()
+    z = pyro.sample("z", dist.Normal(torch.zeros(2, 9, dtype=y.dtype), 1.0).to_event(2))
+    x = step * z.cumsum(-1)
+    pyro.sample("y", dist.Poisson(x.exp() + error).to_event(2), obs=torch.ones_like(x))
+
+
 MODELS = {
     "level": (level, ["x"], Y),
     "level_loop": (level_loop, ["x"], Y),
@@ -135,9 +151,12 @@ MODELS = {
     "positive": (positive, [f"rate_{t}" for t in range(4)], Y.abs()),
     "process": (process, ["f"], Y),
     "random_levels": (random_levels, ["x"], Y),
+    "steps_of_levels": (steps_of_levels, ["slope", "noise"], Y),
+    "panel_of_steps": (panel_of_steps, ["z"], Y),
 }
 WIDTHS = {"level": 2, "level_loop": 2, "level_dense": None, "counts": 2, "two_states": 3}
-WIDTHS |= {"panel": 2, "positive": 2, "process": None, "random_levels": 1}
+WIDTHS |= {"panel": 2, "positive": 2, "process": None, "random_levels": 2}
+WIDTHS |= {"steps_of_levels": 6, "panel_of_steps": 3}
 
 
 @functools.cache

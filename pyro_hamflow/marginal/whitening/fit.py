@@ -110,7 +110,7 @@ class _Search:
 
     def __init__(self, split: SplitModel) -> None:
         self.split = split
-        self.u = split.start.new_zeros(len(split.prior.layout.order))
+        self.u = split.start.new_zeros(len(split.prior.layout.order.places))
         self.u = self._prior_mean(split.start)
         self._terms = _captured(self._terms_at, split.start, self.u)
         self._density = _captured(self._density_at, split.start, self.u)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.path_density import Order
 from pyro_hamflow.marginal.whitening.curvature import (
     find_width,
     full_pattern,
@@ -104,10 +105,10 @@ def lay_out(
         The layout, and the bands of the rest's Hessian.
     """
     layout = prior.layout
-    n = len(layout.order)
+    n = len(layout.order.places)
     generator = torch.Generator().manual_seed(0)
     u = 0.3 * torch.randn(n, generator=generator, device="cpu").to(potential.example)
-    u = u.to(layout.order.device)
+    u = u.to(layout.order.places.device)
     nodes = potential.runs.plain_trace.nodes
     if len(names) == 1 and multivariate_normal(nodes[names[0]]) is not None:
         return replace(layout, width=None), find_width(log_rest, u)
@@ -115,36 +116,55 @@ def lay_out(
     def log_prior(u: Tensor) -> Tensor:
         return prior.log_density(u, {})
 
-    def widths(order: Tensor) -> tuple[int, int]:
-        back = order.argsort()
-        parts = (lambda v: log_prior(v[back]), lambda v: log_rest(v[back]))
-        first, second = (find_width(part, u[order]) for part in parts)
-        return first, second
+    def widths(order: Order) -> tuple[int, int]:
+        def width(part: Callable[[Tensor], Tensor]) -> int:
+            return find_width(lambda v: part(order.to_sites(v)), order.from_sites(u))
+
+        return width(log_prior), width(log_rest)
 
     best = (n + 1, n + 1)
     for order in _orders(layout):
+        if order.lag and max(best) < n:
+            break
         if max(found := widths(order)) < max(best):
             best, chosen = found, order
     if max(best) == n and n <= _MOST:
         pattern = full_pattern(lambda v: log_prior(v) + log_rest(v), u)
-        order = narrow_order(pattern)
+        order = Order(narrow_order(pattern))
         if max(found := widths(order)) < n:
             best, chosen = found, order
-    if best[0] == n > _MOST:
+    if max(best) == n > _MOST:
+        where = "prior" if best[0] == n else "likelihood"
         raise ValueError(
-            f"the prior of the path {list(names)} has no band: each of its {n} variables depends "
-            f"on many others; expected a Markov path, or at most {_MOST} variables"
+            f"the {where} of the path {list(names)} has no band: each of its {n} variables meets "
+            f"many others; expected a Markov path, or at most {_MOST} variables"
         )
     laid_out = replace(layout, order=chosen, width=best[0])
     return replace(laid_out, is_gaussian=_is_gaussian(prior, laid_out, u)), best[1]
 
 
-def _orders(layout: Layout) -> list[Tensor]:
-    """Sites one after the other; and together, each place of one beside those of the others."""
-    sizes = [site.stop - site.start for site in layout.sites]
-    places = torch.cat([(torch.arange(size) + 0.5) / size for size in sizes])
-    orders = [layout.order, places.argsort(stable=True).to(layout.order.device)]
-    return orders if len(sizes) > 1 else orders[:1]
+def _orders(layout: Layout) -> Iterator[Order]:
+    """Ways in which variables that meet may lie close together.
+
+    Sites one after the other; together, each place of one beside those of the others; time by time
+    where a site has several dimensions; and all of these summed up, for sites that are the steps of
+    a path, or the steps of its steps.
+    """
+    natural = layout.order.places
+    found = {1: natural}
+    if len(layout.sites) > 1:
+        sizes = [site.stop - site.start for site in layout.sites]
+        places = torch.cat([(torch.arange(size) + 0.5) / size for size in sizes])
+        found[len(sizes)] = places.argsort(stable=True).to(natural.device)
+    elif len(shape := layout.sites[0].shape) > 1:
+        for dim, size in enumerate(shape):
+            if size > 1:
+                moved = natural.reshape(shape).movedim(dim, 0).flatten()
+                found[len(natural) // size] = moved
+    for times in (0, 1, 2):
+        for states, places in found.items():
+            if times == 0 or (len(natural) % states == 0 and states < len(natural)):
+                yield Order(places, states if times else 0, times)
 
 
 def _is_gaussian(prior: PathPrior, layout: Layout, u: Tensor) -> bool:
@@ -162,4 +182,5 @@ def flat_layout(potential: Potential, names: Sequence[str]) -> Layout:
     """The variables of some sites in the order of the model."""
     names = [site.name for site in potential.sites if site.name in names]
     sites = stack_sites(potential.runs.latent, names)
-    return Layout(sites, torch.arange(sites[-1].stop, device=potential.example.device))
+    places = torch.arange(sites[-1].stop, device=potential.example.device)
+    return Layout(sites, Order(places))

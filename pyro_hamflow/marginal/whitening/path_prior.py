@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
+from pyro_hamflow.marginal.path_density import Order
 from pyro_hamflow.marginal.whitening.affine import BandedPrior, CovariancePrior, PriorForm
 from pyro_hamflow.marginal.whitening.curvature import dominant, gradient_and_bands
 from pyro_hamflow.model.kinds import Arguments, Model
@@ -26,13 +27,13 @@ class Layout:
 
     Attributes:
         sites: The sites of the path.
-        order: Of which entry of the sites' flat vector each variable is, of shape ``(n,)``.
+        order: How the variables come from the sites' flat vector.
         width: How many lower bands the prior's precision has; none if its covariance is known.
         is_gaussian: Whether the prior's precision is the same everywhere.
     """
 
     sites: list[Site]
-    order: Tensor
+    order: Order
     width: int | None = None
     is_gaussian: bool = True
 
@@ -43,7 +44,7 @@ class Layout:
 
     def free(self, u: Tensor) -> Values:
         """The sites' values on the real line, from variables ``(*, n)``."""
-        return split(self.sites, u[..., self.order.argsort()])
+        return split(self.sites, self.order.to_sites(u))
 
     def values(self, u: Tensor) -> Values:
         """The sites' values in their supports."""
@@ -52,7 +53,7 @@ class Layout:
     def variables(self, values: Values) -> Tensor:
         """The variables ``(n,)``, from values in the sites' supports."""
         parts = [site.transform.inv(values[site.name]).reshape(-1) for site in self.sites]
-        return torch.cat(parts)[self.order]
+        return self.order.from_sites(torch.cat(parts))
 
 
 class PathPrior(NamedTuple):

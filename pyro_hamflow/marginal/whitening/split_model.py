@@ -77,7 +77,7 @@ class SplitModel:
         sizes = [site.stop - site.start for site in self.parameters if site.name in before]
         self.num_before = sum(sizes)
         later = [site.name for site in self.parameters if site.name not in before]
-        refuse_later_parameters(self.prior, self.start.new_zeros(len(layout.order)), later, before)
+        refuse_later_parameters(self.prior, self.start.new_zeros(len(layout.order.places)), later, before)
 
     def _evaluator_of(self, potential: Potential) -> TraceEinsumEvaluator:
         position, noise = (0.1 * part[0] for part in potential.vectors(1))
@@ -126,7 +126,7 @@ class SplitModel:
     def log_rest(self, theta: Tensor, u: Tensor) -> Tensor:
         """The log density of all but the path, of parameters on the real line."""
         layout = self.prior.layout
-        position = torch.cat([theta, u[layout.order.argsort()]])[self._places]
+        position = torch.cat([theta, layout.order.to_sites(u)])[self._places]
         trace = self._rest_of(self._potential.trace(position, self._noise))
         with no_validation():
             total = self._evaluator.log_prob(trace)
