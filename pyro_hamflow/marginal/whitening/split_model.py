@@ -77,7 +77,9 @@ class SplitModel:
         sizes = [site.stop - site.start for site in self.parameters if site.name in before]
         self.num_before = sum(sizes)
         later = [site.name for site in self.parameters if site.name not in before]
-        refuse_later_parameters(self.prior, self.start.new_zeros(len(layout.order.places)), later, before)
+        refuse_later_parameters(
+            self.prior, self.start.new_zeros(len(layout.order.places)), later, before
+        )
 
     def _evaluator_of(self, potential: Potential) -> TraceEinsumEvaluator:
         position, noise = (0.1 * part[0] for part in potential.vectors(1))
