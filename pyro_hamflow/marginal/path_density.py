@@ -3,8 +3,7 @@ r"""The log density of a latent path as a function of flat coordinates, and its 
 A path is whatever many numbers are integrated out by one estimate: the states of a chain of sites,
 one vector of them, or the elements of a plate that depend on each other. Its coordinates are its
 values moved to the real line, in an *order* in which those that meet in one term lie close
-together. So minus the Hessian of its log density has few bands, which p products with it tell: of
-vectors that are one at every (2 p + 1)-th coordinate and zero elsewhere, where no two overlap.
+together. So minus the Hessian of its log density has few bands, which a few products with it tell.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pyro_hamflow.marginal.noise_layout import Layout
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.supports import transform_of
+from pyro_hamflow.programs import banded
 from pyro_hamflow.programs.capture import capture
 
 Density = Callable[[Tensor], Tensor]  # from a path to the log density of each element
@@ -195,11 +195,7 @@ def gradient(density: Density, x: Tensor) -> Tensor:
 
 def expand(density: Density, x: Tensor, width: int) -> Expansion:
     """Expands a log density whose Hessian has ``width`` lower bands, the diagonal included."""
-    n, colours = x.shape[-1], min(2 * width - 1, x.shape[-1])
-    rows = torch.arange(n, device=x.device)
-    marks = (rows % colours == torch.arange(colours, device=x.device)[:, None]).to(x)
-    marks = marks.reshape(colours, *[1] * (x.dim() - 1), n).expand(colours, *x.shape)
-    found = products(density, x, marks).movedim(0, -1)  # (*group.shape, n, colours)
-    columns = rows[:, None] - torch.arange(width, device=x.device)
-    index = (columns % colours).expand(*x.shape, width)
-    return Expansion(gradient(density, x), found.gather(-1, index) * (columns >= 0))
+    marks = banded.probes(x, width)
+    marks = marks.reshape(len(marks), *[1] * (x.dim() - 1), -1).expand(len(marks), *x.shape)
+    bands = banded.bands_seen(products(density, x, marks), width)
+    return Expansion(gradient(density, x), bands)

@@ -126,6 +126,42 @@ def bands_of(matrix: Tensor, width: int) -> Tensor:
     return matrix[..., rows, columns.clamp(min=0)] * (columns >= 0)
 
 
+def probes(like: Tensor, width: int) -> Tensor:
+    """Vectors whose products with a banded symmetric matrix tell its bands (:func:`bands_seen`).
+
+    Rows as far apart as bands reach share a vector, so that there are ``2 width - 1`` at most.
+
+    Arguments:
+        like: A vector of shape ``(*batch, n)``.
+        width: How many lower bands, the diagonal included.
+
+    Returns:
+        A tensor of shape ``(count, n)``.
+
+    Example:
+        >>> probes(torch.zeros(4), 2)
+        tensor([[1., 0., 0., 1.],
+                [0., 1., 0., 0.],
+                [0., 0., 1., 0.]])
+    """
+    n = like.shape[-1]
+    rows, count = torch.arange(n, device=like.device), min(2 * width - 1, n)
+    return (rows % count == torch.arange(count, device=like.device)[:, None]).to(like)
+
+
+def bands_seen(products: Tensor, width: int) -> Tensor:
+    """The lower bands, ``(*batch, n, width)``, of a symmetric matrix that has no others.
+
+    Arguments:
+        products: Those with :func:`probes`, of shape ``(count, *batch, n)``.
+        width: How many.
+    """
+    rows = torch.arange(products.shape[-1], device=products.device)[:, None]
+    columns = rows - torch.arange(width, device=products.device)
+    index = (columns % len(products)).expand(*products.shape[1:], width)
+    return products.movedim(0, -1).gather(-1, index) * (columns >= 0)
+
+
 # The operators. Their shapes are (batch, n, width) for bands, and (batch, count, n) for vectors.
 
 

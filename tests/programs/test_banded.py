@@ -125,3 +125,12 @@ def test_time_is_in_proportion_to_length():
         return best
 
     assert seconds(80_000) < 8.0 * seconds(20_000)  # a square law would take sixteen times as long
+
+
+@pytest.mark.parametrize(("n", "p"), SIZES)
+def test_bands_are_seen_by_products(n, p):
+    bands = some_bands(n, p, 2)
+    probes = banded.probes(bands[..., 0], p + 1)
+    assert len(probes) == min(2 * p + 1, n)
+    products = torch.stack([banded.multiply(bands, probe.expand(2, n)) for probe in probes])
+    torch.testing.assert_close(banded.bands_seen(products, p + 1), bands, rtol=0.0, atol=0.0)

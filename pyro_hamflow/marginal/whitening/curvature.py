@@ -18,8 +18,6 @@ _SMALL = 64  # variables of a block, up to which its eigenvalues are looked at
 def gradient_and_bands(value: Tensor, u: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The gradient of a function, and the lower bands of minus its Hessian.
 
-    Variables as far apart as bands reach have products of their own: ``2 width - 1`` of them do.
-
     Arguments:
         value: The function's value, a scalar.
         u: Where, of shape ``(n,)``; it requires a gradient.
@@ -33,11 +31,8 @@ def gradient_and_bands(value: Tensor, u: Tensor, width: int) -> tuple[Tensor, Te
     if width == n:
         products = -_products(gradient, u, torch.eye(n, dtype=u.dtype, device=u.device))
         return gradient, banded.bands_of(products, width)
-    row, colours = torch.arange(n, device=u.device), min(2 * width - 1, n)
-    probes = (row % colours == torch.arange(colours, device=u.device)[:, None]).to(u)
-    products = -_products(gradient, u, probes)
-    columns = row[:, None] - torch.arange(width, device=u.device)
-    return gradient, products[columns % colours, row[:, None]] * (columns >= 0)
+    products = -_products(gradient, u, banded.probes(u.detach(), width))
+    return gradient, banded.bands_seen(products, width)
 
 
 def _gradient(value: Tensor, u: Tensor) -> Tensor:
