@@ -32,3 +32,9 @@ class Chains:
     kept: Record = field(default_factory=Record)
     iteration: int = 0
     is_whole: bool = True
+
+    def begun(self) -> tuple[Phase, State]:
+        """The phase and the state of chains that have begun."""
+        if self.phase is None or self.state is None:
+            raise RuntimeError("the chains have not begun: begin them first")
+        return self.phase, self.state

@@ -40,9 +40,8 @@ class Left(NamedTuple):
         with torch.random.fork_rng():
             if kernel.prepare(mover.args, mover.kwargs) is not potential:
                 return None
-        assert chains.phase is not None and chains.state is not None
-        place = chains.state.position, chains.state.noise
-        kernel._phase, chains.state = chains.phase, chains.phase.transition.state_at(*place)
+        kernel._phase, state = chains.begun()
+        chains.state = kernel.phase.transition.state_at(state.position, state.noise)
         if seeded:
             set_rng_state(self.random_states)
         return chains

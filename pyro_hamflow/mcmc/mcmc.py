@@ -1,43 +1,37 @@
-"""A run of chains as users see it: how it is set up and begun, and what has come of it."""
+"""A run of chains as users see it: how it is set up, begun, and gone on with."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-import numpy as np
 import torch
-from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_hamflow import arviz_bridge
 from pyro_hamflow.checks import flag, positive, whole
 from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import Checkpoints
 from pyro_hamflow.mcmc.course import Course, Left
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
-from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.mcmc.moving import Counts, Mover, planned_warmup
+from pyro_hamflow.mcmc.outcome import Outcome
 from pyro_hamflow.mcmc.resume import Found, latest
 from pyro_hamflow.mcmc.spread import Executors
 from pyro_hamflow.mcmc.stopping import StopWhen
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.workers import Workers, divided
-from pyro_hamflow.model.rounding import describe_ends
 from pyro_hamflow.process import undisturbed
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 _METHODS = ("vectorized", "sequential")
 
 
-class MCMC:
+class MCMC(Outcome):
     """Runs a kernel, with the surface of :class:`pyro.infer.MCMC`, vectorised chains, statistics.
 
     A run that is interrupted keeps the draws it has made: from the keyboard, with a warning; by an
@@ -195,7 +189,7 @@ class MCMC:
         meaningless("mp_context", given=mp_context is not None)
         if transforms is not None:
             kernel.transform_by(transforms)
-        self.kernel = kernel
+        super().__init__(kernel, save_params, disable_progbar=disable_progbar)
         self.num_samples = num_samples
         self.num_chains = num_chains
         self.initial_params = initial_params
@@ -216,17 +210,9 @@ class MCMC:
         self.worker_timeout = worker_timeout
         self.ended_early: dict[str, Draws] = {}
         self.hook_fn = hook_fn
-        self.disable_progbar = disable_progbar
         self.disable_validation = disable_validation
-        self.save_params = save_params
-        self.interrupted = False
-        self.messages: list[str] = []
-        self.report: dict[str, Any] = {}
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
-        self._draws: Draws | None = None
-        self._warmup_draws: Draws | None = None
-        self._samples: dict[str, Tensor] | None = None
         self._left: Left | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> None:
@@ -333,11 +319,6 @@ class MCMC:
         if workers.stopped is not None:
             self._say_interrupted(workers.stopped, workers.kept[0].made)
 
-    def _forget(self) -> None:
-        """Forgets the draws of an earlier run."""
-        self._draws = self._warmup_draws = self._samples = None
-        self.interrupted = False
-
     def _say_interrupted(self, stopped: BaseException, made: int) -> None:
         told = f"interrupted: {made} of {self.num_samples} draws were made and are kept"
         if not isinstance(stopped, KeyboardInterrupt):
@@ -427,30 +408,6 @@ class MCMC:
             "keep": self.keep,
         }
 
-    def _tell(self, heard: list[str], left_out: int) -> None:
-        """Says in a sentence each what the run's statistics mean for its result.
-
-        Arguments:
-            heard: What its kernel has said.
-            left_out: How many bytes the draws of recovered sites take, if they are too many.
-        """
-        potential = self.kernel.potential
-        found = report(self.draws, potential.sites)
-        if left_out:
-            heard.append(
-                f"recovered sites were not kept, for their draws take {left_out / 2**30:.3g} "
-                "gigabytes: name those that are wanted in `keep`."
-            )
-        rest = (
-            potential.describe_failures(found.values["divergences"]),
-            describe_ends(potential.sites, self.draws.position),
-        )
-        self.messages = heard + found.messages + [sentence for sentence in rest if sentence]
-        self.report = found.values
-        if not self.disable_progbar and "CI" not in os.environ:
-            for message in self.messages:
-                tqdm.write(message, file=sys.stderr)
-
     @property
     def warmup_steps(self) -> int:
         """How many iterations of warm-up were made; before a run, how many are planned."""
@@ -466,90 +423,8 @@ class MCMC:
         """Seconds of drawing."""
         return self._counts.sampling_time
 
-    @property
-    def draws(self) -> Draws:
-        """All draws with their statistics, as tensors."""
-        if self._draws is None:
-            raise RuntimeError("there are no draws yet: call `run` first")
-        return self._draws
-
-    @property
-    def warmup_draws(self) -> Draws | None:
-        """The same of the warm-up, where it was saved."""
-        return self._warmup_draws
-
-    def get_samples(
-        self,
-        num_samples: int | None = None,
-        group_by_chain: bool = False,  # noqa: FBT001, FBT002  # Pyro's surface
-    ) -> dict[str, Tensor]:
-        """The draws of the model's parameters, in their supports.
-
-        Arguments:
-            num_samples: How many to pick at random, with replacement; all if not given.
-            group_by_chain: Whether to keep the chain dimension.
-        """
-        samples = self._constrained()
-        if num_samples is None:  # sites without elements included
-            return samples if group_by_chain else {n: v.flatten(0, 1) for n, v in samples.items()}
-        return select_samples(samples, num_samples, group_by_chain)
-
-    def _constrained(self) -> dict[str, Tensor]:
-        """The draws that were asked for, in the sites' supports."""
-        if self._samples is None:
-            potential = self.kernel.potential
-            samples = potential.constrain(self.draws.position.to(potential.example.device))
-            self._samples = {name: samples[name] for name in self.save_params or samples}
-        return dict(self._samples)
-
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: with draws in their supports, for the maps to these are not pickled."""
         if self._draws is not None:
             self._constrained()
         return self.__dict__ | {"_left": None, "executor": None}
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Effective sample sizes and R-hat of each site, by ArviZ, and divergences.
-
-        R-hat of a single chain compares its halves.
-        """
-        result: dict[str, Any] = {}
-        for name, value in self.get_samples(group_by_chain=True).items():
-            values = value.detach().cpu().numpy()
-            half = values.shape[1] // 2
-            parts = values
-            if len(values) == 1:
-                parts = values[0, : 2 * half].reshape(2, half, *values.shape[2:])
-            with np.errstate(invalid="ignore", divide="ignore"):  # chains that never moved
-                found = {
-                    "n_eff": arviz_bridge.ess(values),
-                    "r_hat": arviz_bridge.rhat(parts),
-                }
-            result[name] = {key: torch.as_tensor(part) for key, part in found.items()}
-        stats = self.draws.stats
-        result["divergences"] = {
-            f"chain {i}": flags.nonzero().flatten().tolist()
-            for i, flags in enumerate(stats["diverging"])
-        }
-        result["acceptance rate"] = {
-            f"chain {i}": float(rates.mean()) for i, rates in enumerate(stats["acceptance_rate"])
-        }
-        return result
-
-    def summary(self, prob: float = 0.9, **keywords: Any) -> Any:
-        """Prints ArviZ's summary of the parameters, as Pyro prints its own, and returns it.
-
-        Arguments:
-            prob: The mass of the intervals of highest density.
-            keywords: Passed to :func:`arviz.summary`.
-
-        Returns:
-            A data frame; none if there are no parameters.
-        """
-        samples = {k: v.cpu().numpy() for k, v in self.get_samples(group_by_chain=True).items()}
-        if not samples:
-            return None
-        table = arviz_bridge.summary(samples, prob, **keywords)
-        divergences = int(self.draws.stats["diverging"].sum())
-        tqdm.write(f"{table.to_string()}\nNumber of divergences: {divergences}")
-        return table

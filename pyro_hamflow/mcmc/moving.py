@@ -134,19 +134,19 @@ class Mover:
         Where nobody wants to see each draw, a kernel may make many at once.
         """
         kernel, began = self.kernel, time.perf_counter()
-        assert chains.state is not None
+        _, state = chains.begun()
         warming, stage = kernel.warming, self.stage(chains)
         chains.is_whole = False
         if not warming and self.hook_fn is None and self.stop_when is None:
             left = self.num_samples - chains.kept.made
-            many = kernel.advance_many(chains.state, left)
+            many = kernel.advance_many(state, left)
             if many is not None:
                 chains.state, info, draws = many
                 chains.kept.extend(draws)
                 chains.is_whole = True
                 self.counts.sampling_time += time.perf_counter() - began
                 return info
-        state, info = kernel.advance(chains.state)
+        state, info = kernel.advance(state)
         record, number = (
             (chains.warm, chains.iteration) if warming else (chains.kept, chains.kept.made)
         )
