@@ -345,3 +345,24 @@ def test_four_particles_are_enough_for_long_paths(length):
     for values in (settled, {"phi": 0.96, "s": 0.23}, {"phi": 0.98, "s": 0.17}):
         found = repeated_estimates(marginal, at(values), 60, Arguments((y,), {}))
         assert found.var() < 1.0
+
+
+def walk(y):
+    """A random walk whose start is a parameter that the likelihood reads."""
+    one = torch.ones((), dtype=torch.float64)
+    start = pyro.sample("start", dist.Normal(0.0 * one, 3.0))
+    s = pyro.sample("s", dist.HalfNormal(one))
+    with pyro.plate("time", len(y)):
+        step = pyro.sample("step", dist.Normal(0.0 * one, s))
+        pyro.sample("y", dist.Normal(0.0 * one, ((start + step.cumsum(-1)) / 2).exp()), obs=y)
+
+
+def test_a_likelihood_that_reads_parameters_is_followed_from_the_pilot_on():
+    """Else chains, which move with the noise held, would not leave it: nothing tells them there."""
+    y = returns(200, 0.97, 0.2)
+    marginal = marginalize(walk, ["step"], num_particles=1)
+    marginal.fit(y, pilot=at({"start": 0.0, "s": 0.15}))
+    assert marginal.proposal.steps == 0  # as few as it was made with
+    for start in (-0.8, 0.8):
+        values = at({"start": start, "s": 0.15})
+        assert repeated_estimates(marginal, values, 60, Arguments((y,), {})).var() < 1.0

@@ -32,6 +32,7 @@ from pyro_hamflow.marginal.path_density import (
     PartsAt,
     PathCoordinates,
     captured_parts,
+    gradient,
     path_parts,
 )
 from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at, other_modes
@@ -175,18 +176,20 @@ class PathProposal(Proposal):
             if of_values is None or key != plan.structure.key:
                 of_values = _densities(plan, path, values)
                 densities[name] = plan.structure.key, of_values
+            drawn = {n: plan.structure.values[n] for n in values}
             before = self.fitted.get(name)
             if before is None or len(before.bands.order.places) != layout.dimension:
                 start = _somewhere(plan, path, values)
-                drawn = {n: plan.structure.values[n] for n in values}
                 looks = [(of_values(v), _somewhere(plan, path, v)) for v in (values, drawn)]
                 bands = find_bands(looks, group, layout)
                 start = bands.order.from_sites(start)
             else:
                 bands, start = before.bands, before.mode
             parts_at = partial(_ordered, of_values, bands.order)
-            # What is held at the pilot is the likelihood: it had better not hold the path together.
-            least = int(bands.likelihood > bands.prior)
+            # What is held at the pilot is the likelihood: it had better not hold the path together,
+            # nor depend on the parameters, whose chains would then not leave the pilot.
+            pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
+            least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
             steps = max(self.steps, least) if followed else 0
             fitted[name] = fit_path(parts_at, Anchor(values, followed), bands, start, steps)
         return replace(self, fitted=fitted, densities=densities)
