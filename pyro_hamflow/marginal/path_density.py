@@ -56,14 +56,20 @@ class Order(NamedTuple):
         for _ in range(self.times if self.lag else 0):
             before = torch.nn.functional.pad(path[..., : -self.lag], (self.lag, 0))
             path = path - before
-        return path[..., self.places.argsort()]
+        return _permuted(path, self.places.argsort())
 
     def from_sites(self, coordinates: Tensor) -> Tensor:
         """The inverse of :meth:`to_sites`, which has the same volume."""
-        path = coordinates[..., self.places]
+        path = _permuted(coordinates, self.places)
         for _ in range(self.times if self.lag else 0):
             path = path.unflatten(-1, (-1, self.lag)).cumsum(-2).flatten(-2)
         return path
+
+
+def _permuted(path: Tensor, places: Tensor) -> Tensor:
+    """The coordinates at some places; the path as it is where these are its own."""
+    natural = torch.arange(len(places), device=places.device)
+    return path if torch.equal(places, natural) else path[..., places]
 
 
 class Expansion(NamedTuple):

@@ -105,16 +105,14 @@ def gaussian_at(fit: PathFit, parts: Parts, parameters: dict[str, Tensor]) -> Pa
 
 def _site(parts: Parts, x: Tensor, width: int, deviations: Tensor | None) -> Expansion:
     """The expansion of the likelihood, clamped where it is not concave."""
-    found = expand(parts.likelihood, x, width)
-    if width > 1:
-        return found
-    if deviations is not None:
-        aside = _SPREAD * deviations
-        up, down = (expand(parts.likelihood, x + side, 1) for side in (aside, -aside))
-        slope = _CENTRE * found.gradient + _SIDE * (up.gradient + down.gradient)
-        bands = _CENTRE * found.bands + _SIDE * (up.bands + down.bands)
-        found = Expansion(slope, bands)
-    return found._replace(bands=found.bands.clamp(min=0.0))
+    if width > 1 or deviations is None:
+        found = expand(parts.likelihood, x, width)
+        return found if width > 1 else found._replace(bands=found.bands.clamp(min=0.0))
+    aside = _SPREAD * deviations
+    places = torch.stack([x, x + aside, x - aside])
+    at_places = torch.func.vmap(lambda place: tuple(expand(parts.likelihood, place, 1)))(places)
+    slope, bands = (_CENTRE * at[0] + _SIDE * (at[1] + at[2]) for at in at_places)
+    return Expansion(slope, bands.clamp(min=0.0))
 
 
 def _gaussian(place: Tensor, prior: Expansion, site: Expansion) -> PathGaussian:

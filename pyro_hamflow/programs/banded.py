@@ -156,6 +156,8 @@ def bands_seen(products: Tensor, width: int) -> Tensor:
         products: Those with :func:`probes`, of shape ``(count, *batch, n)``.
         width: How many.
     """
+    if len(products) == 1:
+        return products.movedim(0, -1)
     rows = torch.arange(products.shape[-1], device=products.device)[:, None]
     columns = rows - torch.arange(width, device=products.device)
     index = (columns % len(products)).expand(*products.shape[1:], width)
