@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
-from pyro_hamflow.marginal.path_bands import find_bands
+from pyro_hamflow.marginal.path_bands import Bands, find_bands
 from pyro_hamflow.marginal.path_density import (
     Order,
     Parts,
@@ -35,7 +35,8 @@ from pyro_hamflow.marginal.path_density import (
     gradient,
     path_parts,
 )
-from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at, other_modes
+from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
+from pyro_hamflow.marginal.path_modes import LookAt, captured_looks, other_modes
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal
 from pyro_hamflow.marginal.structure import Group
@@ -46,6 +47,23 @@ from pyro_hamflow.programs import banded
 _MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
 _SEARCHES = 4  # for other modes
 _STRETCH = 1e-4  # of the fifth power
+
+
+@dataclass(frozen=True)
+class PathPrograms:
+    """What is computed again and again of one group's path in one model.
+
+    Attributes:
+        key: Which model.
+        parts_at: The log densities of the path, in the order of its sites.
+        bands: The path's order and bands; none before they are found.
+        look_at: The joint density to second order, in that order.
+    """
+
+    key: str
+    parts_at: PartsAt
+    bands: Bands | None = None
+    look_at: LookAt | None = None
 
 
 class PathParticle:
@@ -78,14 +96,13 @@ class PathProposal(Proposal):
         steps: How many expansions of the likelihood each parameter value takes; none if that of the
             pilot is held.
         fitted: The approximation of each group; none before the fit.
-        densities: The log densities of each group's path, for values of the parameters, and of
-            which model.
+        programs: What is computed of each group's path.
         remark: What it misses, in a sentence.
     """
 
     steps: int = 0
     fitted: Mapping[str, PathFit] = field(default_factory=dict)
-    densities: Mapping[str, tuple[str, PartsAt]] = field(default_factory=dict, repr=False)
+    programs: Mapping[str, PathPrograms] = field(default_factory=dict, repr=False)
     remark: str | None = None
     name = "laplace"
     stratified = False
@@ -96,7 +113,7 @@ class PathProposal(Proposal):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is saved of it: programs are captured anew."""
-        return self.__dict__ | {"densities": {}}
+        return self.__dict__ | {"programs": {}}
 
     def noise_shapes(
         self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
@@ -122,10 +139,10 @@ class PathProposal(Proposal):
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
         parts = path_parts(plan, path, parameters)
-        key, of_values = self.densities.get(group.name, (None, None))
-        is_known = key == plan.structure.key and parameters.keys() <= fit.anchor.values.keys()
-        if of_values is not None and is_known:
-            parts = _ordered(of_values, fit.bands.order, parameters)
+        programs = self.programs.get(group.name)
+        is_known = programs is not None and programs.key == plan.structure.key
+        if programs is not None and is_known and parameters.keys() <= fit.anchor.values.keys():
+            parts = _ordered(programs.parts_at, fit.bands.order, parameters)
         found = gaussian_at(fit, parts, parameters)
         noise, log_stretch = coordinates, torch.zeros_like(coordinates[..., 0])
         if not fit.is_exact:
@@ -150,9 +167,10 @@ class PathProposal(Proposal):
         for group in plan.structure.groups:
             fit = self.fitted[group.name]
             path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
-            parts = _ordered(self.densities[group.name][1], fit.bands.order, values)
+            look_at = self.programs[group.name].look_at
+            assert look_at is not None  # as the path is fitted
             starts = [_somewhere(plan, path, values, seed) for seed in range(1, 1 + _SEARCHES)]
-            count = int(other_modes(parts, fit.bands, fit, starts).sum())
+            count = int(other_modes(look_at(values), fit.mode, starts).sum())
             if count and not fit.is_exact:
                 paths = "the path" if not group.shape else f"{count} paths of {group.shape.numel()}"
                 return (
@@ -167,15 +185,14 @@ class PathProposal(Proposal):
 
     def _fitted(self, plan: Plan, pilot: Mapping[str, Tensor], followed: tuple[str, ...]) -> Self:
         values = {name: value.detach() for name, value in pilot.items()}
-        fitted, densities = {}, dict(self.densities)
+        fitted, known = {}, dict(self.programs)
         for group in plan.structure.groups:
             name, layout = group.name, plan.layouts[group.name]
             natural = torch.arange(layout.dimension, device=layout.example.device)
             path = PathCoordinates(group, layout, Order(natural))
-            key, of_values = densities.get(name, (None, None))
-            if of_values is None or key != plan.structure.key:
-                of_values = _densities(plan, path, values)
-                densities[name] = plan.structure.key, of_values
+            if name not in known or known[name].key != plan.structure.key:
+                known[name] = PathPrograms(plan.structure.key, _densities(plan, path, values))
+            of_values = known[name].parts_at
             drawn = {n: plan.structure.values[n] for n in values}
             before = self.fitted.get(name)
             if before is None or len(before.bands.order.places) != layout.dimension:
@@ -186,13 +203,19 @@ class PathProposal(Proposal):
             else:
                 bands, start = before.bands, before.mode
             parts_at = partial(_ordered, of_values, bands.order)
+            look_at = known[name].look_at
+            if look_at is None or known[name].bands is not bands:
+                look_at = captured_looks(parts_at, bands, start, values)
+                known[name] = replace(known[name], bands=bands, look_at=look_at)
             # What is held at the pilot is the likelihood: it had better not hold the path together,
             # nor depend on the parameters, whose chains would then not leave the pilot.
             pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
             least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
             steps = max(self.steps, least) if followed else 0
-            fitted[name] = fit_path(parts_at, Anchor(values, followed), bands, start, steps)
-        return replace(self, fitted=fitted, densities=densities)
+            fitted[name] = fit_path(
+                parts_at, look_at, Anchor(values, followed), bands, start, steps
+            )
+        return replace(self, fitted=fitted, programs=known)
 
 
 def _densities(plan: Plan, path: PathCoordinates, values: dict[str, Tensor]) -> PartsAt:

@@ -1,0 +1,178 @@
+"""The modes of a path's posterior: its log joint density to second order, and Newton's method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.marginal.path_bands import Bands
+from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand
+from pyro_hamflow.programs import banded
+from pyro_hamflow.programs.capture import capture
+
+_STEPS = 100  # of Newton at most
+_DAMPED = 1e-2  # of the precision's diagonal, that is added after a step that has failed
+_REST = 1e-9  # of the Newton decrement, squared standard deviations for each coordinate
+_LIGHTEST = 3.0  # by how much the log mass of another mode may be lower that is told of
+_SPREAD = math.sqrt(3.0)  # of the points of Gauss and Hermite, in standard deviations
+_CENTRE, _SIDE = 2.0 / 3.0, 1.0 / 6.0  # their weights
+
+
+class Look(NamedTuple):
+    """The joint log density of a path to second order about a place.
+
+    Attributes:
+        value: Of shape ``(*group.shape)``.
+        slope: Its gradient, ``(*group.shape, n)``.
+        precision: The lower bands of minus its Hessian, that of the likelihood clamped.
+    """
+
+    value: Tensor
+    slope: Tensor
+    precision: Tensor
+
+
+LookAt = Callable[[dict[str, Tensor]], Callable[[Tensor], Look]]  # for values of the parameters
+
+
+def site_at(parts: Parts, x: Tensor, width: int, deviations: Tensor | None) -> Expansion:
+    """The expansion of the likelihood, clamped where it is not concave."""
+    if width > 1 or deviations is None:
+        found = expand(parts.likelihood, x, width)
+        return found if width > 1 else found._replace(bands=found.bands.clamp(min=0.0))
+    aside = _SPREAD * deviations
+    places = torch.stack([x, x + aside, x - aside])
+    at_places = torch.func.vmap(lambda place: tuple(expand(parts.likelihood, place, 1)))(places)
+    slope, bands = (_CENTRE * at[0] + _SIDE * (at[1] + at[2]) for at in at_places)
+    return Expansion(slope, bands.clamp(min=0.0))
+
+
+def added(first: Tensor, second: Tensor) -> Tensor:
+    """The sum of two matrices that may differ in how many bands they have."""
+    width = max(first.shape[-1], second.shape[-1])
+    wide = [torch.nn.functional.pad(m, (0, width - m.shape[-1])) for m in (first, second)]
+    return wide[0] + wide[1]
+
+
+def root_of(bands: Tensor) -> Tensor:
+    """The root of a precision, which is made dominated by its diagonal where it has none."""
+    if bands.shape[-1] == 1:
+        return bands.clamp(min=torch.finfo(bands.dtype).tiny).sqrt()
+    defined = banded.log_det(banded.cholesky(bands.detach())).isfinite()
+    return banded.cholesky(torch.where(defined[..., None, None], bands, _dominated(bands)))
+
+
+def _dominated(bands: Tensor) -> Tensor:
+    """A matrix with the same entries beside the diagonal, and enough on it to be positive."""
+    n, width = bands.shape[-2:]
+    least = 1e-6 * bands[..., 0].abs().amax(-1, keepdim=True)
+    scale = bands[..., 0].abs().clamp(min=least).sqrt()
+    beside = torch.zeros_like(scale)
+    for k in range(1, min(width, n)):
+        relative = bands[..., k:, k].abs() / (scale[..., k:] * scale[..., :-k])
+        beside = beside + torch.nn.functional.pad(relative, (k, 0))
+        beside = beside + torch.nn.functional.pad(relative, (0, k))
+    diagonal = torch.maximum(bands[..., 0], scale.square() * beside * 1.01 + least)
+    return torch.cat([diagonal[..., None], bands[..., 1:]], -1)
+
+
+def deviations_of(precision: Tensor) -> Tensor:
+    """The standard deviations that a precision says: the gradient of its log determinant."""
+    with torch.enable_grad():
+        precision = precision.detach().requires_grad_()
+        total = banded.log_det(root_of(precision)).sum()
+        (slope,) = torch.autograd.grad(total, precision)
+    return slope[..., 0].clamp(min=0.0).sqrt()
+
+
+def captured_looks(
+    parts_at: PartsAt, bands: Bands, x: Tensor, parameters: dict[str, Tensor]
+) -> LookAt:
+    """The joint log density to second order, captured where that is possible.
+
+    Arguments:
+        parts_at: The log densities, for given values of the parameters.
+        bands: How many bands they have.
+        x: A path to look from.
+        parameters: Values of the parameters to look at.
+    """
+    names = list(parameters)
+
+    def run(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        parts = parts_at(dict(zip(names, values, strict=True)))
+        prior = expand(parts.prior, x, bands.prior)
+        site = site_at(parts, x, bands.likelihood, None)
+        value = parts.prior(x) + parts.likelihood(x)
+        return value, prior.gradient + site.gradient, added(prior.bands, site.bands)
+
+    program: Callable[..., tuple[Tensor, ...]] = run
+    try:
+        program = capture(run, x, *parameters.values())
+    except Exception:  # whatever the model's own code may raise
+        pass
+
+    def look_at(parameters: dict[str, Tensor]) -> Callable[[Tensor], Look]:
+        values = [parameters[name] for name in names]
+        return lambda x: Look(*(part.detach() for part in program(x, *values)))
+
+    return look_at
+
+
+def climb(look: Callable[[Tensor], Look], x: Tensor) -> Tensor:
+    """Finds the mode of each element's joint density by damped Newton steps.
+
+    Arguments:
+        look: The joint log density to second order.
+        x: Where to begin, of shape ``(*group.shape, n)``.
+    """
+    damping = torch.full_like(x[..., :1], 1e-6)
+    here = look(x)
+    for _ in range(_STEPS):
+        diagonal = here.precision[..., :1]
+        size = diagonal.abs().clamp(min=torch.finfo(x.dtype).tiny)
+        damped = torch.cat([diagonal + damping[..., None] * size, here.precision[..., 1:]], -1)
+        step = banded.solve_both(root_of(damped), here.slope)
+        decrement = (here.slope * step).sum(-1)
+        new = x + step
+        there = look(new)
+        better = there.value >= here.value - 1e-12 * here.value.abs()
+        rests = (decrement <= _REST * x.shape[-1]) & (damping[..., 0] <= _DAMPED)
+        damping = torch.where(better[..., None], damping * 0.1, (damping * 10).clamp(min=_DAMPED))
+        x = torch.where(better[..., None], new, x).detach()
+        here = Look(
+            torch.where(better, there.value, here.value),
+            torch.where(better[..., None], there.slope, here.slope),
+            torch.where(better[..., None, None], there.precision, here.precision),
+        )
+        if bool((rests | (damping[..., 0] > 1e8)).all()):
+            break
+    return x
+
+
+def other_modes(look: Callable[[Tensor], Look], mode: Tensor, starts: list[Tensor]) -> Tensor:
+    """Whether paths of other modes weigh about as much as those that were fitted.
+
+    Arguments:
+        look: The joint log density to second order at the pilot.
+        mode: The one that was fitted.
+        starts: Where to begin searches for other modes.
+
+    Returns:
+        For each element, ``(*group.shape)``.
+    """
+
+    def mass(here: Look) -> Tensor:
+        return here.value - 0.5 * banded.log_det(root_of(here.precision))
+
+    fitted = look(mode)
+    deviations, least = deviations_of(fitted.precision), mass(fitted) - _LIGHTEST
+    found = torch.zeros_like(least, dtype=torch.bool)
+    for start in starts:
+        x = climb(look, start)
+        is_other = ((x - mode).abs() > deviations).any(-1)
+        found |= is_other & (mass(look(x)) > least)
+    return found
