@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.transitions.base import Info, State
+from pyro_hamflow.mcmc.transitions.base import Block, Info, State
 
 MOST_LOCAL_BYTES = 2**30  # of recovered sites that are kept without being asked for
 
@@ -95,11 +95,12 @@ class Record:
         self.made += draws.position.shape[1]
         self.divergences += int(draws.stats["diverging"].sum())
         if self.keep is None:
-            self.keep = frozenset()
+            self.keep = self._kept({name: part[:, 0] for name, part in draws.local.items()})
         if first < draws.position.shape[1]:
             every = slice(first, None, self.thin)
             stats = {name: stat[:, every] for name, stat in draws.stats.items()}
-            self.blocks.append(Draws(draws.position[:, every], stats, {}))
+            local = {n: part[:, every] for n, part in draws.local.items() if n in self.keep}
+            self.blocks.append(Draws(draws.position[:, every], stats, local))
 
     def _kept(self, local: Mapping[str, Tensor]) -> frozenset[str]:
         """Which local sites are kept where that is not said, by their size at the first draw."""
@@ -157,25 +158,25 @@ class Draws:
     local: Mapping[str, Tensor]
 
     @staticmethod
-    def of_block(
-        position: Tensor, value: Tensor, info: Info, step_size: float | None = None
-    ) -> Draws:
+    def of_block(block: Block, step_size: float | None = None) -> Draws:
         """Many draws with their statistics.
 
         Arguments:
-            position: Of shape ``(chains, draws, dimension)``.
-            value: The potential, of shape ``(chains, draws)``, as the statistics.
-            info: What is known of each; numbers are of all alike.
-            step_size: Likewise, if there is one.
+            block: The draws.
+            step_size: Of all alike, if there is one.
         """
+        shape = block.value.shape
 
         def filled(stat: Any) -> Tensor:
             if isinstance(stat, Tensor):
                 return stat
-            return torch.full(value.shape, stat, dtype=_dtype_of(stat), device="cpu")
+            return torch.full(shape, stat, dtype=_dtype_of(stat), device="cpu")
 
-        stats = statistics(value, info, step_size)
-        return Draws(position, {name: filled(stat) for name, stat in stats.items()}, {})
+        stats = statistics(block.value, block.info, step_size)
+        if block.estimate is not None:
+            stats["log_likelihood_estimate"] = block.estimate
+        filled_stats = {name: filled(stat) for name, stat in stats.items()}
+        return Draws(block.position, filled_stats, block.local)
 
     @staticmethod
     def in_sequence(parts: list[Draws]) -> Draws:

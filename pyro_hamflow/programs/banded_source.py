@@ -85,7 +85,7 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library; none where no compiler works, and torch does them more slowly.
     """
-    kinds = [_SOURCE.substitute(real=r, suffix=s, sqrt=root) for r, s, root in _KINDS.values()]
+    kinds = map(text, _KINDS)
     source = "\n".join(["#include <math.h>", 'extern "C" {', *kinds, "}"])
     key = key_of(source, compiler.description())
     try:
@@ -94,17 +94,28 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def text(dtype: torch.dtype) -> str:
+    """The loops over numbers of a type, as functions in C++."""
+    real, suffix, root = _KINDS[dtype]
+    return _SOURCE.substitute(real=real, suffix=suffix, sqrt=root)
+
+
+def full_name(name: str, dtype: torch.dtype) -> str:
+    """A loop's name for numbers of a type."""
+    return f"{name}_{_KINDS[dtype][1]}"
+
+
 def call(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> bool:
     """Runs a loop of the library on contiguous tensors of one type, the last of them its result.
 
     Returns:
         Whether there is such a loop.
     """
-    kind, code = _KINDS.get(tensors[0].dtype), library()
-    if kind is None or code is None:
+    dtype, code = tensors[0].dtype, library()
+    if dtype not in _KINDS or code is None:
         return False
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    getattr(code, f"{name}_{kind[1]}")(*map(ctypes.c_long, sizes), *pointers)
+    getattr(code, full_name(name, dtype))(*map(ctypes.c_long, sizes), *pointers)
     return True
 
 

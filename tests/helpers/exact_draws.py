@@ -21,6 +21,7 @@ from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.points import lattice
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.native_estimate import NativeEstimateTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
 from pyro_hamflow.model.potential import Potential
 from tests.helpers.laws import assert_invariant
@@ -305,11 +306,14 @@ def check(target, transition, *, step=None, moves=2):
 def setting(target, transition):
     """Tuning and number of steps with which the checks have power."""
     inner = getattr(transition, "inner", transition)
-    if isinstance(inner, HMCTransition | JointTransition):
-        step_size = target.joint_step if inner is transition else 0.9
+    joint, straight = inner is transition, isinstance(inner, HMCTransition | JointTransition)
+    if isinstance(transition, NativeEstimateTransition):
+        joint, straight = transition.is_joint, transition.max_tree_depth is None
+    if straight:
+        step_size = target.joint_step if joint else 0.9
         return Tuning(step_size, GaussianKinetic(torch.tensor([0.7, 0.4]))), 4
     # A light mass, so that parameters turn back long before the noise has made half a turn.
-    step_size = target.joint_nuts_step if inner is transition else 0.5
+    step_size = target.joint_nuts_step if joint else 0.5
     return Tuning(step_size, GaussianKinetic(torch.tensor([2.0, 1.2]))), MOST_POINTS
 
 

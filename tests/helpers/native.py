@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
+from pyro_hamflow.mcmc.transitions.native_estimate import NativeEstimateTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.engines.native import NativeProgram
 
@@ -17,3 +18,8 @@ def native_program(potential: Potential) -> NativeProgram:
 def native_transition(potential: Potential, max_tree_depth: int | None) -> NativeTransition:
     """NUTS, or HMC where no depth is given."""
     return NativeTransition(potential, max_tree_depth, Stream())
+
+
+def native_estimate_transition(potential, refresh, max_tree_depth):
+    """Moves of parameters and noise: together if no refresh is given."""
+    return NativeEstimateTransition(potential, max_tree_depth, refresh, Stream())

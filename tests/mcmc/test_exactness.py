@@ -24,7 +24,7 @@ from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition, JointTransition
-from pyro_hamflow.programs.engines import native
+from pyro_hamflow.programs.engines import model_library, native
 from tests.helpers.exact_draws import (
     CHAINS,
     DEPTH,
@@ -38,7 +38,7 @@ from tests.helpers.exact_draws import (
     make_target,
     potential_of,
 )
-from tests.helpers.native import native_transition
+from tests.helpers.native import native_estimate_transition, native_transition
 
 # --- checks -------------------------------------------------------------------------------------
 
@@ -92,6 +92,28 @@ def test_invariance_conditional(target, refresh):
 @pytest.mark.parametrize("make", [joint_nuts, conditional_nuts])
 def test_invariance_pseudo_marginal_nuts(target, make):
     check(target, make(target))
+
+
+NATIVE_MOVES = {  # of each, how noise moves after the parameters, and the deepest tree
+    **{name: (refresh, None) for name, refresh in REFRESHES.items()},
+    "NUTS": (CorrelatedRefresh(), DEPTH),
+    "joint": (None, None),
+    "joint NUTS": (None, DEPTH),
+}
+QUICK_NATIVE = ("prior-8", "by_hand-1")
+
+
+@pytest.mark.parametrize("moves", NATIVE_MOVES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK_NATIVE else pytest.param(name, marks=pytest.mark.slow)
+        for name in TARGETS | MORE_TARGETS
+    ],
+)
+def test_invariance_native_estimate(name, moves):
+    target = make_target(name)
+    check(target, native_estimate_transition(target.potential, *NATIVE_MOVES[moves]))
 
 
 def test_blocks_conditional():
@@ -351,15 +373,55 @@ QUICK_SPOILT_LINES = ("accept always", "take every doubling")
 )
 def test_spoilt_machine_code_is_found_out(name, monkeypatch):
     right, wrong = SPOILT_LINES[name]
-    text = native.HEADERS["trajectories"]
-    assert text.count(right) == 1
-    monkeypatch.setitem(native.HEADERS, "trajectories", text.replace(right, wrong))
-    monkeypatch.setattr(native, "_programs", WeakKeyDictionary())  # other tests have made the same
+    spoil_line("trajectories", right, wrong, monkeypatch)
     depth = None if name in ("accept always", "forget kinetic energy") else DEPTH
     transition = native_transition(potential_of("skewed"), depth)
     step_size, num_steps = (0.5, 4) if depth is None else (0.5, MOST_POINTS)
     with pytest.raises(AssertionError, match="standard errors|is not finite"):
         check_known("skewed", "diagonal", transition, step_size, num_steps)
+
+
+def spoil_line(header, right, wrong, monkeypatch):
+    """Machine code that is made from here on has a line spoilt."""
+    text = model_library.HEADERS[header]
+    assert text.count(right) == 1
+    monkeypatch.setitem(model_library.HEADERS, header, text.replace(right, wrong))
+    monkeypatch.setattr(native, "_programs", WeakKeyDictionary())  # other tests have made the same
+
+
+# Lines of how noise moves, and what they are spoilt to, by the moves that it is found out with.
+SPOILT_NOISE = {
+    "accept all blocks": ("fresh", "std::log(random.uniform()) < ratios[i]", "true"),
+    "confuse blocks": ("fresh", "ratios[i] = double(now", "ratios[(i + 1) % 3] = double(now"),
+    "keep rejected sites": ("fresh", "kept.local[i] = accepted[call.local_blocks[i]] ?", "true ?"),
+    "shrink proposals": ("correlated", "Real(std::sqrt(1.0 - call", "Real((1.0 - call"),
+    "renew all": ("stretches", "== k ? fresh[i] : noise[i]", "<= k ? fresh[i] : noise[i] / 2"),
+    "leave the slice": ("slice", "!done[i] && ratios[i] > threshold[i]", "!done[i]"),
+    "forget the noise": ("joint", "error += 0.5 * (double", "error += 0.0 * (double"),
+    "accept always": ("joint", "uniform(random, 0) < rate", "true"),
+}
+SPOILT_MOTION = {
+    "turn too far": ("joint NUTS", "std::cos(time), sine", "std::cos(Real(0.8) * time), sine"),
+    "weigh without noise": ("joint NUTS", "half_squares(p.z + d, MOVING)", "0.0"),
+}
+QUICK_SPOILT_NOISE = ("accept all blocks", "forget the noise")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK_SPOILT_NOISE else pytest.param(name, marks=pytest.mark.slow)
+        for name in SPOILT_NOISE | SPOILT_MOTION
+    ],
+)
+def test_spoilt_machine_code_of_noise_is_found_out(name, monkeypatch):
+    header = "noise" if name in SPOILT_NOISE else "trajectories"
+    moves, right, wrong = (SPOILT_NOISE | SPOILT_MOTION)[name]
+    spoil_line(header, right, wrong, monkeypatch)
+    target = make_target("prior-8")
+    transition = native_estimate_transition(target.potential, *NATIVE_MOVES[moves])
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(target, transition)
 
 
 # --- and on spoilt No-U-Turn samplers -----------------------------------------------------------

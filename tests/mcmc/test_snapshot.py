@@ -78,6 +78,11 @@ KERNELS = {  # of each, what makes it, its data, and iterations of warm-up
     "RandomWalk": (lambda: RandomWalk(hierarchical), COUNTS, 30),
     "RandomWalk, estimate": (lambda: RandomWalk(marginal(num_particles=4)), COUNTS, 30),
     "PseudoMarginalHMC": (lambda: PseudoMarginalHMC(marginal(proposal="laplace")), COUNTS, 30),
+    "PseudoMarginalHMC, native": (
+        lambda: PseudoMarginalHMC(marginal(num_particles=4), max_num_steps=8, engine="native"),
+        COUNTS,
+        30,
+    ),
     "PseudoMarginalNUTS, joint": (
         lambda: PseudoMarginalNUTS(marginal(num_particles=4), method="joint"),
         COUNTS,

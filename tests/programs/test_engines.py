@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from benchmarks.coverage_models import ZOO
+from pyro_hamflow.model.gradients import gradient_functions
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs import banded
 from pyro_hamflow.programs.capture import capture
-from pyro_hamflow.programs.engines import choice, native
+from pyro_hamflow.programs.engines import choice, model_library
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.choice import choose_engine
-from pyro_hamflow.programs.engines.native import NativeProgram, Request
+from pyro_hamflow.programs.engines.native import NativeProgram
 from pyro_hamflow.programs.machine_code.store import Store
 from tests.helpers.native import native_program
 
@@ -69,16 +71,25 @@ def matrices(x):
     return (right * left.mT).sum() + (sums @ x) + batch.square().sum() + torch.lgamma(x.exp()).sum()
 
 
+def bands(x):
+    """Factors of banded matrices, their solutions and what they draw, and their gradients."""
+    matrix = torch.stack([4.0 + x.square(), x.tanh(), 0.3 * x], -1).expand(2, -1, -1)
+    root = banded.cholesky(matrix)
+    draws = banded.draw(root, x.expand(2, -1), x.cos().expand(2, 3, -1))
+    forward = banded.solve(root[0], x)
+    return banded.log_det(root).sum() + draws.square().sum() + (forward * x).sum()
+
+
 def special(x):
     """Functions whose code is in torch's headers."""
     return (torch.digamma(x.exp()) + torch.special.i0e(x) + torch.erfinv(x.tanh())).sum()
 
 
-@pytest.mark.parametrize("function", [matrices, pytest.param(special, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "function", [matrices, bands, pytest.param(special, marks=pytest.mark.slow)]
+)
 def test_operations_of_libraries_are_right(function):
-    def both(x, noise):
-        return function(x), torch.func.grad(function)(x)
-
+    both = gradient_functions(lambda x, noise: function(x))["gradient"]
     x, none = torch.tensor([0.3, -0.2, 0.8, 1.1, -0.6]), torch.zeros(0)
     program = NativeProgram(capture(both, x, none), (x, none))
     value, gradient = program.gradient(x[None], none[None])
@@ -97,10 +108,7 @@ def test_numbers_that_are_none_and_differences_that_are_zero_are_those_of_torch(
     assert value.item() == 3.0
     assert (difference[0, :2] == 0.0).all()
     with pytest.raises(TypeError, match="float32"):
-        rows = x[None].float()
-        program.draw(
-            rows, value, rows, none[None], Request(x, value, torch.ones(1), False, 1, 0, 0)
-        )
+        program.place(x[None].float(), none[None])
 
 
 def test_an_operation_without_code_is_named(tmp_path):
@@ -112,7 +120,7 @@ def test_an_operation_without_code_is_named(tmp_path):
     graph = capture(spectrum, x, none)
     for _ in range(2):  # found out, and remembered
         with pytest.raises(NotSupported, match="eig"):
-            NativeProgram(graph, (x, none), Store(tmp_path))
+            NativeProgram(graph, (x, none), store=Store(tmp_path))
     assert [path.suffix for path in tmp_path.iterdir()] == [".txt"]
 
 
@@ -124,7 +132,7 @@ def line(y):
 def program_of(y, store):
     potential = Potential(line, (y,))
     return NativeProgram(
-        potential.programs.base("gradient"), [v[0] for v in potential.vectors(1)], store
+        potential.programs.base("gradient"), [v[0] for v in potential.vectors(1)], store=store
     )
 
 
@@ -136,8 +144,8 @@ def test_libraries_serve_other_data_and_are_checked(tmp_path, monkeypatch):
     store = Store(tmp_path)
     assert slope_at_zero(program_of(torch.tensor([1.0, 2.0]), store)) == -3.0
     built = []
-    build = native._source
-    monkeypatch.setattr(native, "_source", lambda *a: built.append(1) or build(*a))
+    build = model_library._source
+    monkeypatch.setattr(model_library, "_source", lambda *a: built.append(1) or build(*a))
     assert slope_at_zero(program_of(torch.tensor([5.0, 2.0]), store)) == -7.0
     assert not built, "other data of the same shapes"
     (path,) = tmp_path.iterdir()
@@ -155,7 +163,7 @@ def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path):
 
 
 def test_other_systems_are_left_to_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "_PLATFORMS", [("Windows", "AMD64")])
+    monkeypatch.setattr(model_library, "_PLATFORMS", [("Windows", "AMD64")])
     with pytest.raises(NotSupported, match="any operation, for it knows neither this system"):
         program_of(torch.tensor([1.0, 2.0]), Store(tmp_path))
 

@@ -9,7 +9,7 @@ import pytest
 
 import pyro_hamflow
 from pyro_hamflow.programs import banded_source
-from pyro_hamflow.programs.engines import native
+from pyro_hamflow.programs.engines import model_library
 from pyro_hamflow.programs.machine_code import compiler
 from pyro_hamflow.programs.machine_code.libraries import library
 from pyro_hamflow.programs.machine_code.store import Store
@@ -78,7 +78,7 @@ def test_banded_loops_are_kept_and_cleared(kept):
 
 
 def test_banded_loops_are_made_on_systems_that_the_engine_does_not_know(kept, monkeypatch):
-    monkeypatch.setattr(native, "_PLATFORMS", [])
+    monkeypatch.setattr(model_library, "_PLATFORMS", [])
     assert banded_source.library() is not None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.marginal.scrutiny import look, misses
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
+from pyro_hamflow.mcmc.adaptation.engine import Engine
 from pyro_hamflow.mcmc.transitions.base import State, Transition
+from pyro_hamflow.mcmc.transitions.native_estimate import looks_of
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
@@ -90,9 +93,9 @@ class EstimatorTuning:
             "max_pareto_k": self.max_pareto_k,
         }
 
-    def start_over(self, source: ModelTarget, plan: RunPlan) -> None:
+    def start_over(self, source: ModelTarget, plan: RunPlan, engine: Engine) -> None:
         """Goes back to what was there before any run, so that a run repeats itself."""
-        self.source, self.plan = source, plan
+        self.source, self.plan, self.engine = source, plan, engine
         self._window, self._remark, self.max_pareto_k = [], None, math.nan
         if isinstance(source.model, MarginalModel):
             source.model.untune()
@@ -115,6 +118,8 @@ class EstimatorTuning:
     def transition(self, potential: Potential, position: Tensor) -> Transition:
         """The move of parameters and noise, for chains that start at given positions."""
         if not potential.noise_sites and not self.required:
+            if self.engine.is_native(potential, position, self.plan):
+                return self.trajectories.native_transition(potential)
             return self.trajectories.parameter_transition(potential, len(position))
         if not potential.noise_sites:
             raise ValueError(
@@ -123,7 +128,12 @@ class EstimatorTuning:
             )
         chosen = self.method == "auto"
         self.chosen_method = self._choose(potential, position) if chosen else self.method
-        if self.chosen_method == "joint":
+        joint = self.chosen_method == "joint"
+        kind, refresh = ("gradients", None) if joint else ("gradient", self.refresh)
+        looks = partial(looks_of, potential, refresh)
+        if self.engine.is_native(potential, position, self.plan, kind, looks):
+            return self.trajectories.native_estimate_transition(potential, refresh)
+        if joint:
             return self.trajectories.joint_transition(potential, len(position))
         inner = self.trajectories.parameter_transition(potential, len(position))
         return ConditionalTransition(inner, self.refresh, Blocks(potential))

@@ -45,6 +45,7 @@ from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.adaptation import surrogate
 from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, RunPlan, Sample
+from pyro_hamflow.mcmc.adaptation.engine import Engine
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import Adapter
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateChoices, SurrogateRun
@@ -55,7 +56,7 @@ from pyro_hamflow.mcmc.kernels.pyro_face import PyroFace
 from pyro_hamflow.mcmc.transitions.base import Info, State, padded
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.transported import Transport, TransportedTarget
-from pyro_hamflow.programs.engines.choice import Choice, check_engine, choose_engine
+from pyro_hamflow.programs.engines.choice import Choice
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 
@@ -94,8 +95,8 @@ class Kernel(PyroFace):
         engine: str = "torch",
     ) -> None:
         super().__init__()
-        self.engine = check_engine(engine)
-        self._engine = Choice("torch", "asked for")
+        self.engine = engine
+        self._engine = Engine(engine)
         self.source = source
         self.choices = choices
         self._transporting = transporting
@@ -118,25 +119,9 @@ class Kernel(PyroFace):
         moves = self.hamiltonian
         if moves.estimator is not None:
             return moves.estimator.transition(potential, position)
-        self._take_engine(self._choose_engine(potential, position))
-        if self._engine.name == "native":
+        if self._engine.is_native(potential, position, self.plan):
             return moves.trajectories.native_transition(potential)
         return moves.trajectories.parameter_transition(potential, len(position))
-
-    def _choose_engine(self, potential: Potential, position: Tensor) -> Choice:
-        """The engine of a run whose moves are plain."""
-        plan = self.plan
-        draws = plan.num_draws
-        iterations = None if draws is None else plan.warmup_steps + draws
-        noise = potential.vectors(1)[1][0]
-        graph = None if self.engine == "torch" else potential.programs.base("gradient")
-        return choose_engine(self.engine, graph, position, noise, iterations)
-
-    def _take_engine(self, choice: Choice) -> None:
-        """Takes an engine; says so where it is not the one that was asked for."""
-        self._engine = choice
-        if choice.declined:
-            self.plan.say(f"draws are made by torch, for {choice.reason}.")
 
     def first_phase(self, position: Tensor, noise: Tensor) -> tuple[Phase, State]:
         """The phase that a run begins with, and its first state."""
@@ -145,7 +130,8 @@ class Kernel(PyroFace):
         if self._transporting is not None:
             if self.engine != "torch":
                 asked = self.engine == "native"
-                self._take_engine(Choice("torch", "moves are made under a map", declined=asked))
+                under_map = Choice("torch", "moves are made under a map", declined=asked)
+                self._engine.take(under_map, self.plan)
             return self._transporting.first_phase(
                 self.potential, self.hamiltonian, self.plan, position, noise
             )
@@ -173,8 +159,8 @@ class Kernel(PyroFace):
             "kernel": type(self).__name__,
             "model": repr(self.model) if isinstance(self.model, MarginalModel) else "",
             "jit_compile": self.source.jit_compile,
-            "engine": self._engine.name,
-            "engine_reason": self._engine.reason,
+            "engine": self._engine.chosen.name,
+            "engine_reason": self._engine.chosen.reason,
             **({} if self._hamiltonian is None else self._hamiltonian.settings),
             **({} if self._surrogate_run is None else self._surrogate_run.settings),
             **({} if self._transporting is None else self._transporting.settings),
@@ -212,7 +198,7 @@ class Kernel(PyroFace):
         )
         estimator = None if self._hamiltonian is None else self._hamiltonian.estimator
         if estimator is not None:
-            estimator.start_over(self.source, self.plan)
+            estimator.start_over(self.source, self.plan, self._engine)
         with torch.random.fork_rng():  # so that a run repeats itself, captured already or not
             self.prepare(args, dict(kwargs or {}), initial_params)
         if self.choices is not None:
@@ -251,7 +237,7 @@ class Kernel(PyroFace):
         if found is None:
             return None
         state, block = found
-        draws = Draws.of_block(block.position, block.value, block.info, self.step_size)
+        draws = Draws.of_block(block, self.step_size)
         return state, block.info, draws
 
     def _followed(self, state: State) -> State:

@@ -34,6 +34,7 @@ class MALA(Kernel):
         target_accept_prob: The mean acceptance probability that warm-up aims for; .574 is where the
             chain moves furthest in many dimensions.
         refresh: The move of the noise; fresh independent noise for every element if not given.
+        engine: As in :class:`~pyro_hamflow.HMC`.
 
     The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
     of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`.
@@ -81,6 +82,7 @@ class MALA(Kernel):
         target_accept_prob: float = 0.574,
         init_strategy: Strategy | None = None,
         refresh: Refresh | None = None,
+        engine: str = "auto",
     ) -> None:
         one_step = HMCTrajectories(None, num_steps=1, jitter=0.0, max_num_steps=1)
         super().__init__(
@@ -105,4 +107,5 @@ class MALA(Kernel):
                 ),
                 EstimatorTuning("auto", refresh, one_step, required=False),
             ),
+            engine=engine,
         )

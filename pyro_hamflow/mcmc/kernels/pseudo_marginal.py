@@ -70,6 +70,7 @@ class PseudoMarginalHMC(Kernel):
         jit_compile: bool = False,
         target_accept_prob: float = 0.8,
         init_strategy: Strategy | None = None,
+        engine: str = "auto",
     ) -> None:
         trajectories = HMCTrajectories(trajectory_length, num_steps, jitter, max_num_steps)
         super().__init__(
@@ -95,6 +96,7 @@ class PseudoMarginalHMC(Kernel):
                 ),
                 EstimatorTuning(method, refresh, trajectories),
             ),
+            engine=engine,
         )
 
 
@@ -149,6 +151,7 @@ class PseudoMarginalNUTS(Kernel):
         jit_compile: bool = False,
         target_accept_prob: float = 0.8,
         init_strategy: Strategy | None = None,
+        engine: str = "auto",
     ) -> None:
         trajectories = NUTSTrajectories(max_tree_depth)
         super().__init__(
@@ -172,4 +175,5 @@ class PseudoMarginalNUTS(Kernel):
                 ),
                 EstimatorTuning(method, refresh, trajectories),
             ),
+            engine=engine,
         )

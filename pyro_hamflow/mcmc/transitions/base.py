@@ -80,11 +80,15 @@ class Block(NamedTuple):
         position: Of shape ``(chains, draws, dimension)``.
         value: The potential there, of shape ``(chains, draws)``.
         info: What happened in each transition, likewise.
+        local: Recovered local sites, of shape ``(chains, draws, *)``.
+        estimate: The log estimate of the likelihood, where there is one.
     """
 
     position: Tensor
     value: Tensor
     info: Info
+    local: Mapping[str, Tensor] = {}
+    estimate: Tensor | None = None
 
 
 def padded(info: Info) -> Info:

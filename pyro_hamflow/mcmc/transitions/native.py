@@ -11,9 +11,11 @@ from torch import Tensor
 from pyro_hamflow.mcmc.transitions.base import Block, Info, State, Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
-from pyro_hamflow.programs.engines import native
+from pyro_hamflow.model.target import Target
+from pyro_hamflow.programs.engines import calls
 from pyro_hamflow.programs.engines.buffers import NotSupported
-from pyro_hamflow.programs.engines.native import Request, native_program
+from pyro_hamflow.programs.engines.calls import NoiseMoves, Place, Request
+from pyro_hamflow.programs.engines.native import Looks, native_program
 from pyro_hamflow.programs.made import Made
 
 _SEEDS = 2**62  # of which one is drawn
@@ -35,13 +37,123 @@ class Stream:
         self.num_draws = 0
 
 
-class NativeTransition(Made):
+class NativeMoves:
+    """Draws in calls of machine code, which make many of every chain.
+
+    Random numbers are functions of a seed, the chain and the number of its draw, so that draws
+    depend neither on threads nor on how calls are cut.
+
+    Arguments:
+        target: The target.
+        kind: Of the gradient that trajectories follow: in the position, or in the noise as well.
+        max_tree_depth: The most doublings of a trajectory; none where trajectories have lengths.
+        stream: The random numbers.
+        looks: What the model says beside its potential, where noise moves.
+        moves: How noise moves then.
+
+    Raises:
+        NotSupported: If there is no machine code for the target.
+    """
+
+    def __init__(
+        self,
+        target: Potential,
+        kind: str,
+        max_tree_depth: int | None,
+        stream: Stream,
+        looks: Looks | None = None,
+        moves: NoiseMoves | None = None,
+    ) -> None:
+        graph = target.programs.base(kind)
+        if graph is None:
+            raise NotSupported("a model that is not captured")
+        self.target: Target = target
+        self.program = native_program(graph, [part[0] for part in target.vectors(1)], looks)
+        self.max_tree_depth = max_tree_depth
+        self.stream = stream
+        self.moves = moves
+        self.most_steps = 2 ** (max_tree_depth or 0) - 1
+        self._last_call = 0.0
+        self._size = 1
+
+    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
+        moved, made = self.draw(state, tuning, [num_steps])
+        return moved, self.info(made.first())
+
+    def draw(
+        self, state: State, tuning: Tuning, num_steps: list[int], **given: Tensor
+    ) -> tuple[State, calls.Made]:
+        """Makes draws from a state on; arguments are those of :meth:`call`."""
+        raise NotImplementedError
+
+    def block(self, state: State, tuning: Tuning, num_steps: list[int]) -> tuple[State, Block]:
+        """As many draws as numbers of steps, with all that is kept of them."""
+        raise NotImplementedError
+
+    def call(
+        self, place: Place, tuning: Tuning, num_steps: list[int], **given: Tensor
+    ) -> calls.Made:
+        """Makes draws of every chain, one after the other, and moves on where chains are.
+
+        Arguments:
+            place: Where chains are.
+            tuning: What their moves are tuned to.
+            num_steps: For each draw, how many steps trajectories take, or may take at most.
+            given: Numbers in place of random ones, as a
+                :class:`~pyro_hamflow.programs.engines.calls.Request` has them.
+        """
+        began = time.perf_counter()
+        turning = self.max_tree_depth is not None
+        most = [min(number, self.most_steps) for number in num_steps] if turning else num_steps
+        request = Request(
+            root=tuning.kinetic.root,
+            step_sizes=tuning.step_sizes(place.position),
+            num_steps=torch.tensor(most, dtype=torch.long, device="cpu"),
+            turning=turning,
+            slots=1 + (self.max_tree_depth or 0),
+            seed=self.stream.seed,
+            first_draw=self.stream.num_draws,
+            threads=torch.get_num_threads() if self._last_call > _WORTH_THREADS else 1,
+            moves=self.moves,
+            **given,
+        )
+        made = self.program.draw(place, request)
+        self.stream.num_draws += len(num_steps)
+        self._last_call = time.perf_counter() - began
+        self._size = len(num_steps)
+        return made
+
+    def draws_at_once(self) -> int:
+        """How many draws the next call should make; they do not depend on it."""
+        most = _GROWTH * self._size
+        return max(1, min(most, int(self._size * _CALL / max(self._last_call, 1e-6))))
+
+    def info(self, made: calls.Made) -> Info:
+        """The statistics of draws, of the shape of their parts."""
+        further: dict[str, Any] = {}
+        if self.max_tree_depth is not None:
+            depth = torch.log2(made.n_steps.double() + 1.0).ceil()
+            cut = made.limited & (made.n_steps == self.most_steps)
+            further = {"tree_depth": depth.long(), "reached_max_treedepth": cut}
+        return Info(
+            accepted=made.accepted,
+            acceptance_rate=made.rate,
+            energy_error=made.error,
+            diverging=made.diverging,
+            energy=made.energy,
+            n_steps=made.n_steps,
+            n_gradients=made.n_steps,
+            n_densities=made.n_densities,
+            further=further,
+        )
+
+
+class NativeTransition(NativeMoves, Made):
     """Moves parameters along trajectories in machine code, the noise of an estimate held.
 
     Trajectories are those of :class:`~pyro_hamflow.mcmc.transitions.hmc.HMCTransition` or
     :class:`~pyro_hamflow.mcmc.transitions.nuts.NUTSTransition`: given the same momenta and uniform
-    numbers they are the same to rounding. Random numbers are functions of a seed, the chain and
-    the number of its draw, so that draws depend neither on threads nor on how calls are cut.
+    numbers they are the same to rounding.
 
     Arguments:
         target: The target, whose gradient is captured.
@@ -57,92 +169,21 @@ class NativeTransition(Made):
     """
 
     def __init__(self, target: Potential, max_tree_depth: int | None, stream: Stream) -> None:
-        graph = target.programs.base("gradient")
-        if graph is None:
-            raise NotSupported("a model that is not captured")
-        self.target = target
-        self.program = native_program(graph, [part[0] for part in target.vectors(1)])
-        self.max_tree_depth = max_tree_depth
-        self.stream = stream
-        self._most = 2 ** (max_tree_depth or 0) - 1
-        self._last_call = 0.0
-        self._size = 1
+        super().__init__(target, "gradient", max_tree_depth, stream)
 
     def state_at(self, position: Tensor, noise: Tensor) -> State:
         value, gradient = self.program.gradient(position, noise)
         return State(position, noise, gradient, Evaluation(value, {}, {}))
 
-    def refreshed(self, state: State, tuning: Tuning) -> State:
-        """The state with potential and gradient computed anew, after its noise has changed."""
-        value, gradient = self.program.gradient(state.position, state.noise)
-        evaluation = state.evaluation._replace(value=value)
-        return state._replace(gradient=gradient, evaluation=evaluation)
-
-    def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
-        moved, made = self.draw(state, tuning, [num_steps])
-        return moved, self.info(native.Made(*(part[:, 0] for part in made)))
-
     def draw(
         self, state: State, tuning: Tuning, num_steps: list[int], **given: Tensor
-    ) -> tuple[State, native.Made]:
-        """Makes draws of every chain, one after the other.
-
-        Arguments:
-            state: Where chains are.
-            tuning: What their moves are tuned to.
-            num_steps: For each draw, how many steps trajectories take, or may take at most.
-            given: Momenta and uniform numbers in place of random ones, as a
-                :class:`~pyro_hamflow.programs.engines.native.Request` has them.
-        """
-        began = time.perf_counter()
-        position, value, gradient = (
-            part.clone(memory_format=torch.contiguous_format)
-            for part in (state.position, state.evaluation.value, state.gradient)
-        )
-        turning = self.max_tree_depth is not None
-        most = [min(number, self._most) for number in num_steps] if turning else num_steps
-        request = Request(
-            root=tuning.kinetic.root,
-            step_sizes=tuning.step_sizes(position),
-            num_steps=torch.tensor(most, dtype=torch.long, device="cpu"),
-            turning=turning,
-            slots=1 + (self.max_tree_depth or 0),
-            seed=self.stream.seed,
-            first_draw=self.stream.num_draws,
-            threads=torch.get_num_threads() if self._last_call > _WORTH_THREADS else 1,
-            **given,
-        )
-        made = self.program.draw(position, value, gradient, state.noise, request)
-        self.stream.num_draws += len(num_steps)
-        self._last_call = time.perf_counter() - began
-        self._size = len(num_steps)
-        return State(position, state.noise, gradient, Evaluation(value, {}, {})), made
+    ) -> tuple[State, calls.Made]:
+        value = state.evaluation.value
+        place = self.program.place(state.position, state.noise, value, state.gradient)
+        made = self.call(place, tuning, num_steps, **given)
+        evaluation = Evaluation(place.value, {}, {})
+        return State(place.position, state.noise, place.gradient, evaluation), made
 
     def block(self, state: State, tuning: Tuning, num_steps: list[int]) -> tuple[State, Block]:
-        """As many draws as numbers of steps, with their statistics."""
         moved, made = self.draw(state, tuning, num_steps)
         return moved, Block(made.positions, made.values, self.info(made))
-
-    def draws_at_once(self) -> int:
-        """How many draws the next call should make; they do not depend on it."""
-        most = _GROWTH * self._size
-        return max(1, min(most, int(self._size * _CALL / max(self._last_call, 1e-6))))
-
-    def info(self, made: native.Made) -> Info:
-        """The statistics of draws, of the shape of their parts."""
-        further: dict[str, Any] = {}
-        if self.max_tree_depth is not None:
-            depth = torch.log2(made.n_steps.double() + 1.0).ceil()
-            cut = made.limited & (made.n_steps == self._most)
-            further = {"tree_depth": depth.long(), "reached_max_treedepth": cut}
-        return Info(
-            accepted=made.accepted,
-            acceptance_rate=made.rate,
-            energy_error=made.error,
-            diverging=made.diverging,
-            energy=made.energy,
-            n_steps=made.n_steps,
-            n_gradients=made.n_steps,
-            n_densities=0,
-            further=further,
-        )

@@ -110,11 +110,15 @@ class Blocks:
             offset: Where the first begins, as a part of one.
             noise: The noise, chains first.
         """
+        return (self.along(noise) * count + offset).floor().long() % count
+
+    def along(self, noise: Tensor) -> Tensor:
+        """Where along its path each number of the noise lies, from zero to one."""
         place = torch.linspace(0.0, 1.0, noise.shape[-1], device=noise.device)
         for site in self.sites:
             along = torch.linspace(0.0, 1.0, site.shape[-1], device=noise.device)
             place[site.start : site.stop] = along.expand(site.shape).reshape(-1)
-        return (place * count + offset).floor().long() % count
+        return place
 
     def merge_evaluations(
         self, accepted: dict[str, Tensor], new: Evaluation, old: Evaluation

@@ -12,6 +12,8 @@ from pyro_hamflow.checks import between, positive, whole
 from pyro_hamflow.mcmc.transitions.base import Observe, ParameterTransition, Transition
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
+from pyro_hamflow.mcmc.transitions.native_estimate import NativeEstimateTransition
+from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
 from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
@@ -37,6 +39,16 @@ class Trajectories(Protocol):
 
     def native_transition(self, target: Potential) -> NativeTransition:
         """The move of the parameters in machine code, noise held."""
+
+    def native_estimate_transition(
+        self, target: Potential, refresh: Refresh | None
+    ) -> NativeEstimateTransition:
+        """That of parameters and noise in machine code, one after the other or together.
+
+        Arguments:
+            target: The target.
+            refresh: The move of the noise after that of the parameters; none if they move together.
+        """
 
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         """The move of parameters and noise together."""
@@ -87,6 +99,11 @@ class HMCTrajectories:
     def native_transition(self, target: Potential) -> NativeTransition:
         return NativeTransition(target, None, Stream())
 
+    def native_estimate_transition(
+        self, target: Potential, refresh: Refresh | None
+    ) -> NativeEstimateTransition:
+        return NativeEstimateTransition(target, None, refresh, Stream())
+
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         return JointTransition(target, num_chains)
 
@@ -121,6 +138,11 @@ class NUTSTrajectories:
     def native_transition(self, target: Potential) -> NativeTransition:
         return NativeTransition(target, self.max_tree_depth, Stream())
 
+    def native_estimate_transition(
+        self, target: Potential, refresh: Refresh | None
+    ) -> NativeEstimateTransition:
+        return NativeEstimateTransition(target, self.max_tree_depth, refresh, Stream())
+
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         return JointNUTSTransition(target, num_chains, self.max_tree_depth)
 
@@ -142,6 +164,11 @@ class RandomSteps:
         return RandomWalkTransition(target)
 
     def native_transition(self, target: Potential) -> NativeTransition:
+        raise NotImplementedError("a random walk has no native move")
+
+    def native_estimate_transition(
+        self, target: Potential, refresh: Refresh | None
+    ) -> NativeEstimateTransition:
         raise NotImplementedError("a random walk has no native move")
 
     def joint_transition(self, target: Target, num_chains: int) -> Transition:

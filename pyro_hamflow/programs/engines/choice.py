@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx import GraphModule
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
-from pyro_hamflow.programs.engines.native import NativeProgram, native_program
+from pyro_hamflow.programs.engines.native import Looks, NativeProgram, native_program
 
 ENGINES = ("auto", "torch", "native")
 
@@ -59,6 +60,7 @@ def choose_engine(
     position: Tensor,
     noise: Tensor,
     iterations: int | None,
+    looks: Callable[[], Looks] | None = None,
 ) -> Choice:
     """Chooses the engine of a run.
 
@@ -72,6 +74,8 @@ def choose_engine(
         position: Where chains start, of shape ``(chains, dimension)``.
         noise: The noise of one chain.
         iterations: How many there will be, warm-up included, if that is known.
+        looks: What the model says beside its potential, where its noise moves; raises NotSupported
+            where that has no code.
     """
     asked, num_chains = wanted == "native", len(position)
     if wanted == "torch":
@@ -83,7 +87,7 @@ def choose_engine(
     if not asked and num_chains >= _MANY_CHAINS and _largest_constant(graph) > _OUT_OF_CACHE:
         return Choice("torch", "many chains share the reading of large data")
     try:
-        program = native_program(graph, (position[0], noise))
+        program = native_program(graph, (position[0], noise), looks() if looks else None)
     except NotSupported as error:
         return Choice("torch", f"the native engine has no code for {error}", declined=asked)
     if not _agree(program, graph, position[:_CHECKED], noise):
@@ -92,20 +96,32 @@ def choose_engine(
 
 
 def _agree(program: NativeProgram, graph: GraphModule, position: Tensor, noise: Tensor) -> bool:
-    """Whether machine code gives the graph's results at positions and about them."""
+    """Whether machine code gives the graphs' results at positions and about them."""
     position = torch.cat([position + shift for shift in (0.0, *_SHIFTS)])
-    found = program.gradient(position, noise.expand(len(position), -1))
-    tolerance = _ROUNDING[position.dtype]
-    for row, value, gradient in zip(position, *found, strict=True):
-        expected = graph(row, noise)
-        if not expected[0].isfinite():
-            if value.isfinite():
-                return False
-            continue  # a gradient there means nothing
-        for one, other in zip((value, gradient), expected[:2], strict=True):
-            scale = tolerance * (1.0 + other.abs().max())
-            if not torch.allclose(one, other, rtol=tolerance, atol=float(scale), equal_nan=True):
-                return False
+    rows = noise.expand(len(position), -1)
+    for row, *found in zip(position, *program.gradient(position, rows), strict=True):
+        value, *gradients = graph(row, noise)[: 3 if program.moves_noise else 2]
+        if not _same(found, [value, torch.cat(gradients)]):
+            return False
+    if (looks := program.looks) is None:
+        return True
+    seen = program.look(position, rows, looks.uniform.expand(len(position), -1))
+    for row, *found in zip(position, seen.value, seen.likelihoods, seen.local, strict=True):
+        value, *results = looks.graph(row, noise, looks.uniform)
+        if not _same(found, [value, *looks.rows(results)]):
+            return False
+    return True
+
+
+def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether results are the same but for rounding: a potential, and what belongs to it."""
+    if not expected[0].isfinite():
+        return not found[0].isfinite()  # all else means nothing
+    tolerance = _ROUNDING[expected[0].dtype]
+    for one, other in zip(found, expected, strict=True):
+        scale = tolerance * (1.0 + float(other.abs().max())) if other.numel() else 0.0
+        if not torch.allclose(one, other, rtol=tolerance, atol=scale, equal_nan=True):
+            return False
     return True
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from pyro_hamflow.programs import banded_source
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, Writer, loops
 
 Results = Buffer | tuple[Buffer, ...]
@@ -147,7 +148,38 @@ def _sort(
     )
 
 
+def _banded(name: str) -> Rule:
+    """The rule for a loop over banded matrices, whose last tensor is its result."""
+
+    def rule(writer: Writer, out: Buffer, *args: Any) -> None:
+        writer.need(banded_source.text(out.dtype))
+        tensors = [_without_gaps(writer, arg) for arg in args if isinstance(arg, Buffer)]
+        # The sizes of what they lie in, as the loops take them.
+        vectors = tensors[1 if name == "solve" else 0].shape
+        width = args[2] if name == "outer" else args[0].shape[-1]
+        sizes = {
+            "solve": (*vectors, width, *map(int, args[2:])),
+            "outer": (*vectors, width),
+        }.get(name, vectors)
+        numbers = [*map(str, sizes), *(tensor.place for tensor in (*tensors, out))]
+        writer.emit(f"{banded_source.full_name(name, out.dtype)}({', '.join(numbers)});")
+
+    return rule
+
+
+def _without_gaps(writer: Writer, part: Buffer) -> Buffer:
+    """A copy, which may be written over."""
+    copy = writer.allocate(part.shape, torch.empty(part.shape, device="meta").stride(), part.dtype)
+    head, indices = loops(part.shape)
+    writer.emit(f"{head}*{copy.at(indices)} = *{part.at(indices)};")
+    return copy
+
+
 _RULES: dict[str, Rule] = {
+    **{
+        f"pyro_hamflow.banded_{name}": _banded(name)
+        for name in ("factorise", "factorise_adjoint", "solve", "outer")
+    },
     "pyro_hamflow.product": _product,
     "aten.linalg_cholesky_ex": _cholesky,
     "aten.linalg_solve_triangular": _solve_triangular,

@@ -40,6 +40,7 @@ class Function:
     Attributes:
         scratch: How many bytes its buffers take.
         needs_torch_headers: Whether its kernels call special functions of torch's.
+        helpers: Functions in C++ that it calls.
 
     Raises:
         NotSupported: If the program has a statement of a form that is not known.
@@ -47,6 +48,7 @@ class Function:
 
     def __init__(self, source: ast.Module, examples: Sequence[Tensor]) -> None:
         self.scratch = 0
+        self.helpers: list[str] = []
         self._examples = examples
         self._known: dict[str, Any] = {}
         self._kernels = _kernels(source)
@@ -57,7 +59,7 @@ class Function:
         self.needs_torch_headers = any(map(_SPECIAL.search, self._kernels.values()))
 
     def text(self, name: str) -> str:
-        """The function and its kernels.
+        """A namespace with the function ``call`` and its kernels.
 
         It takes an array of pointers to its arguments, scratch memory, and an array of pointers to
         where its results go.
@@ -65,11 +67,15 @@ class Function:
         kernels = [_kernel_text(kernel, text) for kernel, text in self._kernels.items()]
         results = [_copied(i, buffer) for i, buffer in enumerate(self._results)]
         body = "\n".join(f"  {line}" for line in (*self._lines, *results))
-        head = f"static void {name}(void* const* a, char* w, void* const* r) {{"
-        return "\n".join([*kernels, head, body, "}"])
+        head = "static void call(void* const* a, char* w, void* const* r) {"
+        return "\n".join([f"namespace {name} {{", *kernels, head, body, "}", "}"])
 
     def emit(self, line: str) -> None:
         self._lines.append(line)
+
+    def need(self, helper: str) -> None:
+        if helper not in self.helpers:
+            self.helpers.append(helper)
 
     def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
         spans = ((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -143,11 +149,12 @@ class Function:
 
 
 def _copied(number: int, buffer: Buffer) -> str:
-    """Writes a number or a vector where the caller wants it."""
-    if len(buffer.shape) > 1:
-        raise NotSupported("a result that is no vector")
+    """Writes a result where the caller wants it, without gaps."""
     head, indices = loops(buffer.shape)
-    to = f"(({buffer.kind}*)r[{number}])[{''.join(indices) or 0}]"
+    at = "0"
+    for index, size in zip(indices, buffer.shape, strict=True):
+        at = f"({at} * {size} + {index})"
+    to = f"(({buffer.kind}*)r[{number}])[{at}]"
     return f"{head}{to} = *{buffer.at(indices)};"
 
 

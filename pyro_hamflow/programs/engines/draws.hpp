@@ -1,0 +1,136 @@
+// Draws of many chains, each chain for itself, on as many threads as are asked for.
+#include <pthread.h>
+
+#ifdef EVALUATED
+using Base = NoisyWalker;
+#else
+using Base = Walker;
+#endif
+
+struct Chain : Base {
+  using Base::Base;
+
+  // Takes a chain's place, and its noise.
+  void place(long chain) {
+    Real* own = call.noise + chain * NOISE;
+    note(z, call.position + chain * d);
+    std::memcpy(z + d, own, sizeof(Real) * MOVING);
+    inputs[1] = own;
+#ifdef EVALUATED
+    if (!MOVING) std::copy(own, own + NOISE, noise.begin()), inputs[1] = noise.data();
+#endif
+  }
+  void begin(long chain) {
+    place(chain);
+    copy(gradient, call.gradient + chain * n);
+    value = call.value[chain], step = call.step_sizes[chain];
+#ifdef EVALUATED
+    current.value = value;
+    std::copy_n(call.likelihoods + chain * LIKELIHOODS, LIKELIHOODS, current.likelihoods.begin());
+    std::copy_n(call.local + chain * LOCALS, LOCALS, current.local.begin());
+#endif
+  }
+  void end(long chain) {
+    note(call.position + chain * d, z), copy(call.gradient + chain * n, gradient);
+    call.value[chain] = value;
+    std::memcpy(call.noise + chain * NOISE, z + d, sizeof(Real) * MOVING);
+#ifdef EVALUATED
+    if (!MOVING) std::copy(noise.begin(), noise.end(), call.noise + chain * NOISE);
+    std::copy_n(current.likelihoods.begin(), LIKELIHOODS, call.likelihoods + chain * LIKELIHOODS);
+    std::copy_n(current.local.begin(), LOCALS, call.local + chain * LOCALS);
+#endif
+  }
+  // A trajectory, and what becomes of the noise.
+  Outcome move(Random& random, long limit, long chain, long at) {
+    launch(chain, random);
+#ifdef EVALUATED
+    const double* tape = call.tape ? call.tape + chain * call.tape_length : nullptr;
+    if (MOVING && !call.turning) {
+      random.tape = tape;
+      call.n_densities[at] = 1;
+      return together(random, limit);
+    }
+#endif
+    Outcome made = call.turning ? doubling(random, limit) : straight(random, limit);
+#ifdef EVALUATED
+    random.tape = tape;
+    if (MOVING) {
+      look(z, z + d, random, current);
+      value = current.value, call.n_densities[at] = 1;
+    } else refresh(random, made, at);
+#endif
+    return made;
+  }
+  void run(long chain) {
+    begin(chain);
+    for (long draw = 0; draw < call.draws; draw++) {
+      Random random(call.seed, uint64_t(chain), call.first_draw + uint64_t(draw));
+      const long at = chain * call.draws + draw;
+      if (call.uniforms) uniforms = call.uniforms + 3 * call.points * chain;
+      const Outcome made = move(random, call.num_steps[draw], chain, at);
+      note(call.positions + at * d, z);
+      call.values[at] = value, call.rate[at] = made.rate, call.error[at] = made.error;
+      call.energy[at] = made.energy, call.n_steps[at] = made.steps;
+      call.diverging[at] = made.diverging, call.limited[at] = made.limited;
+      call.accepted[at] = made.accepted;
+#ifdef EVALUATED
+      double sum = 0.0;
+      for (Real factor : current.likelihoods) sum += double(factor);
+      call.estimate[at] = sum;
+      std::copy_n(current.local.begin(), LOCALS, call.locals + at * LOCALS);
+#endif
+    }
+    end(chain);
+  }
+};
+
+// Each thread takes the next chain that nobody has taken.
+struct Team {
+  const Call& call;
+  long next;
+};
+
+static void* work(void* argument) {
+  Team& team = *static_cast<Team*>(argument);
+  Chain walker(team.call);
+  for (;;) {
+    const long chain = __atomic_fetch_add(&team.next, 1, __ATOMIC_RELAXED);
+    if (chain >= team.call.chains) return nullptr;
+    walker.run(chain);
+  }
+}
+
+extern "C" void make_draws(const Call* call) {
+  Team team{*call, 0};
+  pthread_t* others = static_cast<pthread_t*>(malloc(sizeof(pthread_t) * call->threads));
+  long started = 0;
+  while (started < call->threads - 1 && !pthread_create(others + started, nullptr, work, &team))
+    started++;
+  work(&team);
+  for (long i = 0; i < started; i++) pthread_join(others[i], nullptr);
+  free(others);
+}
+
+// Potentials and gradients of all chains.
+extern "C" void evaluate(const Call* call) {
+  Chain walker(*call);
+  for (long chain = 0; chain < call->chains; chain++) {
+    walker.place(chain);
+    walker.evaluate(walker.z, call->value + chain, call->gradient + chain * Walker::n);
+  }
+}
+
+#ifdef EVALUATED
+// What the model says of all chains.
+extern "C" void look(const Call* call) {
+  Chain walker(*call);
+  for (long chain = 0; chain < call->chains; chain++) {
+    Random random(0, 0, 0);
+    random.tape = call->tape + chain * CHOICES;
+    walker.place(chain);
+    walker.look(walker.z, static_cast<Real*>(walker.inputs[1]), random, walker.current);
+    walker.value = walker.current.value;
+    walker.end(chain);
+  }
+}
+#endif

@@ -1,0 +1,155 @@
+"""Shared libraries of a model's graphs, made once and kept from one process to the next.
+
+Inductor writes kernels for the graph of one chain's gradient, and for that of its evaluation where
+noise moves; these, a plan of their scratch memory and this package's trajectories become one
+library. It depends on the graphs and the shapes of the data alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pyro_hamflow.programs.engines.buffers import NotSupported, kind_of
+from pyro_hamflow.programs.engines.lowering import source_of
+from pyro_hamflow.programs.engines.translation import Function
+from pyro_hamflow.programs.machine_code import compiler
+from pyro_hamflow.programs.machine_code.libraries import library
+from pyro_hamflow.programs.machine_code.store import Store, key_of
+
+_HERE = Path(__file__).parent
+_NAMES = ("kernels", "call", "trajectories", "noise", "draws")
+HEADERS = {name: (_HERE / f"{name}.hpp").read_text() for name in _NAMES}
+
+_PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried
+
+
+class Part(NamedTuple):
+    """A graph, without constants of its own, and its arguments.
+
+    Attributes:
+        graph: The graph.
+        inputs: Arguments: position, noise, further numbers, and its constants.
+        results: Of an evaluation, how many numbers each result behind the potential has, and
+            whether it is a local site's.
+    """
+
+    graph: GraphModule
+    inputs: list[Tensor]
+    results: tuple[tuple[int, bool], ...] = ()
+
+
+def library_of(gradient: Part, evaluation: Part | None, store: Store) -> ctypes.CDLL:
+    """The library of a gradient, and of an evaluation: from the store, or newly made.
+
+    Raises:
+        NotSupported: If there is no code for one of their operations, or no compiler.
+    """
+    parts = [gradient] if evaluation is None else [gradient, evaluation]
+    kinds = repr([[(tuple(i.shape), str(i.dtype)) for i in part.inputs] for part in parts])
+    made_with = compiler.description(), torch.__version__, _own_code(), *HEADERS.values()
+    graphs = [f"{part.graph.code}{part.results}" for part in parts]
+    key = key_of(*graphs, kinds, *made_with)
+    declined = store.find(key, ".txt")
+    if declined is not None:
+        raise NotSupported(declined.read_text())
+    try:
+        return library(key, partial(_made, gradient, evaluation), store)
+    except NotSupported as error:
+        with suppress(OSError):
+            store.keep(key, ".txt", str(error).encode())
+        raise
+    except compiler.NotCompiled as error:
+        raise NotSupported(f"any operation, for {error}") from error
+
+
+def moves_noise(graph: GraphModule) -> bool:
+    """Whether a graph has a gradient in the noise as well."""
+    return len(graph.graph.output_node().args[0]) == 3  # type: ignore[arg-type]
+
+
+def _made(gradient: Part, evaluation: Part | None) -> bytes:
+    """A library, made for this processor."""
+    if (platform.system(), platform.machine()) not in _PLATFORMS:
+        raise compiler.NotCompiled("it knows neither this system nor this processor")
+    compiler.check_compiler()
+    source, with_torch_headers = _source(gradient, evaluation)
+    headers = [f"-I{folder}" for folder in _torch_headers()] if with_torch_headers else []
+    return compiler.compiled(source, "-march=native", *headers)
+
+
+def _torch_headers() -> list[str]:
+    root = Path(torch.__file__).parent / "include"
+    return [str(root), str(root / "torch" / "csrc" / "api" / "include")]
+
+
+@cache
+def _own_code() -> str:
+    """What writes libraries: with other code of ours, what is kept is another."""
+    return "".join(path.read_text() for path in sorted(_HERE.glob("*.py")))
+
+
+def _source(gradient: Part, evaluation: Part | None) -> tuple[str, bool]:
+    """A library's source, and whether it includes headers of torch's."""
+    parts = [gradient] if evaluation is None else [gradient, evaluation]
+    functions = [Function(source_of(part.graph, part.inputs), part.inputs) for part in parts]
+    names = ("gradient_program", "evaluation_program")
+    bodies = [function.text(name) for function, name in zip(functions, names, strict=False)]
+    special = any(function.needs_torch_headers for function in functions)
+    first = ["#define WITH_TORCH_HEADERS", "#include <ATen/native/Math.h>"] if special else []
+    memory = ["#include <memory>"] if any("std::unique_ptr" in body for body in bodies) else []
+    position, noise = gradient.inputs[0], gradient.inputs[1]
+    sizes = {
+        "SCRATCH": max(function.scratch for function in functions),
+        "NUM_INPUTS": len(gradient.inputs),
+        "DIMENSION": len(position),
+        "NOISE": len(noise),
+        "MOVING": len(noise) if moves_noise(gradient.graph) else 0,
+    }
+    headers = [HEADERS["trajectories"], HEADERS["draws"]]
+    if evaluation is not None:
+        sizes |= {"NUM_EVALUATION_INPUTS": len(evaluation.inputs)}
+        sizes |= {"CHOICES": len(evaluation.inputs[2]), **_room(evaluation)}
+        first.append("#define EVALUATED")
+        headers[1:1] = [_table(evaluation), HEADERS["noise"]]
+    constants = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+    source = [
+        *first,
+        HEADERS["kernels"],
+        *memory,
+        f"using Real = {kind_of(position.dtype)};",
+        f"static const long {constants};",
+        HEADERS["call"],
+        "namespace {",
+        *dict.fromkeys(helper for function in functions for helper in function.helpers),
+        "}",
+        *bodies,
+        *headers,
+    ]
+    return "\n".join(source), special
+
+
+def _room(evaluation: Part) -> dict[str, int]:
+    """How many numbers an evaluation's factors and local sites have."""
+    return {
+        name: sum(size for size, is_local in evaluation.results if is_local == wanted)
+        for name, wanted in (("LIKELIHOODS", False), ("LOCALS", True))
+    } | {"NUM_RESULTS": len(evaluation.results)}
+
+
+def _table(evaluation: Part) -> str:
+    """Where each result of an evaluation goes."""
+    places, rows = {False: 0, True: 0}, []
+    for size, is_local in evaluation.results:
+        rows.append(f"{{{str(is_local).lower()}, {places[is_local]}}}")
+        places[is_local] += size
+    entries = ", ".join([*rows, "{false, 0}"])
+    return f"static const struct {{ bool is_local; long first; }} RESULTS[] = {{{entries}}};"
