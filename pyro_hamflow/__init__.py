@@ -26,6 +26,7 @@ from pyro_hamflow.mcmc.transitions.noise_refresh import (
 )
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, NeuralKinetic, RelativisticKinetic
 from pyro_hamflow.programs.machine_code.store import clear_cache
+from pyro_hamflow.results.future import FutureLeftOut, leave_future_out
 from pyro_hamflow.results.inference_data import to_inference_data
 from pyro_hamflow.results.plots import plot_momenta, plot_path, plot_potential
 from pyro_hamflow.results.run_plots import (
@@ -62,6 +63,7 @@ __all__ = [
     "FlowMH",
     "FlowNUTS",
     "ForwardKL",
+    "FutureLeftOut",
     "GradientMatching",
     "ImportanceSamples",
     "LearnedGaussianKinetic",
@@ -84,6 +86,7 @@ __all__ = [
     "fit_guide",
     "importance_sample",
     "learn_surrogate",
+    "leave_future_out",
     "marginalize",
     "noise",
     "plot_estimator",
