@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, leave_future_out, marginalize
-from tests.marginal.test_paths import Y, filtered, kalman, one_by_one, returns, vector, volatility
+from tests.helpers.paths import Y, filtered, kalman, one_by_one, returns, vector, volatility
 
 TIMES = (14, 15)
 
