@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_hamflow.programs.owner_rules import owners_of
 from pyro_hamflow.programs.owners import NONE, SEVERAL, Call, fold
 from pyro_hamflow.programs.storages import Storages, apart, storage_key
+from pyro_hamflow.programs.watching import watching
 
 
 class ValueReadError(RuntimeError):
@@ -106,6 +107,7 @@ class _Memory(NamedTuple):
     mixer: str | None
 
 
+@watching
 class _Follower(TorchDispatchMode):
     """Finds the owners of all that operations compute, as they come."""
 

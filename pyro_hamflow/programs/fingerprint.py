@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow.programs.owners import Call
 from pyro_hamflow.programs.storages import Storages, apart
+from pyro_hamflow.programs.watching import watching
 
 
 class Fingerprint(NamedTuple):
@@ -118,6 +119,7 @@ class _Memory:
     read: set[Any] | None = None
 
 
+@watching
 class _Watcher(TorchDispatchMode):
     """Describes operations as they come."""
 

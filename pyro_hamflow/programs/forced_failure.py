@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow.programs.graph_recorder import CHECK_ERRORS
+from pyro_hamflow.programs.watching import watching
 
 
+@watching
 class FailAt(TorchDispatchMode):
     """Lets a check of a factorisation find a failure.
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_hamflow.programs.functions import InOtherWords
 from pyro_hamflow.programs.values import ValueDependence, ValueGuard
+from pyro_hamflow.programs.watching import as_written, watching
 
 Rule = Callable[..., Any]
 
@@ -28,6 +29,7 @@ _aten = torch.ops.aten
 CHECK_ERRORS = _aten._linalg_check_errors.default
 
 
+@watching
 class Recorder(TorchDispatchMode):
     """Writes down operations as they come, those that write to their arguments included.
 
@@ -70,9 +72,7 @@ class Recorder(TorchDispatchMode):
             node = self.graph.placeholder(f"argument_{index}")
             self._varying.add(node)
             self._note(example, node)
-        # What a model compiles for itself would hide its operations.
-        eagerly = torch.compiler.set_stance("force_eager")
-        with eagerly, InOtherWords(), ValueGuard(self._varies), self:
+        with as_written(), InOtherWords(), ValueGuard(self._varies), self:
             result = function(*examples)
         self.graph.output(tree_map(self._node_of, result))
         return result

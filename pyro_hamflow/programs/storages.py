@@ -16,6 +16,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pyro_hamflow.programs.watching import as_written
+
 Known = TypeVar("Known")
 
 _SWEEP = 256  # new memories after which those that are gone are forgotten
@@ -59,7 +61,6 @@ def apart() -> Iterator[None]:
         temporarily_clear_interpreter_stack(),
         _disable_current_modes(),
         torch.enable_grad(),
-        # What a model compiles for itself would hide its operations.
-        torch.compiler.set_stance("force_eager"),
+        as_written(),
     ):
         yield
