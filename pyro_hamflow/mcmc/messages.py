@@ -21,6 +21,9 @@ _LARGEST_RHAT = 1.01  # of parameters
 _LARGEST_APART = 1.1  # of log densities and their estimates
 _FAR = 1.5  # standard deviations of the log density between chains
 _FEWEST_EFFECTIVE = 100  # of each chain
+_MOST_COMPARED = 4000  # draws that are compared with what was explored before
+_WORTH = 0.2  # of explored places, which were moved apart from few: of independent ones
+_ERRORS = 4.5  # of a difference between both; looked at in many places
 _SMALLEST_BFMI = 0.3  # as Stan's
 _SMALLEST_RATE = 0.3  # of proposals accepted, and of noise renewed; not tuned
 
@@ -38,18 +41,26 @@ class Report:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def report(draws: Draws, sites: Sequence[Site]) -> Report:
+def report(draws: Draws, sites: Sequence[Site], explored: Tensor | None = None) -> Report:
     """Looks at the draws of a run, and at their statistics.
 
     R-hat, effective sample sizes and BFMI are ArviZ's, of parameters on the real line. Where there
     are many parameters, they are those of the worst: by split R-hat, and by the correlation of
     successive draws. A single chain is compared with itself, by halves. Fewer than 50 draws of each
     chain are not judged.
+
+    Arguments:
+        draws: Of the run.
+        sites: Of the model.
+        explored: Draws about from the posterior, ``(places, dimension)``, that were found before
+            chains began, if any were: all chains together may have lost what these have.
     """
     result = Report()
     if draws.position.shape[1] >= FEWEST:
         _look_at_parameters(result, draws.position, sites)
         _look_at_energies(result, draws.stats)
+        if explored is not None and draws.position.shape[2]:
+            _compare(result, draws.position, explored, sites)
     _look_at_trajectories(result, draws.stats)
     return result
 
@@ -118,6 +129,39 @@ def _look_for_clusters(result: Report, values: np.ndarray, name: str) -> None:
             f"No chain ever crosses between {len(groups)} clusters of draws of '{name}' (with "
             f"{', '.join(map(str, groups))} chains): the shares of the draws are not their "
             "probabilities; use `FlowNUTS`, or if this was one, more of its particles."
+        )
+
+
+def _compare(result: Report, position: Tensor, explored: Tensor, sites: Sequence[Site]) -> None:
+    """Says where the draws' shares are others than those of what was explored before.
+
+    At all explored values of each parameter, by the difference of both distribution functions.
+    """
+    chains, count, dimension = position.shape
+    rows = position[:, :: -(-chains * count // _MOST_COMPARED)].reshape(-1, dimension)
+    values = explored.to(rows).mT.contiguous().sort(1).values
+    number = values.shape[1]
+    before = torch.arange(1, number + 1, device=rows.device).double() / number
+    below = torch.searchsorted(rows.mT.contiguous().sort(1).values, values, right=True)
+    after = below.double() / len(rows)
+    middle = 0.5 * (before + after)
+    variance = (middle * (1.0 - middle)).clamp(min=1.0 / number) / (_WORTH * number)
+    place = int(((after - before).square() / variance).argmax())
+    column = place // number
+    limit = float(values.flatten()[place])
+    is_below = (position[..., column].double() <= limit).double().cpu().numpy()
+    error = float(variance.flatten()[place])
+    if is_below.std() > 0.0:
+        error += float(is_below.var() / arviz_bridge.ess(is_below[..., None])[0])
+    shares = float(before[place % number]), float(is_below.mean())
+    result.values["explored_gap"] = abs(shares[1] - shares[0]) / error**0.5
+    if result.values["explored_gap"] > _ERRORS:
+        name = _name(sites, column)
+        result.messages.append(
+            f"{shares[0]:.0%} of the population that chains started from have '{name}' below "
+            f"{limit:.3g} (on the real line), but {shares[1]:.0%} of the draws, so that shares of "
+            "modes among the draws need not be their probabilities: draw more, or take more "
+            "particles."
         )
 
 

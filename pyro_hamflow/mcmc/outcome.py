@@ -142,7 +142,7 @@ class Outcome:
             left_out: How many bytes the draws of recovered sites take, if they are too many.
         """
         potential = self.kernel.potential
-        found = report(self.draws, potential.sites)
+        found = report(self.draws, potential.sites, self.kernel.explored)
         if left_out:
             heard.append(
                 f"recovered sites were not kept, for their draws take {left_out / 2**30:.3g} "

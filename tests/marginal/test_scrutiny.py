@@ -176,7 +176,7 @@ def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
     first = mcmc.get_samples()["beta"]
     mcmc.run(x, y)  # from the estimator that the pilot left, not from the tuned one
     assert torch.equal(mcmc.get_samples()["beta"], first)
-    monkeypatch.setattr(EstimatorTuning, "retuned", lambda tuning, state: None)
+    monkeypatch.setattr(EstimatorTuning, "retuned", lambda tuning, state, may_move: None)
     assert run()[2] > 1.5 * noise
 
 

@@ -18,14 +18,22 @@ from pyro_hamflow import (
     NUTS,
     AutoFlow,
     FlowNUTS,
+    PseudoMarginalNUTS,
     RandomWalk,
     marginalize,
+    noise,
     progress,
     to_inference_data,
 )
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.flows.population import flow_for
+from pyro_hamflow.mcmc.adaptation import flow, flow_training
 from pyro_hamflow.mcmc.adaptation.flow import gain
+from pyro_hamflow.mcmc.adaptation.walkers import Walkers
 from pyro_hamflow.mcmc.transitions.base import select_state
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
+from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
+from pyro_hamflow.smc.annealing import anneal
 from tests.helpers.calibration import CHAINS, check_uniform
 from tests.helpers.laws import scores
 
@@ -231,6 +239,80 @@ def test_jumps_are_dropped_where_local_moves_do():
     assert mcmc.warmup_steps == to_inference_data(mcmc).posterior.attrs["tuning_steps"] == 50
     mean = mcmc.get_samples(group_by_chain=True)["mean"]
     assert abs(scores(mean.numpy(), Y.sum() / (len(Y) + 0.25))) < 4.5
+
+
+def test_a_mode_that_all_chains_lost_is_told():
+    """They start in one mode, whence no jump leads: R-hat is one."""
+    guide = Normals([-CENTRE, CENTRE], 1e-3)
+    guide.shift.requires_grad_(requires_grad=False)
+    kernel = FlowNUTS(modes(), guide, num_proposals=1, num_particles=200)
+    start = {"x": torch.full((4, 2), CENTRE)}
+    mcmc = run_of(kernel, draws=100, chains=4, initial_params=start)
+    assert float(mcmc.get_samples()["x"].mean(-1).min()) > 0.0
+    assert mcmc.report["max_rhat"] < 1.05
+    (told,) = (m for m in mcmc.messages if "of the population that chains started from" in m)
+    assert "'x[" in told
+
+
+def test_a_flow_is_not_trained_where_an_estimate_rejects_jumps(monkeypatch):
+    """At a variance of one even the posterior itself would be accepted in half of the tries."""
+
+    def estimated():
+        x = pyro.sample("x", dist.Normal(0.0, 5.0))
+        modes = torch.logaddexp(-((x - 4.0) ** 2), -((x + 4.0) ** 2))
+        pyro.factor("estimate", modes + noise("u", ()) - 0.5)
+
+    def without_layers(*args, num_layers=None, **kwargs):
+        assert num_layers == 0
+        return flow_for(*args, num_layers=0, **kwargs)
+
+    monkeypatch.setattr(flow_training, "flow_for", without_layers)
+    kernel = FlowNUTS(estimated, local=PseudoMarginalNUTS(estimated), num_particles=200)
+    mcmc = run_of(kernel, draws=250)
+    right = (mcmc.get_samples(group_by_chain=True)["x"] > 0.0).double()
+    assert abs(scores(right.numpy(), 0.5)) < 4.5
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_what_an_estimate_leaves_of_jumps(spread):
+    """A log-normal estimate has noise N(s, 1) in the posterior: 2 Phi(-s / sqrt 2) is accepted."""
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("estimate", spread * noise("u", ()) - 0.5 * spread**2)
+
+    kernel = PseudoMarginalNUTS(model)
+    potential = kernel.prepare((), {})
+    count = 40_000
+    position = torch.randn(count, 1)
+    transition = RandomWalkTransition(potential)
+    walkers = Walkers(
+        potential,
+        kernel.hamiltonian,
+        transition,
+        position,
+        spread + torch.randn(count, 1),
+        GaussianKinetic(torch.ones(1)),
+    )
+    expected = 2.0 * float(torch.special.ndtr(torch.tensor(-spread / math.sqrt(2.0))))
+    assert abs(walkers.ceiling() - expected) < 4.5 * 0.5 / math.sqrt(count)
+
+
+def test_fewer_particles_of_a_model_that_takes_long(monkeypatch):
+    asked = []
+
+    def population(potential, count, **settings):
+        asked.append(count)
+        return anneal(potential, 100, **settings)
+
+    monkeypatch.setattr(flow, "anneal", population)
+    for seconds, number in ((1e-6, 2000), (1e-4, 1200), (1.0, 500)):
+        monkeypatch.setattr(flow, "seconds_of", lambda graph, rows, each=seconds: each * rows)
+        messages = run_of(FlowNUTS(modes()), draws=5).messages
+        assert asked[-2:] == [500, number]
+        assert any(f"{number} particles instead of 2000" in m for m in messages) == (number < 2000)
+    run_of(FlowNUTS(modes(), num_particles=800), draws=5)
+    assert asked[-2:] == [500, 800]
 
 
 def test_jumps_that_are_never_accepted_are_dropped():

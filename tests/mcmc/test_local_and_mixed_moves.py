@@ -13,6 +13,7 @@ from pyro_hamflow.mcmc.kernels.random_walk import _BEST_RATE, _BEST_RATES
 from pyro_hamflow.mcmc.transitions import mixture, random_walk
 from pyro_hamflow.mcmc.transitions.base import Tuning, select_state
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.in_blocks import InBlocks
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition, MixtureTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
@@ -51,6 +52,41 @@ def test_invariance_of_random_walk(name, mass):
 def test_invariance_of_random_walk_with_noise(name):
     target = make_target(name)
     check(target, conditional(target, RandomWalkTransition(target.potential)))
+
+
+# --- a block after the other --------------------------------------------------------------------
+
+
+def test_invariance_in_blocks():
+    target = make_target("prior-8")
+    rows = len(target.draws()[0]) // 4
+    inner = conditional(target, HMCTransition(target.potential, rows))
+    tuning, steps = Tuning(0.9, GaussianKinetic(torch.tensor([0.7, 0.4]))), 4
+    blocks = InBlocks(inner, rows)
+    check(target, blocks, step=lambda state, *_: blocks.step(state, tuning, steps))
+
+
+@pytest.mark.parametrize("scale", [None, torch.linspace(0.2, 1.0, 6, dtype=torch.float64)])
+def test_a_block_moves_as_it_would_alone(scale):
+    target = make_target("prior-8")
+    position, noise = (part[:6] for part in target.draws()[:2])
+    inner = conditional(target, NUTSTransition(target.potential, 2, DEPTH))
+    blocks = InBlocks(inner, 2)
+    torch.manual_seed(1)
+    tuning = Tuning(0.5, GaussianKinetic(torch.tensor([2.0, 1.2])), scale)
+    moved, info = blocks.step(blocks.state_at(position, noise), tuning, MOST_POINTS)
+    torch.manual_seed(1)
+    states = [inner.state_at(position[i : i + 2], noise[i : i + 2]) for i in (0, 2, 4)]
+    for number, state in enumerate(states):
+        own = slice(2 * number, 2 * number + 2)
+        alone = tuning._replace(step_scale=None if scale is None else scale[own])
+        expected, its_info = inner.step(state, alone, MOST_POINTS)
+        assert torch.equal(moved.position[own], expected.position)
+        assert torch.equal(moved.noise[own], expected.noise)
+        assert torch.equal(moved.gradient[own], expected.gradient)
+        assert torch.equal(moved.evaluation.local["x"][own], expected.evaluation.local["x"])
+        assert torch.equal(info.energy_error[own], its_info.energy_error)
+        assert torch.equal(info.further["tree_depth"][own], its_info.further["tree_depth"])
 
 
 @pytest.mark.parametrize("mass", ["diagonal", "dense"])

@@ -218,3 +218,43 @@ def test_report_is_kept_with_the_results(chain_method):
     attributes = to_inference_data(mcmc).posterior.attrs
     assert json.loads(attributes["messages"]) == mcmc.messages
     assert json.loads(attributes["diagnostics"])["max_rhat"] == pytest.approx(expected)
+
+
+def with_modes(chains, draws, share, seed):
+    """Draws of seven parameters, the fourth of which has two modes, this share in the upper."""
+    torch.manual_seed(seed)
+    position = torch.randn(chains, draws, 7)
+    position[..., 3] += 6.0 * (torch.rand(chains, draws) < share) - 3.0
+    return position
+
+
+def compared(position, explored):
+    found = report(draws_of(position), SITES, explored)
+    gap = found.values["explored_gap"]
+    return gap, [message for message in found.messages if "of the population" in message]
+
+
+def test_a_mode_that_all_chains_lack_is_told():
+    """Of which no difference between chains tells."""
+    explored = with_modes(1, 1000, 0.5, 0)[0]
+    position = with_modes(4, 500, 1.0, 1)
+    assert report(draws_of(position), SITES).messages == []
+    gap, (message,) = compared(position, explored)
+    assert gap > 8.0
+    assert message.startswith("48% of the population that chains started from have 'b[0, 2]' below")
+    assert "but 0% of the draws" in message
+    assert compared(with_modes(4, 500, 0.5, 1), explored)[1] == []
+    assert compared(with_modes(4, 500, 1.0, 1), with_modes(1, 1000, 0.8, 0)[0])[1] != []
+    assert compared(with_modes(1, 500, 0.9, 1), with_modes(1, 1000, 0.6, 0)[0])[1] != []
+
+
+def test_chance_is_not_told():
+    """Neither of walkers that are worth a fifth of their number, nor of draws that are repeated."""
+    gaps = []
+    for seed in range(60):
+        explored = with_modes(1, 200, 0.3, seed)[0].repeat_interleave(5, 0)
+        held = with_modes(8, 50, 0.3, 1000 + seed).repeat_interleave(10, 1)
+        gap, messages = compared(held, explored)
+        assert not messages
+        gaps.append(gap)
+    assert 1.0 < np.median(gaps) < 3.5

@@ -162,11 +162,18 @@ class EstimatorTuning:
         """Keeps the positions of one iteration of warm-up."""
         self._window.append(state.position)
 
-    def retuned(self, state: State) -> tuple[Potential, Tensor, Tensor] | None:
+    def retuned(
+        self, state: State, *, may_move: bool = True
+    ) -> tuple[Potential, Tensor, Tensor] | None:
         """Fits the estimator anew, at the mean of the window's draws, where that is worth it.
 
         Nothing changes where the estimate's variance is small enough, for a new estimator means new
         programs; but where it is far smaller, fewer particles are taken.
+
+        Arguments:
+            state: Where chains are.
+            may_move: Whether the proposal may be fitted elsewhere. Between modes there is no place
+                that serves them all, and a proposal that was fitted at one would hide the others.
 
         Returns:
             The new target, with the positions and fresh noise; none if nothing has changed.
@@ -185,14 +192,14 @@ class EstimatorTuning:
             )
             if is_noisy and not model.proposal.needs_fit:
                 better = more_particles(model, draws, data)
-            elif is_noisy:
+            elif is_noisy and may_move:
                 centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))
                 better = refit_at(model, centre, draws, data)
             elif variance < _LAVISH_VARIANCE and model.proposal.needs_fit:
                 better = fewer_particles(model, draws, data)
             candidate = better or copy.copy(model)
             if candidate.may_choose_proposal:
-                remark = mend_proposal(candidate, draws[:1], data)
+                remark = mend_proposal(candidate, draws[: 1 if may_move else _LOOKS], data)
                 if remark is not None:
                     self.plan.say(remark, first=True)
                     better = candidate

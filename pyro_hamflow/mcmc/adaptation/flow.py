@@ -16,23 +16,27 @@ from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.tune import Tune
 from pyro_hamflow.mcmc.adaptation.walkers import Jumps, Walkers
 from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
+from pyro_hamflow.mcmc.transitions.in_blocks import InBlocks
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, Proposals
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.resampling import resample_systematically
 from pyro_hamflow.smc.shown import shown
 
 _WALKERS = 1000  # that explore
 _FEW, _HASTE = 500, 0.5  # particles that look first, and what their steps' weights are worth
+_MANY = 2000  # particles that look then, if they take no longer
+_LONGEST, _GRADIENTS = 60.0, 500  # seconds than this; and gradients that each takes, mostly
 _TRIED = 4  # draws of a trained flow, of which each walker is one
 _SLOW = 0.7  # autocorrelation of local moves from which on jumps may pay
 _GAIN = 1.5  # in independent draws for which they are worth their time
 _LEAST = 1e-3  # of a draw, that one is worth where it cannot be told
 _FEW_REMOTE = 0.005  # of walkers, as there are in the tails of any flow
 _LOW = 0.05  # acceptance, below which jumps are rare
-_NO_JUMPS = Jumps(0, 0.0, 0.0)
+_NO_JUMPS = Jumps(0, 0.0, 0.0, suffices=False)
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,14 @@ class FlowChoices:
         flow: What makes them; built for the population if not given.
         adapt_flow: Whether it is trained before draws are kept, if it can be.
         num_proposals: How many proposals are made for each; found if not given.
-        num_particles: How many particles are moved from the prior to the posterior.
+        num_particles: How many particles are moved from the prior to the posterior; by what a
+            gradient takes if not given.
     """
 
     flow: DensityGuide | None
     adapt_flow: bool
     num_proposals: int | None
-    num_particles: int
+    num_particles: int | None
 
     @property
     def learns(self) -> bool:
@@ -151,12 +156,32 @@ class FlowSearch:
     # --- the population -------------------------------------------------------------------------
 
     def _hasty_population(self) -> Population:
-        count = min(self.choices.num_particles, _FEW)
+        count = min(self.choices.num_particles or _FEW, _FEW)
         return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1)
 
     def _population(self) -> Population:
+        count = self.choices.num_particles or self._affordable()
         with shown(hidden=self.plan.hidden) as report:
-            return anneal(self.potential, self.choices.num_particles, report=report)
+            return anneal(self.potential, count, report=report)
+
+    def _affordable(self) -> int:
+        """How many particles a population has where that was left open.
+
+        By an estimate of what their gradients take, and not by a clock, so that runs are repeated.
+        """
+        programs = self.potential.programs
+        graph, rows = programs.base("gradient"), programs.rows_at_once("gradient", _MANY)
+        if graph is None:
+            return _MANY
+        each = seconds_of(graph, rows) / rows
+        count = min(max(int(_LONGEST / (_GRADIENTS * each)), _FEW), _MANY)
+        if count < _MANY:
+            self.plan.say(
+                f"a gradient takes about {1e3 * each:.2g} milliseconds, so that {count} particles "
+                f"instead of {_MANY} looked for modes: take more, by `num_particles`, if small "
+                "modes matter."
+            )
+        return count
 
     @torch.no_grad()
     def _drawn(self) -> Proposals:
@@ -184,7 +209,10 @@ class FlowSearch:
             if kinetic.is_dense and spread.dim() == 1:
                 spread = spread.diag()
             kinetic = step_and_mass.kinetic_by(potential, spread.to(potential.example), kinetic)
-        transition = self.make_transition(potential, position)
+        rows = potential.programs.rows_at_once("gradient", len(position))
+        transition = self.make_transition(potential, position[:rows])
+        if rows < len(position):
+            transition = InBlocks(transition, rows)
         walkers = Walkers(potential, self.hamiltonian, transition, position, noise, kinetic)
         walkers.warm_up()
         return walkers
@@ -226,6 +254,7 @@ class TuneBesideJumps(Tune):
         super().__init__(*args)
         self.guide = guide
         self.num_proposals = num_proposals
+        self.is_local = guide is None
 
     def final_transition(self) -> Transition:
         local = self.transition

@@ -27,7 +27,7 @@ _BATCH = 256  # draws, from which a step's loss is estimated
 _LEARNING_RATE = 5e-3  # that of `fit_guide`
 _REVERSE = 0.1  # how much of the reverse divergence is added where a user's guide is trained
 _RISE = 0.01  # of the acceptance, for which another round is made
-_HIGH = 0.8  # acceptance, which more training would hardly raise
+_HIGH = 0.8  # of the acceptance that can be had, which more training would hardly raise
 
 Learner = TypeVar("Learner", bound=TrainableGuide)
 
@@ -43,14 +43,20 @@ class FlowTraining:
     def __init__(self, potential: Potential, walkers: Walkers) -> None:
         self.potential = potential
         self.walkers = walkers
+        self.ceiling = walkers.ceiling()
 
     def built(self) -> DefendedFlow:
-        """A flow of its own: a mixture of Gaussians, bent by layers if it will not do alone."""
+        """A flow of its own: a mixture of Gaussians, bent by layers if it will not do alone.
+
+        It will where most of its jumps are accepted that an estimate's noise does not forbid, or
+        where a chain gets away often enough by as many proposals as may be made for a jump: these
+        cost no more than a local move, and layers long training.
+        """
         visited = self.walkers.visited(_DRAWS)
         gradient = self._gradient(visited)
         mixture = flow_for(self.potential, visited.position, gradient, num_layers=0)
         rate = self.walkers.jump(mixture)
-        if rate > _HIGH:
+        if rate > _HIGH * self.ceiling or self.walkers.jumps(mixture).suffices:
             return mixture
         flow = flow_for(self.potential, visited.position, gradient)
         return flow if self._train_in_rounds(flow, self._train_built) > rate else mixture
@@ -72,7 +78,7 @@ class FlowTraining:
             waited = 0 if rate > best + _RISE else waited + 1
             if rate > best:
                 best, kept = rate, copy.deepcopy(guide.state_dict())
-            if rate > _HIGH or waited == 2 or number == _ROUNDS - 1:
+            if rate > _HIGH * self.ceiling or waited == 2 or number == _ROUNDS - 1:
                 break
             self.walkers.move(_MOVES)
             learn(guide, self.walkers.visited(_DRAWS))

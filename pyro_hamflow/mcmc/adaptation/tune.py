@@ -23,7 +23,13 @@ class Tune:
         warmup: What is found, window by window.
         plan: What the run is to be.
         estimator: What is tuned of a likelihood estimate, if there is one.
+
+    Attributes:
+        is_local: Whether chains are in one mode, as far as is known, so that an estimator may be
+            fitted at their middle.
     """
+
+    is_local = True
 
     def __init__(
         self,
@@ -87,7 +93,7 @@ class Tune:
 
     def _refitted(self, estimator: EstimatorTuning, state: State) -> State:
         """Fits the estimator anew, if that is worth it; returns the state on the new target."""
-        changed = estimator.retuned(state)
+        changed = estimator.retuned(state, may_move=self.is_local)
         if changed is None:
             return state
         potential, position, noise = changed

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
-from pyro_hamflow.mcmc.transitions.base import Transition
+from pyro_hamflow.mcmc.transitions.base import Transition, judge
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, choose
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
@@ -93,6 +93,19 @@ class Walkers:
         self.state = self.transition.state_at(state.position, state.noise)
         return float(info.acceptance_rate.mean())
 
+    @torch.no_grad()
+    def ceiling(self) -> float:
+        """The acceptance of jumps where a flow is the posterior: one, but for an estimate's noise.
+
+        It is that of fresh noise where walkers are, for their own noise is the posterior's.
+        """
+        if not self.potential.noise_dimension:
+            return 1.0
+        position, before = self.state.position, self.state.evaluation.value
+        fresh = self.potential.draw_noise(len(position))
+        error = self.potential.evaluate(position, fresh).value.double() - before.double()
+        return float(judge(error)[0].mean())
+
     def persistence(self) -> float:
         """The lag-one autocorrelation of local moves, of the slowest coordinate or the density.
 
@@ -127,10 +140,11 @@ class Walkers:
             log_weights = proposed[: count * len(here)].reshape(len(here), count)
             rate = float(choose(here, log_weights)[1].acceptance_rate.mean())
             stay = (here - typical - math.log(count)).exp().clamp(min=1.0).mean()
-            if rate >= _WANTED_RATE and float(stay) <= _LONGEST_STAY:
+            suffices = rate >= _WANTED_RATE and float(stay) <= _LONGEST_STAY
+            if suffices:
                 break
         remote = float((here > typical + math.log(_REMOTE * count)).double().mean())
-        return Jumps(count, rate, remote)
+        return Jumps(count, rate, remote, suffices)
 
 
 class Jumps(NamedTuple):
@@ -140,11 +154,13 @@ class Jumps(NamedTuple):
         num_proposals: How many proposals to make for each.
         acceptance_rate: How often one is made.
         remote: The share of walkers where the guide has next to no density.
+        suffices: Whether so many proposals lead away from everywhere soon enough.
     """
 
     num_proposals: int
     acceptance_rate: float
     remote: float
+    suffices: bool
 
 
 def _ranks(rows: Tensor) -> Tensor:

@@ -324,6 +324,14 @@ class Kernel(PyroFace):
         return self._hamiltonian
 
     @property
+    def explored(self) -> Tensor | None:
+        """Draws about from the posterior, found before chains began; none where they began at once.
+
+        Of shape ``(places, dimension)``.
+        """
+        return None
+
+    @property
     def surrogate(self) -> PotentialNetwork | None:
         """The network that the latest run learned or was given; none if it followed none."""
         return None if self._surrogate_run is None else self._surrogate_run.surrogate

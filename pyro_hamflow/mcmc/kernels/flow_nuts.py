@@ -63,7 +63,8 @@ class FlowNUTS(Kernel):
             drawn from it.
         num_proposals: How many proposals are made for each jump; if not given, as few as are needed
             for half of the jumps to be accepted, up to 32.
-        num_particles: How many particles look for the modes.
+        num_particles: How many particles look for the modes; if not given 2000, or fewer, but 500
+            at least, of a model whose gradient takes long, which is then said.
         jit_compile: Whether to compile the model's density to machine code; where ``local`` is
             given, that is said there.
 
@@ -106,7 +107,7 @@ class FlowNUTS(Kernel):
         *,
         adapt_flow: bool = True,
         num_proposals: int | None = None,
-        num_particles: int = 2000,
+        num_particles: int | None = None,
         jit_compile: bool = False,
     ) -> None:
         if callable(flow) and not isinstance(flow, AutoGuide) and not hasattr(flow, "draw"):
@@ -115,7 +116,8 @@ class FlowNUTS(Kernel):
             flow = as_guide("flow", flow, DensityGuide)
         if num_proposals is not None:
             whole("num_proposals", num_proposals, 1)
-        whole("num_particles", num_particles, 2)
+        if num_particles is not None:
+            whole("num_particles", num_particles, 2)
         flag("adapt_flow", adapt_flow)
         if local is None and isinstance(model, MarginalModel):
             local = PseudoMarginalNUTS(model, jit_compile=jit_compile)
@@ -190,6 +192,10 @@ class FlowNUTS(Kernel):
         if self._found is None:
             raise RuntimeError("the kernel has not been set up: run it first")
         return self._found
+
+    @property
+    def explored(self) -> Tensor | None:
+        return None if self._found is None else self._found.position
 
     @property
     def flow(self) -> DensityGuide | None:
