@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyro_hamflow tests tutorials benchmarks docs
 
 .PHONY: demo paper lecture test test-gpu slow lint types format bench clean
-.PHONY: dist test-wheel floors test-arviz1 docs docs-look gallery
+.PHONY: dist test-wheel versions floors test-arviz1 docs docs-look gallery
 
 demo: $(VENV)/demo
 	$(BIN)/python tutorials/quickstart.py
@@ -59,6 +59,11 @@ test-wheel: dist
 		--pyargs pyro_hamflow
 	tar -xzf dist/*.tar.gz -C build/wheel && rm -r build/wheel/pyro_hamflow-*/pyro_hamflow
 	cd build/wheel/pyro_hamflow-* && ../bin/python -m pytest -p no:cacheprovider $(RESULTS)
+
+# What PYTHON serves for: the lowest versions and the wheel, or from 3.12 on ArviZ 1.x.
+versions:
+	$(MAKE) PYTHON312=$(PYTHON) $$($(PYTHON) -c \
+		"import sys; print('test-arviz1' if sys.version_info >= (3, 12) else 'floors test-wheel')")
 
 # The lowest versions that are stated; and ArviZ 1.x, which needs Python 3.12 or later.
 RESULTS := tests/results tests/mcmc/test_messages.py tests/smc/test_importance.py

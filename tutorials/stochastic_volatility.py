@@ -2,7 +2,7 @@
 # # Stochastic volatility: a latent path integrated out
 # Daily returns $y_t$ of the S&P 500 are noise whose scale changes slowly,
 # $y_t \sim N(0, e^{h_t})$: the log variance $h_t$ is a random walk. Two parameters are of interest,
-# and the path $h_1 \dots h_T$ is in the way: a joint sampler moves in $T + 2$ dimensions.
+# and the path $h_1 \ldots h_T$ is in the way: a joint sampler moves in $T + 2$ dimensions.
 # `marginalize` takes the path out, and samples the two.
 
 # %%

@@ -1,6 +1,5 @@
 # %% [markdown]
 # # The term premium of bonds: what is a flat yield curve due to?
-#
 # Long bonds yield more than short ones if short rates are expected to rise, or if investors want to
 # be paid for the risk of their prices: the term premium. It grows with supply, volatility and risk
 # aversion, and falls with wealth. The short rate and wealth are latent paths behind the yields.
@@ -105,7 +104,8 @@ if own:
 
 # %% [markdown]
 # ## The posterior
-# Parameters and paths are sampled together; `whiten` takes the paths to white noise.
+# Parameters and paths are sampled together; `whiten` takes the paths to white noise. It would have
+# looked wrong with an `r_hat` above 1.01, or few draws of `gamma`, which trades with wealth.
 # %%
 draws, warmup = (10, 10) if SMOKE else (1000, 300)
 mcmc = phf.MCMC(phf.NUTS(phf.whiten(model, ["r", "w"])), draws, warmup, num_chains=4, seed=0)

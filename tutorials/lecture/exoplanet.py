@@ -137,6 +137,9 @@ for name, result in found.items():
 
 # %% [markdown]
 # ## The picture, and the check
+# A chain that stays in one mode would have looked wrong: an `r_hat` above 1.01 of `log_period`,
+# periods whose shares are far from the grid's, or two evidences of the circular orbit that are many
+# errors apart.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
