@@ -48,7 +48,9 @@ def summary(samples: dict[str, np.ndarray], prob: float, **keywords: Any) -> Any
 def inference_data(groups: dict[str, Any], attributes: dict[str, Any]) -> Any:
     """Datasets as ``InferenceData``, of ArviZ 0.x."""
     data = _arviz().InferenceData(attrs=attributes)
-    data.add_groups(groups)
+    with warnings.catch_warnings():  # of old versions, that a group is ours and not of the scheme
+        warnings.filterwarnings("ignore", "The group .* is not defined", UserWarning)
+        data.add_groups(groups)
     return data
 
 
