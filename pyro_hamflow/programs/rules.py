@@ -157,10 +157,7 @@ def _cholesky_inverse(triangle: Tensor, *upper: bool) -> Tensor:
     return nan_where(_aten.cholesky_inverse.default(triangle, *upper), failed)
 
 
-UNFAILING: dict[Any, Rule] = {
-    _aten.cholesky.default: _cholesky,
-    _aten.cholesky_inverse.default: _cholesky_inverse,
-} | {
+UNFAILING: dict[Any, Rule] = {_aten.cholesky_inverse.default: _cholesky_inverse} | {
     target: _of_finite(target)
     for target in (
         _aten._linalg_svd.default,
@@ -170,6 +167,8 @@ UNFAILING: dict[Any, Rule] = {
         _aten.linalg_lstsq.default,
     )
 }
+if hasattr(_aten, "cholesky"):  # torch.cholesky, which is no more from torch 2.14 on
+    UNFAILING[_aten.cholesky.default] = _cholesky
 
 
 # --- for many chains ----------------------------------------------------------------------------
