@@ -27,7 +27,7 @@ from pyro_hamflow import (
 )
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.flows.population import flow_for
-from pyro_hamflow.mcmc.adaptation import flow, flow_training
+from pyro_hamflow.mcmc.adaptation import estimator, flow, flow_training
 from pyro_hamflow.mcmc.adaptation.flow import gain
 from pyro_hamflow.mcmc.adaptation.walkers import Walkers
 from pyro_hamflow.mcmc.transitions.base import select_state
@@ -221,6 +221,22 @@ def test_modes_of_a_marginal_model():
     assert float(same_sign.mean()) > 0.9
 
 
+def test_an_estimator_is_not_fitted_between_modes(monkeypatch):
+    """There it would serve none; where chains are in one mode, it is."""
+
+    def fit(*args):
+        raise AssertionError("fitted anew")
+
+    monkeypatch.setattr(estimator, "refit_at", fit)
+    monkeypatch.setattr(estimator, "_WANTED_FACTORISED_VARIANCE", -1.0)
+    marginal = marginalize(either_sign, ["effect"], num_particles=8, proposal="laplace")
+    kernel = FlowNUTS(marginal, Normals([-1.0, 1.0], 0.5, 1), adapt_flow=False)
+    run_of(kernel, Y, draws=20, chains=4)
+    assert kernel.flow is not None
+    with pytest.raises(AssertionError, match="fitted anew"):
+        run_of(PseudoMarginalNUTS(marginal), Y, draws=20, chains=4)
+
+
 # --- where jumps do not pay ---------------------------------------------------------------------
 
 
@@ -273,6 +289,26 @@ def test_a_flow_is_not_trained_where_an_estimate_rejects_jumps(monkeypatch):
     assert abs(scores(right.numpy(), 0.5)) < 4.5
 
 
+def walkers_of(model, position, noise):
+    """Walkers at given places, whose local move is a random walk."""
+    kernel = PseudoMarginalNUTS(model)
+    potential = kernel.prepare((), {})
+    move, kinetic = RandomWalkTransition(potential), GaussianKinetic(torch.ones(1))
+    return Walkers(potential, kernel.hamiltonian, move, position, noise, kinetic)
+
+
+@pytest.mark.parametrize(("scale", "suffices"), [(20.0, True), (200.0, False), (0.4, False)])
+def test_whether_proposals_make_up_for_a_poor_flow(scale, suffices):
+    """Of a standard normal, by one that is as much wider; where it is narrower, tails are stuck."""
+    walkers = walkers_of(
+        lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), torch.randn(4000, 1), torch.zeros(4000, 0)
+    )
+    found = walkers.jumps(Normals([0.0], scale, 1))
+    assert found.suffices == suffices
+    assert (found.acceptance_rate > 0.5) == (scale < 100.0)
+    assert found.num_proposals == (16 if suffices else 32)
+
+
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
 def test_what_an_estimate_leaves_of_jumps(spread):
     """A log-normal estimate has noise N(s, 1) in the posterior: 2 Phi(-s / sqrt 2) is accepted."""
@@ -281,19 +317,8 @@ def test_what_an_estimate_leaves_of_jumps(spread):
         pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.factor("estimate", spread * noise("u", ()) - 0.5 * spread**2)
 
-    kernel = PseudoMarginalNUTS(model)
-    potential = kernel.prepare((), {})
     count = 40_000
-    position = torch.randn(count, 1)
-    transition = RandomWalkTransition(potential)
-    walkers = Walkers(
-        potential,
-        kernel.hamiltonian,
-        transition,
-        position,
-        spread + torch.randn(count, 1),
-        GaussianKinetic(torch.ones(1)),
-    )
+    walkers = walkers_of(model, torch.randn(count, 1), spread + torch.randn(count, 1))
     expected = 2.0 * float(torch.special.ndtr(torch.tensor(-spread / math.sqrt(2.0))))
     assert abs(walkers.ceiling() - expected) < 4.5 * 0.5 / math.sqrt(count)
 

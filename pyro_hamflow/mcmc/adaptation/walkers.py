@@ -23,7 +23,9 @@ _MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
 _NOISE = 3.5  # standard errors of a correlation, which the largest of many may reach by chance
 _COUNTS = (1, 2, 4, 8, 16, 32)  # of proposals that may be made for a jump
 _WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
-_LONGEST_STAY = 1.2  # jumps that are tried where a chain is, on average, beyond the first
+# Jumps that are tried where a chain is, on average, beyond the first: as long as more proposals may
+# be made; and by as many as may be, for which other flows would at best make half as many.
+_LONGEST_STAY, _TOLERABLE_STAY = 1.2, 2.0
 _REMOTE = 1000.0  # jumps, after which a walker leaves where it is: they are as good as none
 
 
@@ -140,9 +142,9 @@ class Walkers:
             log_weights = proposed[: count * len(here)].reshape(len(here), count)
             rate = float(choose(here, log_weights)[1].acceptance_rate.mean())
             stay = (here - typical - math.log(count)).exp().clamp(min=1.0).mean()
-            suffices = rate >= _WANTED_RATE and float(stay) <= _LONGEST_STAY
-            if suffices:
+            if rate >= _WANTED_RATE and float(stay) <= _LONGEST_STAY:
                 break
+        suffices = rate >= _WANTED_RATE and float(stay) <= _TOLERABLE_STAY
         remote = float((here > typical + math.log(_REMOTE * count)).double().mean())
         return Jumps(count, rate, remote, suffices)
 
