@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pyro_hamflow.mcmc.adaptation.base import Phase
 from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.transitions.base import State
+
+
+class Rows(NamedTuple):
+    """Chains of a store.
+
+    Attributes:
+        start: The number of the first one.
+        stop: That of the one after the last.
+        number: How many there are in all.
+        together: How many of them lie in a chunk.
+    """
+
+    start: int
+    stop: int
+    number: int
+    together: int
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.chains import Chains
+from pyro_hamflow.mcmc.chains import Chains, Rows
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.frozen import freeze
 from pyro_hamflow.mcmc.identity import digest_of, plates_of, random_states, structure_of
@@ -26,6 +26,7 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.snapshot import Frozen, found_words, kernel_words, source_words
 from pyro_hamflow.mcmc.storable import Unstorable
 from pyro_hamflow.mcmc.store import Store, told
+from pyro_hamflow.mcmc.stored_draws import stored_draws
 
 WARM = "warmup_"  # before the names of groups that hold draws of the warm-up
 GROUPS = ("unconstrained_posterior", "sample_stats", "posterior")
@@ -178,13 +179,13 @@ class Checkpoints:
             self.store.close()
             shutil.rmtree(self.store.path, ignore_errors=True)
 
-    def rows(self, chain: int | None) -> slice:
-        """The rows of the store that chains have: all, or one (with their number as its step)."""
+    def rows(self, chain: int | None) -> Rows:
+        """The rows of the store that chains have: all at once, or one, which lies apart."""
         if chain is None:
-            return slice(0, self.num_chains)
-        return slice(chain, chain + 1, self.num_chains)
+            return Rows(0, self.num_chains, self.num_chains, self.num_chains)
+        return Rows(chain, chain + 1, self.num_chains, 1)
 
-    def _write_draws(self, prefix: str, kernel: Kernel, record: Record, rows: slice) -> None:
+    def _write_draws(self, prefix: str, kernel: Kernel, record: Record, rows: Rows) -> None:
         if not len(record):
             return
         draws = record.stacked()
@@ -204,51 +205,29 @@ def _array(value: Tensor) -> np.ndarray:
     return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
-class Stored(Mapping[str, Tensor]):
-    """Variables of a group of a store, read when they are asked for."""
-
-    def __init__(self, path: str, group: str, names: Sequence[str], draws: int) -> None:
-        self._path, self._group, self._names, self._draws = path, group, list(names), draws
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        store = Store(self._path, writes=False)
-        return torch.from_numpy(store.read(self._group, name, self._draws))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def stored_draws(store: Store, prefix: str, rows: slice, draws: int, local: Sequence[str]) -> Draws:
-    """So many of the first draws of chains; where all move at once, read when they are asked for.
-
-    But for positions, which are read at once.
-    """
-
-    def read(group: str, name: str) -> Tensor:
-        found = store.read(prefix + group, name, draws)[slice(rows.start, rows.stop)]
-        return torch.from_numpy(found)
-
-    def of(group: str, names: Sequence[str]) -> Mapping[str, Tensor]:
-        if rows.step is None:
-            return Stored(str(store.path), prefix + group, names, draws)
-        return {name: read(group, name) for name in names}
-
-    stats = of("sample_stats", list(store.group(prefix + "sample_stats")))
-    position = read("unconstrained_posterior", "position")
-    return Draws(position, stats, of("posterior", local))
-
-
 def collected(
-    checkpoints: Checkpoints, record: Record, chain: int | None, prefix: str = ""
+    checkpoints: Checkpoints, records: Sequence[Record], *, at_once: bool, prefix: str = ""
 ) -> Draws:
-    """All draws of chains: those that were written, and those that are still in memory."""
-    rows, local = checkpoints.rows(chain), sorted(record.keep or ())
-    if not record.stored:
-        return record.stacked()
-    written = stored_draws(checkpoints.store, prefix, rows, record.stored, local)
-    return Draws.in_sequence([written, record.stacked()]) if len(record) else written
+    """All draws of chains: those that were written, and those that are still in memory.
+
+    Arguments:
+        checkpoints: Where they were written.
+        records: Of all chains, which move at once; or of each.
+        at_once: Whether they do.
+        prefix: Before the names of groups.
+    """
+    store, number, local = checkpoints.store, checkpoints.num_chains, sorted(records[0].keep or ())
+    if not any(len(record) for record in records):
+        rows = range(number) if at_once else range(len(records))
+        shortest = min(record.stored for record in records)
+        return stored_draws(store, prefix, rows, shortest, local)
+
+    def of(record: Record, rows: range) -> Draws:
+        if not record.stored:
+            return record.stacked()
+        written = stored_draws(store, prefix, rows, record.stored, local)
+        return Draws.in_sequence([written, record.stacked()] if len(record) else [written])
+
+    if at_once:
+        return of(records[0], range(number))
+    return Draws.join([of(record, range(i, i + 1)) for i, record in enumerate(records)])

@@ -150,10 +150,7 @@ class Course:
         written = self._checkpoints
         if written is None:
             return Draws.join([record.stacked() for record in records])
-        if self._is_vectorized:
-            return collected(written, records[0], None, prefix)
-        parts = [collected(written, record, i, prefix) for i, record in enumerate(records)]
-        return Draws.join(parts)
+        return collected(written, records, at_once=self._is_vectorized, prefix=prefix)
 
     def _advance(self, chains: Chains, chain: int | None) -> None:
         """Moves chains to the end of their run: all at once, or one of them."""
@@ -209,5 +206,5 @@ class Course:
         made, kept, mover = chains.kept.made, chains.kept, self.mover
         if made == mover.num_samples or not made or mover.stop_when is None:
             return made == mover.num_samples
-        self._so_far.update(made, lambda: self._collected([kept]).position)
+        self._so_far.update(made, lambda: self._collected([kept]))
         return bool(mover.stop_when(self._so_far))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,6 +156,20 @@ class Draws:
     position: Tensor
     stats: Mapping[str, Tensor]
     local: Mapping[str, Tensor]
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """How many chains there are, draws of each, and coordinates."""
+        chains, length, dimension = self.position.shape
+        return chains, length, dimension
+
+    def columns(self, places: list[int]) -> Tensor:
+        """Some coordinates of all positions, of shape ``(chains, draws, places)``."""
+        return self.position[..., places].detach().cpu()
+
+    def stretches(self) -> Iterator[tuple[int, Tensor]]:
+        """All positions, so many draws at a time, each with the number of its first draw."""
+        yield 0, self.position.detach().cpu()
 
     @staticmethod
     def of_block(block: Block, step_size: float | None = None) -> Draws:

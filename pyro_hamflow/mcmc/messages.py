@@ -17,6 +17,7 @@ from pyro_hamflow.model.sites import Site
 
 FEWEST = 50  # draws of each chain that can be judged
 _MOST = 40  # parameters that are looked at closely for each of two screens
+_AT_ONCE = 2**22  # numbers that are read and judged together
 _LARGEST_RHAT = 1.01  # of parameters
 _LARGEST_APART = 1.1  # of log densities and their estimates
 _FAR = 1.5  # standard deviations of the log density between chains
@@ -56,8 +57,8 @@ def report(draws: Draws, sites: Sequence[Site], explored: Tensor | None = None) 
             chains began, if any were: all chains together may have lost what these have.
     """
     result = Report()
-    if draws.position.shape[1] >= FEWEST:
-        _look_at_parameters(result, draws.position, sites)
+    if draws.extent[1] >= FEWEST:
+        _look_at_parameters(result, draws, sites)
         _look_at_energies(result, draws.stats)
         if explored is not None and draws.position.shape[2]:
             _compare(result, draws.position, explored, sites)
@@ -65,21 +66,21 @@ def report(draws: Draws, sites: Sequence[Site], explored: Tensor | None = None) 
     return result
 
 
-def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site]) -> None:
-    chains, _, dimension = position.shape
+def _look_at_parameters(result: Report, draws: Draws, sites: Sequence[Site]) -> None:
+    chains, _, dimension = draws.extent
     if not dimension:
         return
-    columns = worst(position)
-    rows = position[..., columns].double().numpy()
-    found = judge(rows)
+    columns = worst(draws)
+    found = judged(draws, columns)
     for kind, values in found.items():
         place = int(np.argmax(values) if kind == "rhat" else np.nanargmin([*values, np.inf]))
         extreme = "max" if kind == "rhat" else "min"
         if place == len(values):  # no number at all
             continue
-        name = _name(sites, int(columns[place]))
+        name = _name(sites, columns[place])
         if kind == "rhat" and _LARGEST_RHAT < values[place] < np.inf:
-            _look_for_clusters(result, rows[..., place], name)
+            rows = draws.columns([columns[place]]).double().numpy()
+            _look_for_clusters(result, rows[..., 0], name)
         result.values[f"{extreme}_{kind}"] = float(values[place])
         result.values[f"{extreme}_{kind}_parameter"] = name
         if kind == "rhat" and values[place] > _LARGEST_RHAT:
@@ -94,11 +95,22 @@ def _look_at_parameters(result: Report, position: Tensor, sites: Sequence[Site])
             )
 
 
-def judge(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """R-hat and effective sample sizes of parameters ``(chains, draws, parameters)``, by ArviZ.
+def judged(draws: Draws, columns: Sequence[int]) -> dict[str, np.ndarray]:
+    """R-hat and effective sample sizes of some coordinates, by ArviZ.
 
-    R-hat of what never moved is infinite.
+    R-hat of what never moved is infinite. A few coordinates are read at a time.
     """
+    chains, length, _ = draws.extent
+    at_once = max(1, _AT_ONCE // (chains * length))
+    parts = [
+        _judge(draws.columns(list(columns[first : first + at_once])).double().numpy())
+        for first in range(0, len(columns), at_once)
+    ]
+    return {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
+
+
+def _judge(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The same of draws ``(chains, draws, coordinates)``."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # chains that never moved
         warnings.simplefilter("ignore")
         found = {
@@ -226,22 +238,45 @@ def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor]) -> None:
         )
 
 
-def worst(position: Tensor) -> np.ndarray:
+def worst(draws: Draws) -> list[int]:
     """Indices of the coordinates to look at: all if they are few, else the worst of two screens.
 
     The screens are cheap: how far the halves of chains lie apart, and how alike successive draws
     are. Each names forty.
     """
-    if position.shape[-1] <= 2 * _MOST:
-        return np.arange(position.shape[-1])
-    rows = position.double()
-    half = rows.shape[1] // 2
-    parts = torch.cat([rows[:, :half], rows[:, -half:]])
-    apart = parts.mean(1).var(0) / parts.var(1).mean(0)
-    centred = rows - rows.mean(1, keepdim=True)
-    together = (centred[:, 1:] * centred[:, :-1]).sum((0, 1)) / centred.square().sum((0, 1))
-    screens = (screen.nan_to_num(nan=torch.inf) for screen in (apart, together))
-    return torch.cat([screen.topk(_MOST).indices for screen in screens]).unique().numpy()
+    dimension = draws.extent[2]
+    if dimension <= 2 * _MOST:
+        return list(range(dimension))
+    screens = (screen.nan_to_num(nan=torch.inf) for screen in _screens(draws))
+    return torch.cat([screen.topk(_MOST).indices for screen in screens]).unique().tolist()
+
+
+def _screens(draws: Draws) -> tuple[Tensor, Tensor]:
+    """Both screens of each coordinate, in two passes through the draws."""
+    chains, length, dimension = draws.extent
+    half = length // 2
+
+    def halves(first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[:, : max(0, half - first)], rows[:, max(0, length - half - first) :]
+
+    total = torch.zeros(chains, dimension, dtype=torch.float64)
+    means = torch.zeros(2, chains, dimension, dtype=torch.float64)
+    for first, rows in draws.stretches():
+        total += rows.double().sum(1)
+        means += torch.stack([part.double().sum(1) for part in halves(first, rows)])
+    total, means = total / length, means / half
+    squares = torch.zeros_like(means)
+    products = torch.zeros(2, dimension, dtype=torch.float64)
+    last = torch.zeros(chains, 0, dimension, dtype=torch.float64)
+    for first, rows in draws.stretches():
+        parts = zip(halves(first, rows), means, strict=True)
+        squares += torch.stack([(part - mean[:, None]).square().sum(1) for part, mean in parts])
+        centred = torch.cat([last, rows - total[:, None]], 1)
+        products[0] += (centred[:, 1:] * centred[:, :-1]).sum((0, 1))
+        products[1] += centred[:, last.shape[1] :].square().sum((0, 1))
+        last = centred[:, -1:]
+    apart = means.flatten(0, 1).var(0) / (squares / (half - 1)).mean((0, 1))
+    return apart, products[0] / products[1]
 
 
 def _chains(rows: np.ndarray) -> np.ndarray:

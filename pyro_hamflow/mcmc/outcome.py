@@ -150,7 +150,7 @@ class Outcome:
             )
         rest = (
             potential.describe_failures(found.values["divergences"]),
-            describe_ends(potential.sites, self.draws.position),
+            describe_ends(potential.sites, (rows for _, rows in self.draws.stretches())),
         )
         self.messages = heard + found.messages + [sentence for sentence in rest if sentence]
         self.report = found.values

@@ -9,10 +9,10 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pyro_hamflow.checks import positive
-from pyro_hamflow.mcmc.messages import FEWEST, judge, worst
+from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.messages import FEWEST, judged, worst
 
 _GROWTH = 1.1  # of the draws, after which they are judged anew: a run is looked at 80 times in 10^5
 
@@ -34,13 +34,13 @@ class RunSoFar:
     def __init__(self, began: float) -> None:
         self._began = began
         self.num_draws = 0
-        self._position: Callable[[], Tensor] = partial(torch.empty, 0, 0, 0)
+        self._draws: Callable[[], Draws] = partial(Draws, torch.empty(0, 0, 0), {}, {})
         self._judged = 0
         self._min_ess, self._max_rhat = 0.0, np.inf
 
-    def update(self, num_draws: int, position: Callable[[], Tensor]) -> None:
-        """Takes in new draws: how many there are, and what gives them as a tensor."""
-        self.num_draws, self._position = num_draws, position
+    def update(self, num_draws: int, draws: Callable[[], Draws]) -> None:
+        """Takes in new draws: how many there are, and what gives them all."""
+        self.num_draws, self._draws = num_draws, draws
 
     @property
     def seconds(self) -> float:
@@ -63,10 +63,10 @@ class RunSoFar:
         if self.num_draws < max(FEWEST, _GROWTH * self._judged):
             return
         self._judged = self.num_draws
-        position = self._position().detach().cpu()
-        if not position.shape[-1]:
+        draws = self._draws()
+        if not draws.extent[2]:
             return
-        found = judge(position[..., worst(position)].double().numpy())
+        found = judged(draws, worst(draws))
         self._min_ess = float(np.nan_to_num(found["ess_bulk"], nan=0.0).min())
         self._max_rhat = float(found["rhat"].max())
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pyro_hamflow.mcmc.chains import Rows
 from pyro_hamflow.mcmc.files import flush, locked, told
 from pyro_hamflow.mcmc.identity import dimension_names
 from pyro_hamflow.mcmc.packing import (
@@ -131,7 +132,7 @@ class Store:
         self,
         group: str,
         values: Mapping[str, np.ndarray],
-        chains: slice,
+        rows: Rows,
         first: int,
         room: int,
         plates: Mapping[str, Mapping[int, tuple[str, int]]],
@@ -141,7 +142,7 @@ class Store:
         Arguments:
             group: Of which group.
             values: By the names of variables, of shape ``(chains, draws, *)``.
-            chains: Which of the chains they are of, of how many: its ``stop`` where all at once.
+            rows: Which of the chains they are of.
             first: How many draws of each there are already.
             room: How many there may be in the end, as far as is known.
             plates: Of each variable, the names and sizes of plates by their dimensions, which are
@@ -150,22 +151,20 @@ class Store:
         arrays = self.group(group)
         for name, value in values.items():
             if name not in arrays:
-                arrays[name] = self._new_array(
-                    group, name, value, chains, room, plates.get(name, {})
-                )
+                arrays[name] = self._new_array(group, name, value, rows, room, plates.get(name, {}))
         stop = first + max(value.shape[1] for value in values.values())
         for name, value in values.items():
             if stop > arrays[name].shape[1]:
                 self.resize(group, room if room >= stop else 2 * stop)
-            arrays[name][chains, first:stop] = value
-            self._flush_chunks(group, arrays[name], chains, first, stop)
+            arrays[name][rows.start : rows.stop, first:stop] = value
+            self._flush_chunks(group, arrays[name], rows, first, stop)
 
     def _new_array(
         self,
         group: str,
         name: str,
         value: np.ndarray,
-        chains: slice,
+        rows: Rows,
         room: int,
         plates: Mapping[int, tuple[str, int]],
     ) -> Any:
@@ -174,15 +173,13 @@ class Store:
         label = name.replace("/", ".")
         while label in self._root.require_group(group):
             label += "_"
-        number = chains.step or chains.stop
-        alone = 1 if chains.step else number  # chains that come one after the other lie apart
-        each = max(1, alone * value[:1, :1].nbytes)
+        each = max(1, rows.together * value[:1, :1].nbytes)
         length = max(1, min(_CHUNK_BYTES // each, _LONGEST_CHUNK, max(room, 1)))
         inner = value.shape[2:]
         return self._root[group].create_array(
             label,
-            shape=(number, max(room, value.shape[1]), *inner),
-            chunks=(alone, length, *(max(1, size) for size in inner)),
+            shape=(rows.number, max(room, value.shape[1]), *inner),
+            chunks=(rows.together, length, *(max(1, size) for size in inner)),
             dtype=value.dtype,
             fill_value=math.nan if value.dtype.kind == "f" else 0,
             compressors=[ZstdCodec(level=1), Crc32cCodec()],
@@ -193,17 +190,26 @@ class Store:
 
     def resize(self, group: str, draws: int) -> None:
         """Makes room for so many draws of each chain, or gives up what is beyond them."""
-        for array in self.group(group).values():
-            if array.shape[1] != draws:
-                array.resize((array.shape[0], draws, *array.shape[2:]))
+        from zarr.core.sync import sync  # slow to import
 
-    def read(self, group: str, name: str, draws: int, chains: int | None = None) -> np.ndarray:
-        """The first draws of a variable, of all chains or the first of them."""
+        for array in self.group(group).values():
+            if array.shape[1] != draws:  # there is no file beyond, and room for many to look for
+                shape = (array.shape[0], draws, *array.shape[2:])
+                sync(array._async_array.resize(shape, delete_outside_chunks=False))
+
+    def stretches(self, group: str, name: str, draws: int) -> Iterator[tuple[int, int]]:
+        """The first draws of a variable, as they lie in chunks: from which number to which."""
+        length = self.group(group)[name].chunks[1]
+        for first in range(0, draws, length):
+            yield first, min(first + length, draws)
+
+    def read(self, group: str, name: str, chains: slice, draws: slice) -> np.ndarray:
+        """Some draws of some chains, of a variable."""
         array = self.group(group)[name]
         try:
-            return array[:chains, :draws]
+            return array[chains, draws]
         except Exception as error:
-            first = self._first_damaged(group, array, draws, None)
+            first = self._first_damaged(group, array, draws.stop, None)
             raise DamagedCheckpoint(
                 f"{self.path}: the draws of '{name}' from {first} on are not as they were written"
             ) from error
@@ -235,9 +241,9 @@ class Store:
         inner = ["0"] * (array.ndim - 2)
         return self.path.joinpath(group, array.basename, "c", str(row), str(column), *inner)
 
-    def _flush_chunks(self, group: str, array: Any, chains: slice, first: int, stop: int) -> None:
-        rows, length = array.chunks[:2]
-        for row in range((chains.start or 0) // rows, -(-chains.stop // rows)):
+    def _flush_chunks(self, group: str, array: Any, rows: Rows, first: int, stop: int) -> None:
+        together, length = array.chunks[:2]
+        for row in range(rows.start // together, -(-rows.stop // together)):
             for column in range(first // length, -(-stop // length)):
                 flush(self._file(group, array, row, column))
 
@@ -287,8 +293,13 @@ class Store:
         """Removes what is beyond so many draws of a chain (and of those with it), whole or not."""
         for array in self.group(group).values():
             rows, length = array.chunks[:2]
-            for column in range(-(-draws // length), -(-array.shape[1] // length)):
-                self._file(group, array, chain // rows, column).unlink(missing_ok=True)
+            for column in self.path.joinpath(group, array.basename, "c", str(chain // rows)).glob(
+                "*"
+            ):
+                if column.name.isdigit() and int(column.name) >= -(-draws // length):
+                    self._file(group, array, chain // rows, int(column.name)).unlink(
+                        missing_ok=True
+                    )
 
     def go_on_from(self, state: Saved, lasting: Mapping[int, bool]) -> None:
         """Takes a state for the latest: what came after it will be made again."""

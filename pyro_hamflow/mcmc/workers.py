@@ -157,7 +157,7 @@ class Workers:
         going = [group for group in self.groups if group.fault is None]
         if made and going:
             draws = joined(going, lambda group: group.draws)
-            self._so_far.update(made, lambda: draws.position)
+            self._so_far.update(made, lambda: draws)
             if stop_when(self._so_far):
                 return None
         return min(num_samples, max(FEWEST, math.ceil(_GROWTH * made)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pyro.poutine as poutine
 import torch
@@ -56,28 +56,35 @@ def warn_of_rounding(trace: poutine.Trace) -> None:
             )
 
 
-def describe_ends(sites: Sequence[Site], position: Tensor) -> str | None:
+def describe_ends(sites: Sequence[Site], stretches: Iterable[Tensor]) -> str | None:
     """Which site's draws are rounded at the ends of its support, in a sentence; mostly none.
 
     Such draws do not have the model's density: a sampler moves on while the value stays.
 
     Arguments:
         sites: The latent sites.
-        position: Draws, of shape ``(*, dimension)``.
+        stretches: Draws, so many at a time, of shape ``(*, dimension)``.
     """
-    for name, free in split(list(sites), position).items():
-        site = next(site for site in sites if site.name == name)
-        transform = site.transform
-        while isinstance(transform, IndependentTransform):
-            transform = transform.base_transform
-        if transform.domain.event_dim or not free.numel():
-            continue
-        off = (transform.inv(transform(free)) - free).abs()
-        share = float((~(off <= _FAR)).reshape(-1, *site.shape).double().mean(0).max())
+    by_name = {site.name: site for site in sites}
+    far: dict[str, Tensor] = {}
+    count = 0
+    for position in stretches:
+        count += position[..., :1].numel()
+        for name, free in split(list(sites), position).items():
+            transform = by_name[name].transform
+            while isinstance(transform, IndependentTransform):
+                transform = transform.base_transform
+            if transform.domain.event_dim or not free.numel():
+                continue
+            off = (transform.inv(transform(free)) - free).abs()
+            rows = (~(off <= _FAR)).reshape(-1, *by_name[name].shape).double().sum(0)
+            far[name] = far[name] + rows if name in far else rows
+    for name, rows in far.items():
+        share, dtype = float(rows.max()) / count, by_name[name].dtype
         if share > _SHARE:
-            wider = "" if site.dtype == torch.float64 else "parameters in torch.float64, or "
+            wider = "" if dtype == torch.float64 else "parameters in torch.float64, or "
             return (
-                f"{share:.2g} of the draws of '{name}' are rounded by {site.dtype} to an end of "
+                f"{share:.2g} of the draws of '{name}' are rounded by {dtype} to an end of "
                 "its support, where they are too few or too many: give "
                 f"{wider}another site in its place, such as its logit or logarithm."
             )

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pyro_hamflow import HMC, MCMC, NUTS, to_inference_data
+from pyro_hamflow.mcmc import messages
 from pyro_hamflow.mcmc.draws import Draws
-from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.mcmc.messages import report, worst
 from pyro_hamflow.model.sites import Site
 
 REAL = torch.float64
@@ -92,6 +93,37 @@ def test_small_effective_sample_size_is_told(kind):
     assert found.values[f"min_ess_{kind}_parameter"] == "a"
     sentence = f"The effective sample size of 'a' ({kind}) is {expected:.0f}, below 100 for each"
     assert any(message.startswith(sentence) for message in found.messages)
+
+
+class InStretches(Draws):
+    """Draws that are looked at seven at a time."""
+
+    def stretches(self):
+        for first in range(0, self.position.shape[1], 7):
+            yield first, self.position[:, first : first + 7]
+
+
+@pytest.mark.parametrize("length", [60, 61])
+def test_of_many_coordinates_those_are_looked_at_that_are_apart_or_slow(length):
+    position = independent(3, length, 200)
+    position[:, : length // 2, 3] += 5.0
+    position[:, :, 150] = position[:, :, 150].cumsum(1)
+    half = length // 2
+    parts = torch.cat([position[:, :half], position[:, -half:]]).double()
+    apart = parts.mean(1).var(0) / parts.var(1).mean(0)
+    centred = (position - position.mean(1, keepdim=True)).double()
+    together = (centred[:, 1:] * centred[:, :-1]).sum((0, 1)) / centred.square().sum((0, 1))
+    expected = {*apart.topk(40).indices.tolist(), *together.topk(40).indices.tolist()}
+    for kind in (Draws, InStretches):
+        assert set(worst(kind(position, {}, {}))) == expected
+    assert {3, 150} <= expected
+
+
+def test_coordinates_are_judged_a_few_at_a_time(monkeypatch):
+    draws = draws_of(correlated("bulk"))
+    whole = report(draws, SITES)
+    monkeypatch.setattr(messages, "_AT_ONCE", 2 * draws.position[..., 0].numel())
+    assert report(draws, SITES) == whole
 
 
 def test_slow_energies_are_told():

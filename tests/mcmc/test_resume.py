@@ -16,9 +16,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from zarr.storage import LocalStore
 
 from pyro_hamflow import HMC, MCMC, NUTS, PseudoMarginalHMC, marginalize
-from pyro_hamflow.mcmc import draws
+from pyro_hamflow.mcmc import draws, store
+from pyro_hamflow.mcmc.checkpoint import GROUPS
 from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint, OtherVersion
 from pyro_hamflow.mcmc.resume import OtherData, OtherModel
 
@@ -444,6 +446,39 @@ def test_a_read_only_directory_is_told_before_sampling(tmp_path):
 def local_run(path=None, **changes):
     kernel = PseudoMarginalHMC(marginalize(model, ["x"], num_particles=4), max_num_steps=5)
     return run_of(path, kernel, **{"num_samples": 20, "warmup_steps": 15} | changes)
+
+
+def test_a_run_that_ends_early_looks_for_no_draws_that_it_might_have_made(tmp_path, monkeypatch):
+    """There was room for ten million."""
+    sought = []
+    monkeypatch.setattr(LocalStore, "delete", lambda self, key: sought.append(key))
+    mcmc = run_of(tmp_path / "run.zarr", num_samples=10**7, stop_when=lambda run: True)
+    mcmc.run(DATA)
+    assert len(sought) < 20
+    assert mcmc.draws.position.shape[1] == 1
+    lengths = {array.shape[1] for array in store.Store(mcmc.checkpoint).group(GROUPS[0]).values()}
+    assert lengths == {1}
+
+
+@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+def test_the_end_of_a_run_reads_a_few_draws_at_a_time(tmp_path, monkeypatch, chain_method):
+    """Of positions, too, so that memory does not grow with their number."""
+    monkeypatch.setattr(store, "_CHUNK_BYTES", 10 * 2 * 4 * 8)
+    read, at_once = store.Store.read, []
+
+    def watched(self, group, name, chains, draws):
+        if name == "position":
+            at_once.append(draws.stop - (draws.start or 0))
+        return read(self, group, name, chains, draws)
+
+    monkeypatch.setattr(store.Store, "read", watched)
+    mcmc = run_of(tmp_path / "run.zarr", num_samples=70, chain_method=chain_method)
+    mcmc.run(DATA)
+    assert at_once and max(at_once) <= (20 if chain_method == "sequential" else 10)
+    plain = run_of(num_samples=70, chain_method=chain_method)
+    plain.run(DATA)
+    assert mcmc.report == plain.report
+    assert_same(mcmc, plain)
 
 
 def test_thinned_draws_are_every_third(tmp_path):

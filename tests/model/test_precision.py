@@ -155,7 +155,9 @@ def test_ends_are_told_apart_at_any_shape():
 
     sites = Potential(model).sites
     fine = torch.tensor([[0.0, -70.0, 100.0], [10.0, -3.0, 1e4]], dtype=SINGLE)
-    assert describe_ends(sites, fine) is None
+    assert describe_ends(sites, [fine]) is None
     coarse = fine.clone()
     coarse[1, 0] = 17.5
-    assert describe_ends(sites, coarse).startswith("0.5 of the draws of 'x' are rounded")
+    for stretches in ([coarse], [coarse[:1], coarse[1:]]):
+        told = describe_ends(sites, stretches)
+        assert told.startswith("0.5 of the draws of 'x' are rounded")
