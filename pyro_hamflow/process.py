@@ -68,16 +68,22 @@ class HeldSignals:
     """Holds back Ctrl-C and SIGTERM until what is under way is whole.
 
     The second Ctrl-C is not held back. SIGTERM comes, as it would have, when the block ends. Only a
-    process's main thread can do so; in others nothing is held back.
+    process's main thread can do so; in others, and in processes that are forked meanwhile, nothing
+    is held back.
+
+    Arguments:
+        numbers: Which signals are held back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *numbers: signal.Signals) -> None:
+        self._numbers = numbers or (signal.SIGINT, signal.SIGTERM)
         self._came: list[int] = []
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> HeldSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self._numbers:
                 self._before[number] = signal.getsignal(number)
                 signal.signal(number, self._hold)
         return self
@@ -89,14 +95,28 @@ class HeldSignals:
             signal.raise_signal(signal.SIGTERM)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in self._came:
+        forked = os.getpid() != self._process
+        if number == signal.SIGINT and (forked or signal.SIGINT in self._came):
             raise KeyboardInterrupt
+        if forked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self._came.append(number)
 
     @property
     def came(self) -> bool:
         """Whether one has come."""
         return bool(self._came)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Leaves settings as they were, but takes no turn, so that other threads work meanwhile."""
+    put_back = _put_back()
+    try:
+        yield
+    finally:
+        put_back()
 
 
 def _put_back() -> Callable[[], None]:

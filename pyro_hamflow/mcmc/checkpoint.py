@@ -10,8 +10,9 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pyro_hamflow.mcmc.snapshot import Frozen, found_words, kernel_words, source
 from pyro_hamflow.mcmc.storable import Unstorable
 from pyro_hamflow.mcmc.store import Store, told
 from pyro_hamflow.mcmc.stored_draws import stored_draws
+from pyro_hamflow.model.potential import Potential
 
 WARM = "warmup_"  # before the names of groups that hold draws of the warm-up
 GROUPS = ("unconstrained_posterior", "sample_stats", "posterior")
@@ -55,7 +57,68 @@ class Progress:
     sampling_time: float = 0.0
 
 
-class Checkpoints:
+class Writer:
+    """Writes to a run's store now and then.
+
+    Arguments:
+        store: Where to.
+        every: How many seconds lie between two times.
+        num_chains: How many chains the run has in all.
+    """
+
+    def __init__(self, store: Store, every: float, num_chains: int) -> None:
+        self.store = store
+        self.every = every
+        self.num_chains = num_chains
+        self._last = time.monotonic()
+        self._has_failed = False
+
+    @property
+    def is_time(self) -> bool:
+        """Whether the last time is so long ago."""
+        return time.monotonic() - self._last >= self.every
+
+    def attempt(self, write: Callable[[], None], *, first: bool) -> bool:
+        """Writes, and says whether that went well; the run goes on if not, but for the first time.
+
+        Arguments:
+            write: What to do.
+            first: Whether the run has just begun: then it ends where nothing can be written.
+        """
+        try:
+            with told(self.store.path):
+                write()
+            self._has_failed = False
+        except (OSError, Unstorable) as error:
+            if first:
+                raise
+            if not self._has_failed:
+                warnings.warn(
+                    f"{error}: the run goes on, and it is tried again after {self.every:g} seconds",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._has_failed = True
+        self._last = time.monotonic()
+        return not self._has_failed
+
+    def close(self, draws: int) -> None:
+        """Gives up room beyond so many draws, and lets other processes have the store."""
+        for group in GROUPS if draws else ():
+            try:
+                self.store.resize(group, draws)
+            except OSError:  # nothing is lost: draws are counted by the state
+                break
+        self.store.close()
+
+    def discard_empty(self) -> None:
+        """Removes the store of a run that could not begin."""
+        if not self.store.has_states:
+            self.store.close()
+            shutil.rmtree(self.store.path, ignore_errors=True)
+
+
+class Checkpoints(Writer):
     """Writes a run's draws and states.
 
     Arguments:
@@ -65,19 +128,15 @@ class Checkpoints:
     """
 
     def __init__(self, store: Store, every: float, num_chains: int) -> None:
-        self.store = store
-        self.every = every
-        self.num_chains = num_chains
-        self._last = time.monotonic()
+        super().__init__(store, every, num_chains)
         self._was_warming: bool | None = None
         self._place: tuple[int | None, int, int] | None = None
-        self._has_failed = False
 
     def is_due(self, kernel: Kernel) -> bool:
         """Whether it is time, or warm-up has just ended."""
         over = self._was_warming is True and not kernel.warming
         self._was_warming = kernel.warming
-        return over or time.monotonic() - self._last >= self.every
+        return over or self.is_time
 
     def save(
         self,
@@ -102,21 +161,9 @@ class Checkpoints:
         place = (run.chain, chains.iteration, chains.kept.made)
         if place == self._place:
             return
-        try:
-            with told(self.store.path):
-                self._write(kernel, chains, run, args, kwargs)
-            self._has_failed, self._place = False, place
-        except (OSError, Unstorable) as error:
-            if first:
-                raise
-            if not self._has_failed:
-                warnings.warn(
-                    f"{error}: the run goes on, and it is tried again after {self.every:g} seconds",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            self._has_failed = True
-        self._last = time.monotonic()
+        write = partial(self._write, kernel, chains, run, args, kwargs)
+        if self.attempt(write, first=first):
+            self._place = place
 
     def _write(
         self,
@@ -130,54 +177,27 @@ class Checkpoints:
             raise RuntimeError("the chains have not begun")
         rows = self.rows(run.chain)
         for prefix, record in ((WARM, chains.warm), ("", chains.kept)):
-            self._write_draws(prefix, kernel, record, rows)
-        tables: dict[str, Frozen] = {
+            if len(record):
+                place = rows, record.stored, record.room
+                write_draws(self.store, prefix, kernel.potential, record.stacked(), *place)
+                record.forget()
+        words, tables = said_of_run(kernel, args, kwargs, run, self.num_chains)
+        tables |= {
             "source": source_words(kernel),
             "found": found_words(kernel, chains.state),
             "random": freeze(random_states(), {}),
-            "settings": freeze(run.settings, {}),
         }
-        unstorable = None
-        try:
-            tables["kernel"] = kernel_words(kernel)
-        except Unstorable as error:
-            unstorable = str(error)
         lasting = not kernel.warming and chains.kept.made == 0
-        words: dict[str, Any] = {
+        words |= {
             "lasting": lasting,
-            "num chains": self.num_chains,
-            "unstorable": unstorable,
-            "kernel class": type(kernel).__name__,
-            "structure": structure_of(kernel.potential),
-            "data": digest_of(kernel.potential, args, kwargs),
-            "run": {name: part for name, part in vars(run).items() if name != "settings"},
-            "process": [str(torch.get_default_dtype()), torch.get_num_threads()],
             "iteration": chains.iteration,
             "kept": [chains.kept.made, chains.kept.stored, chains.kept.divergences],
             "warm": [chains.warm.made, chains.warm.stored, chains.warm.divergences],
             "local": None if chains.kept.keep is None else sorted(chains.kept.keep),
         }
         arrays: list[np.ndarray] = []
-        for name, (table, parts) in tables.items():
-            words[name] = [table, len(arrays), len(arrays) + len(parts)]
-            arrays += parts
+        words |= {name: placed(frozen, arrays) for name, frozen in tables.items()}
         self.store.save(words, arrays, lasting=lasting)
-
-    def close(self, records: Sequence[Record]) -> None:
-        """Gives up room that was not needed, and lets other processes have the store."""
-        draws = max(record.stored for record in records)
-        for group in GROUPS if draws else ():
-            try:
-                self.store.resize(group, draws)
-            except OSError:  # nothing is lost: draws are counted by the state
-                break
-        self.store.close()
-
-    def discard_empty(self) -> None:
-        """Removes the store of a run that could not begin."""
-        if not self.store.has_states:
-            self.store.close()
-            shutil.rmtree(self.store.path, ignore_errors=True)
 
     def rows(self, chain: int | None) -> Rows:
         """The rows of the store that chains have: all at once, or one, which lies apart."""
@@ -185,19 +205,61 @@ class Checkpoints:
             return Rows(0, self.num_chains, self.num_chains, self.num_chains)
         return Rows(chain, chain + 1, self.num_chains, 1)
 
-    def _write_draws(self, prefix: str, kernel: Kernel, record: Record, rows: Rows) -> None:
-        if not len(record):
-            return
-        draws = record.stacked()
-        sites = kernel.potential.constrain(draws.position.to(kernel.potential.example.device))
-        parts = ({"position": draws.position}, draws.stats, sites | dict(draws.local))
-        plates = plates_of(kernel.potential)
-        for group, values in zip(GROUPS, parts, strict=True):
-            arrays = {name: _array(value) for name, value in values.items()}
-            place = rows, record.stored, record.room
-            if arrays:
-                self.store.append(prefix + group, arrays, *place, plates)
-        record.forget()
+
+def said_of_run(
+    kernel: Kernel,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    run: Progress,
+    num_chains: int,
+) -> tuple[dict[str, Any], dict[str, Frozen]]:
+    """What a state says of the whole run, as words, and as tables."""
+    tables = {"settings": freeze(run.settings, {})}
+    unstorable = None
+    try:
+        tables["kernel"] = kernel_words(kernel)
+    except Unstorable as error:
+        unstorable = str(error)
+    words = {
+        "num chains": num_chains,
+        "unstorable": unstorable,
+        "kernel class": type(kernel).__name__,
+        "structure": structure_of(kernel.potential),
+        "data": digest_of(kernel.potential, args, kwargs),
+        "run": {name: part for name, part in vars(run).items() if name != "settings"},
+        "process": [str(torch.get_default_dtype()), torch.get_num_threads()],
+    }
+    return words, tables
+
+
+def placed(frozen: Frozen, arrays: list[np.ndarray]) -> list[Any]:
+    """A table, and where its arrays are: they are put behind those that are there."""
+    table, parts = frozen
+    arrays += parts
+    return [table, len(arrays) - len(parts), len(arrays)]
+
+
+def write_draws(
+    store: Store, prefix: str, potential: Potential, draws: Draws, rows: Rows, first: int, room: int
+) -> None:
+    """Writes draws of chains from a place on, with their statistics, and in their supports.
+
+    Arguments:
+        store: Where to.
+        prefix: Before the names of groups.
+        potential: Tells the supports.
+        draws: The draws.
+        rows: The chains.
+        first: How many draws of each there are already.
+        room: How many there may be in the end, as far as is known.
+    """
+    sites = potential.constrain(draws.position.to(potential.example.device))
+    parts = ({"position": draws.position}, draws.stats, sites | dict(draws.local))
+    plates = plates_of(potential)
+    for group, values in zip(GROUPS, parts, strict=True):
+        arrays = {name: _array(value) for name, value in values.items()}
+        if arrays:
+            store.append(prefix + group, arrays, rows, first, room, plates)
 
 
 def _array(value: Tensor) -> np.ndarray:

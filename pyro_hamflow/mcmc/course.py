@@ -123,7 +123,7 @@ class Course:
     def close(self) -> None:
         """Ends the writing of the run."""
         if self._checkpoints is not None:
-            self._checkpoints.close([chains.kept for chains in self.finished])
+            self._checkpoints.close(max(chains.kept.stored for chains in self.finished))
 
     def left(self) -> Left | None:
         """What warm-up has found, so that the next run goes on from there."""

@@ -171,6 +171,13 @@ class Draws:
         """All positions, so many draws at a time, each with the number of its first draw."""
         yield 0, self.position.detach().cpu()
 
+    def between(self, first: int, stop: int | None) -> Draws:
+        """The draws from one number to another."""
+        some = slice(first, stop)
+        stats = {name: stat[:, some] for name, stat in self.stats.items()}
+        local = {name: part[:, some] for name, part in self.local.items()}
+        return Draws(self.position[:, some], stats, local)
+
     @staticmethod
     def of_block(block: Block, step_size: float | None = None) -> Draws:
         """Many draws with their statistics.

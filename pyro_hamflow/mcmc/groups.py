@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pyro_hamflow.mcmc.checkpoint import WARM
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.segment import Saved, Segment
 
@@ -28,6 +28,8 @@ class Group:
         latest: Their latest segment.
         losses: How many workers they have lost while they were alone.
         fault: Why they ended early, in words.
+        written: How many draws of each are in a store, and no more here: of the run, and of the
+            warm-up, by the prefix of their groups there.
     """
 
     first: int
@@ -42,6 +44,12 @@ class Group:
     fault: str | None = None
     warmup_time: float = 0.0
     sampling_time: float = 0.0
+    written: dict[str, int] = field(default_factory=lambda: {"": 0, WARM: 0})
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the chains."""
+        return range(self.first, self.first + self.num_chains)
 
     @property
     def made(self) -> int:
@@ -68,9 +76,27 @@ class Group:
         """Takes in what a segment has led to."""
         self.draws += [] if segment.draws is None else [segment.draws]
         self.warm += [] if segment.warm is None else [segment.warm]
-        self.latest, self.saved = segment, segment.saved
+        self.latest = segment
+        self.saved = segment.saved or self.saved
         self.warmup_time += segment.warmup_time
         self.sampling_time += segment.sampling_time
+
+    def parts(self, prefix: str) -> list[Draws]:
+        """The draws of the run, or with a prefix those of the warm-up, that are in no store."""
+        return self.warm if prefix else self.draws
+
+    def counts(self, prefix: str) -> int:
+        """How many draws of each are kept, up to where the group is."""
+        if self.saved is None:
+            return 0
+        return (self.saved.warm if prefix else self.saved.kept).count
+
+    def forget(self, prefix: str, count: int) -> None:
+        """Forgets so many draws that have been written."""
+        self.written[prefix] += count
+        parts = self.parts(prefix)
+        rest = Draws.follow(parts).between(count, None)
+        parts[:] = [rest] if rest.extent[1] else []
 
 
 def split(num_chains: int, most: int) -> list[range]:
@@ -90,14 +116,19 @@ def seeds(seed: int, count: int) -> list[int]:
 
 def complete(groups: list[Group]) -> list[Group]:
     """The groups whose draws are kept: cut to the shortest of them, they have the most draws."""
-
-    def kept(length: int) -> int:
-        return length * sum(group.num_chains for group in groups if group.made >= length)
-
-    length = max({group.made for group in groups}, key=kept)
+    length = shortest([(group.num_chains, group.made) for group in groups])
     return [group for group in groups if group.made >= max(1, length)]
 
 
-def joined(groups: list[Group], part: Callable[[Group], list[Draws]]) -> Draws:
-    """The draws of all chains of some groups."""
-    return Draws.join([Draws.follow(part(group)) for group in groups])
+def shortest(groups: list[tuple[int, int]]) -> int:
+    """The length to which groups are cut, of so many chains and draws, so that most are kept.
+
+    Example:
+        >>> shortest([(2, 10), (1, 8), (4, 1)])
+        8
+    """
+
+    def kept(length: int) -> int:
+        return length * sum(chains for chains, made in groups if made >= length)
+
+    return max({made for _, made in groups}, key=kept)

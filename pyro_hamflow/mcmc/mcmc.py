@@ -17,15 +17,17 @@ from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import Checkpoints
 from pyro_hamflow.mcmc.course import Course, Left
 from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.group_checkpoints import Division, GroupCheckpoints
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.moving import Counts, Mover, planned_warmup
 from pyro_hamflow.mcmc.outcome import Outcome
+from pyro_hamflow.mcmc.packing import CheckpointError
 from pyro_hamflow.mcmc.resume import Found, latest
-from pyro_hamflow.mcmc.spread import Executors
+from pyro_hamflow.mcmc.spread import Executors, InThisProcess
 from pyro_hamflow.mcmc.stopping import StopWhen
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.workers import Workers, divided
-from pyro_hamflow.process import undisturbed
+from pyro_hamflow.process import settings_kept, undisturbed
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 _METHODS = ("vectorized", "sequential")
@@ -69,7 +71,8 @@ class MCMC(Outcome):
         checkpoint: Where draws are written as they come, and what is needed to go on from there
             (:meth:`resume`): a directory that is not there yet. Memory then does not grow with the
             number of draws; recovered sites are read when they are asked for. A run that is ended
-            by Ctrl-C or SIGTERM first writes one, after the iteration under way.
+            by Ctrl-C or SIGTERM first writes one, after the iteration under way; of chains in other
+            processes, one has what these have brought back.
         checkpoint_every: Seconds between two of them; there is another at the end of warm-up.
         thin: Of how many draws one, the last, is kept, with its statistics.
         keep: Which recovered local sites are kept; if not given, all if they take a gigabyte (2^30
@@ -169,11 +172,6 @@ class MCMC(Outcome):
             raise ValueError(
                 "`executor` is given with `chain_method='sequential'`: expected 'vectorized', as "
                 "the chains of each group move at once"
-            )
-        if executor is not None and checkpoint is not None:
-            raise ValueError(
-                "`checkpoint` is given with `executor`: expected one of them, as checkpoints are "
-                "written of chains in this process"
             )
         if chain_method not in _METHODS:
             raise ValueError(f"`chain_method` is {chain_method!r}: expected one of {_METHODS}")
@@ -300,21 +298,33 @@ class MCMC(Outcome):
 
     def _run_in_workers(self, executor: Executors, mover: Mover) -> None:
         """Runs groups of chains where an executor takes them."""
-        self._forget()
-        self._left, self.ended_early = None, {}
-        began = time.monotonic()
         with undisturbed(self.seed):
             mover.validate(disabled=self.disable_validation)
             seed = int(torch.randint(_LARGEST_SEED, ())) if self.seed is None else self.seed
             groups = divided(mover, seed, self.chains_per_worker)
-        workers = Workers(mover, groups, began)
+        checkpoints = None
+        if self.checkpoint is not None:
+            store = Store(self.checkpoint, new=True)
+            checkpoints = self._group_checkpoints(store, mover, seed)
+        self._move_groups(executor, Workers(mover, groups, time.monotonic(), checkpoints))
+
+    def _group_checkpoints(self, store: Store, mover: Mover, seed: int) -> GroupCheckpoints:
+        division = Division(seed, self.chains_per_worker)
+        return GroupCheckpoints(store, self.checkpoint_every, mover, self._settings, division)
+
+    def _move_groups(self, executor: Executors, workers: Workers) -> None:
+        """Moves groups to the end of the run, and collects their draws."""
+        self._forget()
+        self._left, self.ended_early = None, {}
         workers.run(executor, self.worker_timeout)
         self.interrupted = workers.stopped is not None
         if not workers.kept:
+            workers.close()
             told = " ".join(["no draw was made.", *workers.remarks])
             raise workers.stopped or RuntimeError(told)
         self._draws, self._warmup_draws = workers.draws(), workers.warmup_draws()
         self.ended_early, self._counts = workers.ended_early(), workers.counts()
+        workers.close()
         self._tell(workers.heard, workers.take_up())
         if workers.stopped is not None:
             self._say_interrupted(workers.stopped, workers.kept[0].made)
@@ -336,6 +346,7 @@ class MCMC(Outcome):
         at: int | None = None,
         hook_fn: Callable[..., None] | None = None,
         stop_when: StopWhen | None = None,
+        executor: Executors | None = None,
         disable_progbar: bool = False,
         **kwargs: Any,
     ) -> MCMC:
@@ -355,6 +366,8 @@ class MCMC(Outcome):
             at: The number of a checkpoint that is not the latest.
             hook_fn: As in a new run; checkpoints hold no functions.
             stop_when: Likewise.
+            executor: Likewise, for a run that had one; its chains move in this process if not
+                given.
             disable_progbar: Whether to show no progress.
             kwargs: The model's keyword arguments.
 
@@ -366,14 +379,54 @@ class MCMC(Outcome):
             DamagedCheckpoint: If the latest one is not as it was written; says which one is.
             OtherModel: If it is of another model or kernel.
             OtherData: If it is of other data.
+            CheckpointError: If an executor is given for a run that had none.
         """
-        with undisturbed(seed=0), latest(path, at) as found:
-            settings = found.settings(num_samples)
-            settings |= {"hook_fn": hook_fn, "stop_when": stop_when}
-            kernel = found.kernel(model)
-            mcmc = cls(kernel, **settings, disable_progbar=disable_progbar, checkpoint=path)
-            mcmc._go_on_from(found, args, kwargs)
-        return mcmc
+        with latest(path, at) as found:
+            if executor is not None and found.division is None:
+                raise CheckpointError(
+                    f"{path} is of a run whose chains are tuned together in one process: expected "
+                    "no `executor`"
+                )
+            given: dict[str, Any] = {
+                "hook_fn": hook_fn,
+                "stop_when": stop_when,
+                "executor": executor,
+                "disable_progbar": disable_progbar,
+            }
+            if found.division is None:
+                with undisturbed(seed=0):
+                    mcmc = cls._of(found, path, model, num_samples, given)
+                    mcmc._go_on_from(found, args, kwargs)
+                return mcmc
+            with settings_kept():
+                mcmc = cls._of(found, path, model, num_samples, given)
+                mcmc._go_on_with_groups(found, found.division, args, kwargs)
+            return mcmc
+
+    @classmethod
+    def _of(
+        cls,
+        found: Found,
+        path: str | os.PathLike[str],
+        model: Any,
+        num_samples: int | None,
+        given: dict[str, Any],
+    ) -> MCMC:
+        """A run as it was set up when a state was written, in a process like that one."""
+        settings = found.settings(num_samples) | given
+        return cls(found.kernel(model), **settings, checkpoint=path)
+
+    def _go_on_with_groups(
+        self, found: Found, division: Division, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Goes on from a state of a run whose chains move in workers."""
+        mover = self._mover(args, kwargs)
+        with undisturbed(seed=0):
+            groups = divided(mover, division.seed, division.together)
+            found.take_up_groups(self.kernel, args, kwargs, groups)
+        checkpoints = self._group_checkpoints(found.store, mover, division.seed)
+        workers = Workers(mover, groups, time.monotonic(), checkpoints)
+        self._move_groups(self.executor or InThisProcess(), workers)
 
     def _go_on_from(self, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Goes on from a state that was found."""
@@ -406,6 +459,8 @@ class MCMC(Outcome):
             "checkpoint_every": self.checkpoint_every,
             "thin": self.thin,
             "keep": self.keep,
+            "chains_per_worker": self.chains_per_worker,
+            "worker_timeout": self.worker_timeout,
         }
 
     @property

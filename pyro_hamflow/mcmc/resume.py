@@ -17,6 +17,8 @@ from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import GROUPS, WARM, Progress
 from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.frozen import thaw
+from pyro_hamflow.mcmc.group_checkpoints import Division, taken_up, written_rows
+from pyro_hamflow.mcmc.groups import Group
 from pyro_hamflow.mcmc.identity import digest_of, set_random_states, structure_of
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint, Saved
@@ -67,6 +69,12 @@ class Found:
             stored=stored,
             divergences=divergences,
         )
+
+    @property
+    def division(self) -> Division | None:
+        """How chains are divided, where they move in workers."""
+        words = self.saved.words.get("division")
+        return None if words is None else Division(**words)
 
     @property
     def _keep(self) -> frozenset[str] | None:
@@ -151,12 +159,49 @@ class Found:
             OtherModel: If the model has other sites, or another density.
             OtherData: If the data are others.
         """
-        words, path = self.saved.words, self.store.path
+        words = self.saved.words
+        self._capture(kernel, args, kwargs, self.table("source"))
+        self._refuse_others(kernel, args, kwargs)
+        chains.state = take_up(kernel, self.table("found"))
+        self._refuse_another_density(kernel, chains.state)
+        self._make_ready([(self.progress.chain or 0, words["kept"][1], words["warm"][1])])
+        chains.phase, chains.iteration = kernel.phase, words["iteration"]
+
+    def take_up_groups(
+        self,
+        kernel: Kernel,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        groups: Sequence[Group],
+    ) -> None:
+        """Puts groups, whose model has been captured, where they were.
+
+        Raises:
+            OtherModel: If the model has other sites, or another density.
+            OtherData: If the data are others.
+        """
+        self._refuse_others(kernel, args, kwargs)
+        for group, words in zip(groups, self.saved.words["groups"], strict=True):
+            taken_up(group, words, self.saved.arrays)
+        begun = next((group.saved for group in groups if group.saved is not None), None)
+        if begun is not None:
+            self._capture(kernel, args, kwargs, begun.source)
+            self._refuse_another_density(kernel, take_up(kernel, begun.found))
+        self._make_ready([(g.first, g.written[""], g.written[WARM]) for g in groups])
+
+    def _capture(
+        self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Frozen
+    ) -> None:
         try:
-            capture(kernel, args, kwargs, self.table("source"))
+            capture(kernel, args, kwargs, source)
         except Exception as error:
-            error.add_note(f"while the model of {path} was captured again")
+            error.add_note(f"while the model of {self.store.path} was captured again")
             raise
+
+    def _refuse_others(
+        self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        words, path = self.saved.words, self.store.path
         structure = structure_of(kernel.potential)
         if structure != words["structure"]:
             raise OtherModel(f"{path} is of another model: {_difference(words, structure)}")
@@ -165,13 +210,18 @@ class Found:
                 f"{path} is of other data: expected the arguments, what is observed and Pyro's "
                 "parameters to be the same, bit for bit"
             )
-        chains.state = take_up(kernel, self.table("found"))
-        self._refuse_another_density(kernel, chains.state)
+
+    def _make_ready(self, counts: Sequence[tuple[int, int, int]]) -> None:
+        """Goes on in the store from this state: drops what was made after it.
+
+        Arguments:
+            counts: First chains, and how many draws of each, and of the warm-up, it counts.
+        """
         self.store.go_on_from(self.saved, self.lasting)
-        for prefix, name in (("", "kept"), (WARM, "warm")):
-            for group in GROUPS:
-                self.store.forget_draws(prefix + group, self.progress.chain or 0, words[name][1])
-        chains.phase, chains.iteration = kernel.phase, words["iteration"]
+        for chain, kept, warm in counts:
+            for prefix, count in (("", kept), (WARM, warm)):
+                for group in GROUPS:
+                    self.store.forget_draws(prefix + group, chain, count)
 
     def _refuse_another_density(self, kernel: Kernel, state: State) -> None:
         with torch.random.fork_rng():
@@ -253,18 +303,25 @@ def _latest(store: Store, at: int | None) -> Found:
 
 def _damaged(found: Found) -> str | None:
     """What of a state's draws is not as it was written, if something is."""
-    words, run = found.saved.words, found.progress
-    counts = {"": words["kept"][1], WARM: words["warm"][1]}
-    for prefix, stored in counts.items():
-        ended = [counts[bool(prefix)] for counts in run.ended]
-        of_chains = [stored] if run.chain is None else [*ended[: run.chain], stored]
+    for prefix in ("", WARM):
         for group in GROUPS:
-            for row, count in enumerate(of_chains):
-                only = None if run.chain is None else row
-                whole = found.store.first_damaged(prefix + group, count, only)
+            for row, count in _written(found, prefix):
+                whole = found.store.first_damaged(prefix + group, count, row)
                 if whole < count:
                     return f"draws from {whole} on are damaged in the group {prefix + group}"
     return None
+
+
+def _written(found: Found, prefix: str) -> list[tuple[int | None, int]]:
+    """How many draws a state counts of each chain that lies apart; of none in particular if all."""
+    words, run = found.saved.words, found.progress
+    if found.division is not None:
+        return list(written_rows(words, prefix))
+    stored = words["warm" if prefix else "kept"][1]
+    if run.chain is None:
+        return [(None, stored)]
+    ended = [counts[bool(prefix)] for counts in run.ended[: run.chain]]
+    return list(enumerate([*ended, stored]))
 
 
 def _offer(whole: Sequence[Found]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import signal
 import time
 import traceback
 from collections import OrderedDict
@@ -26,7 +27,7 @@ from pyro_hamflow.mcmc.identity import random_states, set_random_states
 from pyro_hamflow.mcmc.moving import Counts, Mover
 from pyro_hamflow.mcmc.snapshot import Frozen, capture, found_words, source_words, take_up
 from pyro_hamflow.mcmc.storable import Unstorable
-from pyro_hamflow.process import undisturbed
+from pyro_hamflow.process import HeldSignals, undisturbed
 
 try:
     import cloudpickle as pickler  # takes models of a notebook, too
@@ -77,6 +78,7 @@ class Saved:
     iteration: int
     warm: Record
     kept: Record
+    statistics: Any = None
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Segment:
     Attributes:
         draws: Those that were made in it; none if there are none.
         warm: The same of the warm-up, where it is kept.
-        saved: Where the group is now; none if its state cannot be stored.
+        saved: Where the group is now; none if its state cannot be stored, or is not whole.
         iteration: How many iterations of warm-up the group has made so far.
         made: How many draws it has made so far.
         warmup_left: How many iterations of warm-up are to come, as far as is known.
@@ -160,15 +162,20 @@ def _make(run: Mover, saved: bytes | None, seconds: float, most_draws: int) -> S
             _go_on_from(run, pickle.loads(saved), chains)
         run.num_samples = most_draws  # so that no call of an engine makes more
         can_be_saved = True
-        while place is None and chains.kept.made < planned:
-            run.move(chains)
-            over = time.monotonic() >= ends or chains.kept.made >= most_draws
-            if over and can_be_saved:
-                place = _saved(run, chains)
-                if place is None:  # then all is one segment
-                    can_be_saved, run.num_samples = False, planned
+        with HeldSignals(signal.SIGINT) as held:
+            while place is None and chains.kept.made < planned:
+                run.move(chains)
+                if held.came:
+                    raise KeyboardInterrupt
+                over = time.monotonic() >= ends or chains.kept.made >= most_draws
+                if over and can_be_saved:
+                    place = _saved(run, chains)
+                    if place is None:  # then all is one segment
+                        can_be_saved, run.num_samples = False, planned
     except BaseException as caught:  # noqa: BLE001  # goes back with the draws
         error = _carried(caught)
+        if chains.state is not None and chains.is_whole:
+            place = _saved(run, chains)
     finally:
         run.num_samples = planned
     kernel = run.kernel

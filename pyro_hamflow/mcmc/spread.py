@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pyro_hamflow.mcmc.groups import Group
 from pyro_hamflow.mcmc.segment import Segment, make_segment, packed
@@ -27,6 +27,15 @@ _MOST_LOSSES = 3  # of a group's workers, while it was alone
 _GLANCE = 0.5  # seconds, after which it is looked whether a wait has been too long
 
 Executors: TypeAlias = Executor | Callable[[], Executor]
+
+
+class InThisProcess(Executor):
+    """Does what it is asked for at once, in this process."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
 
 
 @dataclass
@@ -47,8 +56,11 @@ class Spread:
         num_samples: How many draws each is to make.
         patience: For how many seconds nothing may come back, before what is awaited is lost.
         bar: Is told how far they all are.
-        next_goal: From the number of draws that all groups have made to how many they make before
-            it is asked again; none at the end of the run.
+        goal: How many draws each is to make before it is asked how to go on.
+        next_goal: Is asked, with the number of draws that all groups have made: up to how many they
+            go on; none at the end of the run.
+        seconds: How long a segment is.
+        look: Is called now and then, whatever has come back.
 
     Attributes:
         remarks: What there is to be said of lost workers.
@@ -62,7 +74,10 @@ class Spread:
         num_samples: int,
         patience: float,
         bar: Bar,
+        goal: int,
         next_goal: Callable[[int], int | None],
+        seconds: float,
+        look: Callable[[], None],
     ) -> None:
         self._make = executor if not isinstance(executor, Executor) else None
         self._executor = executor if isinstance(executor, Executor) else executor()
@@ -72,11 +87,13 @@ class Spread:
         self.patience = patience
         self.bar = bar
         self.next_goal = next_goal
+        self.seconds = seconds
+        self.look = look
         self.error: BaseException | None = None
         self._awaited: dict[Future[bytes], _Await] = {}
-        self._ready = deque(groups)
+        self._ready = deque(self._going)
         self._suspects: deque[Group] = deque()
-        self._goal: int | None = next_goal(0)
+        self._goal: int | None = goal
         self._attempts = 0
         self._heard = time.monotonic()
         self._lost: dict[str, int] = {}
@@ -89,6 +106,7 @@ class Spread:
                 self._collect(_GLANCE)
                 self._give_up_what_is_overdue()
                 self._look_at_goal()
+                self.look()
         finally:
             try:
                 self._end()
@@ -130,7 +148,7 @@ class Spread:
         self._attempts += 1
         saved = None if group.saved is None else packed(group.saved)
         assert self._goal is not None
-        segment = partial(make_segment, group.task, saved, SECONDS, self._goal, self._attempts)
+        segment = partial(make_segment, group.task, saved, self.seconds, self._goal, self._attempts)
         for fresh in (False, True):
             try:
                 future = self._executor.submit(segment)
@@ -248,7 +266,7 @@ class Spread:
         for future in list(self._awaited):
             if future.cancel():
                 del self._awaited[future]
-        ends = time.monotonic() + 2.0 * SECONDS
+        ends = time.monotonic() + 2.0 * self.seconds
         while self._awaited and time.monotonic() < ends:
             self._collect(_GLANCE)
 

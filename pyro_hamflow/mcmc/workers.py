@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
+from pyro_hamflow.mcmc import spread
+from pyro_hamflow.mcmc.checkpoint import WARM
 from pyro_hamflow.mcmc.draws import Draws
-from pyro_hamflow.mcmc.groups import Group, complete, joined, seeds, split
+from pyro_hamflow.mcmc.group_checkpoints import GroupCheckpoints
+from pyro_hamflow.mcmc.groups import Group, complete, seeds, split
 from pyro_hamflow.mcmc.messages import FEWEST
 from pyro_hamflow.mcmc.moving import Counts, Mover
 from pyro_hamflow.mcmc.segment import Task, packed
 from pyro_hamflow.mcmc.snapshot import capture, take_up
 from pyro_hamflow.mcmc.spread import Executors, Spread
 from pyro_hamflow.mcmc.stopping import RunSoFar
-from pyro_hamflow.process import undisturbed
+from pyro_hamflow.process import HeldSignals, undisturbed
 from pyro_hamflow.progress import progress
 
 _GROWTH = 1.1  # of the draws of groups, after which `stop_when` is asked
@@ -66,6 +70,7 @@ class Workers:
         mover: Of all chains.
         groups: Their groups.
         began: When the run began, by :func:`time.monotonic`.
+        checkpoints: Writes the run, if it is written.
 
     Attributes:
         kept: The groups whose draws are kept.
@@ -74,14 +79,22 @@ class Workers:
         stopped: What has ended the run before its time.
     """
 
-    def __init__(self, mover: Mover, groups: list[Group], began: float) -> None:
+    def __init__(
+        self,
+        mover: Mover,
+        groups: list[Group],
+        began: float,
+        checkpoints: GroupCheckpoints | None = None,
+    ) -> None:
         self.mover = mover
         self.groups = groups
+        self.checkpoints = checkpoints
         self.kept: list[Group] = []
         self.heard: list[str] = []
         self.remarks: list[str] = []
         self.stopped: BaseException | None = None
         self._so_far = RunSoFar(began)
+        self._held = HeldSignals()
 
     def run(self, executor: Executors, patience: float) -> None:
         """Moves all groups to the end of the run, or to where it is interrupted.
@@ -90,40 +103,78 @@ class Workers:
             executor: Where they are moved.
             patience: For how many seconds nothing may come back.
         """
-        mover, groups = self.mover, self.groups
-        planned = sum(group.planned + mover.num_samples for group in groups)
-        with progress(planned, "Warmup", hidden=mover.hides_progress) as bar:
-            spread = Spread(executor, groups, mover.num_samples, patience, bar, self._next_goal)
+        groups, written = self.groups, self.checkpoints
+        if written is not None:
             try:
-                spread.run()
-            except BaseException as error:  # noqa: BLE001  # raised again, once draws are safe
-                self.stopped = error
-        self.stopped = self.stopped or spread.error
+                written.save(groups, first=True)
+            except BaseException:
+                written.discard_empty()
+                raise
+        with self._held if written is not None else nullcontext():
+            try:
+                self._spread(executor, patience)
+            finally:
+                if written is not None:
+                    written.save(groups)
         self.heard = list(dict.fromkeys(m for g in groups if g.latest for m in g.latest.messages))
-        self.remarks = spread.remarks
         self.heard += self.remarks
         self.kept = complete(groups)
 
+    def _spread(self, executor: Executors, patience: float) -> None:
+        mover, groups = self.mover, self.groups
+        planned = sum(group.warmup_steps + mover.num_samples for group in groups)
+        seconds = spread.SECONDS
+        if self.checkpoints is not None:
+            seconds = min(seconds, self.checkpoints.every)
+        with progress(planned, "Warmup", hidden=mover.hides_progress) as bar:
+            goals = self._first_goal(), self._next_goal
+            moving = Spread(
+                executor, groups, mover.num_samples, patience, bar, *goals, seconds, self._look
+            )
+            try:
+                moving.run()
+            except BaseException as error:  # noqa: BLE001  # raised again, once draws are safe
+                self.stopped = error
+        self.stopped = self.stopped or moving.error
+        self.remarks = moving.remarks
+
+    def _look(self) -> None:
+        """Writes a checkpoint if it is time; ends the run if a signal was held back."""
+        if self.checkpoints is not None and self.checkpoints.is_time:
+            self.checkpoints.save(self.groups)
+        if self._held.came:
+            raise KeyboardInterrupt
+
     def draws(self) -> Draws:
         """The draws of the groups that are kept."""
-        return joined(self.kept, lambda group: group.draws)
+        return self._drawn(self.kept)
 
     def warmup_draws(self) -> Draws | None:
         """The same of the warm-up, if they are kept."""
-        if self.mover.save_warmup and all(group.warm for group in self.kept):
-            return joined(self.kept, lambda group: group.warm)
+        if self.mover.save_warmup and all(g.warm or g.written[WARM] for g in self.kept):
+            return self._drawn(self.kept, WARM)
         return None
 
     def ended_early(self) -> dict[str, Draws]:
         """The draws of groups that are not kept, by their names; says so of those without fault."""
         ended = {}
         for group in self.groups:
-            if group.draws and group not in self.kept:
-                ended[group.name] = Draws.follow(group.draws)
+            if (group.draws or group.written[""]) and group not in self.kept:
+                ended[group.name] = self._drawn([group])
                 if group.fault is None:
                     told = f"{group.name} came to {group.made} draws, which `ended_early` has"
                     self.heard.append(f"{told}: too few to cut all others to their number.")
         return ended
+
+    def close(self) -> None:
+        """Ends the writing of the run."""
+        if self.checkpoints is not None:
+            self.checkpoints.end(self.groups)
+
+    def _drawn(self, groups: list[Group], prefix: str = "") -> Draws:
+        if self.checkpoints is not None:
+            return self.checkpoints.draws(groups, prefix)
+        return Draws.join([Draws.follow(group.parts(prefix)) for group in groups])
 
     def counts(self) -> Counts:
         """What all groups have taken together."""
@@ -148,16 +199,26 @@ class Workers:
         return saved.kept.left_out
 
     def _next_goal(self, made: int) -> int | None:
-        """How many draws all groups are to make before `stop_when` is asked."""
-        num_samples, stop_when = self.mover.num_samples, self.mover.stop_when
-        if made == num_samples:
+        """How many draws all groups are to make before `stop_when` is asked again."""
+        stop_when = self.mover.stop_when
+        if made == self.mover.num_samples or stop_when is None:
             return None
-        if stop_when is None:
-            return num_samples
         going = [group for group in self.groups if group.fault is None]
-        if made and going:
-            draws = joined(going, lambda group: group.draws)
+        if going:
+            draws = self._drawn(going)
             self._so_far.update(made, lambda: draws)
             if stop_when(self._so_far):
                 return None
-        return min(num_samples, max(FEWEST, math.ceil(_GROWTH * made)))
+        return self._goal_after(made)
+
+    def _first_goal(self) -> int:
+        """How many they are to make before it is asked for the next time; all if it never is."""
+        if self.mover.stop_when is None:
+            return self.mover.num_samples
+        goal, furthest = self._goal_after(0), max(group.made for group in self.groups)
+        while goal < furthest:
+            goal = self._goal_after(goal)
+        return goal
+
+    def _goal_after(self, made: int) -> int:
+        return min(self.mover.num_samples, max(FEWEST, math.ceil(_GROWTH * made)))

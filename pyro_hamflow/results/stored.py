@@ -9,6 +9,7 @@ import pyro
 import torch
 
 from pyro_hamflow.mcmc.checkpoint import GROUPS, WARM
+from pyro_hamflow.mcmc.group_checkpoints import whole_rows
 from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.version import __version__
@@ -33,9 +34,9 @@ def stored_groups(
             whole = xarray.open_zarr(
                 os.fspath(path), group=prefix + group, consolidated=False, chunks=None
             )
-            part = whole.isel(chain=slice(found.chains), draw=slice(draws))
+            part = whole.isel(chain=found.chains, draw=slice(draws))
             groups[prefix + group] = part.assign_coords(
-                chain=range(found.chains), draw=range(draws)
+                chain=range(len(found.chains)), draw=range(draws)
             )
     attributes = {
         "inference_library": "pyro_hamflow",
@@ -54,14 +55,14 @@ class _Extent(NamedTuple):
     """How much of a run its latest checkpoint counts.
 
     Attributes:
-        chains: How many chains have draws.
+        chains: The numbers of the chains that have draws.
         draws: How many are kept of each.
         warmup_draws: How many of the warm-up.
         warmup_steps: How many iterations of it there were.
         sampling_time: How many seconds drawing took.
     """
 
-    chains: int
+    chains: list[int]
     draws: int
     warmup_draws: int
     warmup_steps: int
@@ -80,11 +81,14 @@ def _extent(path: str | os.PathLike[str]) -> _Extent:
             continue
         run, kept = saved.words["run"], saved.words["kept"][1]
         warm, times = saved.words["warm"][1], (run["warmup_steps"], run["sampling_time"])
+        number = saved.words["num chains"]
+        if "division" in saved.words:
+            return _Extent(*whole_rows(saved.words, number), *times)
         if run["chain"] is None:
-            return _Extent(saved.words["num chains"], kept, warm, *times)
+            return _Extent(list(range(number)), kept, warm, *times)
         of_each = [*run["ended"][: run["chain"]], [kept, warm]]
         if kept * len(of_each) < of_each[0][0] * (len(of_each) - 1):
             of_each.pop()  # a chain just begun: all would be cut to its length
         least = [min(counts) for counts in zip(*of_each, strict=True)]
-        return _Extent(len(of_each), least[0], least[1], *times)
+        return _Extent(list(range(len(of_each))), least[0], least[1], *times)
     raise CheckpointError(f"{store.path} has no whole state")
