@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyro_hamflow.mcmc.packing import CheckpointError
+from pyro_hamflow.mcmc.packing import CheckpointError, refuse_others
 
 try:
     import fcntl
@@ -51,3 +52,27 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def state_numbers(path: Path) -> list[int]:
+    """The numbers of the states of a store."""
+    states = (path / "checkpoints").glob("[0-9]*/c/0")
+    return [int(state.parts[-3]) for state in states]
+
+
+def is_unbegun(path: Path) -> bool:
+    """Whether a place is empty, or a run has ended there before its first state; it is removed."""
+    try:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+            return True
+        refuse_others(path)
+        lock = locked(path)
+    except CheckpointError:
+        return False
+    empty = not state_numbers(path)
+    if empty:
+        shutil.rmtree(path)
+    if lock is not None:
+        os.close(lock)
+    return empty

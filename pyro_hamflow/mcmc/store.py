@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pyro_hamflow.mcmc.chains import Rows
-from pyro_hamflow.mcmc.files import flush, locked, told
+from pyro_hamflow.mcmc.files import flush, is_unbegun, locked, state_numbers, told
 from pyro_hamflow.mcmc.identity import dimension_names
 from pyro_hamflow.mcmc.packing import (
     FORMAT,
@@ -62,7 +62,7 @@ class Store:
 
         self.path = Path(path)
         if new:
-            if os.path.lexists(self.path) and not self._is_unbegun():
+            if os.path.lexists(self.path) and not is_unbegun(self.path):
                 raise FileExistsError(
                     f"{self.path} exists already: go on with `MCMC.resume`, or name another place"
                 )
@@ -83,23 +83,6 @@ class Store:
         self._arrays: dict[str, dict[str, Any]] = {}
         self._kept: list[tuple[int, bool]] = []
 
-    def _is_unbegun(self) -> bool:
-        """Whether it is empty, or a run has ended here before its first state; it is removed."""
-        try:
-            if self.path.is_dir() and not any(self.path.iterdir()):
-                self.path.rmdir()
-                return True
-            refuse_others(self.path)
-            lock = locked(self.path)
-        except CheckpointError:
-            return False
-        empty = not self._numbers()
-        if empty:
-            shutil.rmtree(self.path)
-        if lock is not None:
-            os.close(lock)
-        return empty
-
     def hold(self) -> None:
         """Has it again after :meth:`close`.
 
@@ -108,7 +91,7 @@ class Store:
         """
         if self._lock is None:
             self._lock = locked(self.path)
-        if self._kept and max(self._numbers()) > self._kept[-1][0]:
+        if self._kept and max(state_numbers(self.path)) > self._kept[-1][0]:
             raise CheckpointError(f"another run has gone on in {self.path}: resume that one")
 
     def close(self) -> None:
@@ -276,7 +259,7 @@ class Store:
 
     def states(self) -> Iterator[tuple[int, Saved | DamagedCheckpoint]]:
         """All states that were written whole, the latest first; of damaged ones, the error."""
-        for number in sorted(self._numbers(), reverse=True):
+        for number in sorted(state_numbers(self.path), reverse=True):
             try:
                 data = self._root[f"checkpoints/{number:06d}"][:].tobytes()
                 yield number, Saved(number, *unpacked(data))
@@ -284,10 +267,6 @@ class Store:
                 raise OtherVersion(f"{self.path}: state {number}: {error}") from error
             except Exception as error:  # a codec's own, of any kind
                 yield number, DamagedCheckpoint(str(error))
-
-    def _numbers(self) -> list[int]:
-        states = (self.path / "checkpoints").glob("[0-9]*/c/0")
-        return [int(state.parts[-3]) for state in states]
 
     def forget_draws(self, group: str, chain: int, draws: int) -> None:
         """Removes what is beyond so many draws of a chain (and of those with it), whole or not."""

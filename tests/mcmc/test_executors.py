@@ -16,8 +16,7 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 import loky
 import pyro
@@ -30,86 +29,30 @@ from pyro_hamflow import (
     HMC,
     MCMC,
     NUTS,
-    PseudoMarginalNUTS,
     ess_above,
-    marginalize,
     progress,
     time_over,
     to_inference_data,
 )
-from pyro_hamflow.mcmc import spread
 from pyro_hamflow.mcmc.groups import seeds
 from pyro_hamflow.process import undisturbed
-
-Y = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-
-
-def model(y):
-    mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    with pyro.plate("row", 3):
-        pyro.sample("y", dist.Normal(mean.sum(), 1.0), obs=y)
-
-
-def latent(y):
-    mean = pyro.sample("mean", dist.Normal(torch.zeros_like(y[0]), 1.0))
-    with pyro.plate("row", len(y)):
-        x = pyro.sample("x", dist.Normal(mean, 1.0))
-        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
-
-
-def marginal():
-    return PseudoMarginalNUTS(marginalize(latent, ["x"], num_particles=2))
-
-
-class Inline(Executor):
-    """Does at once, in this process, what it is asked for."""
-
-    def submit(self, function, /, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-
-def forked(num_workers=2):
-    """Processes whose modules are imported once for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pyro_hamflow", "tests.mcmc.test_executors"])
-    return ProcessPoolExecutor(num_workers, mp_context=context)
-
-
-def run(executor, num_samples=24, *, kernel=None, num_chains=3, num_warm=16, data=Y, **settings):
-    settings = {"seed": 3, "chains_per_worker": 2, "disable_progbar": True} | settings
-    kernel = NUTS(model) if kernel is None else kernel
-    mcmc = MCMC(kernel, num_samples, num_warm, num_chains=num_chains, executor=executor, **settings)
-    mcmc.run(data)
-    return mcmc
-
-
-@contextmanager
-def short_segments(seconds=0.1):
-    before, spread.SECONDS = spread.SECONDS, seconds
-    try:
-        yield
-    finally:
-        spread.SECONDS = before
+from tests.helpers.groups import (
+    Inline,
+    Killer,
+    Y,
+    draws_of_groups,
+    forked,
+    marginal,
+    model,
+    run,
+    short_segments,
+)
 
 
 @pytest.fixture(scope="module")
 def pool():
     with forked(1) as executor:
         yield executor
-
-
-def draws_of_groups(num_samples, stop_when=None):
-    """The draws of each group, by runs in this process."""
-    torch.set_default_dtype(torch.float64)
-    settings = {"stop_when": stop_when, "disable_progbar": True}
-    parts = []
-    for seed, num_chains in zip(seeds(3, 2), (2, 1), strict=True):
-        mcmc = MCMC(NUTS(model), num_samples, 16, num_chains=num_chains, seed=seed, **settings)
-        mcmc.run(Y)
-        parts.append(mcmc.draws.position)
-    return torch.cat(parts)
 
 
 @pytest.fixture(scope="module")
@@ -282,24 +225,6 @@ def test_spread_run_stops_in_time():
 
 
 # --- faults -------------------------------------------------------------------------------------
-
-
-class Killer:
-    """Kills the process that it is called in, at one draw: once, or whenever it is that group's."""
-
-    def __init__(self, flag, draw, seed=None, number=signal.SIGKILL):
-        self.flag, self.draw, self.seed, self.number = flag, draw, seed, number
-
-    def __call__(self, kernel, params, stage, i):
-        if stage != "Sample" or i != self.draw:
-            return
-        if self.seed is None and not self.flag.exists():
-            self.flag.touch()
-            os.kill(os.getpid(), self.number)
-        if self.seed == torch.initial_seed():
-            with Path(self.flag).open("a") as file:
-                file.write(f"{os.getpid()}\n")
-            os.kill(os.getpid(), self.number)
 
 
 def test_a_worker_killed_once_costs_its_segment(expected, tmp_path):

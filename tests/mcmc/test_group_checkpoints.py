@@ -14,7 +14,8 @@ from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint
 from pyro_hamflow.mcmc.resume import OtherData, OtherModel
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.process import HeldSignals
-from tests.mcmc.test_executors import (
+from tests.helpers.broken_off import FORK, Ended, assert_same, ended_at
+from tests.helpers.groups import (
     Inline,
     Killer,
     Y,
@@ -26,7 +27,6 @@ from tests.mcmc.test_executors import (
     run,
     short_segments,
 )
-from tests.mcmc.test_resume import FORK, Ended, assert_same, ended_at
 
 
 def written(path, executor=None, num_samples=24, **settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -23,9 +22,9 @@ from pyro_hamflow.mcmc import draws, store
 from pyro_hamflow.mcmc.checkpoint import GROUPS
 from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint, OtherVersion
 from pyro_hamflow.mcmc.resume import OtherData, OtherModel
+from tests.helpers.broken_off import FORK, Ended, assert_same, ended_at
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
-FORK = multiprocessing.get_context("fork")  # a process of its own, without another import
 
 
 def model(y):
@@ -45,32 +44,6 @@ def finished(**changes):
     mcmc = run_of(**changes)
     mcmc.run(DATA)
     return mcmc
-
-
-def assert_same(one, other):
-    assert torch.equal(one.draws.position, other.draws.position)
-    assert one.draws.stats.keys() == other.draws.stats.keys()
-    for name, stat in one.draws.stats.items():
-        assert torch.equal(stat, other.draws.stats[name]), name
-    assert list(one.draws.local) == list(other.draws.local)
-    for name, value in one.draws.local.items():
-        assert torch.equal(value, other.draws.local[name]), name
-    assert one.messages == other.messages
-    assert one.warmup_steps == other.warmup_steps
-
-
-class Ended(Exception):
-    pass
-
-
-def ended_at(stage, number):
-    """A function for ``hook_fn`` that ends the run after an iteration."""
-
-    def hook(kernel, params, at, i):
-        if (at, i) == (stage, number):
-            raise Ended
-
-    return hook
 
 
 def break_off(path, stage, number, **changes):

@@ -35,8 +35,9 @@ ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
 ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.messages", "mcmc.stopping"]
 ROOMS += ["mcmc.kernels", "mcmc.moving", "mcmc.outcome"]
 ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.identity", "mcmc.snapshot", "mcmc.packing"]
-ROOMS += ["mcmc.files", "mcmc.store", "mcmc.checkpoint", "mcmc.course", "mcmc.resume"]
-ROOMS += ["mcmc.segment", "mcmc.groups", "mcmc.spread", "mcmc.workers", "mcmc.mcmc", "results"]
+ROOMS += ["mcmc.files", "mcmc.store", "mcmc.stored_draws", "mcmc.checkpoint", "mcmc.course"]
+ROOMS += ["mcmc.segment", "mcmc.groups", "mcmc.group_checkpoints", "mcmc.resume", "mcmc.latest"]
+ROOMS += ["mcmc.spread", "mcmc.workers", "mcmc.mcmc", "results"]
 
 MOST_LINES = 300
 LONGER = {
