@@ -113,6 +113,7 @@ class GroupCheckpoints(Writer):
             "warm": [furthest.iteration, furthest.written[WARM], 0],
             "division": asdict(self._division),
             "groups": [self._words(group, arrays) for group in groups],
+            "places": placed(freeze([_place(group) for group in groups], {}), arrays),
             **{name: placed(frozen, arrays) for name, frozen in tables.items()},
         }
         self.store.save(words, arrays, lasting=is_first)
@@ -144,10 +145,8 @@ class GroupCheckpoints(Writer):
         words: dict[str, Any] = {"first": group.first, "written": dict(group.written)}
         if saved is None or latest is None:
             return words
-        rest = [saved.random, saved.iteration, saved.warm, saved.kept, saved.statistics]
         return words | {
             **{name: placed(getattr(saved, name), arrays) for name in _FROZEN},
-            "rest": placed(freeze(rest, {}), arrays),
             "made": saved.kept.made,
             "left": latest.warmup_left,
             "messages": latest.messages,
@@ -155,33 +154,35 @@ class GroupCheckpoints(Writer):
         }
 
 
-def taken_up(group: Group, words: dict[str, Any], arrays: list[np.ndarray]) -> None:
-    """Puts a group where it was when these words were said of it."""
-    if "found" not in words:
-        return
+def _place(group: Group) -> list[Any] | None:
+    """Where a group is, but for its kernel."""
+    saved = group.saved
+    if saved is None:
+        return None
+    at = [saved.random, saved.iteration, saved.warm, saved.kept, saved.findings]
+    return [*at, group.findings]
 
-    def table(name: str) -> Frozen:
-        entries, start, stop = words[name]
+
+def take_up_places(
+    groups: Sequence[Group], words: dict[str, Any], arrays: list[np.ndarray]
+) -> None:
+    """Puts groups where they were when these words were said of them."""
+
+    def table(place: list[Any]) -> Frozen:
+        entries, start, stop = place
         return entries, arrays[start:stop]
 
-    saved = Saved(table("source"), table("found"), *thaw(*table("rest"), {}))
-    messages = list(words["messages"])
-    group.written.update(words["written"])
-    group.warmup_time, group.sampling_time = words["times"]
-    group.take(
-        Segment(
-            None,
-            None,
-            saved,
-            saved.iteration,
-            words["made"],
-            words["left"],
-            messages,
-            0.0,
-            0.0,
-            None,
-        )
-    )
+    places = thaw(*table(words["places"]), {})
+    for group, place, said in zip(groups, places, words["groups"], strict=True):
+        if place is None:
+            continue
+        *at, findings = place
+        saved = Saved(table(said["source"]), table(said["found"]), *at)
+        group.written.update(said["written"])
+        group.warmup_time, group.sampling_time = said["times"]
+        counts = saved.iteration, said["made"], said["left"], list(said["messages"])
+        group.take(Segment(None, None, saved, *counts, 0.0, 0.0, None))
+        group.findings = findings
 
 
 def written_rows(words: dict[str, Any], prefix: str) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pyro_hamflow.mcmc.adaptation.window import Findings
 from pyro_hamflow.mcmc.checkpoint import WARM
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.segment import Saved, Segment
@@ -26,6 +27,7 @@ class Group:
         warm: The same of the warm-up.
         saved: Where they are; none at the beginning.
         latest: Their latest segment.
+        findings: What the warm-up of all groups has found, which the next segment goes on with.
         losses: How many workers they have lost while they were alone.
         fault: Why they ended early, in words.
         written: How many draws of each are in a store, and no more here: of the run, and of the
@@ -40,6 +42,7 @@ class Group:
     warm: list[Draws] = field(default_factory=list)
     saved: Saved | None = None
     latest: Segment | None = None
+    findings: Findings | None = None
     losses: int = 0
     fault: str | None = None
     warmup_time: float = 0.0
@@ -50,6 +53,12 @@ class Group:
     def numbers(self) -> range:
         """The numbers of the chains."""
         return range(self.first, self.first + self.num_chains)
+
+    @property
+    def waits(self) -> bool:
+        """Whether they wait for what the warm-up of all groups has found."""
+        awaits = self.saved is not None and self.saved.findings is not None
+        return awaits and self.findings is None
 
     @property
     def made(self) -> int:
@@ -77,7 +86,8 @@ class Group:
         self.draws += [] if segment.draws is None else [segment.draws]
         self.warm += [] if segment.warm is None else [segment.warm]
         self.latest = segment
-        self.saved = segment.saved or self.saved
+        if segment.saved is not None:
+            self.saved, self.findings = segment.saved, None
         self.warmup_time += segment.warmup_time
         self.sampling_time += segment.sampling_time
 

@@ -91,6 +91,10 @@ class MCMC(Outcome):
             and ``hook_fn`` are pickled (by cloudpickle, if it is installed) and run in the workers.
         chains_per_worker: How many chains make a group with an ``executor``: they move at once,
             and are tuned together, apart from other groups.
+        pool_warmup: Whether groups share what warm-up finds: a mass of the positions of all chains
+            at the end of each window, the step size and whether it goes on at the end of all. They
+            then wait for each other there, and need fewer iterations. Of ``HMC``, ``NUTS``,
+            ``MALA`` and the pseudo-marginal ones; others learn more than they can share.
         worker_timeout: After how many seconds in which an executor brings nothing back what it was
             to bring is taken for lost.
 
@@ -132,6 +136,7 @@ class MCMC(Outcome):
         keep: Sequence[str] | None = None,
         executor: Executors | None = None,
         chains_per_worker: int = 1,
+        pool_warmup: bool = False,
         worker_timeout: float = 3600.0,
     ) -> None:
         if not isinstance(kernel, Kernel):
@@ -164,6 +169,17 @@ class MCMC(Outcome):
             )
         whole("chains_per_worker", chains_per_worker, 1)
         positive("worker_timeout", worker_timeout)
+        flag("pool_warmup", pool_warmup)
+        if pool_warmup and executor is None:
+            raise ValueError(
+                "`pool_warmup` is True without an `executor`: expected one, as chains in this "
+                "process are tuned together"
+            )
+        if pool_warmup and not kernel.can_pool:
+            raise ValueError(
+                f"`pool_warmup` is True of {type(kernel).__name__}: expected a kernel that tunes "
+                "step size and mass alone, as HMC or NUTS"
+            )
         if executor is not None and not (isinstance(executor, Executor) or callable(executor)):
             raise TypeError(
                 f"`executor` is {executor!r}: expected a concurrent.futures.Executor, or a "
@@ -194,7 +210,8 @@ class MCMC(Outcome):
         self.initial_params = initial_params
         self.chain_method = chain_method
         pooled = num_chains if chain_method == "vectorized" else 1
-        self._tuned_together = pooled if executor is None else min(pooled, chains_per_worker)
+        apart = executor is not None and not pool_warmup
+        self._tuned_together = min(pooled, chains_per_worker) if apart else pooled
         self._given_warmup_steps = warmup_steps
         self._counts = Counts(planned_warmup(warmup_steps, self._tuned_together))
         self.seed = seed
@@ -206,6 +223,7 @@ class MCMC(Outcome):
         self.keep = None if keep is None else list(keep)
         self.executor = executor
         self.chains_per_worker = chains_per_worker
+        self.pool_warmup = pool_warmup
         self.worker_timeout = worker_timeout
         self.ended_early: dict[str, Draws] = {}
         self.hook_fn = hook_fn
@@ -250,6 +268,7 @@ class MCMC(Outcome):
             hides_progress=self.disable_progbar,
             args=args,
             kwargs=kwargs,
+            pools_warmup=self.pool_warmup,
             counts=self._counts,
         )
 
@@ -399,9 +418,10 @@ class MCMC(Outcome):
                     mcmc = cls._of(found, path, model, num_samples, given)
                     mcmc._go_on_from(found, args, kwargs)
                 return mcmc
+            given["executor"] = executor = executor or InThisProcess()
             with settings_kept():
                 mcmc = cls._of(found, path, model, num_samples, given)
-                mcmc._go_on_with_groups(found, found.division, args, kwargs)
+                mcmc._go_on_with_groups(executor, found, found.division, args, kwargs)
             return mcmc
 
     @classmethod
@@ -418,7 +438,12 @@ class MCMC(Outcome):
         return cls(found.kernel(model), **settings, checkpoint=path)
 
     def _go_on_with_groups(
-        self, found: Found, division: Division, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        executor: Executors,
+        found: Found,
+        division: Division,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         """Goes on from a state of a run whose chains move in workers."""
         mover = self._mover(args, kwargs)
@@ -426,8 +451,7 @@ class MCMC(Outcome):
             groups = divided(mover, division.seed, division.together)
             found.take_up_groups(self.kernel, args, kwargs, groups)
         checkpoints = self._group_checkpoints(found.store, mover, division.seed)
-        workers = Workers(mover, groups, time.monotonic(), checkpoints)
-        self._move_groups(self.executor or InThisProcess(), workers)
+        self._move_groups(executor, Workers(mover, groups, time.monotonic(), checkpoints))
 
     def _go_on_from(self, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Goes on from a state that was found."""
@@ -461,6 +485,7 @@ class MCMC(Outcome):
             "thin": self.thin,
             "keep": self.keep,
             "chains_per_worker": self.chains_per_worker,
+            "pool_warmup": self.pool_warmup,
             "worker_timeout": self.worker_timeout,
         }
 

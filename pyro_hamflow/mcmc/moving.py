@@ -63,6 +63,7 @@ class Mover:
         hides_progress: Whether no progress is shown.
         args: The model's arguments.
         kwargs: Its keyword arguments.
+        pools_warmup: Whether warm-up waits for what that of other chains has found.
         counts: What the run has taken so far.
     """
 
@@ -81,6 +82,7 @@ class Mover:
     hides_progress: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    pools_warmup: bool = False
     counts: Counts = field(default_factory=Counts)
 
     @property
@@ -112,6 +114,7 @@ class Mover:
         kernel, planned = self.kernel, self.planned_warmup_steps
         kernel.planned_draws = self.num_samples
         kernel.hides_progress = self.hides_progress
+        kernel.pools_warmup = self.pools_warmup
         given = self.warmup_steps
         kernel.most_warmup_steps = None if given is not None else _LONGEST * planned
         began = time.perf_counter()

@@ -15,7 +15,7 @@ from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import GROUPS, WARM, Progress
 from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.frozen import thaw
-from pyro_hamflow.mcmc.group_checkpoints import Division, taken_up
+from pyro_hamflow.mcmc.group_checkpoints import Division, take_up_places
 from pyro_hamflow.mcmc.groups import Group
 from pyro_hamflow.mcmc.identity import digest_of, set_random_states, structure_of
 from pyro_hamflow.mcmc.kernels.base import Kernel
@@ -179,8 +179,7 @@ class Found:
             OtherData: If the data are others.
         """
         self._refuse_others(kernel, args, kwargs)
-        for group, words in zip(groups, self.saved.words["groups"], strict=True):
-            taken_up(group, words, self.saved.arrays)
+        take_up_places(groups, self.saved.words, self.saved.arrays)
         begun = next((group.saved for group in groups if group.saved is not None), None)
         if begun is not None:
             self._capture(kernel, args, kwargs, begun.source)

@@ -21,6 +21,7 @@ import pyro
 import torch
 from pyro import settings
 
+from pyro_hamflow.mcmc.adaptation.window import Findings
 from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.identity import random_states, set_random_states
@@ -34,6 +35,10 @@ try:
 except ImportError:
     pickler = pickle
 
+_UNPOOLED = (
+    "`pool_warmup` is True of a kernel whose state cannot be stored: expected one of pyro_hamflow, "
+    "made of numbers, tensors and objects of its own"
+)
 _MOST_TASKS = 8  # that a process remembers, with their captured models
 
 
@@ -70,7 +75,11 @@ class Task:
 
 @dataclass
 class Saved:
-    """Where a group is: all that its next iteration depends on."""
+    """Where a group is: all that its next iteration depends on.
+
+    Attributes:
+        findings: What its warm-up has found, if it waits for what that of all groups has.
+    """
 
     source: Frozen
     found: Frozen
@@ -78,7 +87,7 @@ class Saved:
     iteration: int
     warm: Record
     kept: Record
-    statistics: Any = None
+    findings: Findings | None = None
 
 
 @dataclass
@@ -119,13 +128,19 @@ def packed(value: Any) -> bytes:
 
 
 def make_segment(
-    task: bytes, saved: bytes | None, seconds: float, most_draws: int, attempt: int
+    task: bytes,
+    saved: bytes | None,
+    findings: bytes | None,
+    seconds: float,
+    most_draws: int,
+    attempt: int,
 ) -> bytes:
     """Moves the chains of a group on, until they have their draws or their time is over.
 
     Arguments:
         task: A packed :class:`Task`.
         saved: Where the group is, packed; at the beginning if not given.
+        findings: What the warm-up of all groups has found, packed, where this one waits for it.
         seconds: For how long.
         most_draws: Up to how many draws.
         attempt: Tells this call from earlier ones, which executors might take for the same.
@@ -135,7 +150,7 @@ def make_segment(
     """
     found = _task(task)
     with found.process():
-        return packed(_make(found.run, saved, seconds, most_draws))
+        return packed(_make(found.run, saved, findings, seconds, most_draws))
 
 
 def _task(task: bytes) -> Task:
@@ -148,7 +163,9 @@ def _task(task: bytes) -> Task:
     return found
 
 
-def _make(run: Mover, saved: bytes | None, seconds: float, most_draws: int) -> Segment:
+def _make(
+    run: Mover, saved: bytes | None, findings: bytes | None, seconds: float, most_draws: int
+) -> Segment:
     ends = time.monotonic() + seconds
     chains = run.new_chains(None)
     run.counts = Counts()
@@ -160,6 +177,10 @@ def _make(run: Mover, saved: bytes | None, seconds: float, most_draws: int) -> S
             run.begin(chains, None)
         else:
             _go_on_from(run, pickle.loads(saved), chains)
+        if findings is not None:
+            _, state = chains.begun()
+            chains.state = run.kernel.take_in(pickle.loads(findings), state)
+            chains.phase = run.kernel.phase
         run.num_samples = most_draws  # so that no call of an engine makes more
         can_be_saved = True
         with HeldSignals(signal.SIGINT) as held:
@@ -167,10 +188,13 @@ def _make(run: Mover, saved: bytes | None, seconds: float, most_draws: int) -> S
                 run.move(chains)
                 if held.came:
                     raise KeyboardInterrupt
+                waits = run.kernel.share(chains.begun()[1]) is not None
                 over = time.monotonic() >= ends or chains.kept.made >= most_draws
-                if over and can_be_saved:
+                if waits or (over and can_be_saved):
                     place = _saved(run, chains)
                     if place is None:  # then all is one segment
+                        if waits:
+                            raise TypeError(_UNPOOLED)
                         can_be_saved, run.num_samples = False, planned
     except BaseException as caught:  # noqa: BLE001  # goes back with the draws
         error = _carried(caught)
@@ -202,7 +226,8 @@ def _saved(run: Mover, chains: Chains) -> Saved | None:
     except Unstorable:
         return None
     records = _emptied(chains.warm), _emptied(chains.kept)
-    return Saved(*words, random_states(), chains.iteration, *records)
+    findings = run.kernel.share(chains.begun()[1])
+    return Saved(*words, random_states(), chains.iteration, *records, findings)
 
 
 def _emptied(record: Record) -> Record:

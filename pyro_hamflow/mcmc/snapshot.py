@@ -22,7 +22,7 @@ from pyro_hamflow.mcmc.transitions.base import State
 
 # What a kernel finds in a run, beside what it was made of.
 _FOUND = ("_phase", "_engine", "plan", "_surrogate_run", "_found")
-_PLANNED = ("planned_draws", "most_warmup_steps")
+_PLANNED = ("planned_draws", "most_warmup_steps", "pools_warmup")
 _GIVEN = ("method", "refresh", "trajectories", "required")  # of an estimator, by the user
 _GUIDES = ("_guide", "_flow_choices.flow")  # that were given, and may be trained in a run
 _OWN = "pyro_hamflow."

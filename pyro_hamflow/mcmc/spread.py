@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+from pyro_hamflow.mcmc.adaptation.window import Findings
 from pyro_hamflow.mcmc.groups import Group
 from pyro_hamflow.mcmc.segment import Segment, make_segment, packed
 from pyro_hamflow.progress import Bar
@@ -91,7 +92,7 @@ class Spread:
         self.look = look
         self.error: BaseException | None = None
         self._awaited: dict[Future[bytes], _Await] = {}
-        self._ready = deque(self._going)
+        self._ready = deque(group for group in self._going if not group.waits)
         self._suspects: deque[Group] = deque()
         self._goal: int | None = goal
         self._attempts = 0
@@ -102,6 +103,7 @@ class Spread:
         """Moves all groups to their end; an interruption keeps what has come back so far."""
         try:
             while self._goal is not None and self.error is None and self._going:
+                self._share()
                 self._submit()
                 self._collect(_GLANCE)
                 self._give_up_what_is_overdue()
@@ -144,11 +146,24 @@ class Spread:
         while self._ready and not self._suspects:
             self._submit_group(self._ready.popleft(), alone=False)
 
+    def _share(self) -> None:
+        """Lets groups that wait for each other go on, with what all of them have found."""
+        waiting = [group for group in self._going if group.waits]
+        if not waiting or self._awaited or self._suspects or self._ready:
+            return
+        parts = [group.saved.findings for group in waiting if group.saved is not None]
+        findings = Findings.joined([part for part in parts if part is not None])
+        for group in waiting:
+            group.findings = findings
+        self._ready.extend(waiting)
+
     def _submit_group(self, group: Group, *, alone: bool) -> None:
         self._attempts += 1
         saved = None if group.saved is None else packed(group.saved)
+        findings = None if group.findings is None else packed(group.findings)
         assert self._goal is not None
-        segment = partial(make_segment, group.task, saved, self.seconds, self._goal, self._attempts)
+        how = (self.seconds, self._goal, self._attempts)
+        segment = partial(make_segment, group.task, saved, findings, *how)
         for fresh in (False, True):
             try:
                 future = self._executor.submit(segment)
@@ -210,7 +225,7 @@ class Spread:
         group.losses = 0
         if segment.error is not None:
             self.error = self.error or segment.error
-        elif group.made < self.num_samples:
+        elif group.made < self.num_samples and not group.waits:
             self._ready.append(group)
 
     def _lose(self, awaited: _Await, reason: str) -> None:

@@ -46,7 +46,7 @@ def divided(mover: Mover, seed: int, most: int) -> list[Group]:
         own = replace(
             mover,
             num_chains=count,
-            tuned_together=count,
+            tuned_together=mover.tuned_together if mover.pools_warmup else count,
             initial_params=initial,
             stop_when=None,
             hides_progress=True,

@@ -27,13 +27,16 @@ from distributed import LocalCluster
 
 from pyro_hamflow import (
     HMC,
+    HNNHMC,
     MCMC,
     NUTS,
+    FlowNUTS,
     ess_above,
     progress,
     time_over,
     to_inference_data,
 )
+from pyro_hamflow.mcmc.adaptation import transport_learning
 from pyro_hamflow.mcmc.groups import seeds
 from pyro_hamflow.process import undisturbed
 from tests.helpers.groups import (
@@ -136,6 +139,33 @@ def test_segments_of_other_kernels(kernel):
         assert torch.equal(stat, cut.draws.stats[name]), name
     for name, part in whole.draws.local.items():
         assert torch.equal(part, cut.draws.local[name]), name
+
+
+def signs(y):
+    x = pyro.sample("x", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
+    pyro.sample("y", dist.Normal(x.square(), 1.0).to_event(1), obs=y)
+
+
+LEARNING = {
+    "HNN": (lambda: HNNHMC(model, fallback=False, training_steps=30), Y),
+    "NeuTra": (lambda: NUTS(model, transport="flow", max_tree_depth=3), Y),
+    "FlowNUTS": (lambda: FlowNUTS(signs, num_particles=100), torch.tensor([4.0, 4.0])),
+}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.slow
+def test_segments_of_kernels_that_learn(name, monkeypatch):
+    """A network, a map and a flow, each cut off while it learns, and after it."""
+    monkeypatch.setattr(transport_learning, "_STEPS", 20)  # of each fit of a map, to take less long
+    monkeypatch.setattr(transport_learning, "_LAST_STEPS", 20)
+    make, data = LEARNING[name]
+
+    def draws(seconds):
+        with short_segments(seconds):
+            return run(Inline(), 12, kernel=make(), num_warm=60, data=data).draws.position
+
+    assert torch.equal(draws(0.05), draws(1000.0))
 
 
 def test_run_without_a_seed_takes_torchs():

@@ -29,6 +29,7 @@ class RunPlan:
         messages: What the user is to be told, in a sentence each.
         before: How many iterations of warm-up were made before those that are counted here.
         hidden: Whether what precedes iterations shows nothing of how far it has come.
+        pools: Whether warm-up waits, where it can, for what that of other chains has found.
     """
 
     kernel: str
@@ -39,6 +40,7 @@ class RunPlan:
     messages: list[str] = field(default_factory=list)
     before: int = 0
     hidden: bool = True
+    pools: bool = False
 
     def say(self, sentence: str, *, first: bool = False) -> None:
         """Adds a message, or puts it before all others."""

@@ -58,6 +58,7 @@ class Hamiltonian:
         kinetic: GaussianKinetic | None = None,
         phase: Callable[..., Tune] = Tune,
         may_go_on: bool = True,
+        pools: bool = False,
     ) -> tuple[Tune, State]:
         """The phase that tunes, from where chains start, and the first state.
 
@@ -71,6 +72,7 @@ class Hamiltonian:
                 where it is the identity.
             phase: The kind of phase.
             may_go_on: Whether warm-up may take longer than is planned.
+            pools: Whether it waits for what that of other chains has found.
         """
         step_and_mass = self.step_and_mass
         state = transition.state_at(position, noise)
@@ -80,7 +82,8 @@ class Hamiltonian:
             kinetic = GaussianKinetic(scales.diag() if kinetic.is_dense else scales)
         most = plan.most_warmup_steps if may_go_on and step_and_mass.adapts else None
         tuning = step_and_mass.first_tuning(kinetic)
-        warmup = step_and_mass.warm_up(potential, tuning, plan.warmup_steps, most_steps=most)
+        steps = plan.warmup_steps
+        warmup = step_and_mass.warm_up(potential, tuning, steps, most_steps=most, pools=pools)
         estimator = self.estimator if potential.noise_sites else None
         begun = phase(transition, self.trajectories, step_and_mass, warmup, plan, estimator)
         if step_and_mass.adapt_step_size and step_and_mass.step_size is None:

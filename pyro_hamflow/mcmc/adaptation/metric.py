@@ -7,6 +7,7 @@ on its way, tells all scales and correlations, where draws alone would tell how 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -53,6 +54,14 @@ class Covariance:
         self._mean = self._mean + shift / self._counts.clamp(min=1.0)
         weighted = shift * old / self._counts.clamp(min=1.0)
         self._sum += weighted.mT @ shift if self.dense else (weighted * shift).sum(0)
+
+    @staticmethod
+    def joined(parts: Sequence[Covariance]) -> Covariance:
+        """That of the rows of all chains of some others."""
+        whole = Covariance(parts[0]._mean.shape[1], dense=parts[0].dense)
+        whole._sum = torch.stack([part._sum for part in parts]).sum(0)
+        whole._counts = torch.cat([part._counts for part in parts])
+        return whole
 
     def value(self) -> Tensor:
         """The covariance, ``(dimension, dimension)``, or its diagonal, ``(dimension,)``."""
@@ -111,6 +120,14 @@ class Metric:
         finite = (position.isfinite() & gradient.isfinite()).all(-1, keepdim=True)
         self.positions.update(torch.where(finite, position, torch.nan))
         self.gradients.update(torch.where(finite, gradient, torch.nan))
+
+    @staticmethod
+    def joined(parts: Sequence[Metric]) -> Metric:
+        """What some others have learned together; it takes in no more."""
+        whole = Metric(parts[0].positions._mean.shape[1], dense=parts[0].positions.dense)
+        whole.positions = Covariance.joined([part.positions for part in parts])
+        whole.gradients = Covariance.joined([part.gradients for part in parts])
+        return whole
 
     def inverse_mass(self, old: Tensor) -> Tensor:
         """The inverse mass by all that was taken in, of the form of the one before.

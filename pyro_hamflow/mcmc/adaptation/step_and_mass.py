@@ -158,6 +158,7 @@ class StepAndMass:
         adapt_step_size: bool = True,
         adapt_mass: bool = True,
         most_steps: int | None = None,
+        pools: bool = False,
     ) -> WarmUp:
         """A warm-up of ``steps`` iterations; it adapts what users and caller let it."""
         return WarmUp(
@@ -169,6 +170,7 @@ class StepAndMass:
             adapt_mass=adapt_mass and self.adapt_mass_matrix,
             most_steps=most_steps,
             shaped=self.form(potential).shaped,
+            pools=pools,
         )
 
     def reasonable_step_size(self, transition: Transition, state: State, tuning: Tuning) -> float:

@@ -6,7 +6,7 @@ from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
 from pyro_hamflow.mcmc.adaptation.watch import Standstill
-from pyro_hamflow.mcmc.adaptation.window import WarmUp
+from pyro_hamflow.mcmc.adaptation.window import Findings, WarmUp
 from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning
 from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
 
@@ -76,6 +76,19 @@ class Tune:
         self._standstill.update(info, num_steps, warmup.tuning.step_size)
         warmup.may_go_on &= not self._standstill.found
         changed = warmup.update(state, info)
+        return state if warmup.waits else self._concluded(state, changed=changed), info
+
+    def share(self, state: State) -> Findings | None:
+        """What is to be joined with what others have found; none if it does not wait for them."""
+        return self.warmup.found(len(state.position)) if self.warmup.waits else None
+
+    def take_in(self, found: Findings, state: State) -> State:
+        """Goes on with what all have found together."""
+        return self._concluded(state, changed=self.warmup.take_in(found))
+
+    def _concluded(self, state: State, *, changed: bool) -> State:
+        """What follows from an iteration, which may end a window or the warm-up."""
+        warmup = self.warmup
         if changed:
             self._standstill.restart()
         if changed and not warmup.finished:
@@ -89,7 +102,7 @@ class Tune:
             self.estimator.note(state)
             if warmup.finished:
                 self.estimator.examine(state)
-        return state, info
+        return state
 
     def _refitted(self, estimator: EstimatorTuning, state: State) -> State:
         """Fits the estimator anew, if that is worth it; returns the state on the new target."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ class Watch:
     Arguments:
         before: How many iterations there are until it begins.
         length: How many it has.
+        joins: Whether it is to be joined with those over other chains.
     """
 
-    def __init__(self, before: int, length: int) -> None:
+    def __init__(self, before: int, length: int, *, joins: bool = False) -> None:
         self.length = length
+        self.joins = joins
         self._done = -before
         self._means: list[Tensor] = []
         self._sums: list[Tensor] = []
@@ -39,7 +42,7 @@ class Watch:
         self._done += 1
         if self._done <= 0:
             return
-        pieces = 2 if len(position) > 1 else 4
+        pieces = 2 if self.joins or len(position) > 1 else 4
         piece = min((self._done - 1) * pieces // self.length, pieces - 1)
         rows = position.detach().double()
         if piece == len(self._means):
@@ -55,6 +58,20 @@ class Watch:
         if limited is not None:
             self._limited += int(limited.sum())
             self._ended += len(position)
+
+    @staticmethod
+    def joined(parts: Sequence[Watch]) -> Watch:
+        """One over the chains of some others, whose windows are over."""
+        whole = Watch(0, parts[0].length, joins=True)
+        pieces = range(len(parts[0]._means))
+        whole._means = [torch.cat([part._means[i] for part in parts]) for i in pieces]
+        whole._sums = [torch.cat([part._sums[i] for part in parts]) for i in pieces]
+        whole._counts = parts[0]._counts
+        sizes = zip(*(part._sizes for part in parts), strict=True)
+        whole._sizes = [math.exp(sum(map(math.log, each)) / len(each)) for each in sizes]
+        whole._limited = sum(part._limited for part in parts)
+        whole._ended = sum(part._ended for part in parts)
+        return whole
 
     def rhat(self) -> Tensor:
         """Split R-hat of each coordinate, over the pieces of all chains, ``(dimension,)``."""

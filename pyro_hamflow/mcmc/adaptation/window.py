@@ -7,7 +7,8 @@ covariance of their positions, in windows of doubling length. When warm-up ends,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,6 +82,39 @@ def _windows(start: int, stop: int) -> list[int]:
     return ends
 
 
+@dataclass
+class Findings:
+    """What warm-ups have found, and share.
+
+    Attributes:
+        num_chains: Of how many chains.
+        metric: What a window's positions and gradients tell; none if none is over.
+        watch: What the last window shows; none if it is not over.
+        log_step_size: The logarithm of the step size, averaged.
+        may_go_on: Whether there may be more iterations, as far as it is worth it.
+    """
+
+    num_chains: int
+    metric: Metric | None
+    watch: Watch | None
+    log_step_size: float
+    may_go_on: bool
+
+    @staticmethod
+    def joined(parts: Sequence[Findings]) -> Findings:
+        """What all of them have found together, at the same iteration."""
+        chains = sum(part.num_chains for part in parts)
+        metrics = [part.metric for part in parts if part.metric is not None]
+        watches = [part.watch for part in parts if part.watch is not None]
+        return Findings(
+            chains,
+            Metric.joined(metrics) if metrics else None,
+            Watch.joined(watches) if watches else None,
+            sum(part.num_chains * part.log_step_size for part in parts) / chains,
+            all(part.may_go_on for part in parts),
+        )
+
+
 class WarmUp:
     """Tunes step size and mass over the warm-up iterations, and says when it has done so.
 
@@ -97,9 +131,12 @@ class WarmUp:
         adapt_mass: Whether to tune the mass.
         most_steps: How many iterations there may be, as many as must be if not given.
         shaped: Gives a covariance the structure that the inverse mass is to have.
+        pools: Whether it waits, at the end of each window and of the warm-up, for what others have
+            found.
 
     Attributes:
         tuning: What is found so far.
+        waits: Whether it does so now.
         warmup_steps: How many iterations there will be, as far as is known.
         doubts: Why the last window did not convince, in words; empty if it did.
         has_gone_on: Whether there were more iterations than at least.
@@ -117,6 +154,7 @@ class WarmUp:
         adapt_mass: bool,
         most_steps: int | None = None,
         shaped: Callable[[Tensor], Tensor] | None = None,
+        pools: bool = False,
     ) -> None:
         self.tuning = Tuning(step_size, kinetic)
         self.warmup_steps = warmup_steps
@@ -124,6 +162,8 @@ class WarmUp:
         self.adapt_step_size = adapt_step_size
         self.adapt_mass = adapt_mass
         self._shaped = shaped
+        self.pools = pools
+        self.waits = False
         self.doubts: list[str] = []
         self.has_gone_on = False
         self.may_go_on = True
@@ -137,7 +177,7 @@ class WarmUp:
 
     @property
     def finished(self) -> bool:
-        return self._done >= self.warmup_steps
+        return self._done >= self.warmup_steps and not self.waits
 
     @property
     def remaining(self) -> int:
@@ -160,32 +200,57 @@ class WarmUp:
         if self.adapt_step_size:
             self._set_step_scale(info.acceptance_rate)
             self._averaging.update(float(info.acceptance_rate.mean()))
-        changed = self.adapt_mass and self._update_mass(state)
+        if self.adapt_mass and self._windows:
+            dimension = state.position.shape[1]
+            self._metric.update(state.position, state.gradient[:, :dimension])
         if self._watch is not None:
             self._watch.update(state.position, info, self.tuning.step_size)
-            if self.finished:
-                self._judge(self._watch)
+        at_end = self._done == self.warmup_steps
+        self.waits = self.pools and (self._at_end_of_window or at_end)
+        return not self.waits and self._conclude(self._metric, self._watch, self._averaging.final())
+
+    def found(self, num_chains: int) -> Findings:
+        """What is to be joined with what others have found, while it waits for them."""
+        at_end = self._done == self.warmup_steps
+        return Findings(
+            num_chains,
+            self._metric if self._at_end_of_window else None,
+            self._watch if at_end else None,
+            math.log(self._averaging.final()),
+            self.may_go_on,
+        )
+
+    def take_in(self, found: Findings) -> bool:
+        """Goes on with what all have found together; says whether the mass has changed."""
+        self.waits, self.may_go_on = False, found.may_go_on
+        size = math.exp(found.log_step_size)
+        return self._conclude(found.metric or self._metric, found.watch or self._watch, size)
+
+    @property
+    def _at_end_of_window(self) -> bool:
+        return self.adapt_mass and self._done in self._windows[:1]
+
+    def _conclude(self, metric: Metric, watch: Watch | None, final_size: float) -> bool:
+        """What follows from an iteration; says whether the mass has changed."""
+        changed = self._at_end_of_window
+        if changed:
+            self._windows.pop(0)
+            self._set_mass(metric)
+        if watch is not None and self.finished:
+            self._judge(watch)
         if self.adapt_step_size:
-            size = self._averaging.final() if self.finished else self._averaging.step_size
+            size = final_size if self.finished else self._averaging.step_size
             self.tuning = self.tuning._replace(step_size=size)
         return changed
 
-    def _update_mass(self, state: State) -> bool:
-        """Takes in positions and gradients; makes a mass of them at a window's end."""
-        if not self._windows:
-            return False
-        dimension = state.position.shape[1]
-        self._metric.update(state.position, state.gradient[:, :dimension])
-        if self._done != self._windows[0]:
-            return False
-        self._windows.pop(0)
-        if self._metric.count > 2:
-            inverse_mass = self._metric.inverse_mass(self.tuning.kinetic.inverse_mass)
+    def _set_mass(self, metric: Metric) -> None:
+        """Makes a mass of a window's positions and gradients."""
+        if metric.count > 2:
+            inverse_mass = metric.inverse_mass(self.tuning.kinetic.inverse_mass)
             if self._shaped is not None:
                 inverse_mass = self._shaped(inverse_mass)
             self.tuning = self.tuning._replace(kinetic=GaussianKinetic(inverse_mass))
         self._metric = self._new_metric()
-        return True
 
     def _judge(self, watch: Watch) -> None:
         """Goes on for another window unless the last one shows convergence."""
@@ -204,7 +269,7 @@ class WarmUp:
         if self._most_steps == self.warmup_steps and not self._done:
             return None
         start = self._windows[-2] if len(self._windows) > 1 else self._done
-        return Watch(start - self._done, self.warmup_steps - start)
+        return Watch(start - self._done, self.warmup_steps - start, joins=self.pools)
 
     def _set_step_scale(self, acceptance_rate: Tensor) -> None:
         """Shortens the steps of chains that would not move, as far out, until the opening ends.

@@ -50,7 +50,9 @@ from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import Adapter
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateChoices, SurrogateRun
 from pyro_hamflow.mcmc.adaptation.transport import Transporting
+from pyro_hamflow.mcmc.adaptation.tune import Tune
 from pyro_hamflow.mcmc.adaptation.verdict import SurrogateReport
+from pyro_hamflow.mcmc.adaptation.window import Findings
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.kernels.pyro_face import PyroFace
 from pyro_hamflow.mcmc.transitions.base import Info, State, padded
@@ -75,6 +77,7 @@ class Kernel(PyroFace):
         planned_draws: How many draws of each chain follow, where the runner tells.
         most_warmup_steps: How many iterations of warm-up there may be, likewise.
         hides_progress: Whether what precedes iterations shows no progress, likewise.
+        pools_warmup: Whether warm-up waits for what that of other chains has found, likewise.
         plan: What the latest run was to be.
         made_of: The arguments that it was made of, and the keyword arguments.
     """
@@ -105,6 +108,7 @@ class Kernel(PyroFace):
         self.planned_draws: int | None = None
         self.most_warmup_steps: int | None = None
         self.hides_progress = True
+        self.pools_warmup = False
         self.plan = RunPlan(type(self).__name__, 1, 0)
         self._phase: Phase | None = None
 
@@ -138,7 +142,7 @@ class Kernel(PyroFace):
         transition = self.make_transition(self.potential, position)
         if self._hamiltonian is not None:
             return self._hamiltonian.first_phase(
-                self.potential, transition, self.plan, position, noise
+                self.potential, transition, self.plan, position, noise, pools=self.plan.pools
             )
         return Sample(transition, transition.step), transition.state_at(position, noise)
 
@@ -195,6 +199,7 @@ class Kernel(PyroFace):
             self.most_warmup_steps,
             self.planned_draws,
             hidden=self.hides_progress,
+            pools=self.pools_warmup,
         )
         estimator = None if self._hamiltonian is None else self._hamiltonian.estimator
         if estimator is not None:
@@ -239,6 +244,20 @@ class Kernel(PyroFace):
         state, block = found
         draws = Draws.of_block(block, self.step_size)
         return state, block.info, draws
+
+    @property
+    def can_pool(self) -> bool:
+        """Whether warm-up finds nothing but what it can share: step size and mass."""
+        return self._hamiltonian is not None and not (self.choices or self._transporting)
+
+    def share(self, state: State) -> Findings | None:
+        """What is to be joined with what others have found; none if none of it is awaited."""
+        return self.phase.share(state) if isinstance(self.phase, Tune) else None
+
+    def take_in(self, findings: Findings, state: State) -> State:
+        """Goes on with what all have found together."""
+        assert isinstance(self.phase, Tune)
+        return self._followed(self.phase.take_in(findings, state))
 
     def _followed(self, state: State) -> State:
         """The state to go on from: of the next phase, if this one is over."""

@@ -131,6 +131,10 @@ class FlowNUTS(Kernel):
         self._flow_choices = FlowChoices(flow, adapt_flow, num_proposals, num_particles)
         self._found: Found | None = None
 
+    @property
+    def can_pool(self) -> bool:
+        return False  # it finds a flow, too
+
     def prepare(
         self,
         args: tuple[Any, ...],
