@@ -17,6 +17,7 @@ from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import Checkpoints
 from pyro_hamflow.mcmc.course import Course, Left
 from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.executors import Executors, InThisProcess
 from pyro_hamflow.mcmc.group_checkpoints import Division, GroupCheckpoints
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.latest import latest
@@ -24,7 +25,6 @@ from pyro_hamflow.mcmc.moving import Counts, Mover, planned_warmup
 from pyro_hamflow.mcmc.outcome import Outcome
 from pyro_hamflow.mcmc.packing import CheckpointError
 from pyro_hamflow.mcmc.resume import Found
-from pyro_hamflow.mcmc.spread import Executors, InThisProcess
 from pyro_hamflow.mcmc.stopping import StopWhen
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.workers import Workers, divided

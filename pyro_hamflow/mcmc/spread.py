@@ -7,7 +7,6 @@ worker three times when it is alone ends with the draws it has.
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import time
 from collections import deque
@@ -16,9 +15,9 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
 
 from pyro_hamflow.mcmc.adaptation.window import Findings
+from pyro_hamflow.mcmc.executors import Executors, like
 from pyro_hamflow.mcmc.groups import Group
 from pyro_hamflow.mcmc.segment import Segment, make_segment, packed
 from pyro_hamflow.progress import Bar
@@ -26,17 +25,6 @@ from pyro_hamflow.progress import Bar
 SECONDS = 10.0  # of a segment: what a lost worker costs at most
 _MOST_LOSSES = 3  # of a group's workers, while it was alone
 _GLANCE = 0.5  # seconds, after which it is looked whether a wait has been too long
-
-Executors: TypeAlias = Executor | Callable[[], Executor]
-
-
-class InThisProcess(Executor):
-    """Does what it is asked for at once, in this process."""
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
-        return future
 
 
 @dataclass
@@ -178,7 +166,7 @@ class Spread:
     def _renew(self, *, hanging: bool = False) -> bool:
         """Exchanges a broken executor for another like it; says whether that could be done."""
         try:
-            made = _like(self._executor) if self._make is None else self._make()
+            made = like(self._executor) if self._make is None else self._make()
         except Exception:  # noqa: BLE001  # what executors raise differs
             return False
         self._shut_down(kill=hanging)
@@ -289,15 +277,3 @@ class Spread:
 def _words(error: BaseException) -> str:
     said = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _like(executor: Executor) -> Executor:
-    """An executor made of the arguments that another was made of, where its attributes tell them.
-
-    Raises:
-        TypeError: If they do not tell enough.
-    """
-    found = inspect.signature(type(executor)).parameters.values()
-    names = [argument.name for argument in found if argument.kind is not argument.VAR_KEYWORD]
-    known = {name: getattr(executor, f"_{name}") for name in names if hasattr(executor, f"_{name}")}
-    return type(executor)(**known)

@@ -11,13 +11,14 @@ import torch
 from pyro_hamflow.mcmc import spread
 from pyro_hamflow.mcmc.checkpoint import WARM
 from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.executors import Executors
 from pyro_hamflow.mcmc.group_checkpoints import GroupCheckpoints
 from pyro_hamflow.mcmc.groups import Group, complete, seeds, split
 from pyro_hamflow.mcmc.messages import FEWEST
 from pyro_hamflow.mcmc.moving import Counts, Mover
 from pyro_hamflow.mcmc.segment import Task, packed
 from pyro_hamflow.mcmc.snapshot import capture, take_up
-from pyro_hamflow.mcmc.spread import Executors, Spread
+from pyro_hamflow.mcmc.spread import Spread
 from pyro_hamflow.mcmc.stopping import RunSoFar
 from pyro_hamflow.process import HeldSignals, undisturbed
 from pyro_hamflow.progress import progress

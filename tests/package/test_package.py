@@ -37,7 +37,7 @@ ROOMS += ["mcmc.kernels", "mcmc.moving", "mcmc.outcome"]
 ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.identity", "mcmc.snapshot", "mcmc.packing"]
 ROOMS += ["mcmc.files", "mcmc.store", "mcmc.stored_draws", "mcmc.checkpoint", "mcmc.course"]
 ROOMS += ["mcmc.segment", "mcmc.groups", "mcmc.group_checkpoints", "mcmc.resume", "mcmc.latest"]
-ROOMS += ["mcmc.spread", "mcmc.workers", "mcmc.mcmc", "results"]
+ROOMS += ["mcmc.executors", "mcmc.spread", "mcmc.workers", "mcmc.mcmc", "results"]
 
 MOST_LINES = 300
 LONGER = {
