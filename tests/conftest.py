@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pyro
 import pytest
@@ -10,6 +11,11 @@ import torch
 
 from pyro_hamflow.programs import compilation
 from pyro_hamflow.programs.program_cache import ProgramCache
+
+
+def pytest_configure():
+    """Ctrl-C interrupts, also in a process that was begun in the background, where it does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -379,7 +379,7 @@ def test_interrupted_spread_run_keeps_draws(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     mcmc = MCMC(NUTS(model), 10**6, 16, num_chains=3, chains_per_worker=2, seed=3)
-    mcmc.hook_fn = Touching(tmp_path, 400)
+    mcmc.hook_fn = Touching(tmp_path, 40)
     with forked() as executor, short_segments(0.2):
         mcmc.executor = executor
         threading.Thread(target=interrupt).start()
