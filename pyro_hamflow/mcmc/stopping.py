@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from pyro_hamflow.checks import positive
+from pyro_hamflow.mcmc.diagnosis import judged, worst
 from pyro_hamflow.mcmc.draws import Draws
-from pyro_hamflow.mcmc.messages import FEWEST, judged, worst
+from pyro_hamflow.mcmc.messages import FEWEST
 
 _GROWTH = 1.1  # of the draws, after which they are judged anew: a run is looked at 80 times in 10^5
 

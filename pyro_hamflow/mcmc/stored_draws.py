@@ -48,11 +48,6 @@ class Stored(Mapping[str, Tensor]):
         for first, stop in store.stretches(self._group, name, self._draws):
             yield first, self._read(store, name, slice(first, stop))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a variable."""
-        inner = Store(self._path, writes=False).group(self._group)[name].shape[2:]
-        return len(self._chains), self._draws, *inner
-
     def _read(self, store: Store, name: str, draws: slice) -> Tensor:
         chains = self._chains
         first, stop = min(chains), max(chains) + 1
@@ -66,11 +61,16 @@ class StoredDraws(Draws):
     """Draws that lie in a store: none of their parts is in memory."""
 
     _positions: Stored
+    _extent: tuple[int, int, int]
 
     def __init__(
-        self, positions: Stored, stats: Mapping[str, Tensor], local: Mapping[str, Tensor]
+        self,
+        positions: Stored,
+        stats: Mapping[str, Tensor],
+        local: Mapping[str, Tensor],
+        extent: tuple[int, int, int],
     ) -> None:
-        vars(self).update(_positions=positions, stats=stats, local=local)
+        vars(self).update(_positions=positions, stats=stats, local=local, _extent=extent)
 
     @property
     def position(self) -> Tensor:
@@ -79,8 +79,7 @@ class StoredDraws(Draws):
 
     @property
     def extent(self) -> tuple[int, int, int]:
-        chains, length, dimension = self._positions.shape("position")
-        return chains, length, dimension
+        return self._extent
 
     def columns(self, places: list[int]) -> Tensor:
         return torch.cat([rows[..., places] for _, rows in self.stretches()], 1)
@@ -106,4 +105,6 @@ def stored_draws(
         return Stored(str(store.path), prefix + group, names, chains, draws)
 
     stats = of("sample_stats", list(store.group(prefix + "sample_stats")))
-    return StoredDraws(of(_POSITIONS, ["position"]), stats, of("posterior", local))
+    dimension = store.group(prefix + _POSITIONS)["position"].shape[2]
+    extent = len(chains), draws, dimension
+    return StoredDraws(of(_POSITIONS, ["position"]), stats, of("posterior", local), extent)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from pyro_hamflow import HMC, MCMC, NUTS, to_inference_data
-from pyro_hamflow.mcmc import messages
+from pyro_hamflow.mcmc import diagnosis
+from pyro_hamflow.mcmc.diagnosis import worst
 from pyro_hamflow.mcmc.draws import Draws
-from pyro_hamflow.mcmc.messages import report, worst
+from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.model.sites import Site
 
 REAL = torch.float64
@@ -122,7 +123,7 @@ def test_of_many_coordinates_those_are_looked_at_that_are_apart_or_slow(length):
 def test_coordinates_are_judged_a_few_at_a_time(monkeypatch):
     draws = draws_of(correlated("bulk"))
     whole = report(draws, SITES)
-    monkeypatch.setattr(messages, "_AT_ONCE", 2 * draws.position[..., 0].numel())
+    monkeypatch.setattr(diagnosis, "_AT_ONCE", 2 * draws.position[..., 0].numel())
     assert report(draws, SITES) == whole
 
 
