@@ -8,7 +8,11 @@ from typing import Any
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import Delta, TorchDistribution
-from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.distributions.util import (
+    broadcast_shape,  # torch's takes a third of a second to import
+    is_identically_zero,
+    scale_and_mask,
+)
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
@@ -114,7 +118,7 @@ def sum_to_elements(term: Tensor, frames: Frames, group: Frames, nesting: int) -
     Returns:
         The sums; dimensions of other plates have size one.
     """
-    term = term.expand(torch.broadcast_shapes(term.shape, plate_shape(frames, nesting)))
+    term = term.expand(broadcast_shape(term.shape, plate_shape(frames, nesting)))
     kept = {frame.dim for frame in group}
     summed = [dim for dim in range(-nesting, 0) if dim not in kept and term.shape[dim] != 1]
     return term.sum(summed, keepdim=True) if summed else term
@@ -133,7 +137,7 @@ def sum_rows(term: Tensor, rows: Tensor, group: Frames, nesting: int) -> Tensor:
         The sums; dimensions of other plates have size one.
     """
     shape = plate_shape(group, nesting)
-    term = term.expand(torch.broadcast_shapes(term.shape, rows.shape))
+    term = term.expand(broadcast_shape(term.shape, rows.shape))
     outer = term.shape[: term.dim() - max(nesting, rows.dim())]
     belongs, flat = rows.reshape(-1) >= 0, term.reshape(*outer, -1)
     if not bool(belongs.all()):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from math import prod
 
 import torch
+from pyro.distributions.util import broadcast_shape  # torch's takes a third of a second to import
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -234,7 +235,7 @@ def owners_of(call: Call, outputs: list[Tensor]) -> list[Tensor]:
         rule = _pointwise if torch.Tag.pointwise in call.target.tags else mix
     owners = rule(call, outputs)
     fits = len(owners) == len(outputs) and all(
-        torch.broadcast_shapes(owner.shape, output.shape) == output.shape
+        broadcast_shape(owner.shape, output.shape) == output.shape
         for owner, output in zip(owners, outputs, strict=True)
     )
     if not fits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions.util import broadcast_shape  # torch's takes a third of a second to import
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
@@ -36,7 +37,7 @@ def _index_put(tensor: Tensor, indices: list[Tensor | None], *rest: Any) -> Tens
 
 
 def _masked_select(tensor: Tensor, mask: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(tensor.shape, mask.shape)
+    shape = broadcast_shape(tensor.shape, mask.shape)
     return tensor.expand(shape)[mask.expand(shape).nonzero().unbind(-1)]
 
 
