@@ -33,7 +33,10 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     if has_trees():
         from arviz_stats.base import array_stats  # comes with ArviZ 1.0 only
 
-        smoothed, k = array_stats.psislw(-log_weights)  # it is written for log-likelihoods
+        try:
+            smoothed, k = array_stats.psislw(-log_weights)  # it is written for log-likelihoods
+        except ValueError:  # of a tail too short to be fitted: as it is in 0.x, without a bound
+            smoothed, k = log_weights - np.logaddexp.reduce(log_weights), np.inf
     else:
         smoothed, k = _arviz().psislw(log_weights.copy())
     return np.asarray(smoothed), float(k)

@@ -288,3 +288,10 @@ def test_bad_arguments_are_refused():
 
     with pytest.raises(ValueError, match=r"positions of shape \(10, 1\): expected \(10, 2\).*'a'"):
         importance_sample(two, Gaussian(), Y, num_samples=10)
+
+
+def test_a_tail_too_short_to_be_fitted_stays_as_it_is():
+    log_weights = torch.arange(6.0)
+    weights, k = smooth_weights(log_weights)
+    assert k == math.inf
+    torch.testing.assert_close(weights, log_weights.softmax(0))
