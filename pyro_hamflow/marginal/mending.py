@@ -172,6 +172,8 @@ def refit_at(
     centre: dict[str, Tensor],
     draws: list[dict[str, Tensor]],
     data: Arguments,
+    *,
+    worst: bool = False,
 ) -> TunedEstimator | None:
     """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
 
@@ -180,6 +182,7 @@ def refit_at(
         centre: Constrained parameter values at the middle of the draws.
         draws: Some draws.
         data: What the model is called with.
+        worst: Whether estimates count where they vary most, and not at the middle one of the draws.
 
     Returns:
         The copy, with as many particles as bring the variance to one where none were given; none if
@@ -194,12 +197,13 @@ def refit_at(
         before = sorted(look(marginal, draw, data).variance(1) for draw in draws)
         after = sorted(look(other, draw, data).variance(1) for draw in draws)
         middle = len(draws) // 2
-        while after[middle] > _FAR and (closer := other.proposal.closer()) is not None:
+        judged = -1 if worst else middle
+        while after[judged] > _FAR and (closer := other.proposal.closer()) is not None:
             candidate = copy.copy(other)
             candidate.take(closer)
             fit_at(candidate, centre, data)
             found = sorted(look(candidate, draw, data).variance(1) for draw in draws)
-            if found[middle] > _WORTH * after[middle]:
+            if found[judged] > _WORTH * after[judged]:
                 break
             other, after = candidate, found
         layouts = other.plan(*data.args, **data.kwargs).layouts.values()
@@ -209,5 +213,5 @@ def refit_at(
             least = max(len(layout.strata) for layout in layouts)
             other.settle(_enough(least, after[middle]))
     wanted = other.settled_particles or count
-    gain = after[middle] / wanted < _WORTH * before[middle] / count
+    gain = after[judged] / wanted < _WORTH * before[judged] / count
     return other if gain else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import arviz
 import pyro
@@ -16,6 +17,7 @@ from pyro_hamflow.marginal import path_bands
 from pyro_hamflow.marginal.mending import refit_at
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.settle import repeated_estimates
+from pyro_hamflow.mcmc.adaptation import estimator
 from pyro_hamflow.model.kinds import Arguments
 from tests.helpers.estimates import assert_unbiased, estimates
 from tests.helpers.paths import (
@@ -256,6 +258,53 @@ def test_warm_up_takes_a_proposal_that_follows_more_closely(monkeypatch):
     assert after < 0.5 * before
     monkeypatch.setattr(PathProposal, "closer", lambda proposal: None)
     assert refit_at(marginal, pilot, [away], data) is None
+
+
+def intensity(x, y):
+    """Counts along a line, by a process whose noise is the site."""
+    one = torch.ones((), dtype=torch.float64)
+    length = pyro.sample("length", dist.InverseGamma(3.0 * one, 3.0))
+    height = pyro.sample("height", dist.HalfNormal(one))
+    z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+    kernel = height**2 * (-0.5 * ((x[:, None] - x) / length).square()).exp()
+    root = torch.linalg.cholesky(kernel + 1e-6 * torch.eye(len(x)).to(x))
+    pyro.sample("y", dist.Poisson((1.0 + root @ z).exp()).to_event(1), obs=y)
+
+
+def test_warm_up_looks_beyond_the_chains(monkeypatch):
+    """Estimates are quiet where chains are; those that are not hardly ever let them go there."""
+    x = torch.linspace(0.0, 5.0, 30, dtype=torch.float64)
+    data = x, (1.0 + (2.0 * x).sin()).exp().round()
+    marginal = marginalize(intensity, ["z"], num_particles=1)
+    marginal.fit(*data, pilot=at({"length": 1.0, "height": 1.2}))
+    kernel = PseudoMarginalNUTS(marginal)
+    kernel.prepare(data, {})
+    tuning, potential = kernel._hamiltonian.estimator, kernel.source.potential
+    tuning.start_over(kernel.source, kernel.plan, kernel._engine)
+    places = [{"length": 0.9 * math.exp(side), "height": 0.9} for side in (-0.4, 0.4)]
+    state = SimpleNamespace(position=torch.stack([potential.flatten(at(v)) for v in places * 2]))
+    torch.manual_seed(0)
+    assert estimator._variance(potential, state.position) < 1.0
+    monkeypatch.setattr(PathProposal, "fades", False)
+    tuning.note(state)
+    assert tuning.retuned(state) is None
+    monkeypatch.undo()
+    tuning.note(state)
+    assert tuning.retuned(state) is not None
+    assert marginal.proposal.steps == 2
+
+
+def test_short_paths_and_noisy_ones_have_another_way():
+    marginal = marginalize(volatility, ["x"], num_particles=1)
+    marginal.fit(Y, pilot=at({"phi": 0.5, "s": 1.0}))
+    said = marginal.proposal.alternative(marginal.sites, 0.1)
+    assert said is not None and "['x'] is short: `NUTS(whiten(model, ['x']))`" in said
+    marginal.fit(returns(120), pilot=at({"phi": 0.5, "s": 1.0}))
+    assert marginal.proposal.alternative(marginal.sites, 0.1) is None
+    assert "variance 5:" in str(marginal.proposal.alternative(marginal.sites, 5.0))
+    marginal = marginalize(vector, ["x"])
+    marginal.fit(Y, pilot=at(PILOT))
+    assert marginal.proposal.alternative(marginal.sites, 0.0) is None  # one particle is exact
 
 
 @pytest.mark.parametrize("length", [500, 2000])

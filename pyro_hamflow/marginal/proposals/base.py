@@ -12,7 +12,7 @@ makes for each run of the model, and for each particle there, is a :class:`Parti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, Self
 
 import pyro.poutine as poutine
@@ -92,6 +92,8 @@ class Proposal(ABC):
         is_final: Whether nothing takes its place in the search for a pilot, and warm-up leaves it
             as it is: the user wrote it for this model.
         tails: Factors by which its noise may be stretched, to be tried where it is fitted.
+        fades: Whether estimates may vary far more away from where it was fitted, within reach of
+            the posterior, so that warm-up looks there, too.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Proposal(ABC):
     remark: str | None = None
     is_final: bool = True
     tails: tuple[float, ...] = ()
+    fades: bool = False
 
     @abstractmethod
     def noise_shapes(
@@ -167,6 +170,15 @@ class Proposal(ABC):
         """A proposal that follows the parameters more closely, at more cost; none if there is none.
 
         It is fitted to nothing.
+        """
+        return None
+
+    def alternative(self, sites: Sequence[str], variance: float) -> str | None:
+        """What may serve better, in a sentence; none if that is not known.
+
+        Arguments:
+            sites: The local sites, as the user named them.
+            variance: That of the log estimate.
         """
         return None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.mending import fewer_particles, mend_proposal, more_particles, refit_at
 from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.scrutiny import look, misses
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
@@ -37,6 +38,7 @@ _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are
 # per second with four seeds, 16 made 2.0 and 3.5.
 _WANTED_FACTORISED_VARIANCE = 4.0
 _LAVISH_VARIANCE = 0.25  # below which half the particles would do
+_OUT = 1.5  # times as far as chains are from their middle, where estimates are looked at, too
 _LOOKS = 4  # draws of warm-up, of a chain each, at which the estimator is looked at
 _FAR = 1.0  # of the pilot from the mode, in posterior standard deviations
 _METHODS = ("auto", "joint", "conditional")
@@ -184,6 +186,7 @@ class EstimatorTuning:
             return None
         data = Arguments(potential.args, potential.kwargs)
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
+        centre = torch.cat(window[len(window) // 2 :]).mean(0)
         with torch.random.fork_rng():
             better = None
             variance = _variance(potential, state.position)
@@ -193,8 +196,10 @@ class EstimatorTuning:
             if is_noisy and not model.proposal.needs_fit:
                 better = more_particles(model, draws, data)
             elif is_noisy and may_move:
-                centre = potential.constrain(torch.cat(window[len(window) // 2 :]).mean(0))
-                better = refit_at(model, centre, draws, data)
+                better = refit_at(model, potential.constrain(centre), draws, data)
+            elif may_move and self._fades_beyond(model.proposal, state.position, centre):
+                far = [potential.constrain(row) for row in _beyond(state.position, centre)]
+                better = refit_at(model, potential.constrain(centre), far, data, worst=True)
             elif variance < _LAVISH_VARIANCE and model.proposal.needs_fit:
                 better = fewer_particles(model, draws, data)
             candidate = better or copy.copy(model)
@@ -208,6 +213,15 @@ class EstimatorTuning:
             model.adopt(better)
             potential = self.source.capture(*data)
         return potential, *find_start(potential, len(state.position), state.position, 0.0)
+
+    def _fades_beyond(self, proposal: Proposal, position: Tensor, centre: Tensor) -> bool:
+        """Whether estimates vary too much where the posterior's edges may be.
+
+        Chains that move with the noise held hardly go where estimates vary, for most are too low.
+        """
+        if not proposal.fades or proposal.closer() is None:
+            return False
+        return _variance_beyond(self.source.potential, position, centre) > _LARGEST_VARIANCE
 
     def examine(self, state: State) -> None:
         """Looks at the frozen estimator at the last draws of warm-up; says first what is wrong."""
@@ -229,10 +243,35 @@ class EstimatorTuning:
             remark = misses(model, draws, data)
         if remark:
             self.plan.say(remark, first=True)
+        variance = self.variance
+        if model.proposal.fades:
+            with torch.random.fork_rng():
+                beyond = _variance_beyond(potential, state.position, state.position.mean(0))
+            variance = max(variance, beyond)
+        other = model.proposal.alternative(model.sites, variance)
+        if other:
+            self.plan.say(other)
 
 
 def _variance(potential: Potential, position: Tensor) -> float:
     """That of the log estimate, the median over chains, at their positions."""
+    return float(_variances(potential, position).median())
+
+
+def _variances(potential: Potential, position: Tensor) -> Tensor:
+    """Those of the log estimate at the chains' positions, of shape ``(chains,)``."""
     count = len(position)
     values = [potential.value(position, potential.draw_noise(count)) for _ in range(_REPLICATES)]
-    return float(torch.stack(values).double().var(0).median())
+    return torch.stack(values).double().var(0)
+
+
+def _variance_beyond(potential: Potential, position: Tensor, centre: Tensor) -> float:
+    """The largest variance of the log estimate beyond the chains, on either side of a centre."""
+    sides = _beyond(position, centre).split(len(position))
+    found = torch.cat([_variances(potential, side) for side in sides])
+    return float(found.nan_to_num(nan=0.0, posinf=0.0).max())
+
+
+def _beyond(position: Tensor, centre: Tensor) -> Tensor:
+    """Positions so many times as far from a centre as chains, on their own and the other side."""
+    return torch.cat([centre + side * (position - centre) for side in (_OUT, -_OUT)])
