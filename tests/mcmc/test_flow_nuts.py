@@ -27,7 +27,7 @@ from pyro_hamflow import (
 )
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.flows.population import flow_for
-from pyro_hamflow.mcmc.adaptation import estimator, flow, flow_training
+from pyro_hamflow.mcmc.adaptation import estimator, flow, flow_training, walkers
 from pyro_hamflow.mcmc.adaptation.flow import gain
 from pyro_hamflow.mcmc.adaptation.walkers import Walkers
 from pyro_hamflow.mcmc.transitions.base import select_state
@@ -283,6 +283,7 @@ def test_a_flow_is_not_trained_where_an_estimate_rejects_jumps(monkeypatch):
         return flow_for(*args, num_layers=0, **kwargs)
 
     monkeypatch.setattr(flow_training, "flow_for", without_layers)
+    monkeypatch.setattr(walkers, "_TOLERABLE_STAY", 0.0)  # as if proposals did not make up for it
     kernel = FlowNUTS(estimated, local=PseudoMarginalNUTS(estimated), num_particles=200)
     mcmc = run_of(kernel, draws=250)
     right = (mcmc.get_samples(group_by_chain=True)["x"] > 0.0).double()
@@ -300,10 +301,10 @@ def walkers_of(model, position, noise):
 @pytest.mark.parametrize(("scale", "suffices"), [(20.0, True), (200.0, False), (0.4, False)])
 def test_whether_proposals_make_up_for_a_poor_flow(scale, suffices):
     """Of a standard normal, by one that is as much wider; where it is narrower, tails are stuck."""
-    walkers = walkers_of(
+    explorers = walkers_of(
         lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), torch.randn(4000, 1), torch.zeros(4000, 0)
     )
-    found = walkers.jumps(Normals([0.0], scale, 1))
+    found = explorers.jumps(Normals([0.0], scale, 1))
     assert found.suffices == suffices
     assert (found.acceptance_rate > 0.5) == (scale < 100.0)
     assert found.num_proposals == (16 if suffices else 32)
@@ -318,9 +319,9 @@ def test_what_an_estimate_leaves_of_jumps(spread):
         pyro.factor("estimate", spread * noise("u", ()) - 0.5 * spread**2)
 
     count = 40_000
-    walkers = walkers_of(model, torch.randn(count, 1), spread + torch.randn(count, 1))
+    explorers = walkers_of(model, torch.randn(count, 1), spread + torch.randn(count, 1))
     expected = 2.0 * float(torch.special.ndtr(torch.tensor(-spread / math.sqrt(2.0))))
-    assert abs(walkers.ceiling() - expected) < 4.5 * 0.5 / math.sqrt(count)
+    assert abs(explorers.ceiling() - expected) < 4.5 * 0.5 / math.sqrt(count)
 
 
 def test_fewer_particles_of_a_model_that_takes_long(monkeypatch):
