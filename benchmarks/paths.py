@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.competitors import numpyro_run
 from benchmarks.report import Row, Table, met
-from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize
+from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize, whiten
 from pyro_hamflow.model.potential import Potential
 
 ABOUT = "Latent paths: stochastic volatility"
@@ -113,7 +113,7 @@ def measure(*, quick: bool) -> list[Table]:
     best: dict[tuple[Any, Any], dict[bool, float]] = {}
     for row in rows:
         of = best.setdefault((row["data"], row["length"]), {})
-        ours = row["sampler"].startswith("marginalize")
+        ours = row["sampler"].startswith(("marginalize", "whitened"))
         of[ours] = max(of.get(ours, 0.0), float(row["ESS per second"]))
     last = best["simulated", lengths[-1]]
     times = last[True] / last[False]
@@ -142,6 +142,7 @@ def _beside(name: str, y: Tensor) -> list[Row]:
     marginal = PseudoMarginalNUTS(marginalize(volatility, ["path"]))
     samplers = {
         "marginalize": lambda: _ours(marginal, y),
+        "whitened, ours": lambda: _ours(NUTS(whiten(volatility, ["path"])), y),
         "joint NUTS, ours, centred": lambda: _ours(NUTS(volatility), y),
     }
     for way in ("centred", "standard noise"):

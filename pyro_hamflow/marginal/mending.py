@@ -185,8 +185,8 @@ def refit_at(
         worst: Whether estimates count where they vary most, and not at the middle one of the draws.
 
     Returns:
-        The copy, with as many particles as bring the variance to one where none were given; none if
-        its estimates vary about as much as those before.
+        The copy, with as many particles as bring the variance to one where none were given, or as
+        before where the worst draw counts; none if its estimates vary about as much as before.
     """
     plan = marginal.plan(*data.args, **data.kwargs)  # a look at the model, which is run for it
     count = max(layout.num_particles for layout in plan.layouts.values())
@@ -207,7 +207,7 @@ def refit_at(
                 break
             other, after = candidate, found
         layouts = other.plan(*data.args, **data.kwargs).layouts.values()
-        if other.num_particles is None:
+        if other.num_particles is None and not worst:
             # Those of the prior hardly count, and with one of the proposal's alone the logarithm
             # varies more than errors of many tell.
             least = max(len(layout.strata) for layout in layouts)
