@@ -104,7 +104,8 @@ def unlabeled(found):
     return torch.stack([slope.amax(-1), slope.amin(-1), found["spread"], rising], -1)
 
 
-figure, panels = plt.subplots(1, len(draws), figsize=(12, 4), layout="constrained")
+shared = {"sharex": True, "sharey": True, "layout": "constrained"}
+figure, panels = plt.subplots(1, len(draws), figsize=(12, 4), **shared)
 for panel, (name, found) in zip(panels, draws.items(), strict=True):
     for chain in found["slope"]:
         panel.plot(*chain.mT, ".", ms=2)
