@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from pyro_hamflow.mcmc.packing import CheckpointError, refuse_others
 
+try:  # zarr comes with one of them
+    from google_crc32c import value as crc32c
+except ImportError:
+    from crc32c import crc32c
+
 try:
     import fcntl
 except ImportError:  # there is none on Windows, where stores are not locked
     fcntl = None  # type: ignore[assignment]
+
+_AT_ONCE = 16  # files that are flushed
 
 
 @contextmanager
@@ -52,6 +60,21 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_all(paths: Sequence[Path]) -> None:
+    """The same of many files, at once: the disk takes them together."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(flush, paths))
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file of an array is there, and its last four bytes are the sum of the others."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return len(data) >= 4 and crc32c(data[:-4]) == int.from_bytes(data[-4:], "little")
 
 
 def state_numbers(path: Path) -> list[int]:

@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from pyro_hamflow.mcmc.chains import Rows
-from pyro_hamflow.mcmc.files import flush, is_unbegun, locked, state_numbers, told
+from pyro_hamflow.mcmc.files import (
+    flush,
+    flush_all,
+    is_as_written,
+    is_unbegun,
+    locked,
+    state_numbers,
+    told,
+)
 from pyro_hamflow.mcmc.identity import dimension_names
 from pyro_hamflow.mcmc.packing import (
     FORMAT,
@@ -136,11 +144,13 @@ class Store:
             if name not in arrays:
                 arrays[name] = self._new_array(group, name, value, rows, room, plates.get(name, {}))
         stop = first + max(value.shape[1] for value in values.values())
+        files: list[Path] = []
         for name, value in values.items():
             if stop > arrays[name].shape[1]:
                 self.resize(group, room if room >= stop else 2 * stop)
             arrays[name][rows.start : rows.stop, first:stop] = value
-            self._flush_chunks(group, arrays[name], rows, first, stop)
+            files += self._files(group, arrays[name], rows, first, stop)
+        flush_all(files)
 
     def _new_array(
         self,
@@ -159,13 +169,14 @@ class Store:
         each = max(1, rows.together * value[:1, :1].nbytes)
         length = max(1, min(_CHUNK_BYTES // each, _LONGEST_CHUNK, max(room, 1)))
         inner = value.shape[2:]
+        smaller = [] if value.dtype.kind == "f" else [ZstdCodec(level=1)]  # their digits are noise
         return self._root[group].create_array(
             label,
             shape=(rows.number, max(room, value.shape[1]), *inner),
             chunks=(rows.together, length, *(max(1, size) for size in inner)),
             dtype=value.dtype,
             fill_value=math.nan if value.dtype.kind == "f" else 0,
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            compressors=[*smaller, Crc32cCodec()],
             dimension_names=["chain", "draw", *dimension_names(label, inner, plates)],
             attributes={"name": name},
             config=_WHOLE,
@@ -211,12 +222,7 @@ class Store:
             return array.shape[1]
         for first in range(0, draws, length):
             for row in range(0, array.shape[0], rows) if chain is None else (chain,):
-                stop = min(first + length, draws)
-                try:
-                    if not self._file(group, array, row // rows, first // length).exists():
-                        return first
-                    array[row : row + rows, first:stop]
-                except Exception:  # a codec's own, of any kind
+                if not is_as_written(self._file(group, array, row // rows, first // length)):
                     return first
         return draws
 
@@ -224,11 +230,11 @@ class Store:
         inner = ["0"] * (array.ndim - 2)
         return self.path.joinpath(group, array.basename, "c", str(row), str(column), *inner)
 
-    def _flush_chunks(self, group: str, array: Any, rows: Rows, first: int, stop: int) -> None:
+    def _files(self, group: str, array: Any, rows: Rows, first: int, stop: int) -> Iterator[Path]:
         together, length = array.chunks[:2]
         for row in range(rows.start // together, -(-rows.stop // together)):
             for column in range(first // length, -(-stop // length)):
-                flush(self._file(group, array, row, column))
+                yield self._file(group, array, row, column)
 
     def save(self, words: Mapping[str, Any], arrays: list[np.ndarray], *, lasting: bool) -> None:
         """Writes a state, after the draws that it counts; forgets older ones but for lasting ones.
