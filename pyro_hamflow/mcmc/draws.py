@@ -99,7 +99,8 @@ class Record:
         if first < draws.position.shape[1]:
             every = slice(first, None, self.thin)
             stats = {name: stat[:, every] for name, stat in draws.stats.items()}
-            local = {n: part[:, every] for n, part in draws.local.items() if n in self.keep}
+            # Copies, so that sites that are not kept take no memory.
+            local = {n: part[:, every].clone() for n, part in draws.local.items() if n in self.keep}
             self.blocks.append(Draws(draws.position[:, every], stats, local))
 
     def _kept(self, local: Mapping[str, Tensor]) -> frozenset[str]:
