@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -136,9 +137,14 @@ def in_process(function, *args):
     return process
 
 
-def slowly(path):
-    """A run whose iterations take a while, and that writes a checkpoint after each."""
-    run_of(path, hook_fn=lambda *args: time.sleep(0.01), checkpoint_every=0.001).run(DATA)
+def slowly(path, count):
+    """A run that writes a checkpoint after each iteration, and is not over soon after so many."""
+    iterations = itertools.count()
+
+    def wait(*args):
+        time.sleep(0.01 if next(iterations) < count + 5 else 1.0)
+
+    run_of(path, hook_fn=wait, checkpoint_every=0.001).run(DATA)
 
 
 def await_states(path, count):
@@ -154,11 +160,11 @@ def await_states(path, count):
 
 def killed(path, count, number, delay=0.0):
     """A run that a signal ends after so many states; its exit code."""
-    process = in_process(slowly, path)
+    process = in_process(slowly, path, count)
     await_states(path, count)
     time.sleep(delay)
     os.kill(process.pid, number)
-    process.join(60.0)
+    process.join(300.0)
     return process.exitcode
 
 
