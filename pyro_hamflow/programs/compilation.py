@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
+from pyro_hamflow.programs.agreement import same_but_for_order
 from pyro_hamflow.programs.capture import Program, sizes_made
 
 _EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
@@ -27,6 +30,10 @@ _OPTIONS = {
     # Parts that are joined are written where they belong, not selected at every element.
     "max_pointwise_cat_inputs": 0,
 }
+
+# What writes to places of a tensor, of which Inductor makes a write in place: where one number
+# stands for all places, it writes to that.
+_WRITES = {"diagonal_scatter", "index_add", "index_copy", "index_fill", "index_put"}
 
 
 class SelfCompiling:
@@ -84,6 +91,8 @@ def seconds_of(graph: GraphModule, rows: int = 1) -> float:
 def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
     """Compiles a graph to machine code, or returns it as it is where no compiler works.
 
+    So it does where machine code gives other results for the examples.
+
     Arguments:
         graph: The graph.
         examples: Arguments of the shapes it will be called with.
@@ -97,8 +106,10 @@ def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
         dense: list[Any] = [example.contiguous() for example in examples]
         with torch.no_grad():
             with inductor.config.patch(_OPTIONS):
-                compiled = inductor.compile(graph, dense)
-            compiled(*dense)
+                compiled = inductor.compile(writing_to_copies(graph), dense)
+            results = [tree_leaves(program(*dense)) for program in (compiled, graph)]
+        if not same_but_for_order(*results):
+            raise RuntimeError("machine code and graph do not agree")
     except Exception as error:  # the compiler's failures have many types; none may end a run
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(
@@ -112,3 +123,22 @@ def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
         return compiled(*[tensor.contiguous() for tensor in inputs])
 
     return run
+
+
+def writing_to_copies(graph: GraphModule) -> GraphModule:
+    """The same graph, in which what writes to places of a tensor writes to a copy of all of it."""
+    if not any(_writes(node) for node in graph.graph.nodes):
+        return graph
+    changed = GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in changed.graph.nodes:
+        if _writes(node):
+            with changed.graph.inserting_before(node):
+                whole: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                node.update_arg(0, changed.graph.call_function(torch.clone, node.args[:1], whole))
+    changed.recompile()
+    return changed
+
+
+def _writes(node: Node) -> bool:
+    name = getattr(node.target, "__name__", "")  # also with the overload's behind a point
+    return node.op == "call_function" and name.split(".")[0] in _WRITES

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_hamflow.programs.agreement import is_near
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
@@ -28,9 +29,8 @@ _STEPS = 8  # of a trajectory, roughly, before anything is known of it
 # numbers, .17 and .35.
 _OUT_OF_CACHE, _MANY_CHAINS = 2**21, 16
 # How many chains' starts machine code is compared with the graph at, and by how much it is compared
-# on either side of them; sums in another order differ by 1e-9 in double precision at most.
+# on either side of them.
 _CHECKED, _SHIFTS = 4, (-0.5, 0.7)
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
 class Choice(NamedTuple):
@@ -117,12 +117,7 @@ def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether results are the same but for rounding: a potential, and what belongs to it."""
     if not expected[0].isfinite():
         return not found[0].isfinite()  # all else means nothing
-    tolerance = _ROUNDING[expected[0].dtype]
-    for one, other in zip(found, expected, strict=True):
-        scale = tolerance * (1.0 + float(other.abs().max())) if other.numel() else 0.0
-        if not torch.allclose(one, other, rtol=tolerance, atol=scale, equal_nan=True):
-            return False
-    return True
+    return all(is_near(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def _largest_constant(graph: GraphModule) -> int:

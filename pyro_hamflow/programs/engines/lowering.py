@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from pyro_hamflow.programs.compilation import writing_to_copies
 from pyro_hamflow.programs.engines.buffers import NotSupported
 
 _OPTIONS: dict[str, Any] = {
@@ -41,6 +42,7 @@ def with_constants_as_arguments(graph: GraphModule) -> tuple[GraphModule, list[T
 
     So what is compiled depends on the shapes of the data, and not on the data.
     """
+    graph = writing_to_copies(graph)
     lifted, known = Graph(), {}
     for node in graph.graph.find_nodes(op="placeholder"):
         known[node] = lifted.placeholder(node.name)
