@@ -96,9 +96,15 @@ def leave_future_out(
         | https://arxiv.org/abs/1902.06281
 
     Example:
-        >>> mcmc = MCMC(PseudoMarginalNUTS(marginalize(model, ["x"])), num_samples=500)
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("time", len(y)):
+        ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> y = torch.tensor([0.3, 1.1, 0.8, 0.2])
+        >>> mcmc = MCMC(NUTS(model), 50, 50, seed=0, disable_progbar=True)
         >>> mcmc.run(y)
-        >>> leave_future_out(mcmc, lambda t: (y[:t],), range(80, 100)).elpd.sum()
+        >>> leave_future_out(mcmc, lambda t: (y[:t],), range(2, 4)).times
+        [2, 3]
     """
     steps = sorted(set(times))
     if not steps or steps[0] < 1:
