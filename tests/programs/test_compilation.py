@@ -57,3 +57,5 @@ def test_what_counts_as_the_same():
     assert same_but_for_order([infinite, X / 0.0], [infinite, X])
     assert not same_but_for_order([infinite, X + 1.0], [infinite, X])
     assert same_but_for_order([X.float() + 1e-5], [X.float()])
+    assert same_but_for_order([X > 0.0, PLACES], [X > 0.0, PLACES])
+    assert not same_but_for_order([X > 0.0], [X > 1.0])
