@@ -33,17 +33,22 @@ def same_but_for_order(found: Sequence[Tensor], expected: Sequence[Tensor]) -> b
     Where one that is expected is not finite, nothing is told by others beside it that are not.
     """
     is_finite = all(bool(other.isfinite().all()) for other in expected)
+    tolerance = rounding_of(expected)
     for one, other in zip(found, expected, strict=True):
         seen = one.isfinite() & other.isfinite()
-        if (is_finite and not seen.all()) or not is_near(one[seen], other[seen]):
+        if (is_finite and not seen.all()) or not is_near(one[seen], other[seen], tolerance):
             return False
     return True
 
 
-def is_near(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same but for the order of sums, gaps included."""
-    tolerance = _ROUNDING.get(other.dtype)
-    if tolerance is None or not other.numel():
+def rounding_of(results: Sequence[Tensor]) -> float:
+    """By how much results may differ, relative to the largest: in the coarsest of their types."""
+    return max(_ROUNDING.get(result.dtype, 0.0) for result in results)
+
+
+def is_near(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether two tensors are the same but for rounding, gaps included."""
+    if not other.is_floating_point() or not other.numel():
         return torch.equal(one, other)
     scale = tolerance * (1.0 + float(other.abs().max()))
     return torch.allclose(one, other, rtol=tolerance, atol=scale, equal_nan=True)

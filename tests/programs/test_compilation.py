@@ -57,5 +57,6 @@ def test_what_counts_as_the_same():
     assert same_but_for_order([infinite, X / 0.0], [infinite, X])
     assert not same_but_for_order([infinite, X + 1.0], [infinite, X])
     assert same_but_for_order([X.float() + 1e-5], [X.float()])
+    assert same_but_for_order([X + 1e-5, X.float()], [X, X.float()])  # may come of the latter
     assert same_but_for_order([X > 0.0, PLACES], [X > 0.0, PLACES])
     assert not same_but_for_order([X > 0.0], [X > 1.0])

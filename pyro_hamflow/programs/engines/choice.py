@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.programs.agreement import is_near
+from pyro_hamflow.programs.agreement import is_near, rounding_of
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
@@ -117,7 +117,8 @@ def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether results are the same but for rounding: a potential, and what belongs to it."""
     if not expected[0].isfinite():
         return not found[0].isfinite()  # all else means nothing
-    return all(is_near(one, other) for one, other in zip(found, expected, strict=True))
+    tolerance = rounding_of(expected)
+    return all(is_near(*pair, tolerance) for pair in zip(found, expected, strict=True))
 
 
 def _largest_constant(graph: GraphModule) -> int:
