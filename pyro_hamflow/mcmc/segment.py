@@ -220,13 +220,13 @@ def _make(
 
 def _saved(run: Mover, chains: Chains) -> Saved | None:
     """Where chains are; none if their kernel holds what cannot be stored."""
-    assert chains.state is not None
+    _, state = chains.begun()
     try:
-        words = source_words(run.kernel), found_words(run.kernel, chains.state)
+        words = source_words(run.kernel), found_words(run.kernel, state)
     except Unstorable:
         return None
     records = _emptied(chains.warm), _emptied(chains.kept)
-    findings = run.kernel.share(chains.begun()[1])
+    findings = run.kernel.share(state)
     return Saved(*words, random_states(), chains.iteration, *records, findings)
 
 
