@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.process import random_state_kept
+
 _VERSION = 1  # files of before have neither version nor checksum
 
 Made = TypeVar("Made")
@@ -98,7 +100,7 @@ def restored(kind: type[Module], sizes: Mapping[str, Any], weights: Mapping[str,
     if kept != wanted:
         raise ValueError(f"its weights are of shapes {kept}: expected {wanted}")
     dtype = next(iter(weights.values())).dtype
-    with torch.random.fork_rng():
+    with random_state_kept():
         module = kind(**sizes).to(dtype)
     module.load_state_dict(weights)
     return module

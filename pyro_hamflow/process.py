@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -58,10 +58,20 @@ def undisturbed(seed: int | None = None) -> Iterator[None]:
         stack.callback(_put_back())
         stack.enter_context(torch.enable_grad())
         if seed is not None:
-            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(random_state_kept())
             stack.callback(set_rng_state, get_rng_state())  # NumPy's and Python's, too
             pyro.set_rng_seed(seed)
         yield
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """Puts torch's random states back after a block, those of CUDA's devices if they are in use.
+
+    To ask a device for its state starts CUDA, which takes seconds and memory that a model on the
+    CPU has no use for, and forbids processes that are forked later to use it at all.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices, device_type="cuda")
 
 
 class HeldSignals:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from pyro_hamflow.flows.bases import students_t
 from pyro_hamflow.flows.drawn import DrawnWithDensity
 from pyro_hamflow.flows.flow_guide import FlowGuide
 from pyro_hamflow.flows.zuko_flow import ZukoFlow, make_lazy, refuse_other_flows
+from pyro_hamflow.process import random_state_kept
 
 
 class AutoFlow(FlowGuide):
@@ -88,7 +88,7 @@ class AutoFlow(FlowGuide):
             base = students_t(position, self._freedom)
         made = ZukoFlow(make_lazy(flow, position), base)
         if not isinstance(flow, nn.Module):
-            with torch.random.fork_rng():
+            with random_state_kept():
                 made.begin_near_base()
         return made
 

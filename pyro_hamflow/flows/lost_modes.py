@@ -23,6 +23,7 @@ from pyro_hamflow.flows.descent import Descent
 from pyro_hamflow.model.guides import Guide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
+from pyro_hamflow.process import random_state_kept
 
 _DRAWS, _PROBES = 24, 36  # descents from the guide, and from each of two other places
 _WIDTH = 3.0  # of probes, in standard deviations of the guide: Cauchy variables
@@ -72,7 +73,7 @@ def describe_lost_modes(
     """
     if potential.dimension > _MOST_DIMENSIONS:
         return None
-    with torch.random.fork_rng(), torch.no_grad():
+    with random_state_kept(), torch.no_grad():
         torch.manual_seed(0)
         share, where = _lost(guide, potential, draws)
     if share < _LARGEST_LOSS or where is None:

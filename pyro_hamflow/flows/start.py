@@ -20,6 +20,7 @@ from pyro_hamflow.flows.standardised import standardised
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import run_with
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.validation import no_validation
 
 _PILOT_DRAWS = 1000
@@ -117,7 +118,7 @@ def potential_of_one(
         kwargs: Its keyword arguments.
         sites: The latent sites as parts of a flat vector.
     """
-    with torch.random.fork_rng(), poutine.block(), no_validation():
+    with random_state_kept(), poutine.block(), no_validation():
         torch.manual_seed(0)
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     if sees_part(trace):
@@ -133,7 +134,7 @@ def _seeded_potential(
     def value_of(position: Tensor) -> Tensor:
         free = split(sites, position)
         values = constrain(sites, free)
-        with torch.random.fork_rng():
+        with random_state_kept():
             torch.manual_seed(0)
             trace = run_with(model, lambda msg: values.get(msg["name"]), *args, **kwargs)
         with no_validation():

@@ -12,6 +12,7 @@ from torch.distributions import Transform
 
 from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import DensityGuide
+from pyro_hamflow.process import random_state_kept
 
 _SAME = 1e-4  # difference between two images of a point, relative to its size
 
@@ -68,7 +69,7 @@ class SymmetrisedGuide:
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Has the guide see the model's arguments, and sees that the maps are a group."""
         self.guide.prepare(*args, **kwargs)
-        with torch.random.fork_rng(), torch.no_grad():
+        with random_state_kept(), torch.no_grad():
             _refuse_no_group(self.maps, self.guide.draw(1)[0][0])
 
     def draw(self, num_samples: int) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from pyro_hamflow.model.trace import (
     run_with,
     vectorized_frames,
 )
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.connectivity import NONE, SEVERAL, Owners, ValueReadError, trace_owners
 from pyro_hamflow.programs.fingerprint import Fingerprint, explained, take_fingerprint
 from pyro_hamflow.programs.storages import apart
@@ -98,7 +99,7 @@ class Run:
             values = self.values | dict(zip(names, rows, strict=True))
             return torch.stack([density.sum() for density in self.terms(values).values()])
 
-        with apart(), torch.random.fork_rng():
+        with apart(), random_state_kept():
             try:
                 # Batched tensors have no memory that could be read past torch.
                 rows = [self.values[name][None] for name in names]
@@ -134,7 +135,7 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
             has independent elements, if its plates' elements are not independent, or if any of
             this cannot be told.
     """
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         trace = explained(lambda: fitting(run_with(model, lambda msg: None, *args, **kwargs)))
         refuse_subsampling(trace)

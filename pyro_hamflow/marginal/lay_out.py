@@ -13,13 +13,14 @@ from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Proposal, component_count
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.trace import is_latent, log_density, run_with, vectorized_frames
+from pyro_hamflow.process import random_state_kept
 
 _PER_PRIOR_PARTICLE = 8  # of which one comes from the prior
 
 
 def look_at(plan: Plan) -> poutine.Trace:
     """A run of the model that leaves the random state alone."""
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         return run_with(plan.model, lambda msg: None, *plan.args, **plan.kwargs)
 

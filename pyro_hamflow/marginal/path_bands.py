@@ -12,6 +12,7 @@ from pyro_hamflow.marginal.grouping import describe_plates
 from pyro_hamflow.marginal.noise_layout import Layout
 from pyro_hamflow.marginal.path_density import Density, Order, Parts, expand, products
 from pyro_hamflow.marginal.structure import Group
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
 
 # Every width of a few states, and seasons of a week and a year; then a quarter more each time.
@@ -76,7 +77,7 @@ def find_bands(looks: Sequence[tuple[Parts, Tensor]], group: Group, layout: Layo
         ValueError: If there are no bands, and the path is too long to go without.
     """
     best: Bands | None = None
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         for order in orders(group, layout):
             if order.lag and best is not None and max(best[1:]) < layout.dimension:

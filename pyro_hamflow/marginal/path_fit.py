@@ -33,6 +33,7 @@ from pyro_hamflow.marginal.path_modes import (
     root_of,
     site_at,
 )
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
 
 _LARGEST_GROWTH = 1.0  # of a log standard deviation, which moves to first order only
@@ -148,7 +149,7 @@ def fit_path(
 
 def _is_exact(parts: Parts, found: PathGaussian) -> bool:
     """Whether paths have the same weight, wherever they are."""
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         noises = [2.0 * torch.randn_like(found.place) for _ in range(4)]
     weights = []

@@ -25,6 +25,7 @@ from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import RADIUS, is_discrete, middle, transform_of
 from pyro_hamflow.model.trace import run_with
+from pyro_hamflow.process import random_state_kept
 
 # Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
 # points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
@@ -88,7 +89,7 @@ def find_pilot(
     if not rough.proposal.is_final:
         # Whatever the particles come from later, here they had better know the data.
         rough.take(choose_proposal(plan))
-    with torch.random.fork_rng(), rough.hold(plan.structure):
+    with random_state_kept(), rough.hold(plan.structure):
         torch.manual_seed(0)
         trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
         somewhere = {}

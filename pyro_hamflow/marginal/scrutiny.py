@@ -17,6 +17,7 @@ from pyro_hamflow.arviz_bridge import psislw
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
+from pyro_hamflow.process import random_state_kept
 
 _POINTS = 128  # particles of an element, where a proposal is looked at
 _PRIOR_POINTS = 2048  # the same from the prior, few of which count
@@ -96,7 +97,7 @@ def look(
         rounds = math.ceil(_PRIOR_POINTS / count)
     structure = plan.structure
     elements = []
-    with torch.random.fork_rng(), torch.no_grad(), other.hold(structure):
+    with random_state_kept(), torch.no_grad(), other.hold(structure):
         torch.manual_seed(0)
         plan = other.plan(*data.args, **data.kwargs)
         for group in structure.groups:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
+from pyro_hamflow.process import random_state_kept
 
 WANTED_VARIANCE = 1.0  # of the log estimate
 _REPLICATES = 100  # estimates: their variance is then known to a seventh
@@ -53,7 +54,7 @@ def settle_particles(marginal: TunedEstimator, data: Arguments) -> None:
         data: What the model is called with.
     """
     pilot = [marginal.prepared.pilot]
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         if not settle_below(marginal, pilot, WANTED_VARIANCE, _REPLICATES, data):
             marginal.settle(None)

@@ -24,6 +24,7 @@ from pyro_hamflow.marginal.whitening.fit import PathFit, fit_path, log_prob_of
 from pyro_hamflow.marginal.whitening.handlers import WithPath, values_before
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.look import plain_run
+from pyro_hamflow.process import random_state_kept
 
 
 def whiten(model: Model, sites: Sequence[str]) -> WhitenedModel:
@@ -139,7 +140,7 @@ class WhitenedModel:
             old[0] is new[0] and old[1] == new[1] for old, new in zip(self._seen, seen, strict=True)
         )
         if before is None or not (same or self._is_fitted(data, before)):
-            with torch.random.fork_rng(), poutine.block(), torch.enable_grad():
+            with random_state_kept(), poutine.block(), torch.enable_grad():
                 torch.manual_seed(0)
                 before = self._fit = fit_path(self.model, data, self.sites)
                 self._observed = _observed(self._look(data))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 from pyro.util import get_rng_state, set_rng_state
 
 from pyro_hamflow.mcmc.adaptation.base import Phase
@@ -16,7 +15,7 @@ from pyro_hamflow.mcmc.checkpoint import WARM, Checkpoints, Progress, collected
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.moving import Mover
 from pyro_hamflow.mcmc.stopping import RunSoFar
-from pyro_hamflow.process import HeldSignals
+from pyro_hamflow.process import HeldSignals, random_state_kept
 from pyro_hamflow.progress import progress
 
 
@@ -37,7 +36,7 @@ class Left(NamedTuple):
         if kernel.phase is not self.phase:
             return None
         potential = kernel.potential
-        with torch.random.fork_rng():
+        with random_state_kept():
             if kernel.prepare(mover.args, mover.kwargs) is not potential:
                 return None
         kernel._phase, state = chains.begun()

@@ -97,9 +97,9 @@ def _words(value: Any) -> Iterator[bytes]:
 
 
 def random_states() -> dict[str, Any]:
-    """Those of torch, on all devices, of NumPy and of Python, as plain values and tensors."""
+    """Those of torch, on devices in use, of NumPy and of Python, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "torch": torch.get_rng_state(),
         "gpus": list(on_gpus),
@@ -111,8 +111,8 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: Mapping[str, Any]) -> None:
     """Sets what :func:`random_states` has found."""
     torch.set_rng_state(states["torch"])
-    if states["gpus"]:
-        torch.cuda.set_rng_state_all(states["gpus"])
+    for device, state in zip(range(torch.cuda.device_count()), states["gpus"], strict=False):
+        torch.cuda.set_rng_state(state, device)
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     random.setstate(states["python"])

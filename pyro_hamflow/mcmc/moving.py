@@ -19,6 +19,7 @@ from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.stopping import StopWhen
 from pyro_hamflow.mcmc.transitions.base import Info
+from pyro_hamflow.process import random_state_kept
 
 _LONGEST = 4  # times the fewest iterations of warm-up
 
@@ -100,7 +101,7 @@ class Mover:
             disabled is False or (disabled is None and is_validation_enabled())
         ):
             return
-        with torch.random.fork_rng(), poutine.block(), pyro.validation_enabled():
+        with random_state_kept(), poutine.block(), pyro.validation_enabled():
             poutine.trace(model).get_trace(*self.args, **self.kwargs).compute_log_prob()
 
     def new_chains(self, chain: int | None) -> Chains:

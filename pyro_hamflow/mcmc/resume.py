@@ -23,6 +23,7 @@ from pyro_hamflow.mcmc.packing import CheckpointError, Saved
 from pyro_hamflow.mcmc.snapshot import Frozen, capture, kernel_of, kernel_words, take_up
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.transitions.base import State
+from pyro_hamflow.process import random_state_kept
 
 _CLOSE = 1e4  # roundings, by which a density of the same model may differ on another machine
 
@@ -221,7 +222,7 @@ class Found:
                     self.store.forget_draws(prefix + group, chain, count)
 
     def _refuse_another_density(self, kernel: Kernel, state: State) -> None:
-        with torch.random.fork_rng():
+        with random_state_kept():
             shown = kernel.shown(state)
             was, now = shown.evaluation.value, kernel.potential.value(shown.position, shown.noise)
         close = _CLOSE * torch.finfo(now.dtype).eps

@@ -12,13 +12,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.mcmc.frozen import Arrays, Table, freeze, thaw
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.storable import Unstorable, found
 from pyro_hamflow.mcmc.transitions.base import State
+from pyro_hamflow.process import random_state_kept
 
 # What a kernel finds in a run, beside what it was made of.
 _FOUND = ("_phase", "_engine", "plan", "_surrogate_run", "_found")
@@ -102,7 +101,7 @@ def capture(
 ) -> None:
     """Captures a kernel's model as it was in the run that the words are of."""
     source, model = kernel.source, kernel.source.model
-    with torch.random.fork_rng():
+    with random_state_kept():
         source._example, fitted = thaw(*words, _parts_given(kernel))
         if isinstance(model, MarginalModel):
             model.take_fitted(fitted, model.plan(*args, **kwargs).structure)

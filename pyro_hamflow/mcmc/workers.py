@@ -6,8 +6,6 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 
-import torch
-
 from pyro_hamflow.mcmc import spread
 from pyro_hamflow.mcmc.checkpoint import WARM
 from pyro_hamflow.mcmc.draws import Draws
@@ -20,7 +18,7 @@ from pyro_hamflow.mcmc.segment import Task, packed
 from pyro_hamflow.mcmc.snapshot import capture, take_up
 from pyro_hamflow.mcmc.spread import Spread
 from pyro_hamflow.mcmc.stopping import RunSoFar
-from pyro_hamflow.process import HeldSignals, undisturbed
+from pyro_hamflow.process import HeldSignals, random_state_kept, undisturbed
 from pyro_hamflow.progress import progress
 
 _GROWTH = 1.1  # of the draws of groups, after which `stop_when` is asked
@@ -34,7 +32,7 @@ def divided(mover: Mover, seed: int, most: int) -> list[Group]:
         seed: What the groups' random numbers are made of.
         most: How many chains a group has at most.
     """
-    with torch.random.fork_rng():  # so that workers find the parameters that the model makes
+    with random_state_kept():  # so that workers find the parameters that the model makes
         mover.kernel.prepare(mover.args, mover.kwargs, mover.initial(None))
     mover.refuse_unknown_sites()
     chains = split(mover.num_chains, most)

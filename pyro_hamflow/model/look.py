@@ -13,6 +13,7 @@ from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.trace import refuse_subsampling, run_with
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.programs.failures import first_that_works
 from pyro_hamflow.programs.fingerprint import Fingerprint, explained
@@ -29,7 +30,7 @@ def plain_run(model: Model, args: Args, kwargs: Kwargs) -> poutine.Trace:
         torch.manual_seed(seed)
         return fitting(run_with(model, lambda msg: None, *args, **kwargs))
 
-    with torch.random.fork_rng():
+    with random_state_kept():
         return explained(lambda: first_that_works(run, range(_SEEDS)))
 
 
@@ -71,14 +72,14 @@ class Looks:
 
     def _twice(self, factor: float) -> tuple[Fingerprint, Fingerprint]:
         self.factor = factor
-        with torch.random.fork_rng():
+        with random_state_kept():
             return self._look(factor), self._look(factor)
 
     def is_unchanged(self) -> bool:
         """Whether the model still does what it did when it was looked at first."""
         if self.key is not None:
             # Whatever a model's own code may raise.
-            with torch.random.fork_rng(), suppress(Exception):
+            with random_state_kept(), suppress(Exception):
                 return self._look(self.factor).key == self.key
         return False
 

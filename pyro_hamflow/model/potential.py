@@ -33,6 +33,7 @@ from pyro_hamflow.model.sites import (
     stack_sites,
 )
 from pyro_hamflow.model.trace import outline
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.programs.captured import captured_of
 from pyro_hamflow.programs.failures import describe_failures, first_that_works
@@ -240,8 +241,7 @@ class Potential:
             Whether it does; otherwise nothing changes.
         """
         before = self.runs
-        # Whatever a model's own code may raise at values of other shapes.
-        with torch.random.fork_rng(), suppress(Exception):
+        with random_state_kept(), suppress(Exception):  # whatever a model raises at other shapes
             self._take(before.of(args, kwargs))
             if self.is_unchanged():
                 self.programs.failures.clear()

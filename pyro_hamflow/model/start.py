@@ -13,6 +13,7 @@ from pyro_hamflow.model.data_faults import describe_impossible
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import RADIUS, support_of
 from pyro_hamflow.model.trace import run_with
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.validation import no_validation
 
 Strategy = Callable[[Any], Tensor]
@@ -148,7 +149,7 @@ def fault(potential: Potential, position: Tensor, noise: Tensor) -> str:
     hidden = getattr(potential.model, "model_of_data", None)  # of one that hides the data's sites
     if faults and hidden is not None:
         args, kwargs = potential.args, potential.kwargs
-        with torch.random.fork_rng():
+        with random_state_kept():
             plain = run_with(hidden, lambda msg: None, *args, **kwargs)
         faults[-1] += describe_impossible(plain)
     if not faults and not bool(whole.isfinite()):

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import pyro.poutine as poutine
-import torch
 from torch import Tensor
 
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import is_computed, is_latent, run_with
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.results.rows import Rows
 
 
@@ -50,7 +50,7 @@ def deterministic_values(
     if not sites:
         return Deterministic({}, [], 0)
     latent = [name for name, site in trace.nodes.items() if is_latent(site)]
-    with torch.random.fork_rng():
+    with random_state_kept():
         if latent and all(name in values for name in latent):
             known = {name: values[name].flatten(0, 1) for name in latent}
             found, failures = _from_sites(potential, model, sites, known)

@@ -18,7 +18,7 @@ from pyro_hamflow.arviz_bridge import psislw
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.process import undisturbed
+from pyro_hamflow.process import random_state_kept, undisturbed
 from pyro_hamflow.results.run import Run
 from pyro_hamflow.smc.resampling import log_mean_exp
 
@@ -114,7 +114,7 @@ def leave_future_out(
     flat = run.draws.position.flatten(0, 1)
     every = torch.linspace(0, len(flat) - 1, min(num_draws, len(flat)), device="cpu").round().long()
     position = flat[every].to(source.example.device)
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(int(run.seed or 0))
         whole, error = _log_likelihood(model, source, source.args, source.kwargs, position)
         known, errors = {}, [error]

@@ -18,7 +18,7 @@ from pyro_hamflow import arviz_bridge
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.trace import is_computed, is_latent, run_with, vectorized_frames
-from pyro_hamflow.process import undisturbed
+from pyro_hamflow.process import random_state_kept, undisturbed
 from pyro_hamflow.results.datasets import Array, Datasets, array_of, to_numpy
 from pyro_hamflow.results.deterministic import deterministic_values
 from pyro_hamflow.results.names import Names
@@ -187,7 +187,7 @@ class _Model:
         self.potential, self.sampled = kernel.potential, kernel.model
         marginal = isinstance(self.sampled, MarginalModel)
         self.model = self.sampled.model if marginal else self.sampled
-        with torch.random.fork_rng():
+        with random_state_kept():
             torch.manual_seed(0)
             self.trace = run_with(
                 self.model, lambda msg: None, *self.potential.args, **self.potential.kwargs

@@ -18,6 +18,7 @@ from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import is_latent
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.results.moved import MovedPoints, gather, movable
 from pyro_hamflow.results.rows import Rows
@@ -69,7 +70,7 @@ def pointwise(source: Potential, model: Model, position: Tensor, seed: int | Non
         seed: What the noise follows from; the global random state is left alone.
     """
     estimator = _Estimator(source, model, position)
-    with torch.random.fork_rng():  # a model with randomness of its own may draw from it
+    with random_state_kept():  # a model with randomness of its own may draw from it
         if not estimator.terms:
             return Pointwise([], [])
         if not estimator.is_noisy:

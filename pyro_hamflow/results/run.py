@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.mcmc import MCMC
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.smc.importance import ImportanceSamples
 from pyro_hamflow.smc.sampler import AnnealedSampler
 from pyro_hamflow.version import __version__
@@ -70,7 +71,7 @@ class Run:
             if not records:
                 raise ValueError("there are no draws yet: call `run` first")
             self.draws = Draws.join([record.stacked() for record in records])
-        with torch.random.fork_rng():
+        with random_state_kept():
             self.kernel.prepare(result._args, result._kwargs)
 
     def attributes(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
+from pyro_hamflow.process import random_state_kept
 
 _CLIMBS = 16  # from draws of the prior: all of them to one of two equal modes once in 30000 times
 _APART = 0.1  # of the prior's spread, beyond which their ends count as several
@@ -63,7 +64,7 @@ def extend_reach(target: ModelTarget) -> str | None:
         return None
     data = Arguments(potential.args, potential.kwargs)
     found = None
-    with torch.random.fork_rng(), suppress(ValueError):  # of priors that cannot be drawn from
+    with random_state_kept(), suppress(ValueError):  # of priors that cannot be drawn from
         torch.manual_seed(0)
         found = find_shortfall(model, potential, data)
     if found is None:

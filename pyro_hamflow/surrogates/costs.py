@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.compilation import SelfCompiling
 from pyro_hamflow.surrogates.fit import BATCH, fit_energy
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
@@ -86,7 +87,7 @@ def affordable_steps(ahead: float, each: float) -> int:
 
 def training_seconds(potential: Potential, hidden: Sequence[int]) -> float:
     """The seconds that a step of a network's training takes, once it is under way."""
-    with torch.random.fork_rng():
+    with random_state_kept():
         z = torch.randn(BATCH, potential.dimension).to(potential.example)
         points = Points(z, 0.5 * z.square().sum(-1), z, z[:, :0])
         network = PotentialNetwork(potential.dimension, hidden=hidden).to(z)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_hamflow.checks import whole
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.surrogates.costs import Clock, affordable_steps, training_seconds
 from pyro_hamflow.surrogates.fit import EnergyTraining, fit_energy
 from pyro_hamflow.surrogates.gradient_log import GradientLog
@@ -62,7 +63,7 @@ class TrainingSettings:
     rounds: int
 
     def __post_init__(self) -> None:
-        with torch.random.fork_rng():
+        with random_state_kept():
             self.network(1)  # refuses bad sizes
         for name, number, least in (
             ("training_points", 1 if self.training_points is None else self.training_points, 1),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -284,3 +286,31 @@ def test_a_model_with_noise_runs_under_pyro(place):
     assert float(x.mean()) == pytest.approx(float(draws["mean"].mean()), abs=0.2)
     found = phf.estimator_quality(model, {"mean": place.data(MEAN)}, place.data())
     assert math.isfinite(float(found.standard_deviation))
+
+
+ON_THE_CPU = """
+import pyro, torch
+import pyro.distributions as dist
+import pyro_hamflow as phf
+
+def model(y):
+    with pyro.plate("data", len(y)):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 0.5), obs=y)
+
+y = torch.tensor([0.3, -0.2])
+marginal = phf.marginalize(model, ["x"])
+for kernel in (phf.NUTS(model), phf.PseudoMarginalHMC(marginal), phf.FlowNUTS(model)):
+    mcmc = phf.MCMC(kernel, 20, 20, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run(y)
+    phf.to_inference_data(mcmc)
+guide = phf.AutoNeuralHamiltonianFlow(model, hidden=(4,))
+phf.fit_guide(model, guide, y, num_steps=5, seed=0, disable_progbar=True)
+phf.importance_sample(model, guide, y, num_samples=20, seed=0)
+raise SystemExit(torch.cuda.is_initialized())
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_model_on_the_cpu_leaves_cuda_alone():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ON_THE_CPU], check=True)

@@ -293,6 +293,11 @@ def test_a_test_that_imports_another_is_noticed(text):
     assert importers_of_tests({"mine": text, "other": "import pytest"}) == ["mine"]
 
 
+def test_random_states_are_put_back_in_one_place():
+    """Torch's own way starts CUDA (:func:`pyro_hamflow.process.random_state_kept`)."""
+    assert [name for name, text in SOURCES.items() if "fork_rng(" in text] == ["process"]
+
+
 def test_import_leaves_validation_as_it_found_it():
     code = (
         "import torch, pyro; D = torch.distributions.Distribution; before = D._validate_args;"

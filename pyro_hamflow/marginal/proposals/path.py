@@ -42,6 +42,7 @@ from pyro_hamflow.marginal.proposals.base import Draw, Proposal
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.supports import transform_of
 from pyro_hamflow.model.trace import is_latent, plate_shape, run_with
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
 
 _MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
@@ -255,7 +256,7 @@ def _somewhere(
     plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor], seed: int = 0
 ) -> Tensor:
     """A path from the prior."""
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(seed)
         trace = run_with(
             plan.model, lambda msg: parameters.get(msg["name"]), *plan.args, **plan.kwargs

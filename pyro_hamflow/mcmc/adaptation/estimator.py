@@ -26,6 +26,7 @@ from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
+from pyro_hamflow.process import random_state_kept
 
 _REPLICATES = 32  # estimates: their variance is then known to a quarter
 # Where joint moves overtake conditional ones, by effective draws per gradient: measured in
@@ -187,7 +188,7 @@ class EstimatorTuning:
         data = Arguments(potential.args, potential.kwargs)
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
         centre = torch.cat(window[len(window) // 2 :]).mean(0)
-        with torch.random.fork_rng():
+        with random_state_kept():
             better = None
             variance = _variance(potential, state.position)
             is_noisy = variance > (
@@ -237,7 +238,7 @@ class EstimatorTuning:
             return
         data = Arguments(potential.args, potential.kwargs)
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
-        with torch.random.fork_rng():
+        with random_state_kept():
             looks = [look(model, draw, data) for draw in draws]
             self.max_pareto_k = max(found.max_pareto_k for found in looks)
             remark = misses(model, draws, data)
@@ -245,7 +246,7 @@ class EstimatorTuning:
             self.plan.say(remark, first=True)
         variance = self.variance
         if model.proposal.fades:
-            with torch.random.fork_rng():
+            with random_state_kept():
                 beyond = _variance_beyond(potential, state.position, state.position.mean(0))
             variance = max(variance, beyond)
         other = model.proposal.alternative(model.sites, variance)

@@ -22,6 +22,7 @@ from pyro_hamflow.mcmc.adaptation.window import WarmUp
 from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning, padded
 from pyro_hamflow.mcmc.transitions.multiple_proposal import MultipleProposalTransition
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.surrogates.costs import synchronize
 from pyro_hamflow.surrogates.learner import Learner
 from pyro_hamflow.surrogates.targets import SurrogateDensity
@@ -134,7 +135,7 @@ class Learning:
         run, estimator = self.run, self.run.hamiltonian.estimator
         self.learner.log.entries.clear()
         if estimator is not None and self.potential.noise_sites:
-            with torch.random.fork_rng():
+            with random_state_kept():
                 estimator.examine(state)
         if not self.trial.infos:
             run.say("the surrogate that was given is followed, without a trial.")

@@ -17,6 +17,7 @@ from pyro_hamflow.mcmc.adaptation.verdict import GUESSED_STEPS
 from pyro_hamflow.mcmc.transitions.base import State
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
 from pyro_hamflow.surrogates.learner import Learner
 
@@ -56,7 +57,7 @@ def first_phase(run: SurrogateRun, position: Tensor, noise: Tensor) -> tuple[Pha
         )
     kinetic = _first_kinetic(run, potential)
     learner = Learner(potential, run.choices.training, run.plan.warmup_steps)
-    with torch.random.fork_rng():  # so that a run that learns nothing is the plain kernel's
+    with random_state_kept():  # so that a run that learns nothing is the plain kernel's
         reason = _hopeless(run, learner, len(position))
     if reason is not None:
         run.say(f"true gradients are followed: {reason}.")

@@ -25,6 +25,7 @@ from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition, PerLeafTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import JudgedDensity, SurrogateDensity, TrustRegion
 
@@ -107,7 +108,7 @@ class SurrogateMoves:
 
     def rehearse(self, transition: Transition, state: State, tuning: Tuning) -> None:
         """Makes a step in vain, so that what is captured for it is not part of what is timed."""
-        with torch.random.fork_rng():
+        with random_state_kept():
             start = transition.state_at(state.position, state.noise)
             steps = self.trajectories.draw_num_steps(tuning.step_size)
             transition.step(start, tuning, steps)

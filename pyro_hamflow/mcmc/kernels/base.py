@@ -58,6 +58,7 @@ from pyro_hamflow.mcmc.kernels.pyro_face import PyroFace
 from pyro_hamflow.mcmc.transitions.base import Info, State, padded
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.transported import Transport, TransportedTarget
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.engines.choice import Choice
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
@@ -204,7 +205,7 @@ class Kernel(PyroFace):
         estimator = None if self._hamiltonian is None else self._hamiltonian.estimator
         if estimator is not None:
             estimator.start_over(self.source, self.plan, self._engine)
-        with torch.random.fork_rng():  # so that a run repeats itself, captured already or not
+        with random_state_kept():  # so that a run repeats itself, captured already or not
             self.prepare(args, dict(kwargs or {}), initial_params)
         if self.choices is not None:
             self._surrogate_run = SurrogateRun(
