@@ -7,10 +7,7 @@ would have made.
 
 from __future__ import annotations
 
-import shutil
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,12 +23,10 @@ from pyro_hamflow.mcmc.identity import digest_of, plates_of, random_states, stru
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.snapshot import Frozen, found_words, kernel_words, source_words
 from pyro_hamflow.mcmc.storable import Unstorable
-from pyro_hamflow.mcmc.store import Store, told
+from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.stored_draws import stored_draws
+from pyro_hamflow.mcmc.writer import GROUPS, WARM, Writer
 from pyro_hamflow.model.potential import Potential
-
-WARM = "warmup_"  # before the names of groups that hold draws of the warm-up
-GROUPS = ("unconstrained_posterior", "sample_stats", "posterior")
 
 
 @dataclass
@@ -55,67 +50,6 @@ class Progress:
     warmup_steps: int = 0
     warmup_time: float = 0.0
     sampling_time: float = 0.0
-
-
-class Writer:
-    """Writes to a run's store now and then.
-
-    Arguments:
-        store: Where to.
-        every: How many seconds lie between two times.
-        num_chains: How many chains the run has in all.
-    """
-
-    def __init__(self, store: Store, every: float, num_chains: int) -> None:
-        self.store = store
-        self.every = every
-        self.num_chains = num_chains
-        self._last = time.monotonic()
-        self._has_failed = False
-
-    @property
-    def is_time(self) -> bool:
-        """Whether the last time is so long ago."""
-        return time.monotonic() - self._last >= self.every
-
-    def attempt(self, write: Callable[[], None], *, first: bool) -> bool:
-        """Writes, and says whether that went well; the run goes on if not, but for the first time.
-
-        Arguments:
-            write: What to do.
-            first: Whether the run has just begun: then it ends where nothing can be written.
-        """
-        try:
-            with told(self.store.path):
-                write()
-            self._has_failed = False
-        except (OSError, Unstorable) as error:
-            if first:
-                raise
-            if not self._has_failed:
-                warnings.warn(
-                    f"{error}: the run goes on, and it is tried again after {self.every:g} seconds",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            self._has_failed = True
-        self._last = time.monotonic()
-        return not self._has_failed
-
-    def close(self, draws: int) -> None:
-        """Gives up room beyond so many draws, and lets other processes have the store."""
-        for group in GROUPS if draws else ():
-            try:
-                self.store.resize(group, draws)
-            except OSError:  # nothing is lost: draws are counted by the state
-                break
-        self.store.close()
-
-    def discard_empty(self) -> None:
-        """Removes the store of a run that could not begin."""
-        if not self.store.has_states:
-            self.store.close()
-            shutil.rmtree(self.store.path, ignore_errors=True)
 
 
 class Checkpoints(Writer):
@@ -147,6 +81,7 @@ class Checkpoints(Writer):
         kwargs: Mapping[str, Any],
         *,
         first: bool = False,
+        waits: bool = False,
     ) -> None:
         """Writes all draws since the last time, and the state; says it if that failed.
 
@@ -157,12 +92,15 @@ class Checkpoints(Writer):
             args: The model's arguments.
             kwargs: Its keyword arguments.
             first: Whether the run has just begun: then it ends where nothing can be written.
+            waits: Whether to wait for the disk; what is known of it the next time, if not.
         """
+        if not self.is_settled():
+            self._place = None
         place = (run.chain, chains.iteration, chains.kept.made)
         if place == self._place:
             return
         write = partial(self._write, kernel, chains, run, args, kwargs)
-        if self.attempt(write, first=first):
+        if self.attempt(write, first=first, waits=waits):
             self._place = place
 
     def _write(
@@ -278,6 +216,7 @@ def collected(
         at_once: Whether they do.
         prefix: Before the names of groups.
     """
+    checkpoints.is_settled()
     store, number, local = checkpoints.store, checkpoints.num_chains, sorted(records[0].keep or ())
     if not any(len(record) for record in records):
         rows = range(number) if at_once else range(len(records))

@@ -11,10 +11,11 @@ from pyro.util import get_rng_state, set_rng_state
 
 from pyro_hamflow.mcmc.adaptation.base import Phase
 from pyro_hamflow.mcmc.chains import Chains
-from pyro_hamflow.mcmc.checkpoint import WARM, Checkpoints, Progress, collected
+from pyro_hamflow.mcmc.checkpoint import Checkpoints, Progress, collected
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.moving import Mover
 from pyro_hamflow.mcmc.stopping import RunSoFar
+from pyro_hamflow.mcmc.writer import WARM
 from pyro_hamflow.process import HeldSignals, random_state_kept
 from pyro_hamflow.progress import progress
 
@@ -157,7 +158,7 @@ class Course:
         if chains.state is None:
             try:
                 self.mover.begin(chains, chain)
-                self._save(chains, chain, first=True)
+                self._save(chains, chain, first=True, waits=True)
             except BaseException:
                 if self._checkpoints is not None:
                     self._checkpoints.discard_empty()
@@ -167,7 +168,7 @@ class Course:
                 self._move_all(chains, chain, held)
             finally:
                 if chains.is_whole:
-                    self._save(chains, chain)
+                    self._save(chains, chain, waits=True)
 
     def _move_all(self, chains: Chains, chain: int | None, held: HeldSignals | None) -> None:
         mover, kernel = self.mover, self.mover.kernel
@@ -190,7 +191,9 @@ class Course:
                 if held is not None and held.came:
                     raise KeyboardInterrupt
 
-    def _save(self, chains: Chains, chain: int | None, *, first: bool = False) -> None:
+    def _save(
+        self, chains: Chains, chain: int | None, *, first: bool = False, waits: bool = False
+    ) -> None:
         """Writes a checkpoint, if any are written."""
         if self._checkpoints is None or chains.state is None:
             return
@@ -198,7 +201,8 @@ class Course:
         ended = [[done.kept.stored, done.warm.stored] for done in self.finished]
         times = counts.warmup_steps, counts.warmup_time, counts.sampling_time
         run = Progress(self._settings, chain, ended, self.heard, *times)
-        self._checkpoints.save(mover.kernel, chains, run, mover.args, mover.kwargs, first=first)
+        of = mover.kernel, chains, run, mover.args, mover.kwargs
+        self._checkpoints.save(*of, first=first, waits=waits)
 
     def _has_enough(self, chains: Chains) -> bool:
         """Whether all draws are made, or the user's function says that they are enough."""

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from pyro_hamflow.mcmc.packing import CheckpointError, refuse_others
 
 try:  # zarr comes with one of them
@@ -62,10 +64,51 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def flush_all(paths: Sequence[Path]) -> None:
-    """The same of many files, at once: the disk takes them together."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(flush, paths))
+def write_beside(path: Path, data: np.ndarray) -> None:
+    """Writes bytes and their sum beside their place, until :func:`put_in_place`."""
+    beside = _beside(path)
+    try:
+        file = beside.open("wb")
+    except FileNotFoundError:  # the first one in its directory
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        file = beside.open("wb")
+    with file:
+        file.write(data.data)
+        file.write(crc32c(data).to_bytes(4, "little"))
+
+
+def put_in_place(paths: Sequence[Path]) -> None:
+    """Has the disk take files, and puts those that were written beside in their places then.
+
+    They are put there even where the disk fails, so that they can be read.
+    """
+    directories = {parent for path in paths for parent in _up_to_chunks(path)}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # the disk takes them together
+        list(pool.map(_put, paths))
+        list(pool.map(flush, directories))
+
+
+def _put(path: Path) -> None:
+    beside = _beside(path)
+    if not beside.exists():
+        flush(path)
+        return
+    try:
+        flush(beside)
+    finally:
+        os.replace(beside, path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _up_to_chunks(path: Path) -> Iterator[Path]:
+    """The directories of a file: up to that of all of an array's chunks, if it is of one."""
+    for parent in path.parents:
+        yield parent
+        if parent.name == "c" or path.name == "zarr.json":
+            break
 
 
 def is_as_written(path: Path) -> bool:

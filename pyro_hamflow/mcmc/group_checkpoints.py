@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 
 from pyro_hamflow.mcmc.chains import Rows
-from pyro_hamflow.mcmc.checkpoint import (
-    WARM,
-    Progress,
-    Writer,
-    placed,
-    said_of_run,
-    write_draws,
-)
+from pyro_hamflow.mcmc.checkpoint import Progress, placed, said_of_run, write_draws
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.frozen import freeze, thaw
 from pyro_hamflow.mcmc.groups import Group, shortest
@@ -26,6 +19,7 @@ from pyro_hamflow.mcmc.segment import Saved, Segment
 from pyro_hamflow.mcmc.snapshot import Frozen
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.stored_draws import stored_draws
+from pyro_hamflow.mcmc.writer import WARM, Writer
 
 _FROZEN = ("source", "found")
 
@@ -75,7 +69,7 @@ class GroupCheckpoints(Writer):
         place = [(group.iteration, group.made) for group in groups]
         if place == self._place:
             return
-        if self.attempt(partial(self._write, groups, is_first=first), first=first):
+        if self.attempt(partial(self._write, groups, is_first=first), first=first, waits=True):
             self._place = place
 
     def draws(self, groups: Sequence[Group], prefix: str = "") -> Draws:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pyro_hamflow.mcmc.adaptation.window import Findings
-from pyro_hamflow.mcmc.checkpoint import WARM
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.segment import Saved, Segment
+from pyro_hamflow.mcmc.writer import WARM
 
 
 @dataclass

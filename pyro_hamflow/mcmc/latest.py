@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pyro_hamflow.mcmc.checkpoint import GROUPS, WARM, Progress
+from pyro_hamflow.mcmc.checkpoint import Progress
 from pyro_hamflow.mcmc.frozen import thaw
 from pyro_hamflow.mcmc.group_checkpoints import written_rows
 from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint
 from pyro_hamflow.mcmc.resume import Found
 from pyro_hamflow.mcmc.store import Store
+from pyro_hamflow.mcmc.writer import GROUPS, WARM
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pyro_hamflow.mcmc.chains import Chains
-from pyro_hamflow.mcmc.checkpoint import GROUPS, WARM, Progress
+from pyro_hamflow.mcmc.checkpoint import Progress
 from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.frozen import thaw
 from pyro_hamflow.mcmc.group_checkpoints import Division, take_up_places
@@ -23,6 +23,7 @@ from pyro_hamflow.mcmc.packing import CheckpointError, Saved
 from pyro_hamflow.mcmc.snapshot import Frozen, capture, kernel_of, kernel_words, take_up
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.transitions.base import State
+from pyro_hamflow.mcmc.writer import GROUPS, WARM
 from pyro_hamflow.process import random_state_kept
 
 _CLOSE = 1e4  # roundings, by which a density of the same model may differ on another machine

@@ -4,8 +4,9 @@ A store is laid out as ArviZ lays out its groups (``posterior``, ``sample_stats`
 ``unconstrained_posterior``; the same of the warm-up if it is kept), so that xarray opens it, lazily
 too. Room is made for draws ahead; how many there are says the latest *state*, an array of bytes in
 the group ``checkpoints`` with a digest of its own, which is written after the draws that it counts.
-Each file is written beside its place and renamed into it, so that a write that was cut off is as
-none: what is there is the state before, whose draws no later one changes.
+Each file is written beside its place, and renamed into it when the disk has it, so that a write
+that was cut off is as none: what is there is the state before, whose draws no later one changes. A
+thread waits for the disk (:meth:`Store.settle`).
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyro_hamflow.mcmc.chains import Rows
+from pyro_hamflow.mcmc.chunks import Chunks, layout
 from pyro_hamflow.mcmc.files import (
     flush,
-    flush_all,
-    is_as_written,
     is_unbegun,
     locked,
+    put_in_place,
     state_numbers,
     told,
 )
@@ -43,7 +45,7 @@ from pyro_hamflow.mcmc.packing import (
 )
 
 _WHOLE = {"write_empty_chunks": True}  # so that a chunk that is missing is noticed
-_CHUNK_BYTES = 2**20  # of an array's chunk: small enough to be written again with each checkpoint
+_CHUNK_BYTES = 2**21  # of an array's chunk: small enough to be written again with each checkpoint
 _LONGEST_CHUNK = 10_000  # draws
 _KEPT_STATES = 2  # the latest, beside the one at the end of warm-up
 
@@ -88,7 +90,9 @@ class Store:
         self._root: Any = zarr.open_group(
             self.path, mode="r+" if writes else "r", use_consolidated=False
         )
-        self._arrays: dict[str, dict[str, Any]] = {}
+        self._arrays: dict[str, dict[str, Chunks]] = {}
+        self._files: list[Path] = []  # that are not yet where they belong
+        self._pending: Future[None] | None = None
         self._kept: list[tuple[int, bool]] = []
 
     def hold(self) -> None:
@@ -103,12 +107,13 @@ class Store:
             raise CheckpointError(f"another run has gone on in {self.path}: resume that one")
 
     def close(self) -> None:
-        """Lets other processes have it."""
+        """Lets other processes have it, once the disk has all."""
+        wait([self._pending] if self._pending else [])
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
 
-    def group(self, name: str) -> dict[str, Any]:
+    def group(self, name: str) -> dict[str, Chunks]:
         """The arrays of a group, by the names of their variables."""
         import zarr  # slow to import
 
@@ -116,7 +121,7 @@ class Store:
             there = (self.path / name / "zarr.json").exists()
             found = self._root[name].arrays() if there else ()
             with zarr.config.set({f"array.{key}": value for key, value in _WHOLE.items()}):
-                self._arrays[name] = {array.attrs["name"]: array for _, array in found}
+                self._arrays[name] = {a.attrs["name"]: self._chunks(name, a) for _, a in found}
         return self._arrays[name]
 
     def append(
@@ -139,18 +144,16 @@ class Store:
             plates: Of each variable, the names and sizes of plates by their dimensions, which are
                 counted from the left.
         """
+        self.settle()
         arrays = self.group(group)
         for name, value in values.items():
             if name not in arrays:
                 arrays[name] = self._new_array(group, name, value, rows, room, plates.get(name, {}))
         stop = first + max(value.shape[1] for value in values.values())
-        files: list[Path] = []
+        if any(stop > arrays[name].array.shape[1] for name in values):
+            self.resize(group, room if room >= stop else 2 * stop)
         for name, value in values.items():
-            if stop > arrays[name].shape[1]:
-                self.resize(group, room if room >= stop else 2 * stop)
-            arrays[name][rows.start : rows.stop, first:stop] = value
-            files += self._files(group, arrays[name], rows, first, stop)
-        flush_all(files)
+            self._files += arrays[name].write(rows, first, value)
 
     def _new_array(
         self,
@@ -160,91 +163,89 @@ class Store:
         rows: Rows,
         room: int,
         plates: Mapping[int, tuple[str, int]],
-    ) -> Any:
-        from zarr.codecs import Crc32cCodec, ZstdCodec  # slow to import
-
+    ) -> Chunks:
         label = name.replace("/", ".")
         while label in self._root.require_group(group):
             label += "_"
-        each = max(1, rows.together * value[:1, :1].nbytes)
-        length = max(1, min(_CHUNK_BYTES // each, _LONGEST_CHUNK, max(room, 1)))
         inner = value.shape[2:]
-        smaller = [] if value.dtype.kind == "f" else [ZstdCodec(level=1)]  # their digits are noise
-        return self._root[group].create_array(
+        array: Any = self._root[group].create_array(
             label,
             shape=(rows.number, max(room, value.shape[1]), *inner),
-            chunks=(rows.together, length, *(max(1, size) for size in inner)),
             dtype=value.dtype,
             fill_value=math.nan if value.dtype.kind == "f" else 0,
-            compressors=[*smaller, Crc32cCodec()],
             dimension_names=["chain", "draw", *dimension_names(label, inner, plates)],
             attributes={"name": name},
             config=_WHOLE,
+            **layout(value, rows, room, _CHUNK_BYTES, _LONGEST_CHUNK),
         )
+        self._files.append(self.path / group / array.basename / "zarr.json")
+        return self._chunks(group, array)
+
+    def _chunks(self, group: str, array: Any) -> Chunks:
+        return Chunks(self.path / group / array.basename, array)
 
     def resize(self, group: str, draws: int) -> None:
         """Makes room for so many draws of each chain, or gives up what is beyond them."""
         from zarr.core.sync import sync  # slow to import
 
-        for array in self.group(group).values():
+        for array in (chunks.array for chunks in self.group(group).values()):
             if array.shape[1] != draws:  # there is no file beyond, and room for many to look for
                 shape = (array.shape[0], draws, *array.shape[2:])
                 sync(array._async_array.resize(shape, delete_outside_chunks=False))
+                self._files.append(self.path / group / array.basename / "zarr.json")
 
     def stretches(self, group: str, name: str, draws: int) -> Iterator[tuple[int, int]]:
         """The first draws of a variable, as they lie in chunks: from which number to which."""
-        length = self.group(group)[name].chunks[1]
+        length = self.group(group)[name].array.chunks[1]
         for first in range(0, draws, length):
             yield first, min(first + length, draws)
 
     def read(self, group: str, name: str, chains: slice, draws: slice) -> np.ndarray:
         """Some draws of some chains, of a variable."""
-        array = self.group(group)[name]
+        lies = self.group(group)[name]
         try:
-            return array[chains, draws]
+            return lies.array[chains, draws]
         except Exception as error:
-            first = self._first_damaged(group, array, draws.stop, None)
+            first = lies.first_damaged(draws.stop, None)
             raise DamagedCheckpoint(
                 f"{self.path}: the draws of '{name}' from {first} on are not as they were written"
             ) from error
 
     def first_damaged(self, group: str, draws: int, chain: int | None) -> int:
         """The first draw that is not as it was written, of all chains or one; how many if none."""
-        arrays = self.group(group).values()
-        found = [self._first_damaged(group, array, draws, chain) for array in arrays]
+        found = [chunks.first_damaged(draws, chain) for chunks in self.group(group).values()]
         return min(found, default=0 if group.endswith("sample_stats") else draws)
-
-    def _first_damaged(self, group: str, array: Any, draws: int, chain: int | None) -> int:
-        rows, length = array.chunks[:2]
-        if 0 in array.shape[2:]:
-            return draws
-        if array.shape[1] < draws:
-            return array.shape[1]
-        for first in range(0, draws, length):
-            for row in range(0, array.shape[0], rows) if chain is None else (chain,):
-                if not is_as_written(self._file(group, array, row // rows, first // length)):
-                    return first
-        return draws
-
-    def _file(self, group: str, array: Any, row: int, column: int) -> Path:
-        inner = ["0"] * (array.ndim - 2)
-        return self.path.joinpath(group, array.basename, "c", str(row), str(column), *inner)
-
-    def _files(self, group: str, array: Any, rows: Rows, first: int, stop: int) -> Iterator[Path]:
-        together, length = array.chunks[:2]
-        for row in range(rows.start // together, -(-rows.stop // together)):
-            for column in range(first // length, -(-stop // length)):
-                yield self._file(group, array, row, column)
 
     def save(self, words: Mapping[str, Any], arrays: list[np.ndarray], *, lasting: bool) -> None:
         """Writes a state, after the draws that it counts; forgets older ones but for lasting ones.
+
+        The disk takes its time meanwhile; whether all went well is known by :meth:`settle`.
 
         Arguments:
             words: What is said of it.
             arrays: What these refer to.
             lasting: Whether it is kept, as that at the end of warm-up is.
         """
-        data = np.frombuffer(packed(words, arrays), np.uint8)
+        self.settle()
+        thread = ThreadPoolExecutor(1)
+        self._pending = thread.submit(self._finish, packed(words, arrays), lasting)
+        thread.shutdown(wait=False)
+
+    def settle(self) -> bool:
+        """Waits until the last state is on the disk; says whether one was on its way.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+        return pending is not None
+
+    def _finish(self, state: bytes, lasting: bool) -> None:  # noqa: FBT001
+        put_in_place(self._files)
+        self._files.clear()
+        data = np.frombuffer(state, np.uint8)
         number = self._kept[-1][0] + 1 if self._kept else 1
         name = f"{number:06d}"
         group = self._root.require_group("checkpoints")
@@ -276,15 +277,8 @@ class Store:
 
     def forget_draws(self, group: str, chain: int, draws: int) -> None:
         """Removes what is beyond so many draws of a chain (and of those with it), whole or not."""
-        for array in self.group(group).values():
-            rows, length = array.chunks[:2]
-            for column in self.path.joinpath(group, array.basename, "c", str(chain // rows)).glob(
-                "*"
-            ):
-                if column.name.isdigit() and int(column.name) >= -(-draws // length):
-                    self._file(group, array, chain // rows, int(column.name)).unlink(
-                        missing_ok=True
-                    )
+        for chunks in self.group(group).values():
+            chunks.forget(chain, draws)
 
     def go_on_from(self, state: Saved, lasting: Mapping[int, bool]) -> None:
         """Takes a state for the latest: what came after it will be made again."""

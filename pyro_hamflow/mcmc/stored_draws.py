@@ -105,6 +105,6 @@ def stored_draws(
         return Stored(str(store.path), prefix + group, names, chains, draws)
 
     stats = of("sample_stats", list(store.group(prefix + "sample_stats")))
-    dimension = store.group(prefix + _POSITIONS)["position"].shape[2]
+    dimension = store.group(prefix + _POSITIONS)["position"].array.shape[2]
     extent = len(chains), draws, dimension
     return StoredDraws(of(_POSITIONS, ["position"]), stats, of("posterior", local), extent)

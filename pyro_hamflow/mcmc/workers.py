@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from pyro_hamflow.mcmc import spread
-from pyro_hamflow.mcmc.checkpoint import WARM
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.executors import Executors
 from pyro_hamflow.mcmc.group_checkpoints import GroupCheckpoints
@@ -18,6 +17,7 @@ from pyro_hamflow.mcmc.segment import Task, packed
 from pyro_hamflow.mcmc.snapshot import capture, take_up
 from pyro_hamflow.mcmc.spread import Spread
 from pyro_hamflow.mcmc.stopping import RunSoFar
+from pyro_hamflow.mcmc.writer import WARM
 from pyro_hamflow.process import HeldSignals, random_state_kept, undisturbed
 from pyro_hamflow.progress import progress
 

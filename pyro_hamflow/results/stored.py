@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyro
 import torch
 
-from pyro_hamflow.mcmc.checkpoint import GROUPS, WARM
 from pyro_hamflow.mcmc.group_checkpoints import whole_rows
 from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint
 from pyro_hamflow.mcmc.store import Store
+from pyro_hamflow.mcmc.writer import GROUPS, WARM
 from pyro_hamflow.version import __version__
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from zarr.storage import LocalStore
 
 from pyro_hamflow import HMC, MCMC, NUTS, PseudoMarginalHMC, marginalize
 from pyro_hamflow.mcmc import draws, store
-from pyro_hamflow.mcmc.checkpoint import GROUPS
 from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint, OtherVersion
 from pyro_hamflow.mcmc.resume import OtherData, OtherModel
+from pyro_hamflow.mcmc.writer import GROUPS
 from tests.helpers.broken_off import FORK, Ended, assert_same, ended_at
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
@@ -435,7 +435,8 @@ def test_a_run_that_ends_early_looks_for_no_draws_that_it_might_have_made(tmp_pa
     mcmc.run(DATA)
     assert len(sought) < 20
     assert mcmc.draws.position.shape[1] == 1
-    lengths = {array.shape[1] for array in store.Store(mcmc.checkpoint).group(GROUPS[0]).values()}
+    arrays = store.Store(mcmc.checkpoint).group(GROUPS[0]).values()
+    lengths = {chunks.array.shape[1] for chunks in arrays}
     assert lengths == {1}
 
 

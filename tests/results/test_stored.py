@@ -55,6 +55,7 @@ def test_draws_are_read_when_they_are_asked_for(tmp_path):
 
 
 def test_a_store_is_read_while_the_run_goes_on(tmp_path):
+    """But for the checkpoint that is on its way to the disk."""
     sizes = []
 
     def hook(kernel, params, stage, i):
@@ -64,7 +65,7 @@ def test_a_store_is_read_while_the_run_goes_on(tmp_path):
     written(
         tmp_path / "run.zarr", NUTS(model, max_tree_depth=3), checkpoint_every=1e-9, hook_fn=hook
     )
-    assert sizes == [8]
+    assert sizes in ([7], [8])
 
 
 def test_xarray_opens_a_store_by_itself(tmp_path):
