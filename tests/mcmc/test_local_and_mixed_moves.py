@@ -32,6 +32,7 @@ from tests.helpers.exact_draws import (
 )
 from tests.helpers.guides import guide_of
 from tests.helpers.laws import scores
+from tests.helpers.native import native_estimate_transition, native_walk, spoil_line
 from tests.helpers.targets import effects
 
 TUNING = Tuning(0.7, GaussianKinetic(torch.tensor([0.7, 0.6, 0.9], dtype=torch.float64)))
@@ -46,12 +47,15 @@ def conditional(target, inner):
 @pytest.mark.parametrize("name", HMC_TARGETS)
 def test_invariance_of_random_walk(name, mass):
     check_known(name, mass, RandomWalkTransition(potential_of(name)), 1.0, 1, moves=4)
+    check_known(name, mass, native_walk(potential_of(name)), 1.0, 1, moves=4)
 
 
 @pytest.mark.parametrize("name", NOISY)
 def test_invariance_of_random_walk_with_noise(name):
     target = make_target(name)
     check(target, conditional(target, RandomWalkTransition(target.potential)))
+    refresh = CorrelatedRefresh()
+    check(target, native_estimate_transition(target.potential, refresh, None, walks=True))
 
 
 # --- a block after the other --------------------------------------------------------------------
@@ -125,6 +129,19 @@ def test_spoilt_random_walk_is_found_out(spoil, monkeypatch):
         check_known(
             "skewed", "diagonal", RandomWalkTransition(potential_of("skewed")), 1.0, 1, moves=4
         )
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("drift(here, step);\n    evaluate", "drift(here, step), here.z[0] += 0.3;\n    evaluate"),
+        ("double(found) - double(value);", "0.5 * (double(found) - double(value));"),
+    ],
+)
+def test_spoilt_walks_in_machine_code_are_found_out(right, wrong, monkeypatch):
+    spoil_line("trajectories", right, wrong, monkeypatch)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_known("skewed", "diagonal", native_walk(potential_of("skewed")), 1.0, 1, moves=4)
 
 
 # --- moves made of several ----------------------------------------------------------------------

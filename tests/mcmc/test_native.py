@@ -7,15 +7,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import HMC, MCMC, NUTS, to_inference_data
+from pyro_hamflow import HMC, MCMC, NUTS, RandomWalk, to_inference_data
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
+from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.machine_code import compiler
 from tests.helpers.exact_draws import bent
-from tests.helpers.native import native_transition
+from tests.helpers.native import native_transition, native_walk
 from tests.helpers.zoo import ZOO, correlations, eight_schools_noncentred
 
 CHAINS, DEPTH = 24, 6
@@ -29,12 +30,23 @@ def kinetic_of(dimension, mass):
     return GaussianKinetic(inverse_mass)
 
 
-def both(model, mass, step_size, num_steps, monkeypatch, *, turning, spread=1.0):
+MOVES = {
+    "tree": (
+        lambda potential: NUTSTransition(potential, CHAINS, DEPTH),
+        lambda potential: native_transition(potential, DEPTH),
+    ),
+    "line": (
+        lambda potential: HMCTransition(potential, CHAINS),
+        lambda potential: native_transition(potential, None),
+    ),
+    "walk": (RandomWalkTransition, native_walk),
+}
+
+
+def both(model, mass, step_size, num_steps, monkeypatch, *, move, spread=1.0):
     """One draw by torch and one in machine code, with the same momenta and uniform numbers."""
     potential = Potential(model)
-    depth = DEPTH if turning else None
-    native = native_transition(potential, depth)
-    slow = NUTSTransition(potential, CHAINS, DEPTH) if turning else HMCTransition(potential, CHAINS)
+    slow, native = (make(potential) for make in MOVES[move])
     tuning = Tuning(step_size, kinetic_of(potential.dimension, mass), torch.rand(CHAINS) + 0.5)
     position = spread * torch.randn(CHAINS, potential.dimension)
     state = slow.state_at(position, position[:, :0])
@@ -45,8 +57,9 @@ def both(model, mass, step_size, num_steps, monkeypatch, *, turning, spread=1.0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda *a, **k: uniforms.append(rand(*a, **k)) or uniforms[-1])
         slow_moved, slow_info = slow.step(state, tuning, num_steps)
+    uniforms = [numbers for numbers in uniforms if numbers.numel()]
     numbers = torch.stack(uniforms, -1).reshape(-1, CHAINS, len(uniforms)).permute(1, 2, 0)
-    if not turning:  # the one of the test at the end, where a tree has three of each point
+    if move != "tree":  # the one of the test at the end, where a tree has three of each point
         numbers = numbers.expand(-1, -1, 3)
     moved, made = native.draw(
         native.state_at(position, position[:, :0]),
@@ -69,7 +82,9 @@ def assert_same(expected, found):
     assert torch.allclose(info.energy_error, other_info.energy_error, rtol=1e-4, atol=1e-6)
     for name in ("accepted", "diverging"):
         assert torch.equal(getattr(info, name), getattr(other_info, name)), name
-    assert torch.equal(info.n_steps + torch.zeros(CHAINS).long(), other_info.n_steps)
+    for name in ("n_steps", "n_gradients", "n_densities"):
+        count = getattr(info, name) + torch.zeros(CHAINS).long()
+        assert torch.equal(count, getattr(other_info, name)), name
     assert info.further.keys() == other_info.further.keys()
     for name in info.further:
         assert torch.equal(info.further[name], other_info.further[name]), name
@@ -78,7 +93,7 @@ def assert_same(expected, found):
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("step_size", [0.05, 0.3, 0.8])
 def test_trees_are_those_of_torch(step_size, mass, monkeypatch):
-    expected, found = both(bent, mass, step_size, 2**DEPTH - 1, monkeypatch, turning=True)
+    expected, found = both(bent, mass, step_size, 2**DEPTH - 1, monkeypatch, move="tree")
     assert_same(expected, found)
     info = found[1]
     assert len(set(info.further["tree_depth"].tolist())) > 2, "trajectories of few lengths only"
@@ -88,30 +103,38 @@ def test_trees_are_those_of_torch(step_size, mass, monkeypatch):
 
 @pytest.mark.parametrize("num_steps", [1, 5, 20])
 def test_limited_trees_are_those_of_torch(num_steps, monkeypatch):
-    assert_same(*both(bent, "dense", 0.1, num_steps, monkeypatch, turning=True))
+    assert_same(*both(bent, "dense", 0.1, num_steps, monkeypatch, move="tree"))
 
 
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("step_size", [0.1, 0.4])
 def test_straight_trajectories_are_those_of_torch(step_size, mass, monkeypatch):
-    expected, found = both(bent, mass, step_size, 7, monkeypatch, turning=False)
+    expected, found = both(bent, mass, step_size, 7, monkeypatch, move="line")
+    assert_same(expected, found)
+    accepted = found[1].accepted
+    assert accepted.any() and not accepted.all()
+
+
+@pytest.mark.parametrize("mass", MASSES)
+def test_walks_are_those_of_torch(mass, monkeypatch):
+    expected, found = both(bent, mass, 0.7, 1, monkeypatch, move="walk")
     assert_same(expected, found)
     accepted = found[1].accepted
     assert accepted.any() and not accepted.all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turning", [True, False])
+@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("name", ZOO)
-def test_trajectories_of_the_zoo_are_those_of_torch(name, turning, monkeypatch):
-    num_steps = 2**DEPTH - 1 if turning else 6
-    found = both(ZOO[name], "dense", 0.1, num_steps, monkeypatch, turning=turning, spread=0.5)
+def test_trajectories_of_the_zoo_are_those_of_torch(name, move, monkeypatch):
+    num_steps = 2**DEPTH - 1 if move == "tree" else 6
+    found = both(ZOO[name], "dense", 0.1, num_steps, monkeypatch, move=move, spread=0.5)
     assert_same(*found)
 
 
 def test_trajectories_through_factorisations_are_those_of_torch(monkeypatch):
     assert_same(
-        *both(correlations, "dense", 0.1, 2**DEPTH - 1, monkeypatch, turning=True, spread=0.5)
+        *both(correlations, "dense", 0.1, 2**DEPTH - 1, monkeypatch, move="tree", spread=0.5)
     )
 
 
@@ -171,7 +194,7 @@ def run(kernel, *, draws=60, **settings):
     return mcmc
 
 
-@pytest.mark.parametrize("kernel", [HMC, NUTS])
+@pytest.mark.parametrize("kernel", [HMC, NUTS, RandomWalk])
 def test_runs_have_the_statistics_of_torch(kernel):
     expected = run(kernel(eight_schools_noncentred, engine="torch"))
     found = run(kernel(eight_schools_noncentred, engine="native"))

@@ -24,18 +24,20 @@ from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition, JointTransition
+from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.programs.engines.native import NativeProgram
 from tests.helpers.exact_draws import Y, latent, make_target
 from tests.helpers.native import native_estimate_transition
 
 CHAINS, DEPTH = 24, 5
-MOVES = {  # of each, how noise moves after the parameters, and the deepest tree
+MOVES = {  # of each, how noise moves after the parameters, and the deepest tree if there are any
     "fresh": (CorrelatedRefresh(), None),
     "correlated": (CorrelatedRefresh(0.8), DEPTH),
     "slice": (EllipticalSliceRefresh(), None),
     "stretches": (StretchRefresh(3), None),
     "joint": (None, None),
     "joint NUTS": (None, DEPTH),
+    "walk": (CorrelatedRefresh(), "walk"),
 }
 
 
@@ -46,11 +48,12 @@ def torch_transition(potential, refresh, depth):
             if depth is None
             else JointNUTSTransition(potential, CHAINS, depth)
         )
-    inner = (
-        HMCTransition(potential, CHAINS)
-        if depth is None
-        else NUTSTransition(potential, CHAINS, depth)
-    )
+    if depth == "walk":
+        inner = RandomWalkTransition(potential)
+    elif depth is None:
+        inner = HMCTransition(potential, CHAINS)
+    else:
+        inner = NUTSTransition(potential, CHAINS, depth)
     return ConditionalTransition(inner, refresh, Blocks(potential))
 
 
@@ -106,7 +109,9 @@ class Numbers:
 def both(potential, refresh, depth, monkeypatch, *, step_size=0.3):
     """A move by torch, and one in machine code with the same random numbers."""
     slow = torch_transition(potential, refresh, depth)
-    native = native_estimate_transition(potential, refresh, depth)
+    walks = depth == "walk"
+    depth = None if walks else depth
+    native = native_estimate_transition(potential, refresh, depth, walks=walks)
     position, noise = potential.vectors(CHAINS)
     inverse_mass = 0.3 * torch.eye(potential.dimension) + 0.1
     tuning = Tuning(step_size, GaussianKinetic(inverse_mass), torch.rand(CHAINS) + 0.5)
@@ -115,6 +120,8 @@ def both(potential, refresh, depth, monkeypatch, *, step_size=0.3):
     with monkeypatch.context() as patch:
         numbers = Numbers(patch)
         expected = slow.step(state, tuning, num_steps)
+    if walks:  # machine code draws no local sites where it only proposes
+        numbers.noted.remove(numbers.noted[1])
     given = numbers.given(potential, refresh)
     moved, made = native.draw(state, tuning, [num_steps], **given)
     return expected, (moved, native.info(made.first())), made

@@ -76,6 +76,7 @@ KERNELS = {  # of each, what makes it, its data, and iterations of warm-up
     ),
     "MALA": (lambda: MALA(hierarchical), COUNTS, 30),
     "RandomWalk": (lambda: RandomWalk(hierarchical), COUNTS, 30),
+    "RandomWalk, native": (lambda: RandomWalk(hierarchical, engine="native"), COUNTS, 30),
     "RandomWalk, estimate": (lambda: RandomWalk(marginal(num_particles=4)), COUNTS, 30),
     "PseudoMarginalHMC": (lambda: PseudoMarginalHMC(marginal(proposal="laplace")), COUNTS, 30),
     "PseudoMarginalHMC, native": (

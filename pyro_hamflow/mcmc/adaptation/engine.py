@@ -44,14 +44,20 @@ class Engine:
             potential: The target.
             position: Where chains start.
             plan: What the run is to be.
-            kind: Of the gradient that trajectories follow.
+            kind: Of the gradient that trajectories follow; ``"value"`` if they follow none.
             looks: What the target says beside its potential, where its noise moves.
         """
         draws = plan.num_draws
         iterations = None if draws is None else plan.warmup_steps + draws
         noise = potential.vectors(1)[1][0]
-        graph = None if self.wanted == "torch" else potential.programs.base(kind)
-        self.take(choose_engine(self.wanted, graph, position, noise, iterations, looks), plan)
+        gradient = kind != "value"
+        graph = None
+        if self.wanted != "torch":
+            graph = potential.programs.base(kind if gradient else "gradient")
+        choice = choose_engine(
+            self.wanted, graph, position, noise, iterations, looks, gradient=gradient
+        )
+        self.take(choice, plan)
         return self.chosen.name == "native"
 
     def take(self, choice: Choice, plan: RunPlan) -> None:

@@ -121,7 +121,7 @@ class EstimatorTuning:
     def transition(self, potential: Potential, position: Tensor) -> Transition:
         """The move of parameters and noise, for chains that start at given positions."""
         if not potential.noise_sites and not self.required:
-            if self.engine.is_native(potential, position, self.plan):
+            if self.engine.is_native(potential, position, self.plan, self.trajectories.kind):
                 return self.trajectories.native_transition(potential)
             return self.trajectories.parameter_transition(potential, len(position))
         if not potential.noise_sites:
@@ -132,7 +132,7 @@ class EstimatorTuning:
         chosen = self.method == "auto"
         self.chosen_method = self._choose(potential, position) if chosen else self.method
         joint = self.chosen_method == "joint"
-        kind, refresh = ("gradients", None) if joint else ("gradient", self.refresh)
+        kind, refresh = ("gradients", None) if joint else (self.trajectories.kind, self.refresh)
         looks = partial(looks_of, potential, refresh)
         if self.engine.is_native(potential, position, self.plan, kind, looks):
             return self.trajectories.native_estimate_transition(potential, refresh)

@@ -40,6 +40,7 @@ class RandomWalk(Kernel):
         target_accept_prob: The mean acceptance probability that warm-up aims for; that at which the
             walk moves furthest if not given: .44 in one dimension, .234 in five and more.
         refresh: The move of the noise; fresh independent noise for every element if not given.
+        engine: As in :class:`~pyro_hamflow.HMC`.
 
     The other arguments are those of :class:`~pyro_hamflow.marginal.model_target.ModelTarget` and
     of :class:`~pyro_hamflow.mcmc.adaptation.step_and_mass.StepAndMass`.
@@ -83,6 +84,7 @@ class RandomWalk(Kernel):
         target_accept_prob: float | None = None,
         init_strategy: Strategy | None = None,
         refresh: Refresh | None = None,
+        engine: str = "auto",
     ) -> None:
         self._chooses_rate = target_accept_prob is None
         super().__init__(
@@ -109,6 +111,7 @@ class RandomWalk(Kernel):
                 ),
                 EstimatorTuning("conditional", refresh, RandomSteps(), required=False),
             ),
+            engine=engine,
         )
 
     def prepare(

@@ -14,7 +14,7 @@ from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.target import Target
 from pyro_hamflow.programs.engines import calls
 from pyro_hamflow.programs.engines.buffers import NotSupported
-from pyro_hamflow.programs.engines.calls import NoiseMoves, Place, Request
+from pyro_hamflow.programs.engines.calls import Motion, NoiseMoves, Place, Request
 from pyro_hamflow.programs.engines.native import Looks, native_program
 from pyro_hamflow.programs.made import Made
 
@@ -45,7 +45,8 @@ class NativeMoves:
 
     Arguments:
         target: The target.
-        kind: Of the gradient that trajectories follow: in the position, or in the noise as well.
+        kind: Of the gradient that trajectories follow: in the position, or in the noise as well;
+            ``"value"`` where chains walk at random.
         max_tree_depth: The most doublings of a trajectory; none where trajectories have lengths.
         stream: The random numbers.
         looks: What the model says beside its potential, where noise moves.
@@ -64,11 +65,13 @@ class NativeMoves:
         looks: Looks | None = None,
         moves: NoiseMoves | None = None,
     ) -> None:
-        graph = target.programs.base(kind)
+        self.walks = kind == "value"
+        graph = target.programs.base("gradient" if self.walks else kind)
         if graph is None:
             raise NotSupported("a model that is not captured")
         self.target: Target = target
-        self.program = native_program(graph, [part[0] for part in target.vectors(1)], looks)
+        examples = [part[0] for part in target.vectors(1)]
+        self.program = native_program(graph, examples, looks, gradient=not self.walks)
         self.max_tree_depth = max_tree_depth
         self.stream = stream
         self.moves = moves
@@ -105,11 +108,12 @@ class NativeMoves:
         began = time.perf_counter()
         turning = self.max_tree_depth is not None
         most = [min(number, self.most_steps) for number in num_steps] if turning else num_steps
+        straight = Motion.WALK if self.walks else Motion.STRAIGHT
         request = Request(
             root=tuning.kinetic.root,
             step_sizes=tuning.step_sizes(place.position),
             num_steps=torch.tensor(most, dtype=torch.long, device="cpu"),
-            turning=turning,
+            motion=Motion.DOUBLING if turning else straight,
             slots=1 + (self.max_tree_depth or 0),
             seed=self.stream.seed,
             first_draw=self.stream.num_draws,
@@ -151,14 +155,16 @@ class NativeMoves:
 class NativeTransition(NativeMoves, Made):
     """Moves parameters along trajectories in machine code, the noise of an estimate held.
 
-    Trajectories are those of :class:`~pyro_hamflow.mcmc.transitions.hmc.HMCTransition` or
-    :class:`~pyro_hamflow.mcmc.transitions.nuts.NUTSTransition`: given the same momenta and uniform
-    numbers they are the same to rounding.
+    Moves are those of :class:`~pyro_hamflow.mcmc.transitions.hmc.HMCTransition`, :class:`~
+    pyro_hamflow.mcmc.transitions.nuts.NUTSTransition` or :class:`~pyro_hamflow.mcmc.transitions.
+    random_walk.RandomWalkTransition`: given the same momenta, or steps, and uniform numbers they
+    are the same to rounding.
 
     Arguments:
         target: The target, whose gradient is captured.
         max_tree_depth: The most doublings of a trajectory; none where trajectories have lengths.
         stream: The random numbers.
+        kind: As in :class:`NativeMoves`.
 
     Invariant:
         The density exp(-U(z, u)) of the positions at their noise, exactly.
@@ -168,8 +174,14 @@ class NativeTransition(NativeMoves, Made):
         | https://doi.org/10.1145/2063384.2063405
     """
 
-    def __init__(self, target: Potential, max_tree_depth: int | None, stream: Stream) -> None:
-        super().__init__(target, "gradient", max_tree_depth, stream)
+    def __init__(
+        self,
+        target: Potential,
+        max_tree_depth: int | None,
+        stream: Stream,
+        kind: str = "gradient",
+    ) -> None:
+        super().__init__(target, kind, max_tree_depth, stream)
 
     def state_at(self, position: Tensor, noise: Tensor) -> State:
         value, gradient = self.program.gradient(position, noise)

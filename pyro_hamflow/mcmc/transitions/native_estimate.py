@@ -138,6 +138,7 @@ class NativeEstimateTransition(NativeMoves, Made):
         refresh: The move of the noise after that of the parameters; none where trajectories move
             both.
         stream: The random numbers.
+        walks: Whether parameters walk at random.
 
     Invariant:
         The extended density of parameters and noise, exactly, for every number of particles.
@@ -149,14 +150,16 @@ class NativeEstimateTransition(NativeMoves, Made):
         max_tree_depth: int | None,
         refresh: Refresh | None,
         stream: Stream,
+        *,
+        walks: bool = False,
     ) -> None:
         self._parts = parts_of(target)
         moves = noise_moves(target, self._parts, refresh)
-        kind = "gradients" if refresh is None else "gradient"
+        kind = "gradients" if refresh is None else "value" if walks else "gradient"
         super().__init__(target, kind, max_tree_depth, stream, self._parts.looks, moves)
         self.is_joint = refresh is None
         # Moves by a splitting keep no gradient.
-        self._keeps_gradient = refresh is not None or max_tree_depth is not None
+        self._keeps_gradient = not walks and (refresh is not None or max_tree_depth is not None)
 
     def state_at(self, position: Tensor, noise: Tensor) -> State:
         evaluation = self.target.evaluate(position, noise)
@@ -199,7 +202,8 @@ class NativeEstimateTransition(NativeMoves, Made):
         info = super().info(made)
         if self.is_joint:
             return info
-        return info._replace(n_gradients=made.n_steps + 1).adding(refresh_rate=made.share)
+        count = made.n_steps if self.walks else made.n_steps + 1
+        return info._replace(n_gradients=count).adding(refresh_rate=made.share)
 
 
 def _split(rows: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -26,6 +26,10 @@ _DEEPEST = 20  # doublings: a million points
 class Trajectories(Protocol):
     """Transitions by trajectories that end in one way."""
 
+    @property
+    def kind(self) -> str:
+        """What they follow: ``"gradient"``; or ``"value"``, where they follow none."""
+
     def parameter_transition(
         self, target: Target, num_chains: int, observe: Observe | None = None
     ) -> ParameterTransition:
@@ -72,6 +76,7 @@ class HMCTrajectories:
     num_steps: int | None
     jitter: float
     max_num_steps: int
+    kind = "gradient"
 
     def __post_init__(self) -> None:
         if self.trajectory_length is not None:
@@ -126,6 +131,7 @@ class NUTSTrajectories:
     """Trajectories that end where they turn back, after so many doublings at most."""
 
     max_tree_depth: int
+    kind = "gradient"
 
     def __post_init__(self) -> None:
         whole("max_tree_depth", self.max_tree_depth, 1, _DEEPEST)
@@ -158,18 +164,20 @@ class NUTSTrajectories:
 class RandomSteps:
     """Single steps of a random walk."""
 
+    kind = "value"
+
     def parameter_transition(
         self, target: Target, num_chains: int, observe: Observe | None = None
     ) -> ParameterTransition:
         return RandomWalkTransition(target)
 
     def native_transition(self, target: Potential) -> NativeTransition:
-        raise NotImplementedError("a random walk has no native move")
+        return NativeTransition(target, None, Stream(), self.kind)
 
     def native_estimate_transition(
         self, target: Potential, refresh: Refresh | None
     ) -> NativeEstimateTransition:
-        raise NotImplementedError("a random walk has no native move")
+        return NativeEstimateTransition(target, None, refresh, Stream(), walks=True)
 
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         raise NotImplementedError("a random walk has no joint move of parameters and noise")

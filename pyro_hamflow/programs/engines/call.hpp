@@ -41,9 +41,12 @@ struct Random {
   }
 };
 
+// How a chain moves: along a line of given length, a tree that turns back, or at random.
+enum Motion { STRAIGHT, DOUBLING, WALK };
+
 // What one call is to do; the package's Python has the same.
 struct Call {
-  long chains, draws, slots, dense, turning, threads, points;
+  long chains, draws, slots, dense, motion, threads, points;
   uint64_t seed, first_draw;
   long tape_length, refresh, stretches, factorises, blocks;
   double correlation;

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_FIRST = ("chains", "draws", "slots", "dense", "turning", "threads", "points")
+_FIRST = ("chains", "draws", "slots", "dense", "motion", "threads", "points")
 _SECOND = ("tape_length", "refresh", "stretches", "factorises", "blocks")
 _PLACES = [
     *("data", "evaluation_data", "root", "step_sizes", "momenta", "along", "uniforms", "tape"),
@@ -50,6 +51,20 @@ class Place(NamedTuple):
     local: Tensor
 
 
+class Motion(IntEnum):
+    """How a chain moves, as ``call.hpp`` has it.
+
+    Attributes:
+        STRAIGHT: Along a trajectory of given length.
+        DOUBLING: Along one that doubles until it turns back.
+        WALK: By a normal step, without any gradient.
+    """
+
+    STRAIGHT = 0
+    DOUBLING = 1
+    WALK = 2
+
+
 class NoiseMoves(NamedTuple):
     """How the noise of an estimate moves after the parameters; and its blocks.
 
@@ -83,7 +98,7 @@ class Request(NamedTuple):
         root: The square root of the inverse mass: a lower triangle, or a diagonal.
         step_sizes: Of each chain.
         num_steps: For each draw, how many steps its trajectory takes, or may take at most.
-        turning: Whether trajectories double until they turn back.
+        motion: How chains move.
         slots: One more than they may double.
         seed: Of all random numbers.
         first_draw: The number of the first draw: each chain's random numbers depend on it alone.
@@ -97,7 +112,7 @@ class Request(NamedTuple):
     root: Tensor
     step_sizes: Tensor
     num_steps: Tensor
-    turning: bool
+    motion: Motion
     slots: int
     seed: int
     first_draw: int

@@ -45,13 +45,16 @@ struct Chain : Base {
     launch(chain, random);
 #ifdef EVALUATED
     const double* tape = call.tape ? call.tape + chain * call.tape_length : nullptr;
-    if (MOVING && !call.turning) {
+    if (MOVING && call.motion == STRAIGHT) {
       random.tape = tape;
       call.n_densities[at] = 1;
       return together(random, limit);
     }
 #endif
-    Outcome made = call.turning ? doubling(random, limit) : straight(random, limit);
+    Outcome made = call.motion == DOUBLING ? doubling(random, limit)
+                   : call.motion == WALK   ? walk(random)
+                                           : straight(random, limit);
+    call.n_densities[at] = call.motion == WALK;
 #ifdef EVALUATED
     random.tape = tape;
     if (MOVING) {

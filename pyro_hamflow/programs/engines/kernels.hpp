@@ -111,10 +111,57 @@ static inline bool precedes(T a, T b) {
   return a < b || (b != b && a == a);
 }
 
+// Four sums at once, of four rows of a matrix times a vector: one alone waits for its additions.
+template <class T>
+static inline void four_products(const T* a, long stride, const T* x, long n, T* sums) {
+  const T *b = a + stride, *c = b + stride, *d = c + stride;
+  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (long k = 0; k < n; k++) {
+    const T factor = x[k];
+    s0 += a[k] * factor, s1 += b[k] * factor, s2 += c[k] * factor, s3 += d[k] * factor;
+  }
+  sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+}
+// The same of any number of rows.
+template <class T>
+static inline void products(const T* a, long stride, long rows, const T* x, long n, T* sums) {
+  long i = 0;
+  for (; i + 4 <= rows; i += 4) four_products(a + i * stride, stride, x, n, sums + i);
+  for (; i < rows; i++) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long k = 0; k < n; k++) sum += a[i * stride + k] * x[k];
+    sums[i] = sum;
+  }
+}
+// Adds rows of a matrix, each times its factor, to a vector: four at a time.
+template <class T>
+static inline void add_rows(const T* a, long stride, long rows, const T* x, long step, long n,
+                            T* o) {
+  long i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    const T *b = a + i * stride, *c = b + stride, *d = c + stride, *e = d + stride;
+    const T x0 = x[i * step], x1 = x[(i + 1) * step];
+    const T x2 = x[(i + 2) * step], x3 = x[(i + 3) * step];
+#pragma omp simd
+    for (long j = 0; j < n; j++) o[j] += (x0 * b[j] + x1 * c[j]) + (x2 * d[j] + x3 * e[j]);
+  }
+  for (; i < rows; i++) {
+    const T factor = x[i * step], *row = a + i * stride;
+#pragma omp simd
+    for (long j = 0; j < n; j++) o[j] += factor * row[j];
+  }
+}
+
 // o = a b, of shapes (N, K) and (K, M); strides by rows and columns.
 template <long N, long K, long M, long AR, long AC, long BR, long BC, long OR, long OC, class T>
 static inline void product(const T* a, const T* b, T* o) {
-  if constexpr ((AC == 1 || AC == 0) && (BR == 1 || M == 1)) {  // rows times columns
+  if constexpr (AC == 1 && BR == 1 && OR == 1) {  // rows times columns
+    for (long j = 0; j < M; j++) products(a, AR, N, b + j * BC, K, o + j * OC);
+  } else if constexpr (AC == 1 && BR == 1 && OC == 1) {
+    for (long i = 0; i < N; i++) products(b, BC, M, a + i * AR, K, o + i * OR);
+  } else if constexpr ((AC == 1 || AC == 0) && (BR == 1 || M == 1)) {
     for (long i = 0; i < N; i++)
       for (long j = 0; j < M; j++) {
         T sum = 0;
@@ -124,10 +171,11 @@ static inline void product(const T* a, const T* b, T* o) {
       }
   } else if constexpr (M == 1 && OR == 1 && AR == 1) {  // columns of a, one after the other
     for (long i = 0; i < N; i++) o[i] = 0;
-    for (long k = 0; k < K; k++) {
-      const T factor = b[k * BR];
-#pragma omp simd
-      for (long i = 0; i < N; i++) o[i] += a[i + k * AC] * factor;
+    add_rows(a, AC, K, b, BR, N, o);
+  } else if constexpr (BC == 1 && OC == 1) {  // rows of b likewise
+    for (long i = 0; i < N; i++) {
+      for (long j = 0; j < M; j++) o[i * OR + j] = 0;
+      add_rows(b, BR, K, a + i * AR, AC, M, o + i * OR);
     }
   } else {
     for (long i = 0; i < N; i++) {
@@ -145,53 +193,67 @@ static inline void product(const T* a, const T* b, T* o) {
 template <class T>
 static int32_t cholesky(const T* a, T* o, long n, long ar, long ac, long orow, long oc) {
   int32_t failed = 0;
-  for (long i = 0; i < n; i++)
-    for (long j = 0; j < n; j++) {
-      T x = j > i ? T(0) : a[i * ar + j * ac];
-      if (j <= i) {
-        for (long k = 0; k < j; k++) x -= o[i * orow + k * oc] * o[j * orow + k * oc];
-        if (i == j && !(x > 0) && !failed) failed = static_cast<int32_t>(i + 1);
-        x = i == j ? std::sqrt(x) : x / o[j * orow + j * oc];
+  for (long j = 0; j < n; j++) {
+    T* column = o + j * oc;
+    for (long i = 0; i < n; i++) column[i * orow] = i < j ? T(0) : a[i * ar + j * ac];
+    if (orow == 1) {  // columns before it, each times its number in this row
+      T* negative = column;  // the numbers above the diagonal, which become zero
+      for (long k = 0; k < j; k++) negative[k] = -o[j + k * oc];
+      add_rows(o + j, oc, j, negative, 1, n - j, column + j);
+      for (long k = 0; k < j; k++) negative[k] = 0;
+    } else {
+      for (long i = j; i < n; i++) {
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long k = 0; k < j; k++) sum += o[i * orow + k * oc] * o[j * orow + k * oc];
+        column[i * orow] -= sum;
       }
-      o[i * orow + j * oc] = x;
     }
+    T& corner = column[j * orow];
+    if (!(corner > 0) && !failed) failed = static_cast<int32_t>(j + 1);
+    corner = std::sqrt(corner);
+    for (long i = j + 1; i < n; i++) column[i * orow] /= corner;
+  }
   return failed;
 }
 
-// X of a X = b, for a triangular matrix of n rows and m columns of b.
+// X of a X = b, for a triangular matrix of n rows and m columns of b; four unknown rows at a time.
 template <class T>
 static void solve_triangular(const T* a, const T* b, T* o, long n, long m, long ar, long ac, long br,
                              long bc, long orow, long oc, bool upper, bool unit) {
   for (long i = 0; i < n; i++)
     for (long j = 0; j < m; j++) o[i * orow + j * oc] = b[i * br + j * bc];
-  for (long q = 0; q < n; q++) {
-    const long i = upper ? n - 1 - q : q, first = upper ? i + 1 : 0, last = upper ? n : i;
-    T* row = o + i * orow;
-    if (ac == 1 && orow == 1) {  // rows of the matrix lie together
-      for (long j = 0; j < m; j++) {
-        T sum = 0;
-        const T* column = o + j * oc;
-#pragma omp simd reduction(+ : sum)
-        for (long k = first; k < last; k++) sum += a[i * ar + k] * column[k];
-        row[j * oc] -= sum;
-      }
-    } else if (ar != 1 || orow != 1) {
-      for (long k = first; k < last; k++) {
+  const bool rows = ac == 1 && orow == 1, columns = !rows && ar == 1 && orow == 1;
+  for (long done = 0, wide; done < n; done += wide) {
+    wide = std::min(4L, n - done);
+    const long top = upper ? n - done - wide : done, bottom = top + wide;
+    const long first = upper ? bottom : 0, known = done;
+    for (long j = 0; rows && j < m; j++) {  // rows of the matrix lie together
+      T sums[4], *column = o + j * oc;
+      products(a + top * ar + first, ar, wide, column + first, known, sums);
+      for (long p = 0; p < wide; p++) column[top + p] -= sums[p];
+    }
+    for (long i = top; !rows && !columns && i < bottom; i++)
+      for (long k = first; k < first + known; k++) {
         const T factor = a[i * ar + k * ac], *other = o + k * orow;
+        T* row = o + i * orow;
 #pragma omp simd
         for (long j = 0; j < m; j++) row[j * oc] -= factor * other[j * oc];
       }
-    }
-    if (!unit)
-      for (long j = 0; j < m; j++) row[j * oc] /= a[i * ar + i * ac];
-    if (ac != 1 && ar == 1 && orow == 1) {  // columns of it do: what is found leaves the others
-      const long begin = upper ? 0 : i + 1, end = upper ? i : n;
-      for (long j = 0; j < m; j++) {
-        T* column = o + j * oc;
-        const T factor = column[i];
-#pragma omp simd
-        for (long k = begin; k < end; k++) column[k] -= factor * a[k + i * ac];
+    for (long p = 0; p < wide; p++) {  // the triangle on the diagonal
+      const long i = upper ? bottom - 1 - p : top + p;
+      T* row = o + i * orow;
+      for (long j = 0; !unit && j < m; j++) row[j * oc] /= a[i * ar + i * ac];
+      for (long k = upper ? top : i + 1; k < (upper ? i : bottom); k++) {
+        const T factor = a[k * ar + i * ac];
+        for (long j = 0; j < m; j++) o[k * orow + j * oc] -= factor * row[j * oc];
       }
+    }
+    for (long j = 0; columns && j < m; j++) {  // its columns do: what is found leaves the others
+      T negative[4], *column = o + j * oc;
+      for (long p = 0; p < wide; p++) negative[p] = -column[top + p];
+      const long begin = upper ? 0 : bottom, rest = n - bottom;
+      add_rows(a + begin + top * ac, ac, wide, negative, 1, upper ? top : rest, column + begin);
     }
   }
 }

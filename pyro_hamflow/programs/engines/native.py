@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_hamflow.programs.capture import first_result
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.calls import Call, Made, Place, Request
 from pyro_hamflow.programs.engines.lowering import with_constants_as_arguments
@@ -56,8 +57,9 @@ class NativeProgram:
 
     Arguments:
         graph: From position and noise of one chain to the potential and its gradient, in the
-            position alone or in the noise as well: then trajectories move both.
-        examples: A position and a noise.
+            position alone or in the noise as well: then trajectories move both. Or to the potential
+            alone, for moves that follow no gradient: what stands for it is then zero.
+        examples: A position and a noise; behind them, what the graph takes and does nothing with.
         looks: What the model says beside its potential, where its noise moves.
         store: Where libraries are kept.
 
@@ -80,7 +82,7 @@ class NativeProgram:
         gradient = _part(graph, examples)
         evaluation = None
         if looks is not None:
-            evaluation = _part(looks.graph, [*examples, looks.uniform], looks.results)
+            evaluation = _part(looks.graph, [*examples[:2], looks.uniform], looks.results)
         self._library = library_of(gradient, evaluation, store or user_store())
         self._inputs = [part.inputs for part in (gradient, evaluation) if part is not None]
         self._data = [
@@ -156,7 +158,7 @@ class NativeProgram:
             draws=len(request.num_steps),
             slots=request.slots,
             dense=request.root.dim() == 2,
-            turning=request.turning,
+            motion=request.motion,
             threads=max(1, min(request.threads, len(place.position))),
             points=0 if request.uniforms is None else request.uniforms.shape[1],
             tape_length=0 if request.tape is None else request.tape.shape[1],
@@ -193,15 +195,29 @@ def _part(
     return Part(lifted, [*(example.contiguous() for example in examples), *constants], results)
 
 
-_programs: WeakKeyDictionary[GraphModule, dict[bool, NativeProgram]] = WeakKeyDictionary()
+_programs: WeakKeyDictionary[GraphModule, dict[tuple[bool, bool], NativeProgram]]
+_programs = WeakKeyDictionary()
 
 
 def native_program(
-    graph: GraphModule, examples: Sequence[Tensor], looks: Looks | None = None
+    graph: GraphModule,
+    examples: Sequence[Tensor],
+    looks: Looks | None = None,
+    *,
+    gradient: bool = True,
 ) -> NativeProgram:
-    """As :class:`NativeProgram`, made once of each graph, with its looks and without."""
+    """As :class:`NativeProgram`, made once of each graph, with its looks and without.
+
+    Arguments:
+        graph: As there.
+        examples: As there.
+        looks: As there.
+        gradient: Whether chains follow the gradient; else it is left out.
+    """
     known = _programs.setdefault(graph, {})
-    key = looks is not None
+    key = looks is not None, gradient
     if key not in known:
+        if not gradient:
+            graph, examples = first_result(graph), [*examples, examples[0][:0]]
         known[key] = NativeProgram(graph, examples, looks)
     return known[key]

@@ -133,9 +133,10 @@ struct NoisyWalker : Walker {
                      : call.refresh == STRETCHES ? stretches(random)
                                                  : slice(random, count);
     inputs[1] = noise.data();
-    evaluate(z, &value, gradient);
+    if (call.motion == WALK) value = current.value;
+    else evaluate(z, &value, gradient);
     made.energy += double(value - before);
-    call.n_densities[at] = 1 + count;
+    call.n_densities[at] += 1 + count;
   }
 
   // A trajectory of parameters and noise, and the test at its end.
@@ -150,9 +151,8 @@ struct NoisyWalker : Walker {
     for (long i = d; i < n; i++)
       error += 0.5 * (double(here.z[i] - taken[i]) * double(here.z[i] + taken[i]) +
                       double(here.r[i] - taken_gradient[i]) * double(here.r[i] + taken_gradient[i]));
-    if (std::isnan(error)) error = INFINITY;
-    const double rate = std::exp(-std::max(error, 0.0));
-    const bool taken_up = uniform(random, 0) < rate;
+    double rate;
+    const bool taken_up = passes(random, error, rate);
     if (taken_up) copy(z, here.z), std::swap(current, other), value = current.value;
     const double own = taken_up ? after.parameters : before.parameters;
     return {rate, error, own, num_steps, error > DIVERGENCE, false, taken_up};

@@ -4,18 +4,7 @@
 // The tree is that of the package's torch transitions: points numbered from the start, marks of
 // the points that begin balanced subtrees, in the slot that their number of binary ones names.
 static const double DIVERGENCE = 1000.0;
-
-static inline double log_add(double a, double b) {
-  const double top = a > b ? a : b;
-  return std::isinf(top) ? top : top + std::log1p(std::exp(-std::fabs(a - b)));
-}
-
-static inline Real dot(const Real* a, const Real* b, long n) {
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (long i = 0; i < n; i++) sum += a[i] * b[i];
-  return sum;
-}
+static const double MOST_GAINED = 100.0;  // of which the exponential is no large number
 
 // A point: position, whitened momentum, whitened gradient; of the parameters, and behind them of the
 // noise, where it moves with them.
@@ -94,10 +83,9 @@ struct Walker {
       return;
     }
     for (long j = 0; j < d; j++) out[j] = 0;
-    for (long i = 0; i < d; i++) {
-      const Real factor = slope[i], *row = call.root + i * d;
-#pragma omp simd
-      for (long j = 0; j <= i; j++) out[j] += factor * row[j];
+    for (long i = 0; i < d; i += 4) {  // beyond the diagonal there are zeros
+      const long rows = std::min(4L, d - i);
+      add_rows(call.root + i * d, d, rows, slope + i, 1, i + rows, out);
     }
   }
   void kick(const Point& p, Real time) const {
@@ -107,8 +95,12 @@ struct Walker {
   void drift(const Point& p, Real time) const {
     if (!call.dense)
       for (long i = 0; i < d; i++) p.z[i] += time * (call.root[i] * p.r[i]);
-    else
-      for (long i = 0; i < d; i++) p.z[i] += time * dot(call.root + i * d, p.r, i + 1);
+    for (long i = 0; call.dense && i < d; i += 4) {
+      const long rows = std::min(4L, d - i);
+      Real sums[4];
+      products(call.root + i * d, d, rows, p.r, i + rows, sums);
+      for (long k = 0; k < rows; k++) p.z[i + k] += time * sums[k];
+    }
     if (!MOVING) return;
     const Real cosine = std::cos(time), sine = std::sin(time);
     for (long i = d; i < n; i++) {
@@ -147,19 +139,35 @@ struct Walker {
     whiten(gradient, here.s);
   }
 
+  // Metropolis's test, by how much the energy has grown.
+  bool passes(Random& random, double& error, double& rate) const {
+    if (std::isnan(error)) error = INFINITY;
+    rate = std::exp(-std::max(error, 0.0));
+    return uniform(random, 0) < rate;
+  }
+
   // A trajectory of so many steps, and the test at its end.
   Outcome straight(Random& random, long num_steps) {
     const double before = half_squares(here.r, d), old = value;
     Real found = value;
     for (long i = 0; i < num_steps; i++) found = leap(here, step);
     const double after = half_squares(here.r, d);
-    double error = (double(found) - old) + (after - before);
-    if (std::isnan(error)) error = INFINITY;
-    const double rate = std::exp(-std::max(error, 0.0));
-    const bool accepted = uniform(random, 0) < rate;
+    double rate, error = (double(found) - old) + (after - before);
+    const bool accepted = passes(random, error, rate);
     if (accepted) copy(z, here.z), copy(gradient, there), value = found;
     const double energy = double(value) + (accepted ? after : before);
     return {rate, error, energy, num_steps, error > DIVERGENCE, false, accepted};
+  }
+
+  // A step of a random walk, which follows no gradient, and its test.
+  Outcome walk(Random& random) {
+    Real found;
+    drift(here, step);
+    evaluate(here.z, &found, there);
+    double rate, error = double(found) - double(value);
+    const bool accepted = passes(random, error, rate);
+    if (accepted) copy(z, here.z), value = found;
+    return {rate, error, double(value), 0, false, false, accepted};
   }
 
   // Whether the subtree that begins at a mark and ends here turns back, or its halves do where
@@ -184,7 +192,8 @@ struct Walker {
     copy(ends[0], here), copy(ends[1], here), note(sum, here.r);
     std::memset(sums, 0, d * sizeof(Real));
     const Energy first = energy(value, here);
-    double log_weight = 0.0, candidate_weight = 0.0, rate_sum = 0.0;
+    // Weights are multiples of exp(level), which moves up where they would become too large.
+    double level = 0.0, weight = 1.0, candidate_weight = 0.0, rate_sum = 0.0;
     double error_taken = 0.0, energy_taken = 0.0, kept_error = 0.0, kept_energy = first.parameters;
     bool forwards = true;
     for (long number = 1;; number++) {
@@ -192,7 +201,7 @@ struct Walker {
         forwards = uniform(random, 0) < 0.5;
         copy(here, ends[forwards]);
         note(starts, ends[!forwards].r);
-        candidate_weight = -INFINITY;
+        candidate_weight = 0.0;
       }
       note(last, here.r);
       const Real found = leap(here, forwards ? step : -step);
@@ -200,9 +209,14 @@ struct Walker {
       double error = reached.total - first.total;
       if (std::isnan(error)) error = INFINITY;
       const bool diverging = error > DIVERGENCE;
-      rate_sum += std::exp(-std::max(error, 0.0));
-      candidate_weight = log_add(candidate_weight, -error);
-      if (std::log(uniform(random, 1)) < -error - candidate_weight) {
+      if (-error > level + MOST_GAINED) {
+        const double factor = std::exp(level + error);
+        weight *= factor, candidate_weight *= factor, level = -error;
+      }
+      const double own = std::exp(-error - level);
+      rate_sum += level == 0.0 ? std::min(own, 1.0) : std::exp(-std::max(error, 0.0));
+      candidate_weight += own;
+      if (uniform(random, 1) * candidate_weight < own) {
         copy(taken, here.z), copy(taken_gradient, there);
         taken_value = found, error_taken = error, energy_taken = reached.parameters;
       }
@@ -217,11 +231,11 @@ struct Walker {
         (mark ? broken : back) = turned(mark);
       bool limited = false;
       if (complete && !broken) {
-        if (std::log(uniform(random, 2)) < candidate_weight - log_weight) {
+        if (uniform(random, 2) * weight < candidate_weight) {
           std::swap(z, taken), std::swap(gradient, taken_gradient);
           value = taken_value, kept_error = error_taken, kept_energy = energy_taken;
         }
-        log_weight = log_add(log_weight, candidate_weight);
+        weight += candidate_weight;
         copy(ends[forwards], here);
         limited = !back && 2 * number + 1 > limit;
       }
