@@ -19,6 +19,7 @@ from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
 from pyro_hamflow.mcmc.transitions.in_blocks import InBlocks
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, Proposals
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
+from pyro_hamflow.mcmc.transitions.native import NativeMoves
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.compilation import seconds_of
@@ -211,7 +212,7 @@ class FlowSearch:
             kinetic = step_and_mass.kinetic_by(potential, spread.to(potential.example), kinetic)
         rows = potential.programs.rows_at_once("gradient", len(position))
         transition = self.make_transition(potential, position[:rows])
-        if rows < len(position):
+        if rows < len(position) and not isinstance(transition, NativeMoves):
             transition = InBlocks(transition, rows)
         walkers = Walkers(potential, self.hamiltonian, transition, position, noise, kinetic)
         walkers.warm_up()

@@ -57,7 +57,8 @@ class FlowNUTS(Kernel):
             a wider self, is built if none is given.
         local: The kernel of the same model that moves within modes, such as ``HMC(model)`` or
             ``MALA(model)``, set up as wished; if not given :class:`NUTS`, or
-            :class:`PseudoMarginalNUTS` of a model from :func:`marginalize`.
+            :class:`PseudoMarginalNUTS` of a model from :func:`marginalize`. Its ``engine`` makes
+            the local moves, of walkers too, and of all draws where there are no jumps.
         adapt_flow: Whether a flow that was given is trained, in place, before draws are kept, if it
             has the methods of a torch module. If not, it has to be trained, and the population is
             drawn from it.
@@ -126,7 +127,7 @@ class FlowNUTS(Kernel):
         elif jit_compile:
             raise ValueError("`jit_compile` is True: expected it to be said of `local`")
         _check_local(local, model)
-        super().__init__(local.source, local.hamiltonian)
+        super().__init__(local.source, local.hamiltonian, engine=local.engine)
         self.local = local
         self._flow_choices = FlowChoices(flow, adapt_flow, num_proposals, num_particles)
         self._found: Found | None = None

@@ -161,16 +161,16 @@ class Made(NamedTuple):
         """Room for so many draws of chains at some places."""
         shape, position = (len(place.position), draws), place.position
 
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, device="cpu", dtype=dtype)
+        def zeros(count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+            return torch.zeros(count, *shape, device="cpu", dtype=dtype).unbind()
 
         return Made(
             position.new_empty(*shape, position.shape[1]),
             position.new_empty(shape),
             position.new_empty(*shape, place.local.shape[1]),
-            *(zeros(torch.float64) for _ in range(5)),
-            *(zeros(torch.int64) for _ in range(2)),
-            *(zeros(torch.bool) for _ in range(3)),
+            *zeros(5, torch.float64),
+            *zeros(2, torch.int64),
+            *zeros(3, torch.bool),
         )
 
     def first(self) -> Made:

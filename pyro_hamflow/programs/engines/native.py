@@ -184,7 +184,7 @@ class NativeProgram:
         names = ("data", "evaluation_data")
         known |= {n: ctypes.addressof(part) for n, part in zip(names, self._data, strict=False)}
         call = Call(chains=len(place.position), **numbers, **known)
-        self._library[function](ctypes.byref(call))
+        getattr(self._library, function)(ctypes.byref(call))
 
 
 def _part(
