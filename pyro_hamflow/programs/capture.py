@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_hamflow.programs.forced_failure import FailAt
 from pyro_hamflow.programs.graph_recorder import Recorder
 from pyro_hamflow.programs.pure_recorder import PureRecorder
+from pyro_hamflow.programs.recording import PART, Recording
 from pyro_hamflow.programs.rules import BATCHED, PURE, UNFAILING
 
 Program = Callable[..., Any]
@@ -53,8 +54,10 @@ def _collecting_later() -> Iterator[None]:
 
 
 @_collecting_later()
-def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphModule:
-    """Records the tensor operations of a function as a flat graph.
+def capture(
+    function: Program, *examples: Tensor, live: bool = False, flat: bool = True
+) -> GraphModule:
+    """Records the tensor operations of a function as a graph.
 
     In-place operations are replaced by pure ones, and what depends on no argument (the data's
     share of the work) is computed now, once. Where the function would raise because a matrix does
@@ -66,6 +69,8 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
         examples: Arguments to run it with, of the shapes and types it will be called with.
         live: Whether gradients of the graph's results shall be those of the function's, also in
             tensors that it gets from elsewhere; otherwise these are constants.
+        flat: Whether a captured program that the function calls is copied into the graph. If not,
+            it is called there; but several are copied, and what they share is done once.
 
     Returns:
         The graph as a module with the same arguments and results.
@@ -81,7 +86,7 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
     """
     # Tracing tells arguments apart by identity: one tensor given twice would be one argument.
     examples = tuple(example.clone() for example in examples)
-    recorder, simple = Recorder(UNFAILING, live=live), PureRecorder(PURE, live=live)
+    recorder = Recorder(UNFAILING, live=live)
     # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
     with torch.autograd.grad_mode._force_original_view_tracking(True):
         result = recorder.record(function, *examples)
@@ -90,6 +95,8 @@ def capture(function: Program, *examples: Tensor, live: bool = False) -> GraphMo
     for number, name in itertools.islice(recorder.fallible.items(), _MOST_CHECKS):
         if _goes_on(function, examples, number):
             raise RuntimeError(f"the function goes on in another way where {name} fails")
+    flat = flat or len(recorder.graph.find_nodes(op="call_function", target=PART)) > 1
+    simple = PureRecorder(PURE, live=live, flat=flat)
     with torch.no_grad():
         simple.record(torch.func.functionalize(recorder.replay), *examples)
     graph = simple.module()
@@ -220,7 +227,7 @@ def first_result(graph: GraphModule) -> GraphModule:
         shorter.placeholder("ignored")
     shorter.output((results[0],))
     shorter.eliminate_dead_code()
-    return GraphModule(graph, shorter)
+    return Recording(graph, shorter)
 
 
 def largest_tensor(graph: GraphModule) -> int:

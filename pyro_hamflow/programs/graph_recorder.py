@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_hamflow.programs.functions import InOtherWords
+from pyro_hamflow.programs.recording import Recording
 from pyro_hamflow.programs.values import ValueDependence, ValueGuard
 from pyro_hamflow.programs.watching import as_written, watching
 
@@ -42,6 +43,7 @@ class Recorder(TorchDispatchMode):
             the function has stopped them.
 
     Attributes:
+        takes_parts: Whether a recording that the function calls is one operation.
         fallible: What the function calls that can fail at some values of its arguments: names by
             the number of the check. The graph does not fail: its results there are NaN.
     """
@@ -51,6 +53,7 @@ class Recorder(TorchDispatchMode):
         self.graph = Graph()
         self.rules = rules or {}
         self.live = live
+        self.takes_parts = not live
         self.fallible: dict[int, str] = {}
         self._constants = torch.nn.Module()
         self._nodes = WeakTensorKeyDictionary()
@@ -85,12 +88,12 @@ class Recorder(TorchDispatchMode):
         """Performs the same operations on other arguments."""
         return Interpreter(self._constants, graph=self.graph).run(*inputs)
 
-    def module(self) -> GraphModule:
+    def module(self) -> Recording:
         """The graph as a module, without operations whose results nobody uses."""
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         for node in self.graph.nodes:
             node.target = _BINDINGS.get(node.target, node.target)
-        return GraphModule(self._constants, self.graph)
+        return Recording(self._constants, self.graph)
 
     def __torch_dispatch__(
         self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -197,7 +197,7 @@ class ProgramCache:
         if key not in programs:
             if len(programs) >= _MOST_PROGRAMS:
                 programs.pop(next(iter(programs)))
-            programs[key] = self._final(capture(function, *examples))
+            programs[key] = self._final(capture(function, *examples, flat=self.compile_graphs))
         return programs[key]
 
     def start_counting(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from pyro_hamflow.programs.graph_recorder import Recorder, Rule, is_random, kind_of
+from pyro_hamflow.programs.recording import PART, Recording, recording_of
 
 _aten = torch.ops.aten
 _COPIES = {
@@ -28,16 +32,29 @@ class PureRecorder(Recorder):
     """Writes down operations that do not write, and simplifies as it goes.
 
     What depends on no argument is computed once, now; what is repeated or does nothing is left out.
+
+    Arguments:
+        rules: As of :class:`~pyro_hamflow.programs.graph_recorder.Recorder`.
+        live: Likewise.
+        flat: Whether operations of parts are copied; otherwise parts stay calls.
     """
 
-    def __init__(self, rules: Mapping[Any, Rule] | None = None, *, live: bool = False) -> None:
+    def __init__(
+        self, rules: Mapping[Any, Rule] | None = None, *, live: bool = False, flat: bool = True
+    ) -> None:
         super().__init__(rules, live=live)
+        self.flat = flat
         self._calls: dict[str, Node] = {}
 
     def _perform(self, target: OpOverload, arguments: Any, inputs: Any, *, varies: bool) -> Any:
         args, kwargs = arguments
         if not varies:
             return target(*args, **kwargs)
+        if target is PART:
+            part, results = recording_of(args[0]), target(*args)
+            ends = (self._copy if self.flat else self._keep)(part, inputs[0][1])
+            self._nodes.update(zip(results, ends, strict=True))
+            return results
         if (result := self._by_rule(target, arguments)) is not NotImplemented:
             return result
         # The functional copy takes its source's place in memory, but views go by the target's.
@@ -57,6 +74,35 @@ class PureRecorder(Recorder):
             node = self._call(target, *inputs, varies=True)
         self._note(result, node)
         return result
+
+    def _copy(self, part: Recording, arguments: list[Node]) -> list[Node]:
+        """Copies the operations of a part; returns where its results come from."""
+        known = dict(zip(part.graph.find_nodes(op="placeholder"), arguments, strict=True))
+        for node in part.graph.nodes:
+            if node.op == "get_attr":
+                known[node] = self._node_of(part.get_buffer(node.target))
+            elif node.op == "call_function":
+                args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+                known[node] = self._call(node.target, args, kwargs, varies=True)
+                known[node].meta.update(node.meta)
+        return [known[node] for node in part.ends]
+
+    def _keep(self, part: Recording, arguments: list[Node]) -> list[Node]:
+        """Calls a part as it is; returns where its results come from."""
+        if not isinstance(part.returned, tuple) or part.returned != tuple(part.ends):
+            return self._copy(part, arguments)
+
+        def run(*inputs: Tensor) -> Any:
+            return part(*inputs)
+
+        results = self.graph.call_function(run, tuple(arguments))
+        ends = [
+            self._call(operator.getitem, (results, i), {}, varies=True)
+            for i in range(len(part.ends))
+        ]
+        for copy, end in zip(ends, part.ends, strict=True):
+            copy.meta.update(end.meta)
+        return ends
 
     def _call(self, target: Any, args: Any, kwargs: Any, *, varies: bool) -> Node:
         if is_random(target):
