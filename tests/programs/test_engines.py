@@ -188,6 +188,20 @@ def test_machine_code_that_is_wrong_is_not_taken(monkeypatch):
     assert found.name == "torch" and found.declined and "do not agree" in found.reason
 
 
+def nearly_singular(y):
+    length = pyro.sample("length", dist.LogNormal(0.0, 0.5))
+    x = torch.linspace(0.0, 1.0, len(y), dtype=y.dtype)
+    kernel = (-0.5 * ((x[:, None] - x) / length).square()).exp()
+    matrix = kernel + 1e-9 * torch.eye(len(y), dtype=y.dtype)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(y), matrix), obs=y)
+
+
+def test_machine_code_is_right_as_far_as_the_graph_is():
+    potential = Potential(nearly_singular, (torch.linspace(-1.0, 1.0, 60).double().sin(),))
+    graph = potential.programs.base("gradient")
+    assert choose_engine("native", graph, *starts(potential, 4), None).name == "native"
+
+
 def test_the_choice_is_by_the_length_of_the_run():
     potential = Potential(line, (torch.zeros(2),))
     graph = potential.programs.base("gradient")

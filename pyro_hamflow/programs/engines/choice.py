@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.programs.agreement import is_near, rounding_of
+from pyro_hamflow.programs.agreement import is_near, is_near_as, rounding_of
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
@@ -31,6 +31,7 @@ _OUT_OF_CACHE, _MANY_CHAINS = 2**21, 16
 # How many chains' starts machine code is compared with the graph at, and by how much it is compared
 # on either side of them.
 _CHECKED, _SHIFTS = 4, (-0.5, 0.7)
+_NUDGES = (-2.0, 2.0, 4.0)  # of the place, in roundings
 
 
 class Choice(NamedTuple):
@@ -105,27 +106,52 @@ def _agree(
     """Whether machine code gives the graphs' results at positions and about them."""
     position = torch.cat([position + shift for shift in (0.0, *_SHIFTS)])
     rows = noise.expand(len(position), -1)
-    for row, *found in zip(position, *program.gradient(position, rows), strict=True):
+
+    def right(row: Tensor) -> list[Tensor]:
         value, *gradients = graph(row, noise)[: 3 if program.moves_noise else 2]
-        expected = [value, torch.cat(gradients)] if gradient else [value]
-        if not _same(found[: len(expected)], expected):
+        return [value, torch.cat(gradients)] if gradient else [value]
+
+    for row, *found in zip(position, *program.gradient(position, rows), strict=True):
+        if not _same(found if gradient else found[:1], right, row):
             return False
     if (looks := program.looks) is None:
         return True
     seen = program.look(position, rows, looks.uniform.expand(len(position), -1))
-    for row, *found in zip(position, seen.value, seen.likelihoods, seen.local, strict=True):
+
+    def seen_rightly(row: Tensor) -> list[Tensor]:
         value, *results = looks.graph(row, noise, looks.uniform)
-        if not _same(found, [value, *looks.rows(results)]):
+        return [value, *looks.rows(results)]
+
+    for row, *found in zip(position, seen.value, seen.likelihoods, seen.local, strict=True):
+        if not _same(found, seen_rightly, row):
             return False
     return True
 
 
-def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether results are the same but for rounding: a potential, and what belongs to it."""
+def _same(found: list[Tensor], right: Callable[[Tensor], list[Tensor]], row: Tensor) -> bool:
+    """Whether results are the same but for rounding: a potential, and what belongs to it.
+
+    Rounding is what the graph's own results show where its place is moved by as much: that of the
+    inverse of a nearly singular matrix is far larger than that of a sum.
+
+    Arguments:
+        found: What machine code gives.
+        right: What the graph gives at a place.
+        row: The place.
+    """
+    expected = right(row)
     if not expected[0].isfinite():
         return not found[0].isfinite()  # all else means nothing
     tolerance = rounding_of(expected)
-    return all(is_near(*pair, tolerance) for pair in zip(found, expected, strict=True))
+    pairs = list(zip(found, expected, strict=True))
+    if all(is_near(*pair, tolerance) for pair in pairs):
+        return True
+    rounding = torch.finfo(row.dtype).eps * (1.0 + row.abs())
+    moved = [right(row + side * rounding) for side in _NUDGES]
+    return all(
+        is_near(*pair, tolerance) or is_near_as(*pair, [results[i] for results in moved])
+        for i, pair in enumerate(pairs)
+    )
 
 
 def _largest_constant(graph: GraphModule) -> int:
