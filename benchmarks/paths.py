@@ -1,195 +1,175 @@
-"""Stochastic volatility with its path integrated out, beside joint NUTS of ours and NumPyro's."""
+"""Latent paths integrated out or whitened, beside NumPyro's joint NUTS."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import arviz
-import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro
-import numpyro.distributions as ndist
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from benchmarks.competitors import numpyro_run
+from benchmarks.path_models import (
+    binary,
+    classification,
+    joint_classification,
+    joint_volatility,
+    simulated,
+    stocks,
+    volatility,
+)
 from benchmarks.report import Row, Table, met
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize, whiten
 from pyro_hamflow.model.potential import Potential
 
-ABOUT = "Latent paths: stochastic volatility"
-_CHAINS, _DRAWS, _WARMUP = 4, 300, 200
-_WANTED = 15.0  # times NumPyro's effective draws per second, at the longest length
-
-
-class Autoregression(dist.TorchDistribution):
-    """A stationary path about a mean."""
-
-    arg_constraints: dict[str, Any] = {}
-    support = dist.constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, centre: Tensor, phi: Tensor, scale: Tensor, length: int) -> None:
-        self.centre, self.phi, self.scale = centre, phi, scale
-        super().__init__(torch.Size(), torch.Size([length]), validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        x = value - self.centre
-        first = dist.Normal(0.0, self.scale / (1 - self.phi**2).sqrt()).log_prob(x[..., 0])
-        return first + dist.Normal(self.phi * x[..., :-1], self.scale).log_prob(x[..., 1:]).sum(-1)
-
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return self.centre + self.scale * torch.randn(*sample_shape, *self.event_shape)
-
-
-def volatility(y: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
-    phi = 2 * pyro.sample("phi", dist.Beta(20.0, 1.5)) - 1
-    scale = pyro.sample("scale", dist.HalfNormal(0.5))
-    path = pyro.sample("path", Autoregression(mean, phi, scale, len(y)))
-    pyro.sample("y", dist.Normal(0.0, (path / 2).exp()).to_event(1), obs=y)
-
-
-def _joint(y: Any, *, centred: bool) -> None:
-    """The same for NumPyro."""
-    mean = numpyro.sample("mean", ndist.Normal(0.0, 3.0))
-    phi = 2 * numpyro.sample("phi", ndist.Beta(20.0, 1.5)) - 1
-    scale = numpyro.sample("scale", ndist.HalfNormal(0.5))
-    wide = scale / jnp.sqrt(1 - phi**2)
-    if centred:
-        path = numpyro.sample("path", ndist.ImproperUniform(ndist.constraints.real, (), y.shape))
-        x = path - mean
-        numpyro.factor("first", ndist.Normal(0.0, wide).log_prob(x[0]))
-        numpyro.factor("rest", ndist.Normal(phi * x[:-1], scale).log_prob(x[1:]).sum())
-    else:
-        z = numpyro.sample("path", ndist.Normal(0.0, 1.0).expand(y.shape))
-
-        def move(before: Any, z: Any) -> tuple[Any, Any]:
-            return (after := phi * before + scale * z), after
-
-        rest = jax.lax.scan(move, wide * z[0], z[1:])[1]
-        path = mean + jnp.concatenate([wide * z[:1], rest])
-    numpyro.sample("y", ndist.Normal(0.0, jnp.exp(path / 2)), obs=y)
-
-
-def simulated(length: int) -> Tensor:
-    """Returns of a simulated price."""
-    rng, path = np.random.default_rng(0), np.empty(length)
-    path[0] = 0.2 / np.sqrt(1 - 0.97**2) * rng.standard_normal()
-    for t in range(1, length):
-        path[t] = 0.97 * path[t - 1] + 0.2 * rng.standard_normal()
-    return torch.tensor(np.exp((path - 0.5) / 2) * rng.standard_normal(length))
-
-
-def stocks(length: int) -> Tensor | None:
-    """The last returns of the S&P 500 that package arch has, in per cent; none without it."""
-    found = importlib.util.find_spec("arch")
-    if found is None or not found.submodule_search_locations:
-        return None
-    folder = Path(found.submodule_search_locations[0])
-    with gzip.open(folder / "data" / "sp500" / "sp500.csv.gz", "rt") as file:
-        prices = [float(row["Adj Close"]) for row in csv.DictReader(file)]
-    returns = 100 * np.diff(np.log(prices))[-length:]
-    return torch.tensor(returns - returns.mean())
+ABOUT = "Latent paths: stochastic volatility, and a Gaussian process"
+_CHAINS, _DRAWS, _WARMUP = 4, 300, 300
+# Times the better joint sampler's effective draws per second: of the longest series, and of a
+# process at a hundred places.
+_WANTED = {"simulated": 15.0, "S&P 500": 5.0, "Gaussian process": 10.0}
+_LONGEST, _MEMORY = 20_000, 2048  # times, and MiB for four chains of them
+_NUMPYRO = "joint NUTS, NumPyro"
+_NOTE = (
+    f"Four chains of {_DRAWS} draws after {_WARMUP}. ESS is the smallest of the parameters, in the "
+    "bulk; seconds are of the clock, one thread, sampling alone, and with all that comes before."
+)
 
 
 def measure(*, quick: bool) -> list[Table]:
     """Effective draws per second of each sampler, and what an estimate costs by length."""
     torch.set_default_dtype(torch.float64)
     lengths = (100,) if quick else (500, 2000)
-    rows = []
-    for name, data in (("simulated", simulated), ("S&P 500", stocks)):
-        for length in lengths:
-            if (y := data(length)) is not None:
-                rows += _beside(name, y)
-    best: dict[tuple[Any, Any], dict[bool, float]] = {}
-    for row in rows:
-        of = best.setdefault((row["data"], row["length"]), {})
-        ours = row["sampler"].startswith(("marginalize", "whitened"))
-        of[ours] = max(of.get(ours, 0.0), float(row["ESS per second"]))
-    last = best["simulated", lengths[-1]]
-    times = last[True] / last[False]
-    speed = Table(
-        "Four chains of 300 draws",
-        rows,
-        "ESS is the smallest of mean, phi and scale, in the bulk; seconds are of the CPU, one "
-        "thread, sampling alone, and with all that comes before. Joint samplers have the path "
-        "among their parameters, centred or as standard noise.",
-        f"simulated, T = {lengths[-1]}: at least {_WANTED:.0f} times the best joint sampler's "
-        f"effective draws per second: {met(times >= _WANTED)} ({times:.1f}).",
-    )
-    costs = [_cost(length) for length in ((100, 200) if quick else (500, 2000, 8000, 20000))]
-    growth = costs[-1]["ms"] / costs[0]["ms"] / (costs[-1]["length"] / costs[0]["length"])
-    cost = Table(
-        "One gradient of four chains, by length",
-        costs,
-        "Of the estimate with one particle, the Gaussian path's factors and their gradients "
-        "included; not compiled.",
-        f"cost grows no faster than length: {met(growth <= 1.0)} ({growth:.2f} of it).",
-    )
-    return [speed, cost]
-
-
-def _beside(name: str, y: Tensor) -> list[Row]:
-    marginal = PseudoMarginalNUTS(marginalize(volatility, ["path"]))
-    samplers = {
-        "marginalize": lambda: _ours(marginal, y),
-        "whitened, ours": lambda: _ours(NUTS(whiten(volatility, ["path"])), y),
-        "joint NUTS, ours, centred": lambda: _ours(NUTS(volatility), y),
-    }
-    for way in ("centred", "standard noise"):
-        samplers[f"joint NUTS, NumPyro, {way}"] = lambda way=way: _numpyro(y, way == "centred")
     return [
-        {"data": name, "length": len(y), "sampler": sampler} | run()
-        for sampler, run in samplers.items()
+        speed("simulated", lengths),
+        speed("S&P 500", lengths),
+        process(30 if quick else 100),
+        cost((100, 200) if quick else (500, 2000, 8000, _LONGEST)),
+        memory(200 if quick else _LONGEST),
     ]
 
 
-def _ours(kernel: Any, y: Tensor) -> Row:
-    ticks: list[float] = []
-    began = time.process_time()
-    mcmc = MCMC(
-        kernel,
-        _DRAWS,
-        _WARMUP,
-        num_chains=_CHAINS,
-        seed=0,
-        disable_progbar=True,
-        hook_fn=lambda *_: ticks.append(time.process_time()),
+def speed(name: str, lengths: tuple[int, ...]) -> Table:
+    """Stochastic volatility of one kind of data."""
+    rows: list[Row] = []
+    for length in lengths:
+        y = (simulated if name == "simulated" else stocks)(length)
+        if y is not None:
+            joint = partial(_volatility_of_numpyro, y)
+            found = _beside(volatility, "path", ("mean", "phi", "scale"), (y,), joint)
+            rows += [{"length": length} | row for row in found]
+    times = _times([row for row in rows if row["length"] == lengths[-1]])
+    return Table(
+        f"Stochastic volatility, {name}",
+        rows,
+        f"{_NOTE} Joint samplers have the path among their parameters, centred or as noise.",
+        _reach(name, f"T = {lengths[-1]}", times),
     )
-    mcmc.run(y)
+
+
+def process(count: int) -> Table:
+    """Binary data of a latent Gaussian process."""
+    x, y = binary(count)
+    joint = {"standard noise": lambda: _process_of_numpyro(x, y)}
+    rows = _beside(classification, "f", ("length", "size"), (x, y), lambda: joint)
+    return Table(
+        f"Gaussian process classification, {count} places",
+        rows,
+        _NOTE,
+        _reach("Gaussian process", f"{count} places", _times(rows)),
+    )
+
+
+def _reach(name: str, where: str, times: float) -> str:
+    wanted = _WANTED[name]
+    return (
+        f"{name}, {where}: at least {wanted:.0f} times the best joint sampler's effective draws "
+        f"per second: {met(times >= wanted)} ({times:.1f})."
+    )
+
+
+def _times(rows: list[Row]) -> float:
+    best = {
+        theirs: max(
+            float(row["ESS per second"])
+            for row in rows
+            if row["sampler"].startswith(_NUMPYRO) is theirs
+        )
+        for theirs in (False, True)
+    }
+    return best[False] / best[True]
+
+
+def _beside(
+    model: Callable[..., Any],
+    site: str,
+    names: tuple[str, ...],
+    data: tuple[Tensor, ...],
+    joint: Callable[[], dict[str, Callable[[], Row]]],
+) -> list[Row]:
+    """Ours, then NumPyro's."""
+    samplers: dict[str, Callable[[], Row]] = {
+        f"marginalize, {method}": partial(_ours, method, model, site, names, data)
+        for method in ("auto", "conditional", "joint", "whiten")
+    }
+    samplers["whiten"] = samplers.pop("marginalize, whiten")
+    samplers |= {f"{_NUMPYRO}, {way}": run for way, run in joint().items()}
+    return [{"sampler": sampler} | run() for sampler, run in samplers.items()]
+
+
+def _ours(
+    method: str,
+    model: Callable[..., Any],
+    site: str,
+    names: tuple[str, ...],
+    data: tuple[Tensor, ...],
+) -> Row:
+    kernel: Any = (
+        NUTS(whiten(model, [site]))
+        if method == "whiten"
+        else PseudoMarginalNUTS(marginalize(model, [site]), method=method)
+    )
+    began = time.perf_counter()
+    mcmc = MCMC(kernel, _DRAWS, _WARMUP, num_chains=_CHAINS, seed=0, disable_progbar=True)
+    mcmc.run(*data)
+    total = time.perf_counter() - began
     draws = mcmc.get_samples(group_by_chain=True)
-    parts = [draws[name].numpy() for name in ("mean", "phi", "scale")]
-    found = _row(parts, ticks[-1] - ticks[_WARMUP - 1], ticks[-1] - began)
+    found = _row([draws[name].numpy() for name in names], mcmc.sampling_time, total)
     return found | {"variance": kernel.settings.get("log_likelihood_variance", "")}
 
 
-def _numpyro(y: Tensor, centred: bool) -> Row:  # noqa: FBT001
-    began = time.process_time()
-    run = numpyro_run(
-        lambda y: _joint(y, centred=centred),
-        (jnp.asarray(y.numpy()),),
-        chains=_CHAINS,
-        warmup=_WARMUP,
-        draws=_DRAWS,
-        dense=False,
-    )
-    total = time.process_time() - began
-    # Leaves are in the order of names: mean, path, phi, scale.
-    parts = [run.draws[..., i] for i in (0, -2, -1)]
-    wall = run.preparing + run.warming + run.sampling
-    return _row(parts, total * run.sampling / wall, total) | {"variance": ""}
+def _volatility_of_numpyro(y: Tensor) -> dict[str, Callable[[], Row]]:
+    def run(*, centred: bool) -> Row:
+        # Leaves are in the order of names: mean, path, phi, scale.
+        return _numpyro(partial(joint_volatility, centred=centred), (y,), (0, -2, -1))
+
+    return {
+        "centred": partial(run, centred=True),
+        "standard noise": partial(run, centred=False),
+    }
 
 
-def _row(parts: list[np.ndarray], sampling: float, total: float) -> Row:
+def _process_of_numpyro(x: Tensor, y: Tensor) -> Row:
+    return _numpyro(joint_classification, (x, y), (-2, -1))  # f, length, size
+
+
+def _numpyro(model: Any, data: tuple[Tensor, ...], kept: tuple[int, ...]) -> Row:
+    plain = tuple(jnp.asarray(values.numpy()) for values in data)
+    run = numpyro_run(model, plain, chains=_CHAINS, warmup=_WARMUP, draws=_DRAWS, dense=False)
+    total = run.preparing + run.warming + run.sampling
+    return _row([run.draws[..., i] for i in kept], run.sampling, total) | {"variance": ""}
+
+
+def _row(parts: list[Any], sampling: float, total: float) -> Row:
     smallest = min(float(arviz.ess(part)) for part in parts)
     return {
         "smallest ESS": smallest,
@@ -197,6 +177,19 @@ def _row(parts: list[np.ndarray], sampling: float, total: float) -> Row:
         "ESS per second": smallest / sampling,
         "with warm-up": smallest / total,
     }
+
+
+def cost(lengths: tuple[int, ...]) -> Table:
+    """One gradient, by length."""
+    rows = [_cost(length) for length in lengths]
+    growth = rows[-1]["ms"] / rows[0]["ms"] / (rows[-1]["length"] / rows[0]["length"])
+    return Table(
+        "One gradient of four chains, by length",
+        rows,
+        "Of the estimate with one particle, the Gaussian path's factors and their gradients "
+        "included; by torch, not compiled.",
+        f"cost grows no faster than length: {met(growth <= 1.0)} ({growth:.2f} of it).",
+    )
 
 
 def _cost(length: int) -> Row:
@@ -211,3 +204,37 @@ def _cost(length: int) -> Row:
     for _ in range(calls):
         potential.gradients(position, noise)
     return {"length": length, "ms": 1e3 * (time.process_time() - began) / calls}
+
+
+def memory(length: int) -> Table:
+    """A run by all defaults but its length, in a process that does nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.paths", str(length)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return Table(
+        f"Memory of four chains, T = {length}",
+        [row],
+        "The most that the process took, of 20 draws of the parameters and of whole paths after 30 "
+        "iterations of warm-up; the path is integrated out.",
+        f"at most {_MEMORY} MiB: {met(row['MiB'] <= _MEMORY)} ({row['MiB']:.0f}).",
+    )
+
+
+def _run_long(length: int) -> Row:
+    kernel = PseudoMarginalNUTS(marginalize(volatility, ["path"]))
+    mcmc = MCMC(kernel, 20, 30, num_chains=_CHAINS, seed=0, disable_progbar=True)
+    mcmc.run(simulated(length))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"length": length, "MiB": most, "sampling, s": mcmc.sampling_time}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    sys.stdout.write(json.dumps(_run_long(int(sys.argv[1]))) + "\n")
