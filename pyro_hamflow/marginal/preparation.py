@@ -36,7 +36,7 @@ def prepare(
     remark = _told_of_ends(found.escaped) if found.escaped else None
     # A proposal fitted far away misses this and that, but for one that looks for it itself.
     if found.distance <= _FAR or not marginal.proposal.is_comparable:
-        remark = mend_proposal(marginal, [found.values], data)
+        remark = mend_proposal(marginal, [found.values], data) or remark
     marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
 
 

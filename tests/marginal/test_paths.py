@@ -207,6 +207,26 @@ def test_other_modes_of_a_path_are_told():
     assert marginal.proposal.remark is None
 
 
+def noise_of_a_path(y):
+    """Stan's way: each standard normal number is part of all later states."""
+    phi, s, _ = parameters()
+    noise = pyro.sample("noise", dist.Normal(y.new_zeros(len(y)), 1.0).to_event(1))
+    x = [s * noise[..., 0]]
+    for t in range(1, len(y)):
+        x.append(phi * x[-1] + s * noise[..., t])
+    path = torch.stack(x, -1)
+    pyro.sample("y", dist.Normal(y.new_zeros(()), (path / 2).exp()).to_event(1), obs=y)
+
+
+def test_noise_that_a_path_is_made_of_is_told():
+    marginal = marginalize(noise_of_a_path, ["noise"], num_particles=1)
+    marginal.fit(returns(40), pilot=at({"phi": 0.5, "s": 0.5, "r": 1.0}))
+    assert "the 40 numbers of 'noise' meets all others" in marginal.proposal.remark
+    marginal = marginalize(volatility, ["x"], num_particles=1)
+    marginal.fit(returns(40), pilot=at({"phi": 0.5, "s": 0.5}))
+    assert marginal.proposal.remark is None
+
+
 def all_meet(y):
     _, s, r = parameters()
     mixing = torch.linspace(0.0, 3.0, len(y) ** 2, dtype=torch.float64).sin()

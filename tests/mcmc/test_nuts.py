@@ -11,10 +11,12 @@ import torch
 
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize, noise
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.adaptation import estimator
 from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Tuning
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.model.potential import Potential
 from tests.helpers.exact_draws import Y, bent, latent
+from tests.helpers.paths import returns, volatility
 
 CHAINS = 48
 
@@ -338,5 +340,18 @@ def test_method_is_chosen_by_the_variance(model, chosen, why):
     kernel = PseudoMarginalNUTS(model)
     mcmc = MCMC(kernel, 5, 5, num_chains=2, seed=0, disable_progbar=True)
     mcmc.run(Y.repeat(6))
+    assert kernel.settings["method"] == chosen
+    assert why in mcmc.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("largest", "chosen", "why"),
+    [(0.001, "joint", "noise of a path moves with the parameters"), (0.25, "conditional", "whole")],
+)
+def test_method_of_one_path_is_chosen_by_a_smaller_variance(largest, chosen, why, monkeypatch):
+    monkeypatch.setattr(estimator, "_LARGEST_PATH_VARIANCE", largest)
+    kernel = PseudoMarginalNUTS(marginalize(volatility, ["x"], num_particles=1))
+    mcmc = MCMC(kernel, 5, 5, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run(returns(20))
     assert kernel.settings["method"] == chosen
     assert why in mcmc.messages[0]

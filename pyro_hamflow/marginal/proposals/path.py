@@ -49,8 +49,10 @@ _MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
 _SEARCHES = 4  # for other modes
 _STRETCH = 1e-4  # of the fifth power
 # Where whitening may draw faster. By effective draws per second of sampling, marginalised and
-# whitened: random walks of 60 to 80 counts 92 and 830, 290 and 370; 500 returns 82 and 17.
+# whitened: random walks of 60 to 80 counts 92 and 830, 290 and 370; a process at 40 places 84 and
+# 189; 500 and 2,000 returns 511 and 354, 148 and 60.
 _SHORT = 100
+_LONG_FOR_NOISE = 30  # numbers, from which on it is said
 _LARGEST_VARIANCE = 3.0  # where chains with the estimate's noise held begin to stick
 
 
@@ -162,7 +164,7 @@ class PathProposal(Proposal):
     def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
         found = self._fitted(plan, pilot, tuple(name for name in pilot if name in continuous))
-        return replace(found, remark=found._told_of_modes(plan, pilot))
+        return replace(found, remark=found._told_of_modes(plan, pilot) or found._told_of_noise())
 
     def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         return self._fitted(plan, pilot, ())
@@ -183,6 +185,19 @@ class PathProposal(Proposal):
                     f"{paths} of '{group.name}' can lie about several modes, and the Gaussian "
                     "proposal about one of them misses the others: results may be those of this "
                     "mode alone; take a proposal of your own, or `NUTS` on the model as it is."
+                )
+        return None
+
+    def _told_of_noise(self) -> str | None:
+        """What is said where each site is noise of all that comes later."""
+        for name, fit in self.fitted.items():
+            n = fit.mode.shape[-1]
+            if n >= _LONG_FOR_NOISE and fit.bands.likelihood == n and fit.bands.prior == 1:
+                return (
+                    f"each of the {n} numbers of '{name}' meets all others in the likelihood, like "
+                    f"noise that a path is made of, so that an estimate takes {n} times as long as "
+                    "it may: write the path itself as the site, as a `pyro.markov` loop or one "
+                    "multivariate normal variable, not its noise."
                 )
         return None
 
