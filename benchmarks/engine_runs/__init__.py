@@ -1,0 +1,1 @@
+"""One sampler on one posterior, in a process of its own that imports nothing else."""
