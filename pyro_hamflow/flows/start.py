@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +11,11 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.flows.guided_sites import sees_part
 from pyro_hamflow.flows.standardised import standardised
+from pyro_hamflow.model.many_runs import many_runs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import run_with
@@ -144,32 +143,6 @@ def _seeded_potential(
     return value_of
 
 
-_FILLS = {
-    torch.Tensor.normal_,
-    torch.Tensor.uniform_,
-    torch.Tensor.exponential_,
-    torch.Tensor.cauchy_,
-    torch.Tensor.log_normal_,
-}
-
-
-class _DrawApart(TorchFunctionMode):
-    """Lets vmap fill tensors with random numbers of each element's own.
-
-    Arguments:
-        zero: Each element's own zero.
-    """
-
-    def __init__(self, zero: Tensor) -> None:
-        super().__init__()
-        self.zero = zero
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FILLS:
-            args = (args[0] + self.zero.to(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
 class PriorDistribution(TorchDistribution):
     """A model's prior on the real line, all parameters in one vector.
 
@@ -203,25 +176,19 @@ class PriorDistribution(TorchDistribution):
         shape = torch.Size(sample_shape)
         potential = self.potential
 
-        def draw(zero: Tensor) -> Tensor:
-            with _DrawApart(zero):
-                trace = run_with(
-                    potential.original, lambda msg: None, *potential.args, **potential.kwargs
-                )
+        def draw() -> Tensor:
+            trace = run_with(
+                potential.original, lambda msg: None, *potential.args, **potential.kwargs
+            )
             return potential.flatten(
                 {s.name: trace.nodes[s.name]["value"] for s in potential.sites}
             )
 
-        with torch.no_grad(), warnings.catch_warnings():
-            # An operation without a batching rule is looped over: slower, and as right.
-            warnings.filterwarnings(
-                "ignore", message=".*performance drop because we have not yet.*"
-            )
-            zeros = torch.zeros(shape.numel())
-            try:
-                draws = torch.func.vmap(draw, randomness="different")(zeros)
-            except RuntimeError:  # torch's for an operation that it cannot batch
-                draws = torch.stack([draw(zero) for zero in zeros])
+        try:
+            draws = many_runs(draw, shape.numel(), potential.example)
+        except RuntimeError:  # torch's for an operation that it cannot batch
+            with torch.no_grad():
+                draws = torch.stack([draw() for _ in range(shape.numel())])
         return draws.reshape(shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:

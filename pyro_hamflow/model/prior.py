@@ -8,20 +8,15 @@ here as it is in the potential.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import ImproperUniform
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_hamflow.model.function import FunctionPotential
 from pyro_hamflow.model.gradients import gradient_functions
 from pyro_hamflow.model.kinds import Node
+from pyro_hamflow.model.many_runs import many_runs
 from pyro_hamflow.model.missing import entries_that_count
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import add_jacobians
@@ -84,16 +79,14 @@ class Prior(Made):
         elsewhere.
         """
         rows = self.potential.programs.rows_at_once("gradient", num_chains)
-        seeds = torch.zeros(num_chains, device=self.example.device)
         try:
-            with _pure_randomness():
-                draw = torch.func.vmap(self._draw_one, randomness="different", chunk_size=rows)
-                return draw(seeds)
+            return many_runs(self._draw_one, num_chains, self.example, rows)
         except Exception:  # whatever a model's own code may raise where it is batched
-            position, noise = zip(*map(self._draw_one, seeds), strict=True)
+            runs = [self._draw_one() for _ in range(num_chains)]
+            position, noise = zip(*runs, strict=True)
             return torch.stack(position), torch.stack(noise)
 
-    def _draw_one(self, _: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw_one(self) -> tuple[Tensor, Tensor]:
         potential = self.potential
         with torch.no_grad():
             nodes = potential.runs.freely().nodes
@@ -162,45 +155,3 @@ def _refuse_undrawable(name: str, site: Node) -> None:
         raise ValueError(
             f"the prior of site '{name}' is scaled, and cannot be drawn from: {_REMEDY}"
         )
-
-
-class _PureRandomness(TorchFunctionMode):
-    """Random numbers that fill a tensor in place become new ones, which can differ by row."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        draw = _IN_PLACE.get(function)
-        return function(*args, **(kwargs or {})) if draw is None else draw(*args, **(kwargs or {}))
-
-
-def _uniform(tensor: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
-    return low + (high - low) * torch.rand_like(tensor)
-
-
-def _normal(tensor: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
-    return mean + std * torch.randn_like(tensor)
-
-
-def _exponential(tensor: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
-    return -torch.log1p(-torch.rand_like(tensor)) / rate
-
-
-def _cauchy(tensor: Tensor, median: float = 0.0, scale: float = 1.0, **_: Any) -> Tensor:
-    return median + scale * torch.tan(torch.pi * (torch.rand_like(tensor) - 0.5))
-
-
-_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
-    Tensor.uniform_: _uniform,
-    Tensor.normal_: _normal,
-    Tensor.exponential_: _exponential,
-    Tensor.cauchy_: _cauchy,
-}
-
-
-@contextmanager
-def _pure_randomness() -> Iterator[None]:
-    with _PureRandomness(), warnings.catch_warnings():
-        # An operation without a batching rule is looped over: slower, and as right.
-        warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
-        yield

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.data_faults import describe_impossible
+from pyro_hamflow.model.many_runs import many_runs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import RADIUS, support_of
 from pyro_hamflow.model.trace import run_with
@@ -74,8 +75,7 @@ def _by_strategy(potential: Potential, strategy: Strategy, num_chains: int) -> T
     """
     choice = _Choice(potential, strategy)
     try:
-        batched = torch.func.vmap(lambda _: choice.run(), randomness="different")
-        position, inside = batched(torch.arange(num_chains))
+        position, inside = many_runs(choice.run, num_chains, potential.example)
         alike = (position == position[0]).all(0)  # to be so of each run, not by chance of another
         if bool((choice.run()[0] != position[0])[alike].any()):
             raise ValueError("the strategy draws by other means than torch's")

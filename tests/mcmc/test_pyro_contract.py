@@ -447,6 +447,24 @@ def test_strategies_of_many_chains_take_few_runs(source):
     assert (len(runs) - before < 20) == (source == "torch")
 
 
+def test_pyros_median_of_many_chains_is_of_few_runs():
+    """Though it draws by filling tensors in place, and looks whether values are fit."""
+    runs = []
+
+    def counted():
+        runs.append(None)
+        pyro.sample("scale", dist.HalfCauchy(2.0))
+
+    kernel = HMC(counted, init_strategy=init_to_median)
+    kernel.begin(1, 0)
+    before = len(runs)
+    torch.manual_seed(0)
+    position = kernel.begin(4000, 0).position
+    assert len(runs) - before < 20
+    assert len(position.unique()) > 3900
+    assert abs(float(position.median()) - math.log(2.0)) < 0.05  # sd of a median of 15: .4
+
+
 def test_strategy_of_a_marginal_model():
     def model(y):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
