@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,22 @@ _STRAY = 0.05  # of the descents, that others do not wait for
 _RADIUS = 1.0  # the first, in units of the scale
 _LONGER, _SHORTER = 2.0, 0.3  # a radius after a step that led downwards, and one that did not
 _LEAST_CURVATURE = 1e-10  # of a pair of steps, that the inverse Hessian learns from
+
+
+class Ends(NamedTuple):
+    """Where descents have ended.
+
+    Attributes:
+        position: Of shape ``(descents, dimension)``.
+        value: Of the potential, of shape ``(descents,)``.
+        gradient: Of shape ``(descents, dimension)``.
+        spread: Standard deviations of a Gaussian of the curvature met on the way, likewise.
+    """
+
+    position: Tensor
+    value: Tensor
+    gradient: Tensor
+    spread: Tensor
 
 
 class Descent:
@@ -36,8 +54,8 @@ class Descent:
         value, gradient = value.to(position), gradient.to(position)
         return torch.where(good, value, torch.inf), torch.where(good[:, None], gradient, 0.0)
 
-    def run(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where descents from positions ``(descents, dimension)`` end, with value and gradient."""
+    def run(self, position: Tensor) -> Ends:
+        """Where descents from positions ``(descents, dimension)`` end."""
         value, gradient = self.value_and_gradient(position)
         count, dimension = position.shape
         inverse = torch.eye(dimension).to(position).repeat(count, 1, 1)  # Hessians, in units
@@ -61,11 +79,18 @@ class Descent:
             position = torch.where(better, there, position)
             gradient = torch.where(better, new_gradient, gradient)
             value = torch.where(better[:, 0], new_value, value)
-        return position, value, gradient
+        spread = inverse.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt() * self.scale
+        return Ends(position, value, gradient, spread)
 
-    def hessian(self, position: Tensor) -> Tensor:
-        """Second derivatives at one position, from differences of the gradient."""
-        step = torch.finfo(position.dtype).eps ** (1 / 3) * self.scale
+    def hessian(self, position: Tensor, spread: Tensor) -> Tensor:
+        """Second derivatives at one position, from differences of the gradient.
+
+        Arguments:
+            position: Where, of shape ``(dimension,)``.
+            spread: The length in each coordinate over which they may change, likewise.
+        """
+        precision = torch.finfo(position.dtype).eps
+        step = precision ** (1 / 3) * spread.minimum(self.scale).maximum(precision * self.scale)
         moves = torch.diag(step)
         _, above = self.value_and_gradient(position + moves)
         _, below = self.value_and_gradient(position - moves)

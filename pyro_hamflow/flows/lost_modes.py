@@ -13,13 +13,13 @@ much the same at all modes, so that their shares can be compared where the masse
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.flows.descent import Descent
+from pyro_hamflow.flows.modes import find_modes
 from pyro_hamflow.model.guides import Guide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
@@ -28,34 +28,10 @@ from pyro_hamflow.process import random_state_kept
 _DRAWS, _PROBES = 24, 36  # descents from the guide, and from each of two other places
 _WIDTH = 3.0  # of probes, in standard deviations of the guide: Cauchy variables
 _MOST_MODES = 12  # that are looked at, the highest first
-_MOST_LOOKS = 48  # at Hessians, of modes or not
-_DECREMENT = 0.05  # nats that a mode may lie below where a descent has ended
-_SAME = 0.5  # squared standard deviations between what counts as one mode
 _MOMENTA = 16  # draws of what a guide's density may draw beside
 _MOST_DIMENSIONS = 200  # of which descents keep a Hessian each
 _FEW = 0.2  # of its share, below which a guide has lost a mode
 _LARGEST_LOSS = 0.05  # of the posterior, that is not worth a word
-
-
-@dataclass(frozen=True)
-class _Mode:
-    position: Tensor
-    hessian: Tensor
-    value: float
-
-    @property
-    def log_mass(self) -> float:
-        """The logarithm of the mass by Laplace's approximation, but for a constant."""
-        return -self.value - 0.5 * float(torch.linalg.slogdet(self.hessian).logabsdet)
-
-    def log_density(self, position: Tensor) -> Tensor:
-        """Laplace's approximation of the posterior, but for a constant, ``(positions,)``."""
-        offset = position - self.position
-        return -self.value - 0.5 * (offset @ self.hessian * offset).sum(-1)
-
-    def holds(self, position: Tensor) -> bool:
-        offset = position - self.position
-        return float(offset @ self.hessian @ offset) < _SAME
 
 
 def describe_lost_modes(
@@ -95,7 +71,7 @@ def _lost(
     own = guide.draw(_DRAWS + _PROBES)[0].detach()
     draws = own.to(potential.example)  # whose type may be another
     descent = Descent(potential, draws.std(0), potential.draw_noise(1))
-    modes = _find_modes(descent, _starts(potential, draws))
+    modes = find_modes(descent, _starts(potential, draws), _MOST_MODES)
     if len(modes) < 2:
         return 0.0, None
     position = torch.stack([mode.position for mode in modes])
@@ -122,30 +98,6 @@ def _starts(potential: Potential, draws: Tensor) -> Tensor:
     except ValueError:  # there are no draws of the prior
         starts.append(draws[_DRAWS:] + 10.0 * _WIDTH * spread * draws.std(0))
     return torch.cat(starts)
-
-
-def _find_modes(descent: Descent, starts: Tensor) -> list[_Mode]:
-    """The modes that descents end in, the highest first."""
-    ends, values, gradients = descent.run(starts)
-    modes: list[_Mode] = []
-    looks = 0
-    for index in values.argsort():
-        position, gradient = ends[index], gradients[index]
-        if not values[index].isfinite() or any(mode.holds(position) for mode in modes):
-            continue
-        looks += 1
-        if looks > _MOST_LOOKS:
-            break
-        hessian = descent.hessian(position)
-        root, fault = torch.linalg.cholesky_ex(hessian)
-        if int(fault):
-            continue
-        step = torch.cholesky_solve(gradient[:, None], root)[:, 0]
-        if float(gradient @ step) < 2.0 * _DECREMENT:
-            modes.append(_Mode(position - step, hessian, float(values[index])))
-        if len(modes) == _MOST_MODES:
-            break
-    return modes
 
 
 def _log_density(guide: Any, position: Tensor) -> Tensor | None:

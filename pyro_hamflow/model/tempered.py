@@ -7,6 +7,7 @@ times the likelihood to the power of :math:`\lambda`.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -77,6 +78,59 @@ class GuideReference:
         with torch.no_grad():
             position = draw_from(self.guide, self.potential, num_chains)[0]
         return position, self.potential.draw_noise(num_chains)
+
+
+class PriorAndModes:
+    """A prior and normals about modes, half and half.
+
+    A path from the prior alone has next to nothing of a mode on its way that is much narrower than
+    others, for there the likelihood counts by a power; along a path from here it keeps its share.
+
+    Arguments:
+        prior: The prior.
+        mean: Of the normals, of shape ``(modes, dimension)``.
+        precision: Their inverse covariances, of shape ``(modes, dimension, dimension)``.
+    """
+
+    def __init__(self, prior: Reference, mean: Tensor, precision: Tensor) -> None:
+        self.prior, self.mean = prior, mean
+        self.root = torch.linalg.cholesky(precision)
+        self.inverse_root = torch.linalg.inv(self.root)
+        modes, dimension = mean.shape
+        log_volume = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        norm = 0.5 * dimension * math.log(2.0 * math.pi) + math.log(2.0 * modes)
+        self.log_scale = log_volume - norm
+
+    def graph(self, kind: str, num_chains: int) -> Program:
+        start = self.prior.graph(kind, num_chains)
+
+        def program(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            value, gradient, *still = start(position, noise)
+            standard, log_parts = self._parts(position, value)
+            share = log_parts.softmax(0)
+            pulls = torch.einsum("knd,ked->kne", standard, self.root)
+            mixed = share[0][:, None] * gradient + (share[1:, :, None] * pulls).sum(0)
+            return -log_parts.logsumexp(0), mixed, *(share[0][:, None] * part for part in still)
+
+        return program
+
+    def value(self, position: Tensor, noise: Tensor) -> Tensor:
+        return -self._parts(position, self.prior.value(position, noise))[1].logsumexp(0)
+
+    def _parts(self, position: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in each normal's unit, and each part's share times its density, prior first."""
+        offset = position - self.mean[:, None]
+        standard = offset @ self.root
+        own = self.log_scale[:, None] - 0.5 * standard.square().sum(-1)
+        return standard, torch.cat([-value[None] - math.log(2.0), own])
+
+    def draw(self, num_chains: int) -> tuple[Tensor, Tensor]:
+        position, noise = self.prior.draw(num_chains)
+        picked = torch.randint(len(self.mean), (num_chains,), device=position.device)
+        standard = torch.randn_like(position)[:, None]
+        about = self.mean[picked] + (standard @ self.inverse_root[picked])[:, 0]
+        with_prior = torch.rand(num_chains, 1, device=position.device) < 0.5  # of either
+        return torch.where(with_prior, position, about), noise
 
 
 class TemperedTarget:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_hamflow.flows.modes import Mode
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import Reference, TemperedTarget
+from pyro_hamflow.smc.discovery import beginning_at, missed_modes
 from pyro_hamflow.smc.particles import Drift, Particles, Passage, Rung
 from pyro_hamflow.smc.resampling import conditional_size, log_mean_exp
 from pyro_hamflow.smc.transport import AFT, CRAFT, flow_at, flow_to, train_in_passes
 
 _HALVINGS = 50  # of an interval of temperatures
 _SMALLEST = 1e-12  # step of the inverse temperature
+_REMEMBERED = 8  # particles at a temperature, of which one is
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Population:
         tuning: Step size and mass of the moves at the end.
         num_gradients: How many gradients each particle took, those before it included.
         drift: What changed as the population moved on at the end, if it did.
+        modes: Those that the path began at beside the prior; none if a population from the prior
+            alone was found to miss nothing.
     """
 
     position: Tensor = field(repr=False)
@@ -46,6 +52,7 @@ class Population:
     tuning: Tuning = field(repr=False)
     num_gradients: int
     drift: Drift | None = None
+    modes: list[Mode] = field(default_factory=list, repr=False)
 
     @property
     def log_evidence(self) -> float:
@@ -73,6 +80,7 @@ def anneal(
     num_particles: int = 2000,
     *,
     reference: Reference | None = None,
+    modes: Sequence[Mode] = (),
     num_replicates: int = 8,
     conditional_ess: float = 0.97,
     num_moves: int = 2,
@@ -83,15 +91,18 @@ def anneal(
     r"""Moves a population along a path of temperatures to the posterior.
 
     Twice: the first population finds temperatures, step sizes and masses, and is forgotten; the
-    second, which starts anew, goes by what the first has found. What a population is moved by must
-    not have been learned from itself: masses follow the accidents of a sample, and moves by them
-    make its spread too small (measured: the evidence of a mixture in 64 dimensions comes out
-    :math:`e^{12}` times too large).
+    second, which starts anew, goes by what the first has found. If descents find modes that the
+    first has missed, the path begins at these, too, and the first is repeated. What a population is
+    moved by must not have been learned from itself: masses follow the accidents of a sample, and
+    moves by them make its spread too small (measured: the evidence of a mixture in 64 dimensions
+    comes out :math:`e^{12}` times too large).
 
     Arguments:
         potential: The posterior.
         num_particles: How many particles, in all parts together; rounded up to full parts.
-        reference: Where the path begins; at the model's prior if not given.
+        reference: Where the path begins; at the model's prior if not given, and then at modes that
+            the first population has missed, too.
+        modes: Those that are known to be missed.
         num_replicates: Into how many parts they fall, that are resampled apart from each other.
         conditional_ess: What the weights of one step are to be worth, as a share of the particles.
         num_moves: How often particles move at each temperature.
@@ -113,12 +124,52 @@ def anneal(
         | Toward Automatic Model Comparison (Zhou, Johansen, Aston, 2016)
         | https://arxiv.org/abs/1303.3123
     """
-    target = TemperedTarget(reference or Prior(potential), potential)
     shape = (num_replicates, -(-num_particles // num_replicates))
-    schedule, cost = find_schedule(target, shape, conditional_ess, num_moves, transport, report)
+
+    def find(start: Reference) -> Course:
+        target = TemperedTarget(start, potential)
+        return find_schedule(target, shape, conditional_ess, num_moves, transport, report)
+
+    if reference is not None or modes:
+        course = find(reference or beginning_at(modes, Prior(potential)))
+        cost = course.num_gradients
+    else:
+        prior = Prior(potential)
+        course = find(prior)
+        cost = course.num_gradients
+        modes = missed_modes(potential, *course.end, course.visited, cost)
+        if modes:
+            course = find(beginning_at(modes, prior))
+            cost += course.num_gradients
+    schedule, target = course.schedule, course.particles.target
     if isinstance(transport, CRAFT):
         schedule = train_in_passes(transport, target, schedule, num_moves)
-    return follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
+    population = follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
+    return replace(population, modes=list(modes))
+
+
+class Course(NamedTuple):
+    """A first population's way.
+
+    Attributes:
+        schedule: What a second one may go by.
+        particles: The population at its end.
+        visited: Where some of it was on the way, of shape ``(positions, dimension)``.
+    """
+
+    schedule: list[Rung]
+    particles: Particles
+    visited: Tensor
+
+    @property
+    def num_gradients(self) -> int:
+        """How many gradients each particle took."""
+        return self.particles.moves.num_gradients
+
+    @property
+    def end(self) -> tuple[Tensor, Tensor]:
+        """The particles' positions, and the logarithms of their weights."""
+        return self.particles.position, self.particles.all_log_weights.flatten()
 
 
 def find_schedule(
@@ -128,14 +179,14 @@ def find_schedule(
     num_moves: int,
     transport: AFT | CRAFT | None,
     report: Report | None,
-) -> tuple[list[Rung], int]:
+) -> Course:
     """Temperatures, step sizes, masses and flows, learned from a population as it goes.
 
-    Returns:
-        These, and how many gradients each particle took; flows of :class:`CRAFT` are not trained.
+    Flows of :class:`CRAFT` are not trained.
     """
     particles = Particles(target, shape)
     schedule: list[Rung] = []
+    visited: list[Tensor] = []
     here = 0.0
     while here < 1.0:
         step = _next_step(particles.log_weights, particles.log_ratio(), 1.0 - here, conditional_ess)
@@ -146,13 +197,14 @@ def find_schedule(
         elif transport is not None:
             flow = flow_at(transport, particles)
         schedule.append(Rung(here, particles.moves.tuning, flow))
+        visited.append(particles.position[len(visited) % _REMEMBERED :: _REMEMBERED])
         passage = particles.pass_on(schedule[-1], num_moves)
         particles.moves.tune_step(passage.acceptance_rate)
         scores = particles.moves.scores(particles.position, particles.noise)
         particles.moves.tune_mass(scores, particles.weights)
         if report is not None:
             report(passage)
-    return schedule, particles.moves.num_gradients
+    return Course(schedule, particles, torch.cat(visited))
 
 
 def follow(

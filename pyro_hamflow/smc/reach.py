@@ -122,8 +122,8 @@ def _points(model: MarginalModel, data: Arguments) -> Tensor:
     potential = Potential(by_prior, *data, separate_noise=True)
     start, _ = Prior(potential).draw(_CLIMBS)
     scale = start.std(0)
-    position, value, _ = Descent(potential, scale, potential.draw_noise(1)).run(start)
-    position = position[value.isfinite()]
+    ends = Descent(potential, scale, potential.draw_noise(1)).run(start)
+    position = ends.position[ends.value.isfinite()]
     cells = (position / (_APART * scale)).round()
     _, cell = cells.unique(dim=0, return_inverse=True)
     return torch.stack([position[cell == number][0] for number in cell.unique()])

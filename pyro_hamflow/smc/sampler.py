@@ -24,7 +24,7 @@ from pyro_hamflow.smc.reach import extend_reach
 from pyro_hamflow.smc.resampling import effective_size, resample_systematically
 from pyro_hamflow.smc.shown import shown
 from pyro_hamflow.smc.transport import AFT, CRAFT
-from pyro_hamflow.smc.verdict import describe
+from pyro_hamflow.smc.verdict import describe, describe_modes
 
 _ESS, _ESS_OF_FLOWS = 0.97, 0.5  # what a step's weights are to be worth
 
@@ -42,6 +42,11 @@ class AnnealedSampler:
     The likelihood estimate of a model from :func:`marginalize` is looked at beforehand wherever
     climbs from the prior lead: where a proposal that was fitted at one mode would hide another,
     particles come from the prior if the choice was left open, and :attr:`message` says so.
+
+    A mode much narrower than others holds next to nothing on the way, and a population from the
+    prior may miss it. So descents begin at draws of the prior and where the population was; if they
+    find modes of which it has much less than there is, the path begins there, too, and
+    :attr:`message` says so. A mode above which no descent begins is still missed.
 
     A first population finds temperatures (by the conditional effective sample size), step sizes and
     masses; a second starts anew, moves by these, and is what one gets. At the end it moves on for a
@@ -248,10 +253,9 @@ class AnnealedSampler:
     @property
     def message(self) -> str:
         """What the run says about its result, after what it says about the likelihood estimate."""
-        said = describe(self.population, self.importance)
-        if self._remark is None:
-            return said
-        return f"{self._remark[0].upper()}{self._remark[1:]} {said}"
+        remarks = self._remark, describe_modes(self.population.modes)
+        said = [f"{remark[0].upper()}{remark[1:]}" for remark in remarks if remark is not None]
+        return " ".join([*said, describe(self.population, self.importance)])
 
     def pick(self, num_samples: int) -> Tensor:
         """Indices of draws, picked by their weights, in random order.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from pyro_hamflow.flows.modes import Mode
 from pyro_hamflow.smc.annealing import Population
 from pyro_hamflow.smc.importance import ImportanceSamples
 from pyro_hamflow.smc.resampling import effective_size
@@ -11,6 +13,17 @@ from pyro_hamflow.smc.resampling import effective_size
 _LARGEST_ERROR = 0.5  # of the log evidence
 _MANY_ERRORS = 4.0  # between two estimates of the evidence
 _LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
+
+
+def describe_modes(modes: Sequence[Mode]) -> str | None:
+    """That a population from the prior alone would have missed some modes, in a sentence."""
+    if not modes:
+        return None
+    return (
+        f"descents found {len(modes)} mode{'s' * (len(modes) > 1)} of which a population from the "
+        "prior had much less than there is, as it is with narrow ones: the population began there, "
+        "too. Modes narrower still, which no descent begins above, may be missed all the same."
+    )
 
 
 def describe(population: Population, guide: ImportanceSamples | None) -> str:

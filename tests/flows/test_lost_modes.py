@@ -266,10 +266,11 @@ def test_descents_end_in_minima():
 
     potential = Potential(of_density(log_density, 6))
     descent = Descent(potential, torch.ones(6), torch.zeros(1, 0))
-    ends, value, gradient = descent.run(5.0 * torch.randn(20, 6))
+    ends, value, gradient, spread = descent.run(5.0 * torch.randn(20, 6))
     expected, _ = descent.value_and_gradient(torch.arange(6.0).expand(20, 6))
     assert ((value - expected).abs() < 0.05).all() and gradient.isfinite().all()
-    torch.testing.assert_close(descent.hessian(ends[0]), precision, rtol=1e-4, atol=1e-4)
+    hessian = descent.hessian(ends[0], spread[0])
+    torch.testing.assert_close(hessian, precision, rtol=1e-4, atol=1e-4)
 
 
 def test_descents_stay_where_there_is_no_number():
@@ -278,6 +279,6 @@ def test_descents_stay_where_there_is_no_number():
 
     descent = Descent(Potential(of_density(log_density, 2)), torch.ones(2), torch.zeros(1, 0))
     start = torch.tensor([[5.0, 0.0], [3.9, 1.0]])
-    ends, value, _ = descent.run(start)
+    ends, value, *_ = descent.run(start)
     assert torch.equal(ends[0], start[0]) and value[0] == torch.inf
     assert ends[1].norm() < 0.1

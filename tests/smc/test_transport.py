@@ -92,7 +92,7 @@ def evidences(model, change, *, num_replicates=200, seed=0):
     """Ratios of estimates to the truth, of populations that nothing is learned from."""
     torch.manual_seed(seed)
     target = path(model)
-    schedule, _ = find_schedule(target, (8, 100), 0.5, 1, None, None)
+    schedule, *_ = find_schedule(target, (8, 100), 0.5, 1, None, None)
     population = follow(target, (num_replicates, 20), change(schedule), 1, 0, None, moves_on=False)
     return population.parts_log_evidence.exp()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.flows.fit import TrainableGuide
+from pyro_hamflow.flows.modes import Mode
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.flow_training import FlowTraining, can_learn
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
@@ -26,6 +27,7 @@ from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.resampling import resample_systematically
 from pyro_hamflow.smc.shown import shown
+from pyro_hamflow.smc.verdict import describe_modes
 
 _WALKERS = 1000  # that explore
 _FEW, _HASTE = 500, 0.5  # particles that look first, and what their steps' weights are worth
@@ -111,10 +113,11 @@ class FlowSearch:
 
         A few particles in haste tell whether that is worth it.
         """
-        walkers = self._walkers(self._hasty_population() if self.choices.learns else self._drawn())
+        first = self._hasty_population() if self.choices.learns else self._drawn()
+        walkers = self._walkers(first)
         persistence = walkers.persistence()
-        if persistence >= _SLOW and self.choices.learns:
-            walkers = self._walkers(self._population())
+        if persistence >= _SLOW and isinstance(first, Population):
+            walkers = self._walkers(self._population(first.modes))
             persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
         if persistence < _SLOW:
@@ -160,10 +163,14 @@ class FlowSearch:
         count = min(self.choices.num_particles or _FEW, _FEW)
         return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1)
 
-    def _population(self) -> Population:
+    def _population(self, modes: Sequence[Mode]) -> Population:
         count = self.choices.num_particles or self._affordable()
         with shown(hidden=self.plan.hidden) as report:
-            return anneal(self.potential, count, report=report)
+            population = anneal(self.potential, count, modes=modes, report=report)
+        said = describe_modes(population.modes)
+        if said is not None:
+            self.plan.say(said)
+        return population
 
     def _affordable(self) -> int:
         """How many particles a population has where that was left open.

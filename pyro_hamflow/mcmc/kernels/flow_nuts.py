@@ -34,8 +34,9 @@ class FlowNUTS(Kernel):
     """Jumps between a posterior's modes beside moves within them.
 
     Before chains start, a population is moved from the prior to the posterior, along a path of
-    temperatures, and so finds the modes; a flow is built on it, and trained in rounds of local
-    moves, jumps and training, as long as more of its jumps are accepted. Then flow, step size and
+    temperatures, and so finds the modes; descents look for narrow ones that it has missed, where it
+    then begins as well. A flow is built on it, and trained in rounds of local moves, jumps and
+    training, as long as more of its jumps are accepted. Then flow, step size and
     mass are frozen. Each draw is made by a local move and a jump: proposals of the flow, picked by
     their importance weights. Chains start from the population.
 

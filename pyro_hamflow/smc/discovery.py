@@ -1,0 +1,149 @@
+"""Modes that a population from the prior has missed, as descents find them.
+
+Along a path of temperatures a mode much narrower than others holds next to nothing until the end,
+so that a population of any size one can pay may have no particle there. Descents find what they
+begin above. They begin at draws of the prior and where the population was on its way: at some
+picked at random, which find what many of them lie above, and at some where the potential is steep
+for how high it is, as it is above narrow modes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.flows.descent import Descent
+from pyro_hamflow.flows.modes import Mode, find_modes
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.prior import Prior
+from pyro_hamflow.model.tempered import PriorAndModes
+from pyro_hamflow.smc.resampling import log_mean_exp
+
+_MOST_DIMENSIONS = 200  # of which descents keep a Hessian each
+_PRIOR = 4  # draws of the prior for each particle, whose steepness is looked at
+_COST = 0.05  # of what the population took, that descents may take
+_LENGTH = 40  # gradients of a descent, about
+_FEWEST, _STARTS = 16, 256  # descents
+_MOST_MODES = 32
+_MISSED = 0.5  # of a mode's mass, less of which a population has missed
+_WRONG = 0.1  # of the posterior, by which a mode's share may be wrong
+_COUNT = 10.0  # particles that it should have there, fewer of which may be missing by chance
+_LEAST = 0.005  # of the posterior, less of which is of no interest
+
+
+@torch.no_grad()
+def missed_modes(
+    potential: Potential,
+    position: Tensor,
+    log_weights: Tensor,
+    visited: Tensor,
+    num_gradients: int,
+) -> list[Mode]:
+    """Modes of which a population has much less than they hold, and other large ones beside them.
+
+    Beyond 200 dimensions none are looked for. What a mode holds is told by importance sampling
+    within the ellipsoid that holds nearly all of its Gaussian, and compared with what of the
+    population lies there: whatever the posterior's shape, both estimate the same.
+
+    Arguments:
+        potential: The posterior.
+        position: The population, of shape ``(particles, dimension)``.
+        log_weights: Its weights, whose exponentials have the evidence as mean, ``(particles,)``.
+        visited: Where it was on its way, of shape ``(positions, dimension)``.
+        num_gradients: How many gradients each particle has taken.
+
+    Returns:
+        The modes, nothing if none of them were missed.
+    """
+    if potential.dimension > _MOST_DIMENSIONS:
+        return []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = log_weights.softmax(0)
+        mean = weights.to(position) @ position
+        scale = (weights.to(position) @ (position - mean).square()).sqrt()
+        descent = Descent(potential, scale, potential.draw_noise(1))
+        budget = int(_COST * num_gradients * len(position) / _LENGTH)
+        count = min(max(budget, _FEWEST), _STARTS)
+        drawn = Prior(potential).draw(_PRIOR * len(position))[0]
+        starts = _starts(descent, torch.cat([visited, drawn]), count, len(position))
+        modes = find_modes(descent, starts, _MOST_MODES)
+        if not modes:
+            return []
+        held = _log_masses(potential, modes, len(position))
+    level = log_weights.max()
+    masses = (log_weights - level).exp() / len(position)
+    found = (_belongs(modes, position) * masses).sum(1)
+    outside = (masses.sum() - found.sum()).clamp(min=0.0)
+    shares = torch.stack([part / (part.sum() + outside) for part in ((held - level).exp(), found)])
+    larger = shares.amax(0)
+    wrong = (shares[1] < _MISSED * shares[0]) | (shares.diff(dim=0)[0].abs() > _WRONG)
+    if not bool((wrong & (larger > max(_LEAST, _COUNT / len(position)))).any()):
+        return []
+    return [mode for mode, share in zip(modes, shares[0], strict=True) if share > _LEAST]
+
+
+def beginning_at(modes: Sequence[Mode], prior: Prior) -> PriorAndModes:
+    """Where a path begins that misses none of these modes."""
+    mean, precision = (
+        torch.stack([getattr(mode, part) for mode in modes]) for part in ("position", "hessian")
+    )
+    return PriorAndModes(prior, mean, precision)
+
+
+def _starts(descent: Descent, pool: Tensor, count: int, rows: int) -> Tensor:
+    """So many of a pool of positions: half at random, half steep ones.
+
+    A parabola of standard deviation s has the slope sqrt(2 h) / s at the height h above its top.
+    Ranks by steepness are spread evenly in their logarithms, for the steepest may all be above one
+    mode.
+    """
+    parts = [descent.value_and_gradient(part) for part in _padded(pool, rows).split(rows)]
+    value, gradient = (torch.cat(part)[: len(pool)] for part in zip(*parts, strict=True))
+    height = (value - value.min()).clamp(min=0.0)
+    steepness = (gradient * descent.scale).norm(dim=-1) / (1.0 + height).sqrt()
+    order = steepness.nan_to_num(0.0).argsort(descending=True)
+    steep = count // 2
+    ranks = torch.logspace(0.0, math.log10(len(pool)), steep).long().clamp(max=len(pool)) - 1
+    ranks = torch.maximum(ranks, torch.arange(steep))  # no rank twice
+    return torch.cat([pool[order[ranks]], pool[torch.randperm(len(pool))[: count - steep]]])
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Rows, some of them twice, so many that blocks of this length divide them."""
+    return torch.cat([rows, rows[: -len(rows) % count]])
+
+
+def _belongs(modes: list[Mode], position: Tensor) -> Tensor:
+    """Which positions count for which modes, ``(modes, positions)``."""
+    dimension = position.shape[-1]
+    squares = torch.stack([mode.squared_distance(position) for mode in modes])
+    heights = torch.stack([mode.log_density(position) for mode in modes])
+    nearest = heights.argmax(0) == torch.arange(len(modes), device=heights.device)[:, None]
+    return nearest & (squares < dimension + 3.0 * math.sqrt(2.0 * dimension))
+
+
+def _log_masses(potential: Potential, modes: list[Mode], count: int) -> Tensor:
+    """The logarithms of what modes hold, by importance sampling, ``(modes,)``."""
+    each = max(1, count // len(modes))
+    log_masses = []
+    positions, log_densities = [], []
+    for mode in modes:
+        root = torch.linalg.cholesky(mode.hessian)
+        standard = torch.randn(each, len(mode.position)).to(mode.position)
+        offset = torch.linalg.solve_triangular(root.mT, standard.mT, upper=True).mT
+        positions.append(mode.position + offset)
+        norm = root.diagonal().log().sum() - 0.5 * len(mode.position) * math.log(2.0 * math.pi)
+        log_densities.append(norm - 0.5 * standard.square().sum(-1))
+    position = _padded(torch.cat(positions), count)
+    value = potential.value(position[:count], potential.draw_noise(count)).double()
+    value = value[: each * len(modes)].reshape(len(modes), each)
+    belongs = _belongs(modes, torch.cat(positions)).reshape(len(modes), len(modes), each)
+    for index, log_density in enumerate(log_densities):
+        log_ratio = -value[index] - log_density.double()
+        inside = belongs[index, index] & log_ratio.isfinite()
+        log_masses.append(log_mean_exp(torch.where(inside, log_ratio, -torch.inf)))
+    return torch.stack(log_masses)

@@ -1,0 +1,114 @@
+"""Modes that a population from the prior misses are found by descents, and keep their share."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from pyro_hamflow import AnnealedSampler
+from pyro_hamflow.flows.descent import Descent
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.prior import Prior
+from pyro_hamflow.model.tempered import PriorAndModes
+from pyro_hamflow.smc import annealing
+from pyro_hamflow.smc.annealing import anneal
+
+
+def mixture(dimension, parts, scale):
+    """Normals of (share, mean, scale) each, beneath a wide prior; its evidence is one."""
+    prior = dist.Normal(torch.zeros(dimension), scale).to_event(1)
+
+    def model():
+        x = pyro.sample("x", prior)
+        terms = [
+            math.log(share) + dist.Normal(mean, width).log_prob(x).sum(-1)
+            for share, mean, width in parts
+        ]
+        pyro.factor("density", torch.logsumexp(torch.stack(terms), 0) - prior.log_prob(x))
+
+    return model
+
+
+# A normal of a quarter of the other's width has 1e-4 of its mass where the prior counts for most.
+NARROW = mixture(8, [(0.4, 0.0, 0.4), (0.6, 4.0, 1.5)], 4.0)
+
+
+def share_of_narrow(seed):
+    sampler = AnnealedSampler(NARROW, seed=seed, disable_progbar=True)
+    sampler.run()
+    return sampler, float(sampler.mean((sampler.samples["x"].mean(-1) < 2.0).double()))
+
+
+def test_a_narrow_mode_has_its_share():
+    for seed in (1, 2):
+        sampler, share = share_of_narrow(seed)
+        assert abs(share - 0.4) < 0.05
+        assert abs(sampler.log_evidence) < 4.0 * sampler.log_evidence_error < 0.4
+        assert "descents found 2 modes" in sampler.message.lower()
+
+
+def test_without_descents_it_has_not(monkeypatch):
+    monkeypatch.setattr(annealing, "missed_modes", lambda *args: [])
+    assert all(abs(share_of_narrow(seed)[1] - 0.4) > 0.1 for seed in (1, 2))
+
+
+def test_a_spike_in_a_slab_has_its_share():
+    spike = mixture(4, [(0.4, 0.0, 0.02), (0.6, 0.0, 1.0)], 3.0)
+    sampler = AnnealedSampler(spike, seed=1, disable_progbar=True)
+    sampler.run()
+    inside = sampler.samples["x"].norm(dim=-1) < 0.1
+    assert abs(float(sampler.mean(inside.double())) - 0.4) < 0.05
+    assert abs(sampler.log_evidence) < 4.0 * sampler.log_evidence_error < 0.5
+
+
+def test_posteriors_that_the_prior_finds_begin_at_the_prior_and_pay_little(monkeypatch):
+    asked = []
+    evaluate = Descent.value_and_gradient
+
+    def counting(self, position):
+        asked.append(len(position))
+        return evaluate(self, position)
+
+    monkeypatch.setattr(Descent, "value_and_gradient", counting)
+    for parts in ([(1.0, 1.0, 0.5)], [(0.25, -2.5, 0.7), (0.75, 2.5, 0.7)]):
+        asked.clear()
+        population = anneal(Potential(mixture(8, parts, 5.0)), 1000)
+        assert population.modes == []
+        assert sum(asked) < 0.1 * population.num_gradients * len(population.position)
+
+
+def beginning():
+    """A prior of standard deviation 3 and two normals."""
+    mean = torch.tensor([[1.0, -2.0], [4.0, 4.0]])
+    precision = torch.tensor([[[4.0, 1.0], [1.0, 2.0]], [[25.0, 0.0], [0.0, 1.0]]])
+    prior = Prior(Potential(mixture(2, [(1.0, 0.0, 1.0)], 3.0)))
+    start = PriorAndModes(prior, mean, precision)
+    normals = [
+        dist.MultivariateNormal(torch.zeros(2), 9.0 * torch.eye(2)),
+        *map(dist.MultivariateNormal, mean, torch.linalg.inv(precision)),
+    ]
+    return start, normals
+
+
+def test_where_paths_begin_is_a_mixture_of_prior_and_modes():
+    start, normals = beginning()
+    position, noise = start.draw(40_000)
+    log_parts = torch.stack([normal.log_prob(position) for normal in normals])
+    log_density = (log_parts + torch.tensor([0.5, 0.25, 0.25]).log()[:, None]).logsumexp(0)
+    torch.testing.assert_close(start.value(position, noise), -log_density)
+    for log_part in log_parts:  # draws have this density if the mean of each p / q is one
+        ratio = (log_part - log_density).exp()
+        assert abs(float(ratio.mean()) - 1.0) < 4.0 * float(ratio.std()) / 200.0
+
+
+def test_the_gradient_there_is_that_of_its_density():
+    start, _ = beginning()
+    position, noise = start.draw(50)
+    value, gradient = start.graph("gradient", 50)(position, noise)
+    torch.testing.assert_close(value, start.value(position, noise))
+    for column, move in enumerate(1e-5 * torch.eye(2)):
+        change = start.value(position + move, noise) - start.value(position - move, noise)
+        torch.testing.assert_close(gradient[:, column], change / 2e-5, atol=1e-6, rtol=1e-6)
