@@ -130,15 +130,17 @@ def anneal(
         target = TemperedTarget(start, potential)
         return find_schedule(target, shape, conditional_ess, num_moves, transport, report)
 
-    if reference is not None or modes:
-        course = find(reference or beginning_at(modes, Prior(potential)))
+    if reference is not None:
+        course = find(reference)
         cost = course.num_gradients
     else:
         prior = Prior(potential)
-        course = find(prior)
+        course = find(beginning_at(modes, prior))
         cost = course.num_gradients
-        modes = missed_modes(potential, *course.end, course.visited, cost)
-        if modes:
+        others = missed_modes(potential, *course.end, course.visited, cost)
+        others = [m for m in others if not any(mode.holds(m.position) for mode in modes)]
+        if others:
+            modes = [*modes, *others]
             course = find(beginning_at(modes, prior))
             cost += course.num_gradients
     schedule, target = course.schedule, course.particles.target

@@ -86,8 +86,10 @@ def missed_modes(
     return [mode for mode, share in zip(modes, shares[0], strict=True) if share > _LEAST]
 
 
-def beginning_at(modes: Sequence[Mode], prior: Prior) -> PriorAndModes:
-    """Where a path begins that misses none of these modes."""
+def beginning_at(modes: Sequence[Mode], prior: Prior) -> Prior | PriorAndModes:
+    """Where a path begins that misses none of these modes: at the prior, if there are none."""
+    if not modes:
+        return prior
     mean, precision = (
         torch.stack([getattr(mode, part) for mode in modes]) for part in ("position", "hessian")
     )

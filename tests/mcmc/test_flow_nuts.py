@@ -119,6 +119,31 @@ def test_modes_are_found(dimension):
     assert not mcmc.messages
 
 
+def test_chains_move_by_machine_code_beside_jumps():
+    model = modes()
+    kernel = FlowNUTS(model, local=NUTS(model, engine="native"), num_particles=600)
+    mcmc = run_of(kernel)
+    check_shares(mcmc)
+    assert kernel.settings["engine"] == "native" and kernel.flow is not None
+
+
+@pytest.mark.slow
+def test_narrow_modes_that_a_population_misses_keep_their_share():
+    """One of a quarter of the other's width, in eight dimensions."""
+    prior = dist.Normal(torch.zeros(8), 4.0).to_event(1)
+
+    def model():
+        x = pyro.sample("x", prior)
+        narrow = math.log(0.4) + dist.Normal(0.0, 0.4).log_prob(x).sum()
+        wide = math.log(0.6) + dist.Normal(4.0, 1.5).log_prob(x).sum()
+        pyro.factor("density", torch.logaddexp(narrow, wide) - prior.log_prob(x))
+
+    mcmc = run_of(FlowNUTS(model))
+    inside = (mcmc.get_samples(group_by_chain=True)["x"].mean(-1) < 2.0).double()
+    assert abs(scores(inside.numpy(), 0.4)) < 4.5
+    assert any("descents found 2 modes" in message for message in mcmc.messages)
+
+
 def test_a_flow_is_trained_on_what_the_population_finds():
     """Its Gaussians begin a unit beside the modes, where few jumps are accepted."""
     guide = Normals([-CENTRE, CENTRE], 0.8)

@@ -107,7 +107,7 @@ def test_local_sites_are_recovered():
 
 def test_says_that_few_particles_cannot_be_relied_on():
     sampler = AnnealedSampler(
-        two_modes(64), num_particles=16, num_replicates=2, conditional_ess=0.8, seed=0
+        two_modes(256), num_particles=16, num_replicates=2, conditional_ess=0.8, seed=0
     )
     sampler.run()
     assert abs(sampler.log_evidence) > 10.0
