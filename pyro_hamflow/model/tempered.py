@@ -170,9 +170,14 @@ class TemperedTarget:
 
         def program(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             pairs = zip(start(position, noise), end(position, noise), strict=True)
-            return tuple(torch.lerp(a, b, self.inverse_temperature) for a, b in pairs)
+            return tuple(self._between(*pair) for pair in pairs)
 
         return program
+
+    def _between(self, start: Tensor, end: Tensor) -> Tensor:
+        """What lies between the path's ends, of the finer of their types."""
+        finer = torch.promote_types(start.dtype, end.dtype)
+        return torch.lerp(start.to(finer), end.to(finer), self.inverse_temperature.to(finer))
 
     def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
         return self.potential.vectors(num_chains)
@@ -194,7 +199,7 @@ class TemperedTarget:
 
     def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
         values = self.ends(position, noise)
-        return Evaluation(torch.lerp(*values, self.inverse_temperature), {}, {})
+        return Evaluation(self._between(*values), {}, {})
 
     def ends(self, position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The energies of the reference and of the posterior, each of shape ``(chains,)``."""

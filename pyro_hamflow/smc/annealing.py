@@ -15,7 +15,7 @@ from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import Reference, TemperedTarget
-from pyro_hamflow.smc.discovery import beginning_at, missed_modes
+from pyro_hamflow.smc.discovery import beginning_at, look_for_modes
 from pyro_hamflow.smc.particles import Drift, Particles, Passage, Rung
 from pyro_hamflow.smc.resampling import conditional_size, log_mean_exp
 from pyro_hamflow.smc.transport import AFT, CRAFT, flow_at, flow_to, train_in_passes
@@ -40,7 +40,8 @@ class Population:
         num_gradients: How many gradients each particle took, those before it included.
         drift: What changed as the population moved on at the end, if it did.
         modes: Those that the path began at beside the prior; none if a population from the prior
-            alone was found to miss nothing.
+            alone was found to have them all.
+        num_missed: How many of these the first population had next to nothing of.
     """
 
     position: Tensor = field(repr=False)
@@ -53,6 +54,7 @@ class Population:
     num_gradients: int
     drift: Drift | None = None
     modes: list[Mode] = field(default_factory=list, repr=False)
+    num_missed: int = 0
 
     @property
     def log_evidence(self) -> float:
@@ -100,9 +102,9 @@ def anneal(
     Arguments:
         potential: The posterior.
         num_particles: How many particles, in all parts together; rounded up to full parts.
-        reference: Where the path begins; at the model's prior if not given, and then at modes that
-            the first population has missed, too.
-        modes: Those that are known to be missed.
+        reference: Where the path begins; at the model's prior if not given, and then at modes of
+            which the first population's shares are wrong, too.
+        modes: Those that are known.
         num_replicates: Into how many parts they fall, that are resampled apart from each other.
         conditional_ess: What the weights of one step are to be worth, as a share of the particles.
         num_moves: How often particles move at each temperature.
@@ -130,6 +132,7 @@ def anneal(
         target = TemperedTarget(start, potential)
         return find_schedule(target, shape, conditional_ess, num_moves, transport, report)
 
+    num_missed = 0
     if reference is not None:
         course = find(reference)
         cost = course.num_gradients
@@ -137,8 +140,8 @@ def anneal(
         prior = Prior(potential)
         course = find(beginning_at(modes, prior))
         cost = course.num_gradients
-        others = missed_modes(potential, *course.end, course.visited, cost)
-        others = [m for m in others if not any(mode.holds(m.position) for mode in modes)]
+        found, num_missed = look_for_modes(potential, *course.end, course.visited, cost)
+        others = [m for m in found if not any(mode.holds(m.position) for mode in modes)]
         if others:
             modes = [*modes, *others]
             course = find(beginning_at(modes, prior))
@@ -147,7 +150,7 @@ def anneal(
     if isinstance(transport, CRAFT):
         schedule = train_in_passes(transport, target, schedule, num_moves)
     population = follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
-    return replace(population, modes=list(modes))
+    return replace(population, modes=list(modes), num_missed=num_missed)
 
 
 class Course(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,21 +29,33 @@ _COST = 0.05  # of what the population took, that descents may take
 _LENGTH = 40  # gradients of a descent, about
 _FEWEST, _STARTS = 16, 256  # descents
 _MOST_MODES = 32
-_MISSED = 0.5  # of a mode's mass, less of which a population has missed
+_MISSED = 0.2  # of what a mode holds, less of which a population has missed
 _WRONG = 0.1  # of the posterior, by which a mode's share may be wrong
 _COUNT = 10.0  # particles that it should have there, fewer of which may be missing by chance
 _LEAST = 0.005  # of the posterior, less of which is of no interest
 
 
+class Discovery(NamedTuple):
+    """What descents have found.
+
+    Attributes:
+        modes: Where a path should begin as well; none if a population has them all.
+        num_missed: How many of them the population has next to nothing of.
+    """
+
+    modes: list[Mode]
+    num_missed: int
+
+
 @torch.no_grad()
-def missed_modes(
+def look_for_modes(
     potential: Potential,
     position: Tensor,
     log_weights: Tensor,
     visited: Tensor,
     num_gradients: int,
-) -> list[Mode]:
-    """Modes of which a population has much less than they hold, and other large ones beside them.
+) -> Discovery:
+    """Modes, if the shares of a population are wrong at any of them.
 
     Beyond 200 dimensions none are looked for. What a mode holds is told by importance sampling
     within the ellipsoid that holds nearly all of its Gaussian, and compared with what of the
@@ -54,12 +67,10 @@ def missed_modes(
         log_weights: Its weights, whose exponentials have the evidence as mean, ``(particles,)``.
         visited: Where it was on its way, of shape ``(positions, dimension)``.
         num_gradients: How many gradients each particle has taken.
-
-    Returns:
-        The modes, nothing if none of them were missed.
     """
+    nothing = Discovery([], 0)
     if potential.dimension > _MOST_DIMENSIONS:
-        return []
+        return nothing
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = log_weights.softmax(0)
@@ -72,18 +83,19 @@ def missed_modes(
         starts = _starts(descent, torch.cat([visited, drawn]), count, len(position))
         modes = find_modes(descent, starts, _MOST_MODES)
         if not modes:
-            return []
+            return nothing
         held = _log_masses(potential, modes, len(position))
     level = log_weights.max()
     masses = (log_weights - level).exp() / len(position)
     found = (_belongs(modes, position) * masses).sum(1)
     outside = (masses.sum() - found.sum()).clamp(min=0.0)
     shares = torch.stack([part / (part.sum() + outside) for part in ((held - level).exp(), found)])
-    larger = shares.amax(0)
-    wrong = (shares[1] < _MISSED * shares[0]) | (shares.diff(dim=0)[0].abs() > _WRONG)
-    if not bool((wrong & (larger > max(_LEAST, _COUNT / len(position)))).any()):
-        return []
-    return [mode for mode, share in zip(modes, shares[0], strict=True) if share > _LEAST]
+    matters = shares.amax(0) > max(_LEAST, _COUNT / len(position))
+    missed = matters & (shares[1] < _MISSED * shares[0])
+    if not bool((missed | (matters & (shares.diff(dim=0)[0].abs() > _WRONG))).any()):
+        return nothing
+    large = [mode for mode, share in zip(modes, shares[0], strict=True) if share > _LEAST]
+    return Discovery(large, int(missed.sum()))
 
 
 def beginning_at(modes: Sequence[Mode], prior: Prior) -> Prior | PriorAndModes:

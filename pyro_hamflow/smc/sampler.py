@@ -24,7 +24,7 @@ from pyro_hamflow.smc.reach import extend_reach
 from pyro_hamflow.smc.resampling import effective_size, resample_systematically
 from pyro_hamflow.smc.shown import shown
 from pyro_hamflow.smc.transport import AFT, CRAFT
-from pyro_hamflow.smc.verdict import describe, describe_modes
+from pyro_hamflow.smc.verdict import describe, describe_missed
 
 _ESS, _ESS_OF_FLOWS = 0.97, 0.5  # what a step's weights are to be worth
 
@@ -253,7 +253,7 @@ class AnnealedSampler:
     @property
     def message(self) -> str:
         """What the run says about its result, after what it says about the likelihood estimate."""
-        remarks = self._remark, describe_modes(self.population.modes)
+        remarks = self._remark, describe_missed(self.population.num_missed)
         said = [f"{remark[0].upper()}{remark[1:]}" for remark in remarks if remark is not None]
         return " ".join([*said, describe(self.population, self.importance)])
 

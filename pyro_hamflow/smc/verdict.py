@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from pyro_hamflow.flows.modes import Mode
 from pyro_hamflow.smc.annealing import Population
 from pyro_hamflow.smc.importance import ImportanceSamples
 from pyro_hamflow.smc.resampling import effective_size
@@ -15,14 +13,14 @@ _MANY_ERRORS = 4.0  # between two estimates of the evidence
 _LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
 
 
-def describe_modes(modes: Sequence[Mode]) -> str | None:
-    """That a population from the prior alone would have missed some modes, in a sentence."""
-    if not modes:
+def describe_missed(number: int) -> str | None:
+    """That a population from the prior alone would have missed so many modes, in a sentence."""
+    if number == 0:
         return None
     return (
-        f"descents found {len(modes)} mode{'s' * (len(modes) > 1)} of which a population from the "
-        "prior had much less than there is, as it is with narrow ones: the population began there, "
-        "too. Modes narrower still, which no descent begins above, may be missed all the same."
+        f"descents found {number} mode{'s' * (number > 1)} of which a population from the prior "
+        "had next to nothing, as it is with narrow ones: it began there, too. Modes narrower "
+        "still, which no descent begins above, may be missed all the same."
     )
 
 

@@ -141,7 +141,7 @@ def test_narrow_modes_that_a_population_misses_keep_their_share():
     mcmc = run_of(FlowNUTS(model))
     inside = (mcmc.get_samples(group_by_chain=True)["x"].mean(-1) < 2.0).double()
     assert abs(scores(inside.numpy(), 0.4)) < 4.5
-    assert any("descents found 2 modes" in message for message in mcmc.messages)
+    assert any("descents found 1 mode of" in message for message in mcmc.messages)
 
 
 def test_a_flow_is_trained_on_what_the_population_finds():

@@ -55,6 +55,17 @@ def test_conjugate_posterior():
     assert abs(variance * precision - 1.0) < 4.0 * math.sqrt(2.0 / len(position))
 
 
+def test_data_may_be_of_a_finer_type_than_the_prior():
+    prior = dist.Normal(*torch.tensor([0.0, 2.0], dtype=torch.float32))
+
+    def model(y):
+        mean = pyro.sample("mean", prior)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    assert_evidence(anneal(Potential(model, (Y,))), conjugate_evidence(Y), 0.03)
+
+
 def test_gradient_is_the_posteriors():
     potential = Potential(conjugate, (Y,))
     population = anneal(potential, 200)

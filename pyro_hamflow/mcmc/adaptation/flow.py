@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.flows.fit import TrainableGuide
-from pyro_hamflow.flows.modes import Mode
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.flow_training import FlowTraining, can_learn
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
@@ -27,7 +26,7 @@ from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.resampling import resample_systematically
 from pyro_hamflow.smc.shown import shown
-from pyro_hamflow.smc.verdict import describe_modes
+from pyro_hamflow.smc.verdict import describe_missed
 
 _WALKERS = 1000  # that explore
 _FEW, _HASTE = 500, 0.5  # particles that look first, and what their steps' weights are worth
@@ -117,7 +116,7 @@ class FlowSearch:
         walkers = self._walkers(first)
         persistence = walkers.persistence()
         if persistence >= _SLOW and isinstance(first, Population):
-            walkers = self._walkers(self._population(first.modes))
+            walkers = self._walkers(self._population(first))
             persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
         if persistence < _SLOW:
@@ -163,11 +162,11 @@ class FlowSearch:
         count = min(self.choices.num_particles or _FEW, _FEW)
         return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1)
 
-    def _population(self, modes: Sequence[Mode]) -> Population:
+    def _population(self, first: Population) -> Population:
         count = self.choices.num_particles or self._affordable()
         with shown(hidden=self.plan.hidden) as report:
-            population = anneal(self.potential, count, modes=modes, report=report)
-        said = describe_modes(population.modes)
+            population = anneal(self.potential, count, modes=first.modes, report=report)
+        said = describe_missed(population.num_missed)
         if said is not None:
             self.plan.say(said)
         return population
