@@ -102,11 +102,6 @@ KERNELS = {  # of each, what makes it, its data, and iterations of warm-up
         15,
     ),
     "FlowNUTS": (lambda: FlowNUTS(two_signs, num_particles=100), SQUARES, 15),
-    "FlowNUTS, native": (
-        lambda: FlowNUTS(two_signs, local=NUTS(two_signs, engine="native"), num_particles=100),
-        SQUARES,
-        15,
-    ),
     "FlowMH": (lambda: FlowMH(two_signs, own(SQUARES)), SQUARES, 0),
     "potential_fn": (lambda: HMC(potential_fn=lambda z: z["x"].square().sum()), None, 30),
 }
