@@ -21,6 +21,7 @@ from pyro_hamflow.flows.modes import Mode, find_modes
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import PriorAndModes
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.smc.resampling import log_mean_exp
 
 _MOST_DIMENSIONS = 200  # of which descents keep a Hessian each
@@ -71,7 +72,7 @@ def look_for_modes(
     nothing = Discovery([], 0)
     if potential.dimension > _MOST_DIMENSIONS:
         return nothing
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         weights = log_weights.softmax(0)
         mean = weights.to(position) @ position
