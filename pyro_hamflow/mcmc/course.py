@@ -132,18 +132,17 @@ class Course:
         phase = self.mover.kernel.phase
         return Left(self._chains, phase, get_rng_state(), self._checkpoints)
 
-    def raise_without_draws(self) -> NoReturn:
+    def raise_without_draws(self, stopped: BaseException) -> NoReturn:
         """Lets others have the store, and raises what has ended the run before its first draw."""
-        assert self.stopped is not None
         if self._checkpoints is not None:
             self._checkpoints.store.close()
-        if not isinstance(self.stopped, KeyboardInterrupt):
-            raise self.stopped
+        if not isinstance(stopped, KeyboardInterrupt):
+            raise stopped
         made = self._chains.iteration
         raise KeyboardInterrupt(
             "interrupted before the first draw"
             + f", after {made} iterations of warm-up: `run` goes on from there" * bool(made)
-        ) from self.stopped
+        ) from stopped
 
     def _collected(self, records: Sequence[Record], prefix: str = "") -> Draws:
         """The draws of all chains, those that were written included."""

@@ -304,10 +304,10 @@ class MCMC(Outcome):
         self._forget()
         course.go_on(finished, left)
         self.interrupted = course.stopped is not None
-        if not course.finished:
+        if course.stopped is not None and not course.finished:
             self._left = course.left()
             self._warmup_draws = course.warmup_draws()
-            course.raise_without_draws()
+            course.raise_without_draws(course.stopped)
         made = course.drop_just_begun()
         self._draws = course.draws()
         self._warmup_draws = course.warmup_draws()

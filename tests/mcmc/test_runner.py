@@ -27,18 +27,12 @@ from pyro_hamflow import (
 )
 from pyro_hamflow.mcmc import stopping
 from pyro_hamflow.model.potential import Potential
+from tests.helpers.groups import latent
 
 
 def model():
     pyro.sample("mean", dist.Normal(0.0, 1.0))
     pyro.sample("scale", dist.LogNormal(0.0, 0.5).expand([2]).to_event(1))
-
-
-def latent(y):
-    mean = pyro.sample("mean", dist.Normal(torch.zeros_like(y[0]), 1.0))
-    with pyro.plate("group", len(y)):
-        x = pyro.sample("x", dist.Normal(mean, 1.0))
-        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
 
 def funnel():

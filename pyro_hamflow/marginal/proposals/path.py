@@ -63,14 +63,14 @@ class PathPrograms:
     Attributes:
         key: Which model.
         parts_at: The log densities of the path, in the order of its sites.
-        bands: The path's order and bands; none before they are found.
+        bands: The path's order and bands.
         look_at: The joint density to second order, in that order.
     """
 
     key: str
     parts_at: PartsAt
-    bands: Bands | None = None
-    look_at: LookAt | None = None
+    bands: Bands
+    look_at: LookAt
 
 
 class PathParticle:
@@ -176,7 +176,6 @@ class PathProposal(Proposal):
             fit = self.fitted[group.name]
             path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
             look_at = self.programs[group.name].look_at
-            assert look_at is not None  # as the path is fitted
             starts = [_somewhere(plan, path, values, seed) for seed in range(1, 1 + _SEARCHES)]
             count = int(other_modes(look_at(values), fit.mode, starts).sum())
             if count and not fit.is_exact:
@@ -225,9 +224,10 @@ class PathProposal(Proposal):
             name, layout = group.name, plan.layouts[group.name]
             natural = torch.arange(layout.dimension, device=layout.example.device)
             path = PathCoordinates(group, layout, Order(natural))
-            if name not in known or known[name].key != plan.structure.key:
-                known[name] = PathPrograms(plan.structure.key, _densities(plan, path, values))
-            of_values = known[name].parts_at
+            key, programs = plan.structure.key, known.get(name)
+            if programs is not None and programs.key != key:
+                programs = None
+            of_values = programs.parts_at if programs else _densities(plan, path, values)
             drawn = {n: plan.structure.values[n] for n in values}
             before = self.fitted.get(name)
             if before is None or len(before.bands.order.places) != layout.dimension:
@@ -238,17 +238,17 @@ class PathProposal(Proposal):
             else:
                 bands, start = before.bands, before.mode
             parts_at = partial(_ordered, of_values, bands.order)
-            look_at = known[name].look_at
-            if look_at is None or known[name].bands is not bands:
+            if programs is None or programs.bands is not bands:
                 look_at = captured_looks(parts_at, bands, start, values)
-                known[name] = replace(known[name], bands=bands, look_at=look_at)
+                programs = PathPrograms(key, of_values, bands, look_at)
+            known[name] = programs
             # What is held at the pilot is the likelihood: it had better not hold the path together,
             # nor depend on the parameters, whose chains would then not leave the pilot.
             pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
             least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
             steps = max(self.steps, least) if followed else 0
             fitted[name] = fit_path(
-                parts_at, look_at, Anchor(values, followed), bands, start, steps
+                parts_at, programs.look_at, Anchor(values, followed), bands, start, steps
             )
         return replace(self, fitted=fitted, programs=known)
 
