@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.flows.transport_flow import TransportFlow
-from pyro_hamflow.networks.training import Training, train
+from pyro_hamflow.networks.training import BATCH, Training, train
 
-_BATCH = 256  # points in a step
 FIRST_RATE, LATER_RATE = 2e-2, 5e-3  # of learning, by a new map and by one that goes on
 _CHECKS = 20  # of a training, which takes all its steps: many gain only as the rate falls
 
@@ -62,7 +61,7 @@ def fit_transport(
     known, test = (~held_out).nonzero()[:, 0], held_out
 
     def loss(progress: float) -> Tensor:
-        picked = known[torch.randint(len(known), (min(_BATCH, len(known)),), device=x.device)]
+        picked = known[torch.randint(len(known), (min(BATCH, len(known)),), device=x.device)]
         return divergences(*trained.pull(x[picked], g[picked])).mean()
 
     @torch.no_grad()

@@ -14,13 +14,10 @@ from pyro_hamflow.flows.product_mixture import ProductMixture, fit_product, inde
 from pyro_hamflow.flows.standardised import standardise
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
-from pyro_hamflow.networks.training import Training, train
+from pyro_hamflow.networks.training import CHECK_EVERY, HELD_OUT, PATIENCE, Training, train
 
-_HELD_OUT = 5  # one of so many draws judges what the others are fitted to
 _OUTLYING = 10.0  # times the median size, beyond which a score does not count as larger
 _STEEPEST = 10.0  # a pull on one coordinate that training follows
-_CHECK_EVERY = 25
-_PATIENCE = 0.5
 _WORTHWHILE = 0.01  # gain in held-out log density for which coupling layers stay
 
 
@@ -50,7 +47,7 @@ def flow_for(
         ValueError: If fewer than two draws have finite gradients.
     """
     position, score, weights = _usable(position, -gradient, log_weights)
-    held_out = torch.arange(len(position)) % _HELD_OUT == 0
+    held_out = torch.arange(len(position)) % HELD_OUT == 0
     alone = independent(position, score)
     loc, scale_tril = _whitening(position, score, weights, alone)
     whitened = standardise(position, loc, scale_tril)
@@ -100,7 +97,7 @@ def _fit(
     learning_rate: float = 1e-3,
     batch_size: int = 256,
 ) -> Training:
-    held_out = torch.arange(len(position), device=position.device) % _HELD_OUT == 0
+    held_out = torch.arange(len(position), device=position.device) % HELD_OUT == 0
     judged, judges = position[held_out], weights[held_out] / weights[held_out].sum()
     position, score, weights = position[~held_out], score[~held_out], weights[~held_out]
 
@@ -118,8 +115,8 @@ def _fit(
         measure=measure,
         num_steps=num_steps,
         learning_rate=learning_rate,
-        check_every=_CHECK_EVERY,
-        patience=_PATIENCE * num_steps,
+        check_every=CHECK_EVERY,
+        patience=PATIENCE * num_steps,
     )
 
 

@@ -22,7 +22,7 @@ from pyro_hamflow.model.trace import run_with
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.validation import no_validation
 
-_PILOT_DRAWS = 1000
+PILOT_DRAWS = 1000
 _ROUNDS = 20
 _STEPS = 25
 _FLATTEST = 1e-6  # the least curvature that counts as one
@@ -64,7 +64,7 @@ def find_start(
             f"`start` has event shape {tuple(given.event_shape)}: expected ({len(position)},), "
             f"for the sites {[site.name for site in sites]}"
         )
-    draws = given.sample((_PILOT_DRAWS,)).to(position)
+    draws = given.sample((PILOT_DRAWS,)).to(position)
     low, middle, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84]).to(draws), 0)
     loc, scale_tril = saved or (middle, torch.diag(0.5 * (high - low)))
     return loc, scale_tril, standardised(given, loc, scale_tril.diagonal())

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions.transforms import IndependentTransform
 
 from pyro_hamflow.flows.bases import map_tensors
+from pyro_hamflow.flows.start import PILOT_DRAWS
 
 _QUIET = 0.01  # of their first size, that the last layers of a flow's networks begin with
-_PILOT_DRAWS = 1000
 _LARGEST_DIFFERENCE = 1e-3  # between a point and where its image comes from
 
 
@@ -41,7 +41,7 @@ class ZukoFlow(nn.Module):
     def begin_near_base(self) -> None:
         """Makes the last layers of its networks small, if that takes it nearer to its base."""
         base = self.distribution()
-        points = base.sample((_PILOT_DRAWS,))
+        points = base.sample((PILOT_DRAWS,))
         distance = base.log_prob(points) - self.log_density(points)
         before = copy.deepcopy(self.lazy.state_dict())
         for module in self.lazy.modules():

@@ -12,7 +12,7 @@ from pyro_hamflow.marginal.settle import settle_particles
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
 
-_FAR = 1.0  # posterior standard deviations
+FAR = 1.0  # posterior standard deviations, from which on a pilot is not at the mode
 
 
 def prepare(
@@ -35,7 +35,7 @@ def prepare(
         settle_particles(marginal, data)
     remark = _told_of_ends(found.escaped) if found.escaped else None
     # A proposal fitted far away misses this and that, but for one that looks for it itself.
-    if found.distance <= _FAR or not marginal.proposal.is_comparable:
+    if found.distance <= FAR or not marginal.proposal.is_comparable:
         remark = mend_proposal(marginal, [found.values], data) or remark
     marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
 

@@ -15,7 +15,7 @@ from pyro_hamflow.mcmc.diagnosis import judged, worst
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.messages import FEWEST
 
-_GROWTH = 1.1  # of the draws, after which they are judged anew: a run is looked at 80 times in 10^5
+GROWTH = 1.1  # of the draws, after which they are judged anew: a run is looked at 80 times in 10^5
 
 
 class RunSoFar:
@@ -61,7 +61,7 @@ class RunSoFar:
         return self._max_rhat
 
     def _judge(self) -> None:
-        if self.num_draws < max(FEWEST, _GROWTH * self._judged):
+        if self.num_draws < max(FEWEST, GROWTH * self._judged):
             return
         self._judged = self.num_draws
         draws = self._draws()

@@ -16,12 +16,10 @@ from pyro_hamflow.mcmc.moving import Counts, Mover
 from pyro_hamflow.mcmc.segment import Task, packed
 from pyro_hamflow.mcmc.snapshot import capture, take_up
 from pyro_hamflow.mcmc.spread import Spread
-from pyro_hamflow.mcmc.stopping import RunSoFar
+from pyro_hamflow.mcmc.stopping import GROWTH, RunSoFar
 from pyro_hamflow.mcmc.writer import WARM
 from pyro_hamflow.process import HeldSignals, random_state_kept, undisturbed
 from pyro_hamflow.progress import progress
-
-_GROWTH = 1.1  # of the draws of groups, after which `stop_when` is asked
 
 
 def divided(mover: Mover, seed: int, most: int) -> list[Group]:
@@ -220,4 +218,4 @@ class Workers:
         return goal
 
     def _goal_after(self, made: int) -> int:
-        return min(self.mover.num_samples, max(FEWEST, math.ceil(_GROWTH * made)))
+        return min(self.mover.num_samples, max(FEWEST, math.ceil(GROWTH * made)))

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from pyro_hamflow.progress import Bar
 
+BATCH = 256  # points in a step
+CHECK_EVERY = 25  # steps
+PATIENCE = 0.5  # of all steps, without progress, after which a training ends
+HELD_OUT = 5  # one of so many draws judges what the others are fitted to
+
 
 @dataclass(frozen=True, eq=False)
 class Training:

@@ -36,6 +36,8 @@ from pyro_hamflow.programs.rules import BATCHED, PURE, UNFAILING
 Program = Callable[..., Any]
 
 
+_ROWS = 1000  # of a program that are run at once, at most
+ELEMENTS = 2**18  # of a tensor, beyond which memory is what takes the time
 _LARGE = 30_000  # numbers in a tensor, from which on it is slower to compute than to pretend
 
 _MOST_CHECKS = 20  # of factorisations that are made to fail, one at a time; more are in loops
@@ -233,6 +235,11 @@ def first_result(graph: GraphModule) -> GraphModule:
 def largest_tensor(graph: GraphModule) -> int:
     """How many numbers the largest tensor has that a captured program makes on its way."""
     return max(sizes_made(graph), default=1) or 1
+
+
+def rows_at_once(graph: GraphModule) -> int:
+    """How many rows to run a program of one row for at once."""
+    return max(1, min(_ROWS, ELEMENTS // largest_tensor(graph)))
 
 
 def sizes_made(graph: GraphModule) -> list[int]:

@@ -19,13 +19,12 @@ from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.process import random_state_kept, undisturbed
+from pyro_hamflow.results.pointwise import WANTED_ERROR
 from pyro_hamflow.results.run import Run
 from pyro_hamflow.smc.resampling import log_mean_exp
 
-_WANTED = 0.05  # standard error of a log likelihood, a root mean square over the draws
 _REPLICATES = 8  # estimates of it at once
 _MOST = 256
-_FAR = 0.7  # Pareto's k
 
 
 @dataclass(frozen=True)
@@ -176,5 +175,5 @@ def _log_likelihood(
         ratios = (estimates - estimates.amax(0)).exp()
         error = float((ratios.var(0, correction=0) / ratios.mean(0).square()).mean().sqrt())
         error /= math.sqrt(max(1, len(logs) - 1))
-        if error <= _WANTED or not potential.noise_dimension or len(logs) >= _MOST:
+        if error <= WANTED_ERROR or not potential.noise_dimension or len(logs) >= _MOST:
             return log_mean_exp(estimates.T), error

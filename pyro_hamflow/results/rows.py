@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_hamflow.programs.capture import Program, batch, capture, largest_tensor
-
-_ROWS = 1000  # at once, at most
-_ELEMENTS = 2**18  # of a tensor, beyond which memory is what takes the time
+from pyro_hamflow.programs.capture import Program, batch, capture, rows_at_once
 
 
 class Rows:
@@ -35,7 +32,7 @@ class Rows:
         try:
             with torch.no_grad():
                 graph = capture(function, *[example[0] for example in examples])
-                at_once = max(1, min(_ROWS, count, _ELEMENTS // largest_tensor(graph)))
+                at_once = min(count, rows_at_once(graph))
                 enough = [_to_length(example, at_once) for example in examples]
                 program = batch(graph, *enough)
                 if _agree(program(*enough), function, enough):

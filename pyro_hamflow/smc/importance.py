@@ -17,12 +17,11 @@ from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import Guide, draw_from
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.process import undisturbed
-from pyro_hamflow.programs.capture import largest_tensor
+from pyro_hamflow.programs.capture import rows_at_once
 from pyro_hamflow.smc.resampling import effective_size, log_mean_exp
 from pyro_hamflow.smc.weights import mean_error, smooth_weights
 
 _BATCH = 1000  # draws proposed at once
-_ELEMENTS = 2**18  # of a tensor, beyond which memory is what takes the time
 _LARGEST_K = 0.7
 
 
@@ -234,7 +233,7 @@ def _together(potential: Potential) -> int:
     graph = potential.graph("evaluate", 1)
     if not isinstance(graph, torch.fx.GraphModule):
         return _BATCH
-    return max(1, min(_BATCH, _ELEMENTS // largest_tensor(graph)))
+    return rows_at_once(graph)
 
 
 def _weigh(potential: Potential, guide: Guide, count: int, at_once: int) -> Any:

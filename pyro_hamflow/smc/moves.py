@@ -20,7 +20,7 @@ _TURN = 2.0  # the time of a trajectory there, a little more than a quarter of a
 _MOST_STEPS = 8  # of a trajectory
 _JITTER = 0.3  # standard deviation of the logarithm of particles' steps
 _MOST_DENSE = 300  # dimensions with a dense mass
-_SHRINKAGE = (5.0, 0.2)  # in particles, and particles for each dimension
+_FEW, _EACH = 5.0, 0.2  # particles, and particles for each dimension
 
 
 class PopulationMoves:
@@ -109,8 +109,7 @@ class PopulationMoves:
         count = 1.0 / float(weights.square().sum())
         before = self.tuning.kinetic
         root = before.root.double()
-        few, each = _SHRINKAGE
-        shrinkage = few + each * self.target.dimension
+        shrinkage = shrinkage_of(self.target.dimension)
         if before.is_dense:
             whitened = scores @ root
             moment = (whitened * weights[:, None]).mT @ whitened
@@ -120,6 +119,11 @@ class PopulationMoves:
             inverse = 0.5 * (inverse + inverse.mT)
         else:
             moment = (scores * root).square().mul(weights[:, None]).sum(0)
-            moment = (count * moment + few) / (count + few)
+            moment = (count * moment + _FEW) / (count + _FEW)
             inverse = before.inverse_mass.double() / moment
         self.tuning = self.tuning._replace(kinetic=GaussianKinetic(inverse.to(before.inverse_mass)))
+
+
+def shrinkage_of(dimension: int) -> float:
+    """How many particles it takes to outweigh that there are no correlations."""
+    return _FEW + _EACH * dimension

@@ -21,14 +21,12 @@ from torch import Tensor
 from pyro_hamflow.checks import positive, whole
 from pyro_hamflow.flows.near_identity import NearIdentity
 from pyro_hamflow.model.tempered import TemperedTarget
-from pyro_hamflow.networks.training import train
+from pyro_hamflow.networks.training import CHECK_EVERY, HELD_OUT, PATIENCE, train
+from pyro_hamflow.smc.moves import shrinkage_of
 from pyro_hamflow.smc.particles import Particles, Rung
 from pyro_hamflow.smc.resampling import conditional_size
 
-_HELD_OUT = 5  # one of so many particles judges what the others train
 _JUDGES = 1000  # particles
-_CHECK_EVERY = 25
-_PATIENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def flow_at(settings: AFT | CRAFT, particles: Particles) -> NearIdentity:
     centred = position - loc
     covariance = (share[:, None] * centred).mT @ centred / share.sum()
     scale = covariance.diagonal().sqrt()
-    few = (5.0 + 0.2 * len(loc)) / len(position)  # correlations are drawn towards none
+    few = shrinkage_of(len(loc)) / len(position)  # correlations are drawn towards none
     identity = torch.eye(len(loc)).to(covariance)
     correlation = (covariance / torch.outer(scale, scale) + few * identity) / (1.0 + few)
     root = scale[:, None] * torch.linalg.cholesky(correlation)
@@ -142,7 +140,7 @@ def flow_to(settings: AFT, inverse_temperature: float, particles: Particles) -> 
     """
     flow = flow_at(settings, particles)
     position, noise, weights = particles.position, particles.noise, particles.weights
-    held_out = torch.arange(len(position), device=position.device) % _HELD_OUT == 0
+    held_out = torch.arange(len(position), device=position.device) % HELD_OUT == 0
     judges = weights[held_out] / weights[held_out].sum()
 
     def loss(progress: float) -> Tensor:
@@ -162,8 +160,8 @@ def flow_to(settings: AFT, inverse_temperature: float, particles: Particles) -> 
             measure=measure,
             num_steps=settings.num_steps,
             learning_rate=settings.learning_rate,
-            check_every=_CHECK_EVERY,
-            patience=_PATIENCE * settings.num_steps,
+            check_every=CHECK_EVERY,
+            patience=PATIENCE * settings.num_steps,
         )
     flow.requires_grad_(False)
     return flow if _pays(flow, inverse_temperature, particles, held_out) else None

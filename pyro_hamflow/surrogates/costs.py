@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.networks.training import BATCH
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.compilation import SelfCompiling
-from pyro_hamflow.surrogates.fit import BATCH, fit_energy
+from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 

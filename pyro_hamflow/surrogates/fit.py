@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_hamflow.networks.training import Training, train
+from pyro_hamflow.networks.training import BATCH, Training, train
 from pyro_hamflow.progress import Bar
 from pyro_hamflow.surrogates.losses import EnergyLoss, GradientMatching, Points, TrajectorySegments
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 BLOCK, HELD_OUT = 16, 10  # neighbours, which are alike; one such block of so many is held out
 _CHECK = 50  # steps, about
-BATCH = 256  # points in a step
 
 
 @dataclass(frozen=True, eq=False)

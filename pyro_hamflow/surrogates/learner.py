@@ -32,7 +32,7 @@ _FEWEST_STEPS = 200  # of the optimiser, that teach something
 _PASSING = 0.4  # of the steps, in all trainings but the last
 _REACH, _ABOUT = 1.8, 0.3  # of the distance from the centre, of the scale
 _SHRINKAGE, _FLOOR = 10.0, 1e-6  # points for each dimension that the diagonal is worth; least share
-_FIRST_RATE, _LATER_RATE = 1e-2, 5e-3  # of learning, by a new network and by one that goes on
+FIRST_RATE, _LATER_RATE = 1e-2, 5e-3  # of learning, by a new network and by one that goes on
 
 # From positions and noise to noise that suits the positions, and how many densities it took.
 RefreshAt = Callable[[Tensor, Tensor], tuple[Tensor, int]]
@@ -207,7 +207,7 @@ class Learner:
         if isinstance(loss, TrajectoryMatching):
             examples, held_out = self.log.trajectories(loss.num_steps, _MOST_POINTS), None
         if network is None:
-            rate = _FIRST_RATE
+            rate = FIRST_RATE
             network = self.settings.network(self.potential.dimension).to(self.potential.example)
             network.whiten_by(points.position)
         num_steps = math.ceil(_PASSING * self.training_steps) if passing else self.training_steps

@@ -20,7 +20,7 @@ from pyro_hamflow import (
     marginalize,
     to_inference_data,
 )
-from pyro_hamflow.smc import importance
+from pyro_hamflow.programs import capture
 from pyro_hamflow.smc.weights import mean_error, smooth_weights
 from tests.helpers.targets import effects
 from tests.helpers.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
@@ -262,7 +262,7 @@ def test_a_seed_repeats_the_draws():
 
 def test_draws_do_not_depend_on_how_many_are_evaluated_at_once(monkeypatch):
     whole = importance_sample(conjugate, Gaussian(), Y, num_samples=1100, seed=3)
-    monkeypatch.setattr(importance, "_ELEMENTS", 7 * len(Y))
+    monkeypatch.setattr(capture, "ELEMENTS", 7 * len(Y))
     pieces = importance_sample(conjugate, Gaussian(), Y, num_samples=1100, seed=3)
     assert {size for _, size in pieces.potential.programs._graphs} == {1, 7, 96}  # 96: descents
     torch.testing.assert_close(pieces.position, whole.position)

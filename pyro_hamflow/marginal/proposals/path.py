@@ -38,7 +38,7 @@ from pyro_hamflow.marginal.path_density import (
 from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
 from pyro_hamflow.marginal.path_modes import LookAt, captured_looks, other_modes
 from pyro_hamflow.marginal.plan import Plan
-from pyro_hamflow.marginal.proposals.base import Draw, Proposal
+from pyro_hamflow.marginal.proposals.base import Draw, Proposal, stretched
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.supports import transform_of
 from pyro_hamflow.model.trace import is_latent, plate_shape, run_with
@@ -47,7 +47,6 @@ from pyro_hamflow.programs import banded
 
 _MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
 _SEARCHES = 4  # for other modes
-_STRETCH = 1e-4  # of the fifth power
 # Where whitening may draw faster. By effective draws per second of sampling, marginalised and
 # whitened: random walks of 60 to 80 counts 92 and 830, 290 and 370; a process at 40 places 84 and
 # 189; 500 and 2,000 returns 511 and 354, 148 and 60.
@@ -154,8 +153,7 @@ class PathProposal(Proposal):
         found = gaussian_at(fit, parts, parameters)
         noise, log_stretch = coordinates, torch.zeros_like(coordinates[..., 0])
         if not fit.is_exact:
-            noise = coordinates + _STRETCH * coordinates.pow(5)
-            log_stretch = torch.log1p(5.0 * _STRETCH * coordinates.pow(4)).sum(-1)
+            noise, log_stretch = stretched(coordinates)
         log_noise = -0.5 * (coordinates.square() + math.log(2.0 * math.pi)).sum(-1)
         density = log_noise - log_stretch + 0.5 * banded.log_det(found.root)
         shape = plate_shape(group.frames, plan.structure.nesting)

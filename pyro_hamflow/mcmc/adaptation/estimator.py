@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.mending import fewer_particles, mend_proposal, more_particles, refit_at
 from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.marginal.preparation import FAR
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.scrutiny import look, misses
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE
@@ -45,7 +46,6 @@ _WANTED_FACTORISED_VARIANCE = 4.0
 _LAVISH_VARIANCE = 0.25  # below which half the particles would do
 _OUT = 1.5  # times as far as chains are from their middle, where estimates are looked at, too
 _LOOKS = 4  # draws of warm-up, of a chain each, at which the estimator is looked at
-_FAR = 1.0  # of the pilot from the mode, in posterior standard deviations
 _METHODS = ("auto", "joint", "conditional")
 
 
@@ -115,7 +115,7 @@ class EstimatorTuning:
         found = model.prepared
         if found.remark:
             self.plan.say(found.remark, first=True)
-        elif found.distance > _FAR:
+        elif found.distance > FAR:
             self.plan.say(
                 "the search for the posterior's mode did not come to rest; the chains may start "
                 f"{found.distance:.2g} posterior standard deviations from it, and warm-up "

@@ -16,14 +16,13 @@ from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.mcmc.adaptation.walkers import Visited, Walkers
 from pyro_hamflow.model.guides import DensityGuide, log_ratio_at
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.networks.training import train
+from pyro_hamflow.networks.training import BATCH, CHECK_EVERY, train
 
 _DRAWS = 4000  # that a flow is trained on
 _ROWS = 1000  # gradients at once
 _MOVES = 4  # local moves between two jumps of a round
 _ROUNDS = 6  # of moves and training, at most
-_STEPS, _CHECK_EVERY = 400, 25  # of one training, and of each part that is judged
-_BATCH = 256  # draws, from which a step's loss is estimated
+_STEPS = 400  # of one training
 _LEARNING_RATE = 5e-3  # that of `fit_guide`
 _REVERSE = 0.1  # how much of the reverse divergence is added where a user's guide is trained
 _RISE = 0.01  # of the acceptance, for which another round is made
@@ -92,10 +91,10 @@ class FlowTraining:
     def _train_given(self, guide: TrainableGuide, visited: Visited) -> None:
         """Trains by draws, with a share of the reverse divergence."""
         draws = visited.position
-        objective = Objective(guide, self.potential, _BATCH)
+        objective = Objective(guide, self.potential, BATCH)
 
         def loss(progress: float) -> Tensor:
-            picked = draws[torch.randint(len(draws), (_BATCH,), device=draws.device)]
+            picked = draws[torch.randint(len(draws), (BATCH,), device=draws.device)]
             return objective.reverse() * _REVERSE - log_ratio_at(guide, picked).mean()
 
         train(
@@ -104,7 +103,7 @@ class FlowTraining:
             measure=lambda progress, mean: mean,
             num_steps=_STEPS,
             learning_rate=_LEARNING_RATE,
-            check_every=_CHECK_EVERY,
+            check_every=CHECK_EVERY,
             patience=_STEPS,
         )
 

@@ -19,9 +19,9 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
-from pyro_hamflow.surrogates.learner import Learner
+from pyro_hamflow.surrogates.learner import FEWEST_GATHER, Learner
 
-_FEWEST_WARMUP = 60  # iterations: five times the fewest that gradients are gathered in
+_FEWEST_WARMUP = 5 * FEWEST_GATHER  # iterations
 
 
 def start(

@@ -30,9 +30,9 @@ from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.target import Target
+from pyro_hamflow.programs.capture import ELEMENTS
 
 _ROWS = 512  # of proposals made together: on small models they cost little more than four
-_ELEMENTS = 2**18  # of their positions and noise, beyond which arithmetic takes the time
 
 
 class IndependenceTransition:
@@ -113,7 +113,7 @@ class IndependenceTransition:
         rows = num_chains * self.num_proposals
         if not self._ahead:
             width = max(1, self.target.dimension + self.target.noise_dimension)
-            moves = max(1, min(_ROWS, _ELEMENTS // width) // rows)
+            moves = max(1, min(_ROWS, ELEMENTS // width) // rows)
             made = self.propose(moves * rows)
             self._ahead = [made.at(slice(i * rows, (i + 1) * rows)) for i in range(moves)]
         return self._ahead.pop()

@@ -18,11 +18,12 @@ from pyro_hamflow.surrogates.amortized.probes import probe
 from pyro_hamflow.surrogates.amortized.simulated import SimulatedSets
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate, Summary, flatten_data
 from pyro_hamflow.surrogates.fit import fit_energy
+from pyro_hamflow.surrogates.learner import FIRST_RATE
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 _LEAST_RATE = 0.9  # of acceptance, at which trajectories hardly leave their energy
-_GUESS_RATE, _ENERGY_RATE = 3e-3, 1e-2  # of learning: the latter as where one posterior is learned
+_GUESS_RATE = 3e-3  # of learning
 
 
 @undisturbed()
@@ -99,7 +100,7 @@ def learn_surrogate(
             # Each data set's energy has its own constant.
             loss=GradientMatching(energy_weight=0.0),
             num_steps=training_steps,
-            learning_rate=_ENERGY_RATE,
+            learning_rate=FIRST_RATE,
             bar=bar,
         )
     return AmortizedSurrogate(guess, network, summary, training, sets.n_gradients)
