@@ -314,6 +314,15 @@ def test_warm_up_looks_beyond_the_chains(monkeypatch):
     assert marginal.proposal.steps == 2
 
 
+def process(y):
+    length = pyro.sample("length", dist.LogNormal(torch.zeros((), dtype=y.dtype), 0.5))
+    x = torch.linspace(0.0, 5.0, len(y), dtype=y.dtype)
+    kernel = (-0.5 * ((x[:, None] - x) / length).square()).exp()
+    kernel = kernel + 1e-6 * torch.eye(len(y), dtype=y.dtype)
+    f = pyro.sample("f", dist.MultivariateNormal(torch.zeros_like(y), kernel))
+    pyro.sample("y", dist.Bernoulli(logits=f).to_event(1), obs=y)
+
+
 def test_short_paths_and_noisy_ones_have_another_way():
     marginal = marginalize(volatility, ["x"], num_particles=1)
     marginal.fit(Y, pilot=at({"phi": 0.5, "s": 1.0}))
@@ -325,6 +334,10 @@ def test_short_paths_and_noisy_ones_have_another_way():
     marginal = marginalize(vector, ["x"])
     marginal.fit(Y, pilot=at(PILOT))
     assert marginal.proposal.alternative(marginal.sites, 0.0) is None  # one particle is exact
+    marginal = marginalize(process, ["f"], num_particles=1)
+    marginal.fit(Y.repeat(6).sign().clamp(min=0.0), pilot=at({"length": 1.0}))
+    said = marginal.proposal.alternative(marginal.sites, 0.1)
+    assert "has no bands: `NUTS(whiten(model, ['f']))`" in str(said)  # at 120 places, too
 
 
 @pytest.mark.parametrize("length", [500, 2000])

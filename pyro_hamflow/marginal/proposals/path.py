@@ -49,7 +49,8 @@ _MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
 _SEARCHES = 4  # for other modes
 # Where whitening may draw faster. By effective draws per second of sampling, marginalised and
 # whitened: random walks of 60 to 80 counts 92 and 830, 290 and 370; a process at 40 places 84 and
-# 189; 500 and 2,000 returns 511 and 354, 148 and 60.
+# 189; 500 and 2,000 returns 511 and 354, 148 and 60. Without bands, a gradient of a process at 100
+# places took 14 ms and .6 ms.
 _SHORT = 100
 _LONG_FOR_NOISE = 30  # numbers, from which on it is said
 _LARGEST_VARIANCE = 3.0  # where chains with the estimate's noise held begin to stick
@@ -206,10 +207,13 @@ class PathProposal(Proposal):
     def alternative(self, sites: Sequence[str], variance: float) -> str | None:
         fits = self.fitted.values()
         longest = max(fit.mode.shape[-1] for fit in fits)
-        is_quiet = longest > _SHORT and variance <= _LARGEST_VARIANCE
-        if is_quiet or all(fit.is_exact for fit in fits):
+        is_dense = any(max(fit.bands[1:]) == fit.mode.shape[-1] for fit in fits)
+        is_quiet = longest > _SHORT and variance <= _LARGEST_VARIANCE and not is_dense
+        if is_quiet or (all(fit.is_exact for fit in fits) and not is_dense):
             return None
-        why = "is short" if longest <= _SHORT else f"has an estimate of variance {variance:.3g}"
+        why = f"has an estimate of variance {variance:.3g}"
+        if is_dense or longest <= _SHORT:
+            why = "has no bands" if is_dense else "is short"
         return (
             f"the path {list(sites)} {why}: `NUTS(whiten(model, {list(sites)}))`, exact too, has "
             "it as white noise among the parameters, needs no estimate, and may draw faster."
