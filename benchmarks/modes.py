@@ -4,129 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import pyro
-import pyro.distributions as dist
-import torch
 from torch import Tensor
 
+from benchmarks.diagnostics import smallest_ess
+from benchmarks.mode_targets import Target, exoplanet, funnel, many_well, mixture, phi_four
+from benchmarks.models import logistic, logistic_data, schools_data, schools_noncentred
 from benchmarks.report import Row, Table, met
-from pyro_hamflow import MCMC, AnnealedSampler, FlowNUTS, importance_sample
+from pyro_hamflow import MCMC, NUTS, AnnealedSampler, FlowNUTS, importance_sample
+from tests.helpers.laws import scores
 
 ABOUT = "Several modes: their weights and the evidence, nothing told, everything included"
 
 _WEIGHT_ERROR = 0.02
 _SECONDS = 60.0
-_PERIODS = torch.tensor([3, 3.65, 4.5, 6.5, 9, 11.8, 14.5, 20, 35, 60, 150, 300])
-# By a grid, the linear parameters integrated in closed form.
-_SHARES = torch.tensor(
-    [0.0483, 0.0735, 0.0207, 0.0291, 0.4609, 0.1068, 0.0025, 0.0778, 0.1763, 0.0028, 0.0011]
-)
-_TIMES = torch.tensor(
-    [14.55, 31.42, 67.77, 85.89, 92.04, 97.91, 109.32, 144.34, 156.89, 162.40, 169.75, 175.72],
-    dtype=torch.float64,
-)
-_VELOCITIES = torch.tensor(
-    [-1.71, 6.12, -1.66, 8.27, -5.65, 0.26, 0.98, -4.00, 3.01, 3.77, 3.67, -0.98],
-    dtype=torch.float64,
-)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A posterior, and what is known of it.
-
-    Attributes:
-        name: What it is called.
-        model: The model.
-        log_evidence: The logarithm of its evidence.
-        belongs: Shares of what is asked for, ``(draws, shares)``, from draws of its site or sites.
-        shares: The true ones.
-    """
-
-    name: str
-    model: Callable[[], None]
-    log_evidence: float
-    belongs: Callable[[dict[str, Tensor]], Tensor]
-    shares: Tensor
-
-
-def _normal(dimension: int, scale: float) -> dist.TorchDistribution:
-    return dist.Normal(torch.zeros(dimension), scale).to_event(1)
-
-
-def mixture(dimension: int) -> Target:
-    """Two normals of variance .5 about -2.5 and 2.5, one to three."""
-    prior, part = _normal(dimension, 5.0), _normal(dimension, 0.5**0.5)
-
-    def model() -> None:
-        x = pyro.sample("x", prior)
-        parts = [part.log_prob(x + 2.5) + math.log(0.25), part.log_prob(x - 2.5) + math.log(0.75)]
-        pyro.factor("density", torch.logaddexp(*parts) - prior.log_prob(x))
-
-    def belongs(values: dict[str, Tensor]) -> Tensor:
-        return (values["x"].sum(-1, keepdim=True) < 0.0).double()
-
-    return Target(f"mixture, d = {dimension}", model, 0.0, belongs, torch.tensor([0.25]))
-
-
-def exoplanet() -> Target:
-    """The radial velocity of a star: the shares are those of eleven bins of the period."""
-    low, high = math.log(3.0), math.log(300.0)
-
-    def model() -> None:
-        v0 = pyro.sample("v0", dist.Normal(0.0, 5.0))
-        amplitude = pyro.sample("amplitude", dist.Normal(5.0, 3.0))
-        phase = pyro.sample("phase", dist.Uniform(0.0, 2.0 * math.pi))
-        log_period = pyro.sample("log_period", dist.Uniform(low, high))
-        mean = v0 + amplitude * torch.cos(2.0 * math.pi * _TIMES / log_period.exp() + phase)
-        with pyro.plate("time", len(_TIMES)):
-            pyro.sample("v", dist.Normal(mean, 2.5), obs=_VELOCITIES)
-
-    def belongs(values: dict[str, Tensor]) -> Tensor:
-        period = values["log_period"].exp()[:, None]
-        return ((period >= _PERIODS[:-1]) & (period < _PERIODS[1:])).double()
-
-    return Target("exoplanet", model, -35.948077, belongs, _SHARES)
-
-
-def phi_four(size: int = 100) -> Target:
-    """A field in one dimension of either sign, about its Gaussian part."""
-    a, beta = 0.1, 20.0
-    links = 2.0 * torch.eye(size) - torch.diag(torch.ones(size - 1), 1)
-    links = links - torch.diag(torch.ones(size - 1), -1)
-    precision = beta * (a * size * links + torch.eye(size) / (a * size))
-    prior = dist.MultivariateNormal(torch.zeros(size), precision_matrix=precision)
-
-    def model() -> None:
-        x = pyro.sample("x", prior)
-        inner = (x[1:] - x[:-1]).square().sum() + x[0] ** 2 + x[-1] ** 2
-        energy = 0.5 * a * size * inner + ((1.0 - x.square()).square() / 4.0).sum() / (a * size)
-        pyro.factor("density", -beta * energy - prior.log_prob(x))
-
-    def belongs(values: dict[str, Tensor]) -> Tensor:
-        return (values["x"].mean(-1, keepdim=True) > 0.0).double()
-
-    return Target(f"phi^4, N = {size}", model, -196.91222, belongs, torch.tensor([0.5]))
-
-
-def many_well(pairs: int = 16) -> Target:
-    """A double well for each pair of coordinates: the shares are those of the larger wells."""
-    prior = _normal(2 * pairs, 2.0)
-
-    def model() -> None:
-        x = pyro.sample("x", prior)
-        a, b = x[:pairs], x[pairs:]
-        energy = (a**4 - 6.0 * a.square() - 0.5 * a).sum() + 0.5 * b.square().sum()
-        pyro.factor("density", -energy - prior.log_prob(x))
-
-    def belongs(values: dict[str, Tensor]) -> Tensor:
-        return (values["x"][:, :pairs] > 0.0).double()
-
-    shares = torch.full((pairs,), 0.844307)
-    return Target(f"many-well, d = {2 * pairs}", model, 10.29347971 * pairs, belongs, shares)
+_KEPT = 0.8  # of NUTS' effective draws
+_FREE_ENERGY_ERROR = 0.02
+_WEIGHTED = 40_000  # draws of a flow
+_ESS_EACH = 0.05
+_FREE_ENERGIES = {
+    0.001: 0.012172,
+    0.005: 0.278968,
+    0.01: 0.916024,
+    0.015: 1.670128,
+    0.02: 2.454381,
+    0.025: 3.247774,
+}
 
 
 def by_population(target: Target, *, quick: bool) -> Row:
@@ -200,4 +103,95 @@ def measure(*, quick: bool) -> list[Table]:
     reach = (
         f"weights of the mixture within {_WEIGHT_ERROR} in {_SECONDS:.0f} seconds: {met(reached)}."
     )
-    return [Table("Weights of modes and evidence", rows, says, reach)]
+    weights = Table("Weights of modes and evidence", rows, says, reach)
+    return [weights, _noticing(quick=quick), _tilted(quick=quick), _funnel(quick=quick)]
+
+
+# --- posteriors of one mode ---------------------------------------------------------------------
+
+
+def _noticing(*, quick: bool) -> Table:
+    """What it costs to look for modes where there is one."""
+    cases = {
+        "eight schools": (schools_noncentred, schools_data()),
+        "breast cancer": (logistic, logistic_data()),
+    }
+    rows, kept = [], []
+    for name, (model, data) in cases.items():
+        rates = {}
+        for kernel in (NUTS, FlowNUTS):
+            mcmc = MCMC(
+                kernel(model),
+                100 if quick else 4000,
+                num_chains=4,
+                seed=0,
+                disable_progbar=True,
+            )
+            began = time.process_time()
+            mcmc.run(*data)
+            took = time.process_time() - began
+            rates[kernel] = smallest_ess(mcmc.draws.position.numpy()) / took
+        kept.append(rates[FlowNUTS] / rates[NUTS])
+        rows.append(
+            {
+                "target": name,
+                "NUTS, ESS / CPU s": rates[NUTS],
+                "FlowNUTS, ESS / CPU s": rates[FlowNUTS],
+                "of it": kept[-1],
+            }
+        )
+    says = "The smallest effective sample size, by CPU seconds with everything included."
+    reach = f"FlowNUTS never below {_KEPT} of NUTS: {met(min(kept) >= _KEPT)} ({min(kept):.2f})."
+    return Table("What it costs to notice that there is one mode", rows, says, reach)
+
+
+# --- free energies ------------------------------------------------------------------------------
+
+
+def _tilted(*, quick: bool) -> Table:
+    """Differences of free energy, by one frozen flow's draws weighted for each tilt."""
+    model = phi_four(20 if quick else 100).model
+    kernel = FlowNUTS(model)
+    mcmc = MCMC(kernel, 20, num_chains=10, seed=0, disable_progbar=True)
+    mcmc.run()
+    rows: list[Row] = []
+    if kernel.flow is not None:
+        flat = importance_sample(model, kernel.flow, num_samples=_WEIGHTED, seed=0)
+        for tilt, truth in _FREE_ENERGIES.items():
+            tilted = importance_sample(model, kernel.flow, tilt, num_samples=_WEIGHTED, seed=0)
+            found = tilted.log_evidence - flat.log_evidence
+            exact = math.nan if quick else truth
+            rows.append({"tilt": tilt, "found": found, "exact": exact, "error": found - exact})
+    worst = max((abs(float(row["error"])) for row in rows), default=math.inf)
+    says = (
+        "The exact ones by the transfer operator on a grid; both signs are equally likely at none."
+    )
+    reach = f"all within {_FREE_ENERGY_ERROR}: {met(worst < _FREE_ENERGY_ERROR)} ({worst:.4f})."
+    return Table("phi^4, N = 100: log Z(b) - log Z(0)", rows, says, reach)
+
+
+# --- a funnel -----------------------------------------------------------------------------------
+
+
+def _funnel(*, quick: bool) -> Table:
+    """NUTS in a learned map's coordinates: effective draws by gradient, training included."""
+    kernel = NUTS(funnel(5 if quick else 101), transport="flow")
+    mcmc = MCMC(
+        kernel, 50 if quick else 1000, num_chains=4, seed=0, save_warmup=True, disable_progbar=True
+    )
+    mcmc.run()
+    parts = (mcmc.warmup_draws, mcmc.draws)
+    gradients = sum(int(part.stats["n_gradients"].sum()) for part in parts if part is not None)
+    draws = mcmc.draws.position.double().numpy()
+    scale, least = draws[..., :1], smallest_ess(draws)
+    tail = 0.5 * math.erfc(math.sqrt(2.0))
+    scored = {
+        "E scale^2, z": (scale**2, 9.0),
+        "P(scale < -6), z": (1.0 * (scale < -6.0), tail),
+        "P(scale > 6), z": (1.0 * (scale > 6.0), tail),
+    }
+    row: Row = {"gradients": gradients, "smallest ESS": least, "ESS / gradient": least / gradients}
+    row |= {name: float(scores(*pair)[0]) for name, pair in scored.items()}
+    says = "Gradients of warm-up and of training count; z is in standard errors."
+    reach = f"{_ESS_EACH} of a draw by gradient: {met(least / gradients >= _ESS_EACH)}."
+    return Table("Funnel in 101 dimensions, NUTS(transport='flow')", [row], says, reach)
