@@ -88,6 +88,7 @@ def anneal(
     num_moves: int = 2,
     transport: AFT | CRAFT | None = None,
     moves_on: bool = False,
+    only_first: bool = False,
     report: Report | None = None,
 ) -> Population:
     r"""Moves a population along a path of temperatures to the posterior.
@@ -111,6 +112,7 @@ def anneal(
         transport: The flows that carry particles from one temperature to the next, if any do.
         moves_on: Whether the population moves on at the end, half as often as until then, so that a
             drift shows whether it had arrived.
+        only_first: Whether the first population will do, to look around.
         report: Is told of each temperature.
 
     Raises:
@@ -146,10 +148,13 @@ def anneal(
             modes = [*modes, *others]
             course = find(beginning_at(modes, prior))
             cost += course.num_gradients
-    schedule, target = course.schedule, course.particles.target
-    if isinstance(transport, CRAFT):
-        schedule = train_in_passes(transport, target, schedule, num_moves)
-    population = follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
+    if only_first:
+        population = _population(course.particles, course.schedule, [], cost)
+    else:
+        schedule, target = course.schedule, course.particles.target
+        if isinstance(transport, CRAFT):
+            schedule = train_in_passes(transport, target, schedule, num_moves)
+        population = follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
     return replace(population, modes=list(modes), num_missed=num_missed)
 
 
@@ -233,17 +238,25 @@ def follow(
     if moves_on:
         further = max(1, len(schedule) * num_moves // 2)
         drift = particles.move_on(schedule[-1].tuning, further)
+    cost += particles.moves.num_gradients
+    return replace(_population(particles, schedule, passages, cost), drift=drift)
+
+
+def _population(
+    particles: Particles, schedule: list[Rung], passages: list[Passage], cost: int
+) -> Population:
+    """Particles at the end of a schedule, and how many gradients each took until then."""
     log_weights = particles.all_log_weights
+    gradient = particles.moves.scores(particles.position, particles.noise)
     return Population(
         particles.position,
         particles.noise,
         log_weights.flatten(),
-        particles.moves.scores(particles.position, particles.noise),
+        gradient,
         log_mean_exp(log_weights),
         passages,
         schedule[-1].tuning,
-        cost + particles.moves.num_gradients,
-        drift,
+        cost + 1,
     )
 
 

@@ -160,7 +160,7 @@ class FlowSearch:
 
     def _hasty_population(self) -> Population:
         count = min(self.choices.num_particles or _FEW, _FEW)
-        return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1)
+        return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1, only_first=True)
 
     def _population(self, first: Population) -> Population:
         count = self.choices.num_particles or self._affordable()
