@@ -26,7 +26,7 @@ NAMES = (
     "neutra",
     "paper/supernova",
     "lecture/exoplanet",
-    "lecture/phi4_plane",
+    "gallery/phi4",
     "comparing_models",
     "many_patients",
     "stochastic_volatility",
