@@ -1,7 +1,6 @@
 # %% [markdown]
 # # Effects from a mixture: what particles, proposals and the two NUTS do
-# The model on which Alenlöv, Doucet and Lindsten (2021) showed pseudo-marginal HMC: 500 subjects
-# answer yes or no six times, and each has an effect, drawn from a mixture of two normals.
+# The model of Alenlöv, Doucet and Lindsten (2021): 500 subjects answer yes or no six times.
 
 # %%
 import os

@@ -143,6 +143,14 @@ def test_notebooks_are_those_of_the_scripts():
             assert ["".join(cell["source"]) for cell in cells] == [cell.source for cell in own]
 
 
+def test_notebooks_are_short_and_end_with_a_check():
+    pytest.importorskip("jupytext")
+    for name in runpy.run_path(str(DOCS / "gallery.py"))["NAMES"]:
+        text = (DOCS.parent / "tutorials" / f"{name}.py").read_text()
+        assert len(text.splitlines()) <= 150, name
+        assert "arviz." in text and "wrong" in text, name
+
+
 def test_ten_tasks_have_a_page_each():
     rows = re.findall(r"(?m)^\| \d+\. .*$", PAGES["docs/tasks.md"])
     assert len(rows) == 10
