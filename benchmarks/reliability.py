@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,22 @@ from benchmarks.marginal_guides import membership, union_data
 from benchmarks.memory import peak_memory
 from benchmarks.report import Row, Table, met
 from pyro_hamflow import MCMC, NUTS, PseudoMarginalHMC, marginalize
+from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import Checkpoints
 
 ABOUT = "Checkpoints: what they cost, and what runs keep"
 _GOAL_SHARE = 0.03  # of a run's time
 _GOAL_GIB = 1.0
 _DRAWS = 10**6
-_EVERY = 10.0  # seconds between checkpoints
 _CHAINS = 200  # of which draws come quickest
+_TOGETHER = 4  # chains of a group
+_PILOT = 500  # draws that show how long one takes
 
 
 def measure(*, quick: bool) -> list[Table]:
     """Runs of union membership, with its 545 effects, and of the model with the effects sampled."""
-    return [_costs(quick=quick), _memory(quick=quick), _workers(quick=quick)]
+    workers = speed_of_workers((1, 2), groups=2, seconds=3.0 if quick else 20.0)
+    return [_costs(quick=quick), _memory(quick=quick), workers]
 
 
 def _kernel(name: str) -> Any:
@@ -42,42 +45,58 @@ def _kernel(name: str) -> Any:
 
 
 def _costs(*, quick: bool) -> Table:
-    rows = [_cost(name, quick=quick) for name in ("estimated, 545 effects", "NUTS, 552 parameters")]
+    every = 1.0 if quick else 10.0
+    rows = [_cost(name, every) for name in ("estimated, 545 effects", "NUTS, 552 parameters")]
     worst = max(row["of the CPU's time"] for row in rows)
     longest = max(row["to go on, s"] / row["to start, s"] for row in rows)
     return Table(
-        f"A run of union membership, 4 chains, a checkpoint every {_EVERY:g} seconds",
+        f"A run of union membership, 4 chains, a checkpoint every {every:g} seconds",
         rows,
-        "A checkpoint writes all draws since the last and the state, and waits until the disk has "
-        "them. Its time is that of one in the run. Of the CPU's time, it is the share of all of "
-        "them in that of drawing, which does not depend on what else the machine does. To start is "
-        "from nothing to the end of the first iteration, with the first checkpoint; to go on, from "
-        "the files to the end of the next iteration. Either captures the model.",
+        "A checkpoint writes all draws since the last and the state; the disk takes them while the "
+        "run goes on. Its time is how long the run waits for one. Its share of the CPU's time is "
+        "that of all work for checkpoints, of every thread, between the first and the last of "
+        "them; it does not depend on what else the machine does. To start is from nothing to the "
+        "end of the first iteration, with the first checkpoint; to go on, from the files to the "
+        "end of the next iteration. Either captures the model.",
         f"at most {_GOAL_SHARE:.0%} of the time: {met(worst <= _GOAL_SHARE)} ({worst:.2%}); "
         f"to go on takes no longer than to start: {met(longest <= 1.0)} ({longest:.2f} of it).",
     )
 
 
 class _Spent:
-    """How long checkpoints take, by the clock and of the CPU's time."""
+    """What checkpoints take of a run that is moved by one thread.
+
+    Attributes:
+        seconds: How long the run waited for each.
+        work: The CPU's time of the run's own thread for each.
+        ends: The CPU's time of this process, and of the run's thread, after each.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.cpu: list[float] = []
+        self.work: list[float] = []
+        self.ends: list[tuple[float, float]] = []
         self._save = Checkpoints.save
 
     def __enter__(self) -> _Spent:
         def save(checkpoints: Checkpoints, *args: Any, **how: Any) -> None:
-            began, cpu = time.perf_counter(), time.process_time()
+            began, cpu = time.perf_counter(), time.thread_time()
             self._save(checkpoints, *args, **how)
             self.seconds.append(time.perf_counter() - began)
-            self.cpu.append(time.process_time() - cpu)
+            self.work.append(time.thread_time() - cpu)
+            self.ends.append((time.process_time(), time.thread_time()))
 
         Checkpoints.save = save  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *reason: object) -> None:
         Checkpoints.save = self._save  # type: ignore[method-assign]
+
+    def share(self) -> float:
+        """The share of the CPU's time between the first checkpoint and the last but one."""
+        (whole, own), *_, (whole_end, own_end), _ = self.ends
+        others = (whole_end - own_end) - (whole - own)
+        return (sum(self.work[1:-1]) + others) / (whole_end - whole)
 
 
 class _Begun(Exception):
@@ -98,28 +117,21 @@ def _seconds_to_first(begin: Callable[[], Any]) -> float:
     raise RuntimeError("there was no iteration")
 
 
-def _cost(name: str, *, quick: bool) -> Row:
-    lasts, data = (5.0 if quick else 35.0), union_data()
+def _cost(name: str, every: float) -> Row:
+    data = union_data()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # short runs have not converged
         path = Path(folder) / "run.zarr"
-        drawing: list[float] = []
-        cpu: list[float] = []
 
-        def over(run: Any) -> bool:
-            drawing.append(time.perf_counter())
-            cpu.append(time.process_time())
-            return drawing[-1] - drawing[0] > lasts
-
-        def run(path: Path, **how: Any) -> MCMC:
+        def begin(path: Path, **how: Any) -> MCMC:
             mcmc = MCMC(
                 _kernel(name),
-                num_samples=_DRAWS,
+                num_samples=_PILOT,
                 warmup_steps=50,
                 num_chains=4,
                 seed=0,
                 checkpoint=path,
-                checkpoint_every=_EVERY,
+                checkpoint_every=every,
                 keep=["effect"],
                 disable_progbar=True,
                 **how,
@@ -127,47 +139,48 @@ def _cost(name: str, *, quick: bool) -> Row:
             mcmc.run(*data)
             return mcmc
 
+        def go_on(**how: Any) -> MCMC:
+            return MCMC.resume(path, _kernel(name), *data, disable_progbar=True, **how)
+
+        first = begin(path)
+        pilot = go_on(num_samples=2 * _PILOT)
+        each = (pilot.sampling_time - first.sampling_time) / _PILOT
         with _Spent() as spent:
-            mcmc = run(path, stop_when=over)
-        every = spent.seconds[2:-1] or spent.seconds
-        share = sum(spent.cpu[2:-1]) / (cpu[-1] - cpu[0])
+            mcmc = go_on(num_samples=2 * _PILOT + int(3.5 * every / each))
         draws = mcmc.draws.extent[1]
         size = sum(file.stat().st_size for file in path.rglob("c/**/*") if file.is_file())
-        start = _seconds_to_first(partial(run, Path(folder) / "new.zarr", hook_fn=_end))
-        again = partial(MCMC.resume, path, _kernel(name), *data, hook_fn=_end, disable_progbar=True)
-        go_on = _seconds_to_first(again)
+        start = _seconds_to_first(partial(begin, Path(folder) / "new.zarr", hook_fn=_end))
+        resumed = _seconds_to_first(partial(go_on, num_samples=2 * draws, hook_fn=_end))
     return {
         "kernel": name,
         "draws of each chain": draws,
-        "a checkpoint, ms": 1e3 * float(np.mean(every)),
-        "of the CPU's time": share,
+        "a checkpoint, ms": 1e3 * float(np.mean(spent.seconds[:-1])),
+        "of the CPU's time": spent.share(),
         "to start, s": start,
-        "to go on, s": go_on,
+        "to go on, s": resumed,
         "bytes per draw": size / (4 * draws),
         "as numbers": 8 * (mcmc.draws.extent[2] + 545 * ("545" in name)),
     }
 
 
 def _memory(*, quick: bool) -> Table:
-    counts = {False: (2_000, 10_000), True: (2_000, 10_000) if quick else (2_000, 20_000)}
-    rows = []
-    for streams in (False, True):
-        for count in counts[streams]:
-            with _processes(1) as pool:
-                peak = pool.submit(peak_of_run, count, streams=streams).result()
-            rows.append(
-                {"draws of all chains": count, "written": "yes" if streams else "no", "GiB": peak}
-            )
-    streamed = [row["GiB"] for row in rows if row["written"] == "yes"]
-    slope = max(0.0, (streamed[-1] - streamed[0]) / (counts[True][-1] - counts[True][0]))
-    expected = max(streamed) + slope * (_DRAWS - counts[True][-1])
+    few, many = (2_000, 10_000) if quick else (20_000, 100_000)
+    rows, slopes = [], []
+    for count, streams in ((few, False), (few, True), (many, True)):
+        with _processes(1) as pool:
+            peak, slope = pool.submit(memory_of_run, count, streams=streams).result()
+        words = "yes" if streams else "no"
+        rows.append({"draws of all chains": count, "written": words, "GiB at most": peak})
+        slopes.append(slope)
+    expected = rows[-1]["GiB at most"] + max(0.0, slopes[-1]) * (_DRAWS - many)
     return Table(
         "Peak memory of a process that draws from union membership and keeps its 545 effects",
         rows,
-        f"In memory, or written every second; {_CHAINS} chains. The slope, from the smallest to "
-        f"the largest, is {slope * 2**30:.3g} bytes per draw where draws are written: a few "
-        "parameters are read at a time when they are looked at in the end.",
-        f"{_DRAWS:,} draws in {_GOAL_GIB:g} GiB, by that slope: {met(expected <= _GOAL_GIB)} "
+        f"In memory, or written every second; {_CHAINS} chains. Most of it is the warm-up's. The "
+        f"last run's memory grows by {slopes[-1] * 2**30:.3g} bytes a draw over the later half of "
+        "its checkpoints; when chunks are full, it does so no more. A few parameters are read at a "
+        "time when they are looked at in the end.",
+        f"{_DRAWS:,} draws in {_GOAL_GIB:g} GiB, by that growth: {met(expected <= _GOAL_GIB)} "
         f"({expected:.2f}).",
     )
 
@@ -176,14 +189,29 @@ def _processes(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
-def peak_of_run(draws: int, *, streams: bool) -> float:
-    """The peak memory of this process after a run of so many draws of all chains, in GiB."""
+def memory_of_run(draws: int, *, streams: bool) -> tuple[float, float]:
+    """The peak memory of this process after a run of so many draws of all chains, in GiB.
+
+    And by how much its memory grew for each draw, over the later half of its checkpoints.
+    """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    seen: list[tuple[int, float]] = []
+    save = Checkpoints.save
+
+    def watched(
+        checkpoints: Checkpoints, kernel: Any, chains: Chains, *args: Any, **how: Any
+    ) -> None:
+        save(checkpoints, kernel, chains, *args, **how)
+        seen.append((chains.kept.made * _CHAINS, _resident_memory()))
+
+    Checkpoints.save = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mcmc = MCMC(
-            PseudoMarginalHMC(marginalize(membership, ["effect"], num_particles=2), num_steps=1),
+            PseudoMarginalHMC(
+                marginalize(membership, ["effect"], num_particles=2), num_steps=1, engine="native"
+            ),
             num_samples=draws // _CHAINS,
             warmup_steps=10,
             num_chains=_CHAINS,
@@ -194,46 +222,69 @@ def peak_of_run(draws: int, *, streams: bool) -> float:
             disable_progbar=True,
         )
         mcmc.run(*union_data())
-    return peak_memory()
+    later = np.array(seen[len(seen) // 2 :])
+    slope = float(np.polyfit(*later.T, 1)[0]) if len(later) > 2 else 0.0
+    return peak_memory(), slope
 
 
-def _workers(*, quick: bool) -> Table:
-    """The same groups, moved by one process and by two."""
-    draws = 100 if quick else 400
+def _resident_memory() -> float:
+    """Of this process, in GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def speed_of_workers(counts: Sequence[int], groups: int, seconds: float) -> Table:
+    """The same groups, moved by more and more processes.
+
+    Arguments:
+        counts: How many processes.
+        groups: How many groups.
+        seconds: About how long one process takes.
+    """
+    few, more = (_seconds_of_groups(1, groups, draws) for draws in (_PILOT // 5, _PILOT))
+    each = (more - few) / (_PILOT - _PILOT // 5)
+    draws = _PILOT + max(0, int((seconds - more) / each))
     rows: list[Row] = []
-    for count in (1, 2):
-        with _processes(count) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for future in [pool.submit(_ready) for _ in range(2 * count)]:
-                future.result()
-            began = time.perf_counter()
-            MCMC(
-                _kernel("estimated, 545 effects"),
-                num_samples=draws,
-                warmup_steps=50,
-                num_chains=8,
-                seed=0,
-                executor=pool,
-                chains_per_worker=4,
-                disable_progbar=True,
-            ).run(*union_data())
-            seconds = time.perf_counter() - began
+    for count in counts:
+        taken = _seconds_of_groups(count, groups, draws)
         rows.append(
             {
                 "workers": count,
-                "seconds": seconds,
-                "draws per second": 8 * draws / seconds,
-                "against one": rows[0]["seconds"] / seconds if rows else 1.0,
+                "seconds": taken,
+                "draws per second": _TOGETHER * groups * draws / taken,
+                "against one": rows[0]["seconds"] / taken if rows else 1.0,
             }
         )
     return Table(
-        "Union membership, 8 chains in 2 groups, by the number of workers",
+        f"Union membership, {_TOGETHER * groups} chains in {groups} groups, by workers",
         rows,
         "Each worker has one thread, and has imported the package; each captures the model for "
         f"itself. This machine has {os.cpu_count()} cores. Beyond, a run is as quick as its "
-        "slowest group, and there are no more workers at work than groups.",
+        "slowest group, there are no more workers at work than groups, and what each captures, "
+        "and warm-up, are not divided.",
     )
 
 
+def _seconds_of_groups(workers: int, groups: int, draws: int) -> float:
+    with _processes(workers) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for future in [pool.submit(_ready) for _ in range(2 * workers)]:
+            future.result()
+        began = time.perf_counter()
+        MCMC(
+            _kernel("estimated, 545 effects"),
+            num_samples=draws,
+            warmup_steps=50,
+            num_chains=_TOGETHER * groups,
+            seed=0,
+            executor=pool,
+            chains_per_worker=_TOGETHER,
+            keep=[],
+            disable_progbar=True,
+        ).run(*union_data())
+        return time.perf_counter() - began
+
+
 def _ready() -> None:
+    torch.set_num_threads(1)
     time.sleep(0.5)  # so that each worker takes one

@@ -65,6 +65,7 @@ class Checkpoints(Writer):
         super().__init__(store, every, num_chains)
         self._was_warming: bool | None = None
         self._place: tuple[int | None, int, int] | None = None
+        self._data: str | None = None  # a digest, which takes time where they are many
 
     def is_due(self, kernel: Kernel) -> bool:
         """Whether it is time, or warm-up has just ended."""
@@ -94,6 +95,7 @@ class Checkpoints(Writer):
             first: Whether the run has just begun: then it ends where nothing can be written.
             waits: Whether to wait for the disk; what is known of it the next time, if not.
         """
+        self.store.refuse_moved()
         if not self.is_settled():
             self._place = None
         place = (run.chain, chains.iteration, chains.kept.made)
@@ -119,7 +121,9 @@ class Checkpoints(Writer):
                 place = rows, record.stored, record.room
                 write_draws(self.store, prefix, kernel.potential, record.stacked(), *place)
                 record.forget()
-        words, tables = said_of_run(kernel, args, kwargs, run, self.num_chains)
+        if self._data is None:
+            self._data = digest_of(kernel.potential, args, kwargs)
+        words, tables = said_of_run(kernel, self._data, run, self.num_chains)
         tables |= {
             "source": source_words(kernel),
             "found": found_words(kernel, chains.state),
@@ -145,13 +149,9 @@ class Checkpoints(Writer):
 
 
 def said_of_run(
-    kernel: Kernel,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    run: Progress,
-    num_chains: int,
+    kernel: Kernel, data: str, run: Progress, num_chains: int
 ) -> tuple[dict[str, Any], dict[str, Frozen]]:
-    """What a state says of the whole run, as words, and as tables."""
+    """What a state says of the whole run, as words, and as tables; of data, a digest."""
     tables = {"settings": freeze(run.settings, {})}
     unstorable = None
     try:
@@ -163,7 +163,7 @@ def said_of_run(
         "unstorable": unstorable,
         "kernel class": type(kernel).__name__,
         "structure": structure_of(kernel.potential),
-        "data": digest_of(kernel.potential, args, kwargs),
+        "data": data,
         "run": {name: part for name, part in vars(run).items() if name != "settings"},
         "process": [str(torch.get_default_dtype()), torch.get_num_threads()],
     }

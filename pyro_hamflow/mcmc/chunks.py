@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import numpy as np
 
 from pyro_hamflow.mcmc.chains import Rows
 from pyro_hamflow.mcmc.files import is_as_written, write_beside
+from pyro_hamflow.mcmc.identity import dimension_names
+
+WHOLE = {"write_empty_chunks": True}  # so that a chunk that is missing is noticed
+_LONGEST_LABEL = 150  # bytes; file systems take 255
 
 
 class Chunks:
@@ -73,6 +78,12 @@ class Chunks:
             chunk[: len(there), : there.shape[1]] = there
         return chunk
 
+    def stretches(self, draws: int) -> Iterator[tuple[int, int]]:
+        """Its first draws, as they lie in chunks: from which number to which."""
+        length = self.array.chunks[1]
+        for first in range(0, draws, length):
+            yield first, min(first + length, draws)
+
     def first_damaged(self, draws: int, chain: int | None) -> int:
         """The first draw that is not as it was written, of all chains or one; how many if none."""
         rows, length = self.array.chunks[:2]
@@ -121,3 +132,45 @@ def layout(
         "chunks": (rows.together, length, *(max(1, size) for size in value.shape[2:])),
         "compressors": [*smaller, Crc32cCodec()],
     }
+
+
+def new_array(
+    group: Any,
+    name: str,
+    value: np.ndarray,
+    rows: Rows,
+    sizes: tuple[int, int, int],
+    plates: Mapping[int, tuple[str, int]],
+) -> Any:
+    """An array of a group of Zarr's, for a variable's draws.
+
+    Arguments:
+        group: The group.
+        name: The variable.
+        value: Some of its draws.
+        rows: The chains, which lie together.
+        sizes: How many draws there may be; and how many bytes and draws a chunk has at most.
+        plates: Names and sizes of plates by the dimensions that they take.
+    """
+    room, inner = sizes[0], value.shape[2:]
+    label = _label(name)
+    while label in group:
+        label += "_"
+    return group.create_array(
+        label,
+        shape=(rows.number, max(room, value.shape[1]), *inner),
+        dtype=value.dtype,
+        fill_value=math.nan if value.dtype.kind == "f" else 0,
+        dimension_names=["chain", "draw", *dimension_names(label, inner, plates)],
+        attributes={"name": name},
+        config=WHOLE,
+        **layout(value, rows, *sizes),
+    )
+
+
+def _label(name: str) -> str:
+    """A name for a directory, short, without others in it."""
+    label = (
+        name.replace("/", ".").replace("\\", ".").encode()[:_LONGEST_LABEL].decode(errors="ignore")
+    )
+    return f"{label}_" if not label.strip(".") or label == "zarr.json" else label

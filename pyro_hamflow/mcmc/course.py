@@ -14,6 +14,7 @@ from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.checkpoint import Checkpoints, Progress, collected
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.moving import Mover
+from pyro_hamflow.mcmc.packing import StoreGone
 from pyro_hamflow.mcmc.stopping import RunSoFar
 from pyro_hamflow.mcmc.writer import WARM
 from pyro_hamflow.process import HeldSignals, random_state_kept
@@ -86,6 +87,9 @@ class Course:
         Arguments:
             finished: The chains that have come there.
             left: Those that are on their way, if any are.
+
+        Raises:
+            StoreGone: If the run is written, and can be no more.
         """
         mover, self.finished = self.mover, finished
         for number in range(len(finished), 1 if self._is_vectorized else mover.num_chains):
@@ -93,6 +97,8 @@ class Course:
             self._chains, left = left or mover.new_chains(chain), None
             try:
                 self._advance(self._chains, chain)
+            except StoreGone:  # and all draws with it
+                raise
             except BaseException as error:  # noqa: BLE001  # raised again, once draws are safe
                 self.stopped = error
             self.heard += [m for m in mover.kernel.messages if m not in self.heard]

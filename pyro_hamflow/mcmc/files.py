@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,22 @@ def locked(path: Path) -> int | None:
     except OSError:  # a file system without locks
         pass
     return handle
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open directory is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def refuse_read_only(path: Path) -> None:
+    """Refuses a directory that nothing can be written to."""
+    effective = os.access in os.supports_effective_ids
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=effective):
+        reason = "the checkpoint cannot be written: Permission denied"
+        raise PermissionError(errno.EACCES, reason, str(path))
 
 
 def flush(path: Path) -> None:
@@ -123,7 +140,7 @@ def is_as_written(path: Path) -> bool:
 def state_numbers(path: Path) -> list[int]:
     """The numbers of the states of a store."""
     states = (path / "checkpoints").glob("[0-9]*/c/0")
-    return [int(state.parts[-3]) for state in states]
+    return [int(state.parts[-3]) for state in states if state.parts[-3].isdigit()]
 
 
 def is_unbegun(path: Path) -> bool:

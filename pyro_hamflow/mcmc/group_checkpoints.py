@@ -14,6 +14,7 @@ from pyro_hamflow.mcmc.checkpoint import Progress, placed, said_of_run, write_dr
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.frozen import freeze, thaw
 from pyro_hamflow.mcmc.groups import Group, shortest
+from pyro_hamflow.mcmc.identity import digest_of
 from pyro_hamflow.mcmc.moving import Mover
 from pyro_hamflow.mcmc.segment import Saved, Segment
 from pyro_hamflow.mcmc.snapshot import Frozen
@@ -59,13 +60,13 @@ class GroupCheckpoints(Writer):
         super().__init__(store, every, mover.num_chains)
         self._mover = mover
         self._division = division
-        self._said = said_of_run(
-            mover.kernel, mover.args, mover.kwargs, Progress(settings), mover.num_chains
-        )
+        data = digest_of(mover.kernel.potential, mover.args, mover.kwargs)
+        self._said = said_of_run(mover.kernel, data, Progress(settings), mover.num_chains)
         self._place: list[tuple[int, int]] = []
 
     def save(self, groups: Sequence[Group], *, first: bool = False) -> None:
         """Writes what has come of groups since the last time, and where they are."""
+        self.store.refuse_moved()
         place = [(group.iteration, group.made) for group in groups]
         if place == self._place:
             return

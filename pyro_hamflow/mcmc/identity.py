@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import Frames, is_latent, vectorized_frames
+
+_CODE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 
 
 def structure_of(potential: Potential) -> dict[str, Any]:
@@ -71,26 +74,60 @@ def digest_of(potential: Potential, args: Sequence[Any], kwargs: Mapping[str, An
     return digest.hexdigest()
 
 
-def _words(value: Any) -> Iterator[bytes]:
-    """Plain values as bytes; of others, their kind."""
+def _words(value: Any, above: tuple[int, ...] = ()) -> Iterator[bytes]:
+    """Values as bytes: of arrays, tables and collections all, of other objects what is public.
+
+    Arguments:
+        value: The value.
+        above: The ids of those that it is a part of.
+    """
     if isinstance(value, Tensor) and value.layout == torch.strided:
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         plain = value.detach().cpu().contiguous()
         yield plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    elif isinstance(value, np.ndarray) and value.dtype != object:
+        return
+    if isinstance(value, np.ndarray) and value.dtype != object:
         yield f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
-    elif value is None or isinstance(value, bool | int | float | str | bytes | np.generic):
+        return
+    if value is None or isinstance(value, bool | int | float | str | bytes | np.generic):
         yield f"{type(value).__name__} {value!r}".encode()
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield repr(key).encode()
-            yield from _words(part)
+        return
+    yield type(value).__qualname__.encode()
+    if id(value) in above or isinstance(value, _CODE):
+        return
+    above = (*above, id(value))
+    if isinstance(value, set | frozenset):
+        yield from sorted(b"".join(_words(part, above)) for part in value)
+        return
+    parts: list[Any]
+    if isinstance(value, Tensor):
+        parts = [value.detach().to_dense()]
     elif isinstance(value, list | tuple):
-        yield f"{len(value)}".encode()
-        for part in value:
-            yield from _words(part)
+        parts = [len(value), *value]
+    elif isinstance(value, np.ndarray):
+        parts = [list(value.shape), *value.flat]
+    elif isinstance(value, Mapping) or hasattr(value, "columns"):  # a table of pandas or polars
+        parts = [part for name in value for part in (name, value[name])]
+    elif hasattr(value, "__array__"):
+        parts = [np.asarray(value)]
+    elif isinstance(value, nn.Module):
+        parts = [value.state_dict()]
+    elif hasattr(value, "__dict__"):
+        public = (pair for pair in vars(value).items() if not pair[0].startswith("_"))
+        parts = [part for pair in public for part in pair]
     else:
-        yield type(value).__qualname__.encode()
+        parts = _made_of(value)
+    for part in parts:
+        yield from _words(part, above)
+
+
+def _made_of(value: Any) -> list[Any]:
+    """What an object of a class without attributes, as a date, is made of, as far as it says so."""
+    try:
+        made = value.__reduce_ex__(2)
+    except TypeError:
+        return []
+    return list(made[1:]) if isinstance(made, tuple) else [made]
 
 
 # --- random states ------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def _damaged(found: Found) -> str | None:
     for prefix in ("", WARM):
         for group in GROUPS:
             for row, count in _written(found, prefix):
-                whole = found.store.first_damaged(prefix + group, count, row)
+                names = found.saved.words.get("variables", {}).get(prefix + group, ())
+                whole = found.store.first_damaged(prefix + group, count, row, names)
                 if whole < count:
                     return f"draws from {whole} on are damaged in the group {prefix + group}"
     return None

@@ -309,9 +309,11 @@ class MCMC(Outcome):
             self._warmup_draws = course.warmup_draws()
             course.raise_without_draws(course.stopped)
         made = course.drop_just_begun()
-        self._draws = course.draws()
-        self._warmup_draws = course.warmup_draws()
-        course.close()
+        try:
+            self._draws = course.draws()
+            self._warmup_draws = course.warmup_draws()
+        finally:
+            course.close()
         self._tell(course.heard, course.finished[0].kept.left_out)
         if course.stopped is not None:
             self._say_interrupted(course.stopped, made)
@@ -342,9 +344,11 @@ class MCMC(Outcome):
             workers.close()
             told = " ".join(["no draw was made.", *workers.remarks])
             raise workers.stopped or RuntimeError(told)
-        self._draws, self._warmup_draws = workers.draws(), workers.warmup_draws()
-        self.ended_early, self._counts = workers.ended_early(), workers.counts()
-        workers.close()
+        try:
+            self._draws, self._warmup_draws = workers.draws(), workers.warmup_draws()
+            self.ended_early, self._counts = workers.ended_early(), workers.counts()
+        finally:
+            workers.close()
         self._tell(workers.heard, workers.take_up())
         if workers.stopped is not None:
             self._say_interrupted(workers.stopped, workers.kept[0].made)

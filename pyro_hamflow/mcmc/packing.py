@@ -28,6 +28,10 @@ class DamagedCheckpoint(CheckpointError):
     """A store whose latest state or whose draws are not as they were written."""
 
 
+class StoreGone(CheckpointError):
+    """A store that was moved or removed while a run wrote to it."""
+
+
 class Saved(NamedTuple):
     """A state of a run.
 

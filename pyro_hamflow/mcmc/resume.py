@@ -25,6 +25,7 @@ from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.transitions.base import State
 from pyro_hamflow.mcmc.writer import GROUPS, WARM
 from pyro_hamflow.process import random_state_kept
+from pyro_hamflow.programs.engines.buffers import NotSupported
 
 _CLOSE = 1e4  # roundings, by which a density of the same model may differ on another machine
 
@@ -162,7 +163,7 @@ class Found:
         words = self.saved.words
         self._capture(kernel, args, kwargs, self.table("source"))
         self._refuse_others(kernel, args, kwargs)
-        chains.state = take_up(kernel, self.table("found"))
+        chains.state = self._taken_up(kernel, self.table("found"))
         self._refuse_another_density(kernel, chains.state)
         self._make_ready([(self.progress.chain or 0, words["kept"][1], words["warm"][1])])
         chains.phase, chains.iteration = kernel.phase, words["iteration"]
@@ -185,8 +186,17 @@ class Found:
         begun = next((group.saved for group in groups if group.saved is not None), None)
         if begun is not None:
             self._capture(kernel, args, kwargs, begun.source)
-            self._refuse_another_density(kernel, take_up(kernel, begun.found))
+            self._refuse_another_density(kernel, self._taken_up(kernel, begun.found))
         self._make_ready([(g.first, g.written[""], g.written[WARM]) for g in groups])
+
+    def _taken_up(self, kernel: Kernel, found: Frozen) -> State:
+        try:
+            return take_up(kernel, found)
+        except NotSupported as error:
+            raise CheckpointError(
+                f"{self.store.path} is of a run that machine code moved, of which there is none "
+                f"here ({error}): other programs would not make the same draws"
+            ) from error
 
     def _capture(
         self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Frozen

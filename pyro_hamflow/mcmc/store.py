@@ -11,10 +11,9 @@ thread waits for the disk (:meth:`Store.settle`).
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -22,29 +21,28 @@ from typing import Any
 import numpy as np
 
 from pyro_hamflow.mcmc.chains import Rows
-from pyro_hamflow.mcmc.chunks import Chunks, layout
+from pyro_hamflow.mcmc.chunks import WHOLE, Chunks, new_array
 from pyro_hamflow.mcmc.files import (
-    flush,
+    is_at,
     is_unbegun,
     locked,
     put_in_place,
+    refuse_read_only,
     state_numbers,
     told,
 )
-from pyro_hamflow.mcmc.identity import dimension_names
 from pyro_hamflow.mcmc.packing import (
     FORMAT,
     VERSION,
     CheckpointError,
     DamagedCheckpoint,
-    OtherVersion,
     Saved,
+    StoreGone,
     packed,
     refuse_others,
-    unpacked,
 )
+from pyro_hamflow.mcmc.states import forget_state, read_states, write_state
 
-_WHOLE = {"write_empty_chunks": True}  # so that a chunk that is missing is noticed
 _CHUNK_BYTES = 2**21  # of an array's chunk: small enough to be written again with each checkpoint
 _LONGEST_CHUNK = 10_000  # draws
 _KEPT_STATES = 2  # the latest, beside the one at the end of warm-up
@@ -62,6 +60,7 @@ class Store:
         FileExistsError: If it is to be made, and something is there.
         FileNotFoundError: If it is to be opened, and nothing is.
         OtherVersion: If what is there is no run, or of another version.
+        PermissionError: If it is to be opened, and cannot be written.
         CheckpointError: If another process writes to it.
     """
 
@@ -70,7 +69,7 @@ class Store:
     ) -> None:
         import zarr  # slow to import
 
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the process may change its directory
         if new:
             if os.path.lexists(self.path) and not is_unbegun(self.path):
                 raise FileExistsError(
@@ -82,6 +81,8 @@ class Store:
             raise FileNotFoundError(f"there is no {self.path}: expected the checkpoint of a run")
         else:
             refuse_others(self.path)
+            if writes:
+                refuse_read_only(self.path)
         self._lock = locked(self.path) if writes else None
         if new:
             attributes = {"format": FORMAT, "version": VERSION}
@@ -93,6 +94,7 @@ class Store:
         self._arrays: dict[str, dict[str, Chunks]] = {}
         self._files: list[Path] = []  # that are not yet where they belong
         self._pending: Future[None] | None = None
+        self._is_gone = False
         self._kept: list[tuple[int, bool]] = []
 
     def hold(self) -> None:
@@ -113,16 +115,49 @@ class Store:
             os.close(self._lock)
         self._lock = None
 
+    def refuse_moved(self) -> None:
+        """Refuses to write where it is no longer.
+
+        Raises:
+            StoreGone: If what it has is elsewhere, or nowhere.
+        """
+        if self._lock is not None and not is_at(self._lock, self.path):
+            self.close()
+            self._is_gone = True
+        if self._is_gone:
+            raise StoreGone(
+                f"{self.path} was moved or removed while a run wrote to it: `MCMC.resume` goes on "
+                "from where it is now, to the same draws"
+            )
+
     def group(self, name: str) -> dict[str, Chunks]:
-        """The arrays of a group, by the names of their variables."""
+        """The arrays of a group, by the names of their variables.
+
+        Raises:
+            DamagedCheckpoint: If what is said of them is not as it was written.
+        """
         import zarr  # slow to import
 
         if name not in self._arrays:
             there = (self.path / name / "zarr.json").exists()
-            found = self._root[name].arrays() if there else ()
-            with zarr.config.set({f"array.{key}": value for key, value in _WHOLE.items()}):
-                self._arrays[name] = {a.attrs["name"]: self._chunks(name, a) for _, a in found}
+            try:
+                with zarr.config.set({f"array.{key}": value for key, value in WHOLE.items()}):
+                    found = [array for _, array in self._root[name].arrays()] if there else []
+                self._arrays[name] = {a.attrs["name"]: self._chunks(name, a) for a in found}
+            except Exception as error:  # of JSON, or of Zarr, of any kind
+                raise DamagedCheckpoint(f"{self.path}: the group {name} is damaged") from error
         return self._arrays[name]
+
+    def variable(self, group: str, name: str) -> Chunks:
+        """One of them.
+
+        Raises:
+            DamagedCheckpoint: If it is not there.
+        """
+        arrays = self.group(group)
+        if name not in arrays:
+            raise DamagedCheckpoint(f"{self.path}: there is no '{name}' in the group {group}")
+        return arrays[name]
 
     def append(
         self,
@@ -148,38 +183,16 @@ class Store:
         arrays = self.group(group)
         for name, value in values.items():
             if name not in arrays:
-                arrays[name] = self._new_array(group, name, value, rows, room, plates.get(name, {}))
+                sizes = room, _CHUNK_BYTES, _LONGEST_CHUNK
+                place = self._root.require_group(group)
+                array = new_array(place, name, value, rows, sizes, plates.get(name, {}))
+                arrays[name] = self._chunks(group, array)
+                self._files.append(self.path / group / array.basename / "zarr.json")
         stop = first + max(value.shape[1] for value in values.values())
         if any(stop > arrays[name].array.shape[1] for name in values):
             self.resize(group, room if room >= stop else 2 * stop)
         for name, value in values.items():
             self._files += arrays[name].write(rows, first, value)
-
-    def _new_array(
-        self,
-        group: str,
-        name: str,
-        value: np.ndarray,
-        rows: Rows,
-        room: int,
-        plates: Mapping[int, tuple[str, int]],
-    ) -> Chunks:
-        label = name.replace("/", ".")
-        while label in self._root.require_group(group):
-            label += "_"
-        inner = value.shape[2:]
-        array: Any = self._root[group].create_array(
-            label,
-            shape=(rows.number, max(room, value.shape[1]), *inner),
-            dtype=value.dtype,
-            fill_value=math.nan if value.dtype.kind == "f" else 0,
-            dimension_names=["chain", "draw", *dimension_names(label, inner, plates)],
-            attributes={"name": name},
-            config=_WHOLE,
-            **layout(value, rows, room, _CHUNK_BYTES, _LONGEST_CHUNK),
-        )
-        self._files.append(self.path / group / array.basename / "zarr.json")
-        return self._chunks(group, array)
 
     def _chunks(self, group: str, array: Any) -> Chunks:
         return Chunks(self.path / group / array.basename, array)
@@ -194,15 +207,9 @@ class Store:
                 sync(array._async_array.resize(shape, delete_outside_chunks=False))
                 self._files.append(self.path / group / array.basename / "zarr.json")
 
-    def stretches(self, group: str, name: str, draws: int) -> Iterator[tuple[int, int]]:
-        """The first draws of a variable, as they lie in chunks: from which number to which."""
-        length = self.group(group)[name].array.chunks[1]
-        for first in range(0, draws, length):
-            yield first, min(first + length, draws)
-
     def read(self, group: str, name: str, chains: slice, draws: slice) -> np.ndarray:
         """Some draws of some chains, of a variable."""
-        lies = self.group(group)[name]
+        lies = self.variable(group, name)
         try:
             return lies.array[chains, draws]
         except Exception as error:
@@ -211,10 +218,22 @@ class Store:
                 f"{self.path}: the draws of '{name}' from {first} on are not as they were written"
             ) from error
 
-    def first_damaged(self, group: str, draws: int, chain: int | None) -> int:
-        """The first draw that is not as it was written, of all chains or one; how many if none."""
-        found = [chunks.first_damaged(draws, chain) for chunks in self.group(group).values()]
-        return min(found, default=0 if group.endswith("sample_stats") else draws)
+    def first_damaged(self, group: str, draws: int, chain: int | None, names: Iterable[str]) -> int:
+        """The first draw that is not as it was written, of all chains or one; how many if none.
+
+        Arguments:
+            group: Of which group.
+            draws: How many are looked at.
+            chain: Of which chain, where these lie apart.
+            names: Variables that there have to be.
+        """
+        try:
+            arrays = self.group(group)
+        except DamagedCheckpoint:
+            return 0
+        if not set(names) <= arrays.keys():
+            return 0
+        return min((c.first_damaged(draws, chain) for c in arrays.values()), default=draws)
 
     def save(self, words: Mapping[str, Any], arrays: list[np.ndarray], *, lasting: bool) -> None:
         """Writes a state, after the draws that it counts; forgets older ones but for lasting ones.
@@ -227,8 +246,10 @@ class Store:
             lasting: Whether it is kept, as that at the end of warm-up is.
         """
         self.settle()
+        there = {group: list(variables) for group, variables in self._arrays.items()}
+        state = packed({**words, "variables": there}, arrays)
         thread = ThreadPoolExecutor(1)
-        self._pending = thread.submit(self._finish, packed(words, arrays), lasting)
+        self._pending = thread.submit(self._finish, state, lasting)
         thread.shutdown(wait=False)
 
     def settle(self) -> bool:
@@ -245,46 +266,33 @@ class Store:
     def _finish(self, state: bytes, lasting: bool) -> None:  # noqa: FBT001
         put_in_place(self._files)
         self._files.clear()
-        data = np.frombuffer(state, np.uint8)
         number = self._kept[-1][0] + 1 if self._kept else 1
-        name = f"{number:06d}"
-        group = self._root.require_group("checkpoints")
-        group.create_array(name, data=data, chunks=data.shape, overwrite=True)
-        place = self.path / "checkpoints" / name
-        for file in (place / "c" / "0", place / "zarr.json", place / "c", place, place.parent):
-            flush(file)
+        write_state(self._root, self.path, number, state)
         self._kept.append((number, lasting))
         plain = [number for number, lasts in self._kept if not lasts]
         for old in plain[:-_KEPT_STATES]:
-            shutil.rmtree(self.path / "checkpoints" / f"{old:06d}", ignore_errors=True)
+            forget_state(self.path, old)
             self._kept.remove((old, False))
-
-    @property
-    def has_states(self) -> bool:
-        """Whether any state has been written."""
-        return bool(self._kept)
 
     def states(self) -> Iterator[tuple[int, Saved | DamagedCheckpoint]]:
         """All states that were written whole, the latest first; of damaged ones, the error."""
-        for number in sorted(state_numbers(self.path), reverse=True):
-            try:
-                data = self._root[f"checkpoints/{number:06d}"][:].tobytes()
-                yield number, Saved(number, *unpacked(data))
-            except OtherVersion as error:
-                raise OtherVersion(f"{self.path}: state {number}: {error}") from error
-            except Exception as error:  # a codec's own, of any kind
-                yield number, DamagedCheckpoint(str(error))
+        return read_states(self._root, self.path)
 
     def forget_draws(self, group: str, chain: int, draws: int) -> None:
         """Removes what is beyond so many draws of a chain (and of those with it), whole or not."""
-        for chunks in self.group(group).values():
-            chunks.forget(chain, draws)
+        try:
+            for chunks in self.group(group).values():
+                chunks.forget(chain, draws)
+        except DamagedCheckpoint:
+            if draws:
+                raise
+            shutil.rmtree(self.path / group, ignore_errors=True)
 
     def go_on_from(self, state: Saved, lasting: Mapping[int, bool]) -> None:
         """Takes a state for the latest: what came after it will be made again."""
         for number in list(lasting):
             if number > state.number:
-                shutil.rmtree(self.path / "checkpoints" / f"{number:06d}")
+                forget_state(self.path, number)
         self._kept = sorted((n, lasts) for n, lasts in lasting.items() if n <= state.number)
         for left in self.path.rglob("*.partial"):  # of a write that was cut off
             left.unlink(missing_ok=True)

@@ -45,7 +45,7 @@ class Stored(Mapping[str, Tensor]):
     def stretches(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """A variable, so many draws at a time, each with the number of its first draw."""
         store = Store(self._path, writes=False)
-        for first, stop in store.stretches(self._group, name, self._draws):
+        for first, stop in store.variable(self._group, name).stretches(self._draws):
             yield first, self._read(store, name, slice(first, stop))
 
     def _read(self, store: Store, name: str, draws: slice) -> Tensor:
@@ -105,6 +105,6 @@ def stored_draws(
         return Stored(str(store.path), prefix + group, names, chains, draws)
 
     stats = of("sample_stats", list(store.group(prefix + "sample_stats")))
-    dimension = store.group(prefix + _POSITIONS)["position"].array.shape[2]
+    dimension = store.variable(prefix + _POSITIONS, "position").array.shape[2]
     extent = len(chains), draws, dimension
     return StoredDraws(of(_POSITIONS, ["position"]), stats, of("posterior", local), extent)

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from pyro_hamflow.mcmc.files import told
+from pyro_hamflow.mcmc.files import state_numbers, told
 from pyro_hamflow.mcmc.storable import Unstorable
 from pyro_hamflow.mcmc.store import Store
 
@@ -89,6 +89,6 @@ class Writer:
 
     def discard_empty(self) -> None:
         """Removes the store of a run that could not begin."""
-        if not self.store.has_states:
+        if not state_numbers(self.store.path):
             self.store.close()
             shutil.rmtree(self.store.path, ignore_errors=True)
