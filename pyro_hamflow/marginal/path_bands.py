@@ -40,13 +40,15 @@ class Bands(NamedTuple):
 def orders(group: Group, layout: Layout) -> Iterator[Order]:
     """Ways in which states that belong together may lie close together.
 
-    As they come; time by time, where time comes last, or several vectors lie side by side; and all
-    of these summed up, for sites that are the steps of a path, or the steps of its steps.
+    As they come; time by time, where time comes last, or several vectors lie side by side, which
+    may begin or end at different times; and all of these summed up, but for different lengths, for
+    sites that are the steps of a path, or the steps of its steps.
     """
     natural = torch.arange(layout.dimension, device=layout.example.device)
     blocks = list(layout.blocks.values())
     found = {1: natural}
-    if len(blocks) > 1 and len({block.stop - block.start for block in blocks}) == 1:
+    lengths = [block.stop - block.start for block in blocks]
+    if len(blocks) > 1 and len(set(lengths)) == 1:
         found[len(blocks)] = natural.reshape(len(blocks), -1).T.reshape(-1)
     inner = [frame.size for frame in blocks[0].frames if frame not in group.frames]
     shape = torch.Size([*inner, *blocks[0].event])
@@ -58,6 +60,10 @@ def orders(group: Group, layout: Layout) -> Iterator[Order]:
         for states, index in found.items():
             if states < layout.dimension:
                 yield Order(index, states if times else 0, times)
+        if not times and len(set(lengths)) > 1:
+            for late in (0, 1):  # side by side from the first time on, or up to the last
+                own = [torch.arange(n) + late * (max(lengths) - n) for n in lengths]
+                yield Order(natural[torch.cat(own).argsort(stable=True).to(natural.device)])
 
 
 def find_bands(looks: Sequence[tuple[Parts, Tensor]], group: Group, layout: Layout) -> Bands:

@@ -79,9 +79,23 @@ def levels_and_slopes(y):
         pyro.sample(f"y_{t}", dist.Normal(level, r), obs=y[t])
 
 
+def vectors_of_two_lengths(y):
+    """The second begins a time later."""
+    phi, s, r = parameters()
+    x = pyro.sample("x", Autoregression(0.0, phi, s, len(y)))
+    extra = pyro.sample("extra", dist.Normal(y.new_zeros(len(y) - 1), 0.5).to_event(1))
+    mean = torch.cat([x[..., :1], x[..., 1:] + extra], -1)
+    pyro.sample("y", dist.Normal(mean, r).to_event(1), obs=y)
+
+
 def exact(model, y) -> Tensor:
     phi, s, r = AT.values()
     one = torch.ones(1, dtype=torch.float64)
+    if model is vectors_of_two_lengths:
+        times = torch.arange(len(y), dtype=torch.float64)
+        matrix = s**2 / (1 - phi**2) * phi ** (times[:, None] - times).abs()
+        own = torch.full_like(times, r**2 + 0.25).index_fill(0, torch.tensor(0), r**2)
+        return dist.MultivariateNormal(torch.zeros_like(y), matrix + own.diag()).log_prob(y)
     if model in (steps_in_a_plate, standard_steps):
         return kalman(y, one_by_one(1.0), one_by_one(s**2), one_by_one(s**2), one, r)
     if model is levels_and_slopes:
@@ -99,6 +113,7 @@ FORMS = {
     "steps in a plate": (steps_in_a_plate, ["x"], (2, 1)),
     "standard steps": (standard_steps, ["x"], (2, 1)),
     "two states": (levels_and_slopes, ["level", "slope"], (3, 1)),
+    "vectors of two lengths": (vectors_of_two_lengths, ["x", "extra"], (3, 2)),
 }
 
 
@@ -253,16 +268,29 @@ def test_what_is_no_path_is_refused(model, match):
         marginalize(model, ["x"]).fit(Y, pilot=at(PILOT))
 
 
-def test_a_path_without_order_may_not_be_long(monkeypatch):
+def all_meet_in_a_vector(y):
+    mixing = torch.linspace(0.0, 3.0, len(y) ** 2, dtype=torch.float64).sin()
+    x = pyro.sample("x", dist.Normal(y.new_zeros(len(y)), 1.0).to_event(1))
+    mean = mixing.reshape(len(y), -1) @ x.exp()
+    pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+
+def all_meet_in_a_loop(y):
+    """Each state depends on all before it."""
+    before = []
+    for t in range(len(y)):
+        mean = sum((math.sin(t * k) * x.tanh() for k, x in enumerate(before)), y.new_zeros(()))
+        before.append(pyro.sample(f"x_{t}", dist.Normal(mean, 1.0)))
+        pyro.sample(f"y_{t}", dist.Normal(before[-1], 1.0), obs=y[t])
+
+
+@pytest.mark.parametrize(
+    ("model", "sites"),
+    [(all_meet_in_a_vector, "site 'x'"), (all_meet_in_a_loop, "sites 'x_0' to 'x_19'")],
+)
+def test_a_path_without_order_may_not_be_long(model, sites, monkeypatch):
     monkeypatch.setattr(path_bands, "_LONGEST", 10)
-
-    def model(y):
-        mixing = torch.linspace(0.0, 3.0, len(y) ** 2, dtype=torch.float64).sin()
-        x = pyro.sample("x", dist.Normal(y.new_zeros(len(y)), 1.0).to_event(1))
-        mean = mixing.reshape(len(y), -1) @ x.exp()
-        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
-
-    with pytest.raises(ValueError, match="20 numbers of site 'x' depend on each other without"):
+    with pytest.raises(ValueError, match=f"20 numbers of {sites} depend on each other without"):
         marginalize(model, ["x"]).fit(Y, pilot={})
 
 

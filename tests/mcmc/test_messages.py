@@ -14,6 +14,7 @@ import torch
 
 from pyro_hamflow import HMC, MCMC, NUTS, to_inference_data
 from pyro_hamflow.mcmc import diagnosis
+from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.diagnosis import worst
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.messages import report
@@ -291,3 +292,10 @@ def test_chance_is_not_told():
         assert not messages
         gaps.append(gap)
     assert 1.0 < np.median(gaps) < 3.5
+
+
+def test_what_is_said_again_is_said_once():
+    plan = RunPlan("NUTS", 4, 100)
+    for sentence, first in (("one.", False), ("two.", False), ("two.", True), ("one.", False)):
+        plan.say(sentence, first=first)
+    assert plan.messages == ["NUTS: two.", "NUTS: one."]

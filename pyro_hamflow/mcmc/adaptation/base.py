@@ -43,8 +43,11 @@ class RunPlan:
     pools: bool = False
 
     def say(self, sentence: str, *, first: bool = False) -> None:
-        """Adds a message, or puts it before all others."""
-        self.messages.insert(0 if first else len(self.messages), f"{self.kernel}: {sentence}")
+        """Adds a message, or puts it before all others; one that was said before is moved."""
+        message = f"{self.kernel}: {sentence}"
+        if message in self.messages:
+            self.messages.remove(message)
+        self.messages.insert(0 if first else len(self.messages), message)
 
 
 class Phase(Protocol):
