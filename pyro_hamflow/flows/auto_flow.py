@@ -14,6 +14,7 @@ from pyro_hamflow.flows.bases import students_t
 from pyro_hamflow.flows.drawn import DrawnWithDensity
 from pyro_hamflow.flows.flow_guide import FlowGuide
 from pyro_hamflow.flows.zuko_flow import ZukoFlow, make_lazy, refuse_other_flows
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.process import random_state_kept
 
 
@@ -63,7 +64,7 @@ class AutoFlow(FlowGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         flow: Any,
         *,
         start: Any = "laplace",

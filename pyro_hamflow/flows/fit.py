@@ -14,6 +14,7 @@ from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
 from pyro_hamflow.flows.losses import GuideLoss, Objective, ReverseKL
 from pyro_hamflow.flows.lost_modes import describe_lost_modes
 from pyro_hamflow.model.guides import DensityGuide
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.networks.training import Trainable, Training, train
 from pyro_hamflow.process import undisturbed
@@ -40,7 +41,7 @@ class TrainableGuide(DensityGuide, Trainable, Protocol):
 
 
 def fit_guide(
-    model: Callable[..., Any],
+    model: Model,
     guide: TrainableGuide,
     *args: Any,
     loss: GuideLoss = ReverseKL(),  # noqa: B008  # frozen

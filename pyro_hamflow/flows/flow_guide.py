@@ -23,6 +23,7 @@ from pyro_hamflow.flows.guided_sites import (
 from pyro_hamflow.flows.standardised import standardise, standardised
 from pyro_hamflow.flows.start import find_start
 from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.sites import Site, constrain, split, stack_sites
 from pyro_hamflow.programs.validation import no_validation
 
@@ -54,9 +55,7 @@ class FlowGuide(AutoContinuous):
 
     _prototype_hide_fn = staticmethod(stays_out)
 
-    def __init__(
-        self, model: Callable[..., Any], start: Any, init_loc_fn: Callable[..., Any]
-    ) -> None:
+    def __init__(self, model: Model, start: Any, init_loc_fn: Callable[..., Any]) -> None:
         if not callable(model):
             raise TypeError(f"`model` is {model!r}: expected a Pyro model, a callable")
         if start not in _STARTS and not isinstance(start, torch.distributions.Distribution):
@@ -107,7 +106,7 @@ class FlowGuide(AutoContinuous):
             self.prototype_trace = None  # as if it had never been called
             raise
 
-    def _set_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _set_up(self, args: Args, kwargs: dict[str, Any]) -> None:
         (model,), (start,) = self._plain_model, self._start
         pilot = None
         if isinstance(model, MarginalModel):

@@ -16,6 +16,7 @@ from pyro_hamflow.flows.bases import students_t
 from pyro_hamflow.flows.drawn import DrawnWithDensity
 from pyro_hamflow.flows.flow_guide import FlowGuide
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.networks.kinetic import LearnedGaussianKinetic, LearnedKinetic
 
 _FREEDOM = 20.0
@@ -79,7 +80,7 @@ class AutoNeuralHamiltonianFlow(FlowGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         *,
         start: Any = "laplace",
         kinetic: Callable[[int], LearnedKinetic] = LearnedGaussianKinetic,

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_hamflow.checks import fills
 from pyro_hamflow.flows.flow_guide import FlowGuide
 from pyro_hamflow.model.guides import DensityGuide
+from pyro_hamflow.model.kinds import Args
 from pyro_hamflow.programs.validation import no_validation
 
 
@@ -160,7 +161,7 @@ class _Joined:
         return torch.stack([part.log_ratio(position[:, at]) for part, at in pairs]).sum(0)
 
 
-def _part_of(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Part:
+def _part_of(guide: Any, args: Args, kwargs: dict[str, Any]) -> _Part:
     if isinstance(guide, AutoGuideList):
         names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
         return _Joined([_part_of(part, args, kwargs) for part in guide], names)

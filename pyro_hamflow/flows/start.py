@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pyro.poutine as poutine
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_hamflow.flows.energy import energy
 from pyro_hamflow.flows.guided_sites import sees_part
 from pyro_hamflow.flows.standardised import standardised
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.many_runs import many_runs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
@@ -30,9 +31,9 @@ _FLATTEST = 1e-6  # the least curvature that counts as one
 
 def find_start(
     start: Any,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    model: Model,
+    args: Args,
+    kwargs: Kwargs,
     sites: list[Site],
     position: Tensor,
     saved: tuple[Tensor, ...] | None,
@@ -107,7 +108,7 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
 
 
 def potential_of_one(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], sites: list[Site]
+    model: Model, args: Args, kwargs: Kwargs, sites: list[Site]
 ) -> Callable[[Tensor], Tensor]:
     """The potential of one position; where data are subsampled, as a fixed part of them tells it.
 
@@ -128,7 +129,7 @@ def potential_of_one(
 
 
 def _seeded_potential(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], sites: list[Site]
+    model: Model, args: Args, kwargs: Kwargs, sites: list[Site]
 ) -> Callable[[Tensor], Tensor]:
     def value_of(position: Tensor) -> Tensor:
         free = split(sites, position)
@@ -156,9 +157,7 @@ class PriorDistribution(TorchDistribution):
     support = constraints.real_vector
     has_rsample = False
 
-    def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: Model, args: Args, kwargs: Kwargs) -> None:
         def hidden(msg: Any) -> bool:
             return msg["type"] == "sample" and (
                 msg["is_observed"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from pyro_hamflow.checks import fills
 from pyro_hamflow.flows.guide import AutoNeuralHamiltonianFlow
+from pyro_hamflow.model.kinds import Args, Kwargs
 from pyro_hamflow.model.transported import Transport
 
 _CLOSE = 1e-2  # of a coordinate's size, to which single precision finds it again
@@ -38,9 +38,7 @@ class TransformTransport:
         return log_volume.sum(-1) if log_volume.dim() == z.dim() else log_volume
 
 
-def as_transport(
-    given: Any, example: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Transport:
+def as_transport(given: Any, example: Tensor, args: Args, kwargs: Kwargs) -> Transport:
     """The map of what a user gave. It must not be trained further while draws are made.
 
     Arguments:
@@ -90,7 +88,7 @@ def as_transport(
     return transport
 
 
-def _map_of(given: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Transport:
+def _map_of(given: Any, args: Args, kwargs: Kwargs) -> Transport:
     if hasattr(given, "get_transform"):
         if hasattr(given, "prepare"):
             given.prepare(*args, **kwargs)

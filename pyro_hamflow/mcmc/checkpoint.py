@@ -7,7 +7,7 @@ would have made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from pyro_hamflow.mcmc.storable import Unstorable
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.stored_draws import stored_draws
 from pyro_hamflow.mcmc.writer import GROUPS, WARM, Writer
+from pyro_hamflow.model.kinds import Kwargs
 from pyro_hamflow.model.potential import Potential
 
 
@@ -79,7 +80,7 @@ class Checkpoints(Writer):
         chains: Chains,
         run: Progress,
         args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        kwargs: Kwargs,
         *,
         first: bool = False,
         waits: bool = False,
@@ -111,7 +112,7 @@ class Checkpoints(Writer):
         chains: Chains,
         run: Progress,
         args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        kwargs: Kwargs,
     ) -> None:
         if chains.state is None:
             raise RuntimeError("the chains have not begun")

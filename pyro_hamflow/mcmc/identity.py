@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_hamflow.model.kinds import Kwargs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import Frames, is_latent, vectorized_frames
 
@@ -59,7 +60,7 @@ def dimension_names(
     return names
 
 
-def digest_of(potential: Potential, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def digest_of(potential: Potential, args: Sequence[Any], kwargs: Kwargs) -> str:
     """A digest of a model's arguments, of what it observes, and of Pyro's parameters in it."""
     digest = hashlib.sha256()
     nodes = potential.plain_trace.nodes.values()

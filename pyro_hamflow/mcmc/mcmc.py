@@ -28,6 +28,7 @@ from pyro_hamflow.mcmc.resume import Found
 from pyro_hamflow.mcmc.stopping import StopWhen
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.workers import Workers, divided
+from pyro_hamflow.model.kinds import Args
 from pyro_hamflow.process import settings_kept, undisturbed
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
@@ -249,7 +250,7 @@ class MCMC(Outcome):
         with undisturbed(self.seed):
             self._run(mover)
 
-    def _mover(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mover:
+    def _mover(self, args: Args, kwargs: dict[str, Any]) -> Mover:
         """Takes the model's arguments; returns what moves the chains of a run with them."""
         self._args, self._kwargs = args, kwargs
         return Mover(
@@ -446,7 +447,7 @@ class MCMC(Outcome):
         executor: Executors,
         found: Found,
         division: Division,
-        args: tuple[Any, ...],
+        args: Args,
         kwargs: dict[str, Any],
     ) -> None:
         """Goes on from a state of a run whose chains move in workers."""
@@ -457,7 +458,7 @@ class MCMC(Outcome):
         checkpoints = self._group_checkpoints(found.store, mover, division.seed)
         self._move_groups(executor, Workers(mover, groups, time.monotonic(), checkpoints))
 
-    def _go_on_from(self, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _go_on_from(self, found: Found, args: Args, kwargs: dict[str, Any]) -> None:
         """Goes on from a state that was found."""
         mover, run = self._mover(args, kwargs), found.progress
         chains = mover.new_chains(run.chain)

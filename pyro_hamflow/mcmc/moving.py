@@ -19,6 +19,7 @@ from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.stopping import StopWhen
 from pyro_hamflow.mcmc.transitions.base import Info
+from pyro_hamflow.model.kinds import Args
 from pyro_hamflow.process import random_state_kept
 
 _LONGEST = 4  # times the fewest iterations of warm-up
@@ -81,7 +82,7 @@ class Mover:
     thin: int
     keep: Sequence[str] | None
     hides_progress: bool
-    args: tuple[Any, ...]
+    args: Args
     kwargs: dict[str, Any]
     pools_warmup: bool = False
     counts: Counts = field(default_factory=Counts)

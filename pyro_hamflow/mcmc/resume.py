@@ -24,6 +24,7 @@ from pyro_hamflow.mcmc.snapshot import Frozen, capture, kernel_of, kernel_words,
 from pyro_hamflow.mcmc.store import Store
 from pyro_hamflow.mcmc.transitions.base import State
 from pyro_hamflow.mcmc.writer import GROUPS, WARM
+from pyro_hamflow.model.kinds import Args, Kwargs
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.engines.buffers import NotSupported
 
@@ -151,9 +152,7 @@ class Found:
             )
         return kernel_of(self.table("kernel"), given)
 
-    def take_up(
-        self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], chains: Chains
-    ) -> None:
+    def take_up(self, kernel: Kernel, args: Args, kwargs: Kwargs, chains: Chains) -> None:
         """Puts a kernel and chains where they were.
 
         Raises:
@@ -171,8 +170,8 @@ class Found:
     def take_up_groups(
         self,
         kernel: Kernel,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         groups: Sequence[Group],
     ) -> None:
         """Puts groups, whose model has been captured, where they were.
@@ -198,18 +197,14 @@ class Found:
                 f"here ({error}): other programs would not make the same draws"
             ) from error
 
-    def _capture(
-        self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: Frozen
-    ) -> None:
+    def _capture(self, kernel: Kernel, args: Args, kwargs: Kwargs, source: Frozen) -> None:
         try:
             capture(kernel, args, kwargs, source)
         except Exception as error:
             error.add_note(f"while the model of {self.store.path} was captured again")
             raise
 
-    def _refuse_others(
-        self, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def _refuse_others(self, kernel: Kernel, args: Args, kwargs: Kwargs) -> None:
         words, path = self.saved.words, self.store.path
         structure = structure_of(kernel.potential)
         if structure != words["structure"]:

@@ -17,6 +17,7 @@ from pyro_hamflow.mcmc.frozen import Arrays, Table, freeze, thaw
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.storable import Unstorable, found
 from pyro_hamflow.mcmc.transitions.base import State
+from pyro_hamflow.model.kinds import Args, Kwargs
 from pyro_hamflow.process import random_state_kept
 
 # What a kernel finds in a run, beside what it was made of.
@@ -96,9 +97,7 @@ def source_words(kernel: Kernel) -> Frozen:
     return freeze([source._example, fitted], _parts_given(kernel), "model")
 
 
-def capture(
-    kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any], words: Frozen
-) -> None:
+def capture(kernel: Kernel, args: Args, kwargs: Kwargs, words: Frozen) -> None:
     """Captures a kernel's model as it was in the run that the words are of."""
     source, model = kernel.source, kernel.source.model
     with random_state_kept():

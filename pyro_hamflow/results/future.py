@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_hamflow.arviz_bridge import psislw
 from pyro_hamflow.marginal.marginalize import MarginalModel
-from pyro_hamflow.model.kinds import Model
+from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.process import random_state_kept, undisturbed
 from pyro_hamflow.results.pointwise import WANTED_ERROR
@@ -137,7 +137,7 @@ def leave_future_out(
 
 
 def _log_likelihood(
-    model: Model, source: Potential, args: tuple[Any, ...], kwargs: dict[str, Any], position: Tensor
+    model: Model, source: Potential, args: Args, kwargs: dict[str, Any], position: Tensor
 ) -> tuple[Tensor, float]:
     """The log likelihood of data at all draws, up to what does not depend on the data.
 

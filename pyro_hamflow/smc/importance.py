@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from pyro_hamflow.checks import whole
 from pyro_hamflow.flows.lost_modes import describe_lost_modes
 from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import Guide, draw_from
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.process import undisturbed
 from pyro_hamflow.programs.capture import rows_at_once
@@ -45,7 +46,7 @@ class ImportanceSamples:
     num_invalid: int
     lost: str | None = field(repr=False)
     potential: Potential = field(repr=False)
-    model: Callable[..., Any] = field(repr=False)
+    model: Model = field(repr=False)
     guide: str = field(repr=False)
 
     separate_noise = True
@@ -143,7 +144,7 @@ class ImportanceSamples:
 
 
 def importance_sample(
-    model: Callable[..., Any],
+    model: Model,
     guide: Guide | AutoGuide,
     *args: Any,
     num_samples: int = 10_000,

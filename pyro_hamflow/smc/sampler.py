@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.model.guides import DensityGuide
+from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.process import undisturbed
@@ -107,7 +107,7 @@ class AnnealedSampler:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         flow: DensityGuide | AutoGuide | AFT | CRAFT | None = None,
         *,
         num_particles: int = 2000,
@@ -152,7 +152,7 @@ class AnnealedSampler:
             self._run(args, kwargs)
         self.sampling_time = time.perf_counter() - began
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _run(self, args: Args, kwargs: dict[str, Any]) -> None:
         if isinstance(self.model, MarginalModel):
             self.model.untune()
         self._target.prepare(args, kwargs)
@@ -191,7 +191,7 @@ class AnnealedSampler:
         return self._target.potential
 
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Model:
         """The model."""
         assert self._target.model is not None
         return self._target.model

@@ -34,7 +34,7 @@ path. A kernel of one's own needs a transition, here of random-walk Metropolis:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -56,6 +56,7 @@ from pyro_hamflow.mcmc.adaptation.window import Findings
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.kernels.pyro_face import PyroFace
 from pyro_hamflow.mcmc.transitions.base import Info, State, padded
+from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.transported import Transport, TransportedTarget
 from pyro_hamflow.process import random_state_kept
@@ -177,8 +178,8 @@ class Kernel(PyroFace):
         self,
         num_chains: int,
         warmup_steps: int,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
     ) -> State:
         """Prepares a run: captures the model, finds starting points, makes the first phase.
@@ -219,7 +220,7 @@ class Kernel(PyroFace):
 
     def prepare(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         kwargs: dict[str, Any],
         initial_params: Mapping[str, Tensor] | None = None,
     ) -> Potential:
@@ -317,7 +318,7 @@ class Kernel(PyroFace):
     # --- what is known of model and moves ---------------------------------------------------------
 
     @property
-    def model(self) -> Callable[..., Any] | None:
+    def model(self) -> Model | None:
         """The Pyro model, if that is what was given."""
         return self.source.model
 
@@ -326,7 +327,7 @@ class Kernel(PyroFace):
         """The target of the latest run."""
         return self.source.potential
 
-    def site_shapes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def site_shapes(self, args: Args, kwargs: Kwargs) -> dict[str, Any]:
         """The shape of each site on the real line."""
         return {site.name: site.shape for site in self.prepare(args, dict(kwargs)).sites}
 

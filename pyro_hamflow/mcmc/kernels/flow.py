@@ -9,7 +9,7 @@ weight first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.base import select
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
+from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import fault
 
@@ -74,7 +75,7 @@ class FlowMH(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         guide: DensityGuide | AutoGuide,
         *,
         num_proposals: int = 1,
@@ -86,7 +87,7 @@ class FlowMH(Kernel):
 
     def prepare(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         kwargs: dict[str, Any],
         initial_params: Mapping[str, Tensor] | None = None,
     ) -> Potential:

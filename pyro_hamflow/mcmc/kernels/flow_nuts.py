@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from pyro_hamflow.mcmc.kernels.pseudo_marginal import PseudoMarginalHMC, PseudoM
 from pyro_hamflow.mcmc.kernels.random_walk import RandomWalk
 from pyro_hamflow.mcmc.transitions.base import State
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
+from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.smc.reach import extend_reach
 
@@ -103,7 +104,7 @@ class FlowNUTS(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         flow: Any = None,
         local: Kernel | None = None,
         *,
@@ -113,7 +114,7 @@ class FlowNUTS(Kernel):
         jit_compile: bool = False,
     ) -> None:
         if callable(flow) and not isinstance(flow, AutoGuide) and not hasattr(flow, "draw"):
-            flow = AutoFlow(cast(Callable[..., Any], model), flow, start="prior")
+            flow = AutoFlow(cast(Model, model), flow, start="prior")
         if flow is not None:
             flow = as_guide("flow", flow, DensityGuide)
         if num_proposals is not None:
@@ -139,7 +140,7 @@ class FlowNUTS(Kernel):
 
     def prepare(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         kwargs: dict[str, Any],
         initial_params: Mapping[str, Tensor] | None = None,
     ) -> Potential:
@@ -224,7 +225,7 @@ class FlowNUTS(Kernel):
         return super().__getstate__() | {"_found": None}
 
 
-def _check_local(local: Any, model: Callable[..., Any] | None) -> None:
+def _check_local(local: Any, model: Model | None) -> None:
     """Refuses what does not move chains of this model locally.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pyro_hamflow.marginal.model_target import ModelTarget
@@ -13,6 +13,7 @@ from pyro_hamflow.mcmc.adaptation.transport import Transporting
 from pyro_hamflow.mcmc.kernels.base import Kernel, meaningless
 from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories, NUTSTrajectories
 from pyro_hamflow.model.function import PotentialFunction
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.start import Strategy
 
 
@@ -73,7 +74,7 @@ class HMC(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: PotentialFunction | None = None,
         step_size: float | None = None,
         trajectory_length: float | None = None,
@@ -183,7 +184,7 @@ class NUTS(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: PotentialFunction | None = None,
         step_size: float | None = None,
         adapt_step_size: bool = True,  # noqa: FBT001, FBT002

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_hamflow.marginal.model_target import ModelTarget
@@ -15,6 +15,7 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
 from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories, NUTSTrajectories
 from pyro_hamflow.model.function import PotentialFunction
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.start import Strategy
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
 from pyro_hamflow.surrogates.learner import TrainingSettings
@@ -61,7 +62,7 @@ class HNNHMC(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: PotentialFunction | None = None,
         *,
         surrogate: PotentialNetwork | AmortizedSurrogate | None = None,
@@ -172,7 +173,7 @@ class HNNNUTS(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         potential_fn: PotentialFunction | None = None,
         *,
         surrogate: PotentialNetwork | AmortizedSurrogate | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pyro_hamflow.marginal.model_target import ModelTarget
@@ -14,6 +14,7 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
 from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories
 from pyro_hamflow.model.function import PotentialFunction
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.start import Strategy
 
 
@@ -68,7 +69,7 @@ class MALA(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         *,
         potential_fn: PotentialFunction | None = None,
         step_size: float | None = None,

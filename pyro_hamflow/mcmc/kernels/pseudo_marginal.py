@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pyro_hamflow.marginal.model_target import ModelTarget
@@ -13,6 +13,7 @@ from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
 from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories, NUTSTrajectories
+from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.start import Strategy
 
 
@@ -50,7 +51,7 @@ class PseudoMarginalHMC(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         *,
         method: str = "auto",
         refresh: Refresh | None = None,
@@ -136,7 +137,7 @@ class PseudoMarginalNUTS(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         *,
         method: str = "auto",
         refresh: Refresh | None = None,

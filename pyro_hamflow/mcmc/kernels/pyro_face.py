@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.transitions.base import Info, State
+from pyro_hamflow.model.kinds import Args, Kwargs
 from pyro_hamflow.model.potential import Potential
 
 
@@ -36,8 +37,8 @@ class PyroFace(MCMCKernel):
         self,
         num_chains: int,
         warmup_steps: int,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
     ) -> State:
         """Prepares a run of all chains."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
 from pyro_hamflow.mcmc.transitions.trajectories import RandomSteps
 from pyro_hamflow.model.function import PotentialFunction
+from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import Strategy
 
@@ -70,7 +71,7 @@ class RandomWalk(Kernel):
 
     def __init__(
         self,
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         *,
         potential_fn: PotentialFunction | None = None,
         step_size: float | None = None,
@@ -116,7 +117,7 @@ class RandomWalk(Kernel):
 
     def prepare(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         kwargs: dict[str, Any],
         initial_params: Mapping[str, Tensor] | None = None,
     ) -> Potential:
