@@ -21,7 +21,7 @@ from pyro_hamflow.flows.guided_sites import (
     stays_out,
 )
 from pyro_hamflow.flows.standardised import standardise, standardised
-from pyro_hamflow.flows.start import find_start
+from pyro_hamflow.flows.start import guide_start
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.sites import Site, constrain, split, stack_sites
@@ -129,7 +129,7 @@ class FlowGuide(AutoContinuous):
         if self._waiting is not None:
             saved = tuple(self._waiting[name].to(position) for name in ("loc", "scale_tril"))
         with torch.enable_grad():
-            loc, scale_tril, base = find_start(
+            loc, scale_tril, base = guide_start(
                 start, model, args, kwargs, self._sites(), position, saved
             )
         self.register_buffer("loc", loc)

@@ -11,7 +11,7 @@ from pyro_hamflow.model.supports import is_circular
 
 
 def stays_out(msg: Any) -> bool:
-    """Whether a site is none of the flow's: observed, noise, or summed out by enumeration."""
+    """Whether a flow leaves a site out: observed, noise, or summed out by enumeration."""
     return prototype_hide_fn(msg) or is_noise(msg) or _is_enumerable(msg)
 
 
@@ -45,7 +45,7 @@ def refuse_angles(trace: poutine.Trace) -> None:
 
 
 def refuse_local_subsampling(trace: poutine.Trace) -> None:
-    """Raises a ValueError if the parameters themselves change with the part of the data seen."""
+    """Raises a ValueError if a latent site lies in a plate of which only a part is seen."""
     for name, site in trace.iter_stochastic_nodes():
         for frame in site["cond_indep_stack"]:
             if _is_part(frame):

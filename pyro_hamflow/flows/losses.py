@@ -22,7 +22,7 @@ class Objective:
     Arguments:
         guide: The guide.
         potential: The model.
-        num_particles: From how many draws each is estimated.
+        num_particles: From how many draws each loss is estimated.
     """
 
     def __init__(self, guide: DensityGuide, potential: Potential, num_particles: int) -> None:

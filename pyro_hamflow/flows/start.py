@@ -29,7 +29,7 @@ _STEPS = 25
 _FLATTEST = 1e-6  # the least curvature that counts as one
 
 
-def find_start(
+def guide_start(
     start: Any,
     model: Model,
     args: Args,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves
 
-from pyro_hamflow.marginal.whitening.fit import PathFit, fit_path, log_prob_of
+from pyro_hamflow.marginal.whitening.fit import WhiteningFit, fit_whitening, log_prob_of
 from pyro_hamflow.marginal.whitening.handlers import WithPath, values_before
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.look import plain_run
@@ -91,7 +91,7 @@ class WhitenedModel:
             raise ValueError(f"`sites` is {sites!r}: expected a list of names of a path's sites")
         self.model = model
         self.sites = tuple(dict.fromkeys(sites))
-        self._fit: PathFit | None = None
+        self._fit: WhiteningFit | None = None
         self._seen: list[tuple[Any, int | None]] = []
         self._observed: dict[str, Tensor] = {}
         self._is_held = False
@@ -104,7 +104,7 @@ class WhitenedModel:
         with WithPath(path, before):
             return self.model(*args, **kwargs)
 
-    def _draw(self, fit: PathFit, before: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _draw(self, fit: WhiteningFit, before: Mapping[str, Any]) -> dict[str, Tensor]:
         """The path's values, given those of all sites before it."""
         others, layout = fit.prior.others, fit.prior.layout
         parameters = {name: before[name] for name in before if name in others}
@@ -124,7 +124,7 @@ class WhitenedModel:
             )
         return layout.values(noise.path.forward(z))
 
-    def fit(self, *args: Any, **kwargs: Any) -> PathFit:
+    def fit(self, *args: Any, **kwargs: Any) -> WhiteningFit:
         """Fits the sites to the model's data, unless they are fitted to these already.
 
         Without data, as when these are to be predicted, the sites are those of the last.
@@ -142,7 +142,7 @@ class WhitenedModel:
         if before is None or not (same or self._is_fitted(data, before)):
             with random_state_kept(), poutine.block(), torch.enable_grad():
                 torch.manual_seed(0)
-                before = self._fit = fit_path(self.model, data, self.sites)
+                before = self._fit = fit_whitening(self.model, data, self.sites)
                 self._observed = _observed(self._look(data))
         self._seen = seen
         return before
@@ -150,7 +150,7 @@ class WhitenedModel:
     def _look(self, data: Arguments) -> poutine.Trace:
         return plain_run(self.model, data.args, data.kwargs)
 
-    def _is_fitted(self, data: Arguments, fit: PathFit) -> bool:
+    def _is_fitted(self, data: Arguments, fit: WhiteningFit) -> bool:
         """Whether a fit's path is that of these data, and fitted to them where there are any."""
         trace = self._look(data)
         now = _observed(trace)
@@ -178,7 +178,7 @@ class WhitenedModel:
         return [place | {name: torch.randn_like(example)} for place in places]
 
     @contextmanager
-    def _hold(self, fit: PathFit) -> Iterator[None]:
+    def _hold(self, fit: WhiteningFit) -> Iterator[None]:
         before = self._is_held, self._fit
         self._is_held, self._fit = True, fit
         try:
@@ -201,7 +201,7 @@ class _PathNoise(TorchDistribution):
     arg_constraints: dict[str, Any] = {}
     support = constraints.real_vector
 
-    def __init__(self, fit: PathFit, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, fit: WhiteningFit, parameters: dict[str, Tensor]) -> None:
         self.fit, self.parameters = fit, parameters
         self.path = fit.map(parameters)
         super().__init__(event_shape=fit.u.shape, validate_args=False)

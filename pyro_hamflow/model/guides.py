@@ -30,7 +30,7 @@ class DensityGuide(Guide, Protocol):
     def log_ratio(self, position: Tensor) -> Tensor:
         """Log M - log r, ``(positions,)``, at positions ``(positions, dimension)``.
 
-        What else there is, is drawn from r.
+        What the guide draws besides positions is here drawn from r.
         """
 
 

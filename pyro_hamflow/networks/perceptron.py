@@ -82,7 +82,7 @@ class ScalarNetwork(nn.Module):
         return PerceptronField(weights, biases, last, stiffness, symmetric=self.symmetric)
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy and gradient: to be trained through, or in plain operations once :meth:`eval` ."""
+        """Energy and gradient: in training to be derived again, else in plain operations."""
         if self.training:
             return self.field().energy_and_field(x)
         if not self.symmetric:

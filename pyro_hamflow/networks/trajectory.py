@@ -30,7 +30,7 @@ def follow(
         q: Positions, of shape ``(*, dimension)``.
         p: Their momenta.
         step_size: The time of a step; a negative one goes back.
-        num_steps: How many.
+        num_steps: How many steps.
 
     Returns:
         Positions and momenta at the end.
@@ -46,7 +46,10 @@ def follow(
 
 
 class _Trajectory(torch.autograd.Function):
-    """All calls of the fields keep what they need, and add to the same sums on the way back."""
+    """A trajectory as one operation: each call of a field keeps what its derivative needs.
+
+    On the way back, all calls add to the same sums of the parameters' gradients.
+    """
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Constants of a graph that hold gaps."""
+"""Missing values (NaN) among the constants of a graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 def without_gaps_in_constants(graph: GraphModule) -> GraphModule:
     """A graph whose constants have numbers in place of NaN: medians of their columns.
 
-    A result that is a number although constants are not does not depend on what is missing, and
-    stays what it was.
+    A result that is a number in spite of them does not depend on what is missing, and stays the
+    same.
     """
     constants = torch.nn.Module()
     for name, value in graph.named_buffers():

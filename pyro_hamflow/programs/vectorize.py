@@ -15,9 +15,9 @@ from pyro_hamflow.programs.capture import Program, batched_graph, capture, row_b
 class Vectorized:
     """Applies functions to each row of their arguments, in the fastest way that they allow.
 
-    That is torch's ``vmap``. Where writes in place or masks stand against it, it is ``vmap`` of
-    what the function does to one row, recorded as a graph of pure operations; and else the rows one
-    by one. A way that has failed is not tried again.
+    Three ways are tried in turn: torch's ``vmap`` of the function; ``vmap`` of the operations that
+    it performs on one row, recorded as a graph without writes in place and without masks; and one
+    row after the other. A way that has failed is not tried again.
 
     Arguments:
         what: What the rows are, in words.

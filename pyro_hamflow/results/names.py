@@ -1,7 +1,7 @@
 """The names under which sites and dimensions come out.
 
 A file, and ArviZ, allow less than Pyro does: a variable and a dimension of one dataset must not
-share a name, some names are taken, and ``/`` parts groups. The rule is stated in
+share a name, some names are taken, and ``/`` separates a group from what is in it. The rule is in
 :func:`~pyro_hamflow.to_inference_data`; here it is applied.
 """
 

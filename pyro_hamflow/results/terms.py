@@ -36,9 +36,10 @@ class Term:
     Attributes:
         labels: Their names in the original model.
         nodes: Their names in the trace.
-        frames: The plates that an entry belongs to an element of.
-        summed: All sites that discrete sites join them with, if any do.
-        entries: The numbers of the site's entries that these are, counted flat; ``None`` for all.
+        frames: The plates for each element of which there is an entry.
+        summed: All sites that are joined by the same discrete sites, if these are summed out.
+        entries: Which of the site's entries these are, as indices into the flattened site;
+            ``None`` for all.
     """
 
     labels: tuple[str, ...]

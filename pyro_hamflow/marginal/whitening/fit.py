@@ -38,7 +38,7 @@ _NEAR = 0.01  # of the prior's spread
 _STEP = 0.02  # ahead and behind, on the real line
 
 
-class PathFit(NamedTuple):
+class WhiteningFit(NamedTuple):
     """What whitening a path in a model with its data needs.
 
     Attributes:
@@ -77,7 +77,7 @@ def log_prob_of(prior: PathPrior, path: AffineMap, z: Tensor, parameters: Values
     return prior.log_density(path.forward(z), parameters) + path.log_volume()
 
 
-def fit_path(model: Model, data: Arguments, names: Sequence[str]) -> PathFit:
+def fit_whitening(model: Model, data: Arguments, names: Sequence[str]) -> WhiteningFit:
     """Fits the sites of a path to a model and its data.
 
     Raises:
@@ -98,7 +98,7 @@ def fit_path(model: Model, data: Arguments, names: Sequence[str]) -> PathFit:
     others = {name: value.detach() for name, value in others.items()}
     search.u = held.mode
     starts = [split.values(start) for start in search.draws(theta)]
-    return PathFit(split, split.prior._replace(others=others), sites, theta, size, starts)
+    return WhiteningFit(split, split.prior._replace(others=others), sites, theta, size, starts)
 
 
 class _Search:

@@ -180,7 +180,7 @@ class MultipleProposalTransition:
         log_weights = log_weights.masked_fill(lost, -torch.inf)
         log_weights[:, :1] = log_weights[:, :1].masked_fill(lost, 0.0)
         weights = log_weights.softmax(-1)
-        picks = resample_systematically(weights, count)
+        picks = pick_systematically(weights, count)
         position, kinetic, value = (
             _pick(_gather(old, new), picks)
             for old, new in (
@@ -248,7 +248,7 @@ class MultipleProposalTransition:
         )
 
 
-def resample_systematically(weights: Tensor, count: int) -> Tensor:
+def pick_systematically(weights: Tensor, count: int) -> Tensor:
     """Picks so many candidates of each chain that none comes much more often than it should.
 
     Points at equal distances, from a random first one, are laid along the cumulated weights, and

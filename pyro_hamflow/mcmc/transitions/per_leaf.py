@@ -20,8 +20,8 @@ class PerLeafTransition:
         inner: The transition on that.
 
     Invariant:
-        What the inner transition keeps, exactly, whatever the network: the force is a function of
-        the position alone, and the energy is the true one.
+        What the inner transition leaves invariant, exactly, whatever the network: the force is a
+        function of the position alone, and the energy is the true one.
 
     References:
         | Neural network gradient Hamiltonian Monte Carlo (Li, Holbrook, Shahbaba, Baldi, 2017)
@@ -76,7 +76,7 @@ class PerLeafConditionalTransition(ConditionalTransition):
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         moved, info = super().step(state, tuning, num_steps)
-        # At the renewed noise, the energy is a density, and the gradient mostly learned.
+        # At renewed noise: a true energy, and a true gradient outside the trusted region alone.
         asked = self.density.asked[-1].long() if self.density.trust is not None else 0
         count = info.n_gradients - 1 + asked
         return moved, info._replace(n_gradients=count, n_densities=info.n_densities + 1)

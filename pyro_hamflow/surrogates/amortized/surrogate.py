@@ -1,13 +1,13 @@
 r"""A learned energy for all data sets of a model: trained once, followed on each without training.
 
-A parameter drawn from the prior, and data drawn given it, are a draw of the posterior given these
-data: simulation supplies exact draws of as many posteriors as are wanted. From these, a Gaussian
-learns where each posterior lies. In the units of that guess all posteriors look alike, and a
-network of parameters and data is fitted to the true gradients, there and along short trajectories.
-What the data say is best told by the posterior itself: beside a summary of them, the network sees
-the true gradients at a few points of the guess, which cost next to nothing for a new data set.
+A parameter is drawn from the prior, and data given it: the parameter is then an exact draw of the
+posterior given these data. So simulation supplies exact draws of as many posteriors as are wanted.
+From these, a Gaussian learns where each posterior lies. In the units of that guess all posteriors
+look alike, and a network of parameters and data is fitted to the true gradients, there and along
+short trajectories. The network sees the data by a summary, and by the true gradients at a few
+points of the guess, which cost next to nothing for a new data set.
 
-Given new data, it is a surrogate like any other: what it has not learned costs acceptance, not
+At new data, it is a surrogate like any other: what it has not learned costs acceptance, not
 exactness.
 """
 
