@@ -39,6 +39,9 @@ def test_gaussian_series_are_foretold_as_by_kalman():
     plain = ((logs[:, :2] - logs[:, -1:]).log_softmax(0) + ahead).logsumexp(0)
     torch.testing.assert_close(found.elpd, plain, rtol=0.0, atol=0.05)
     assert found.pareto_k.max() < 0.7
+    few = leave_future_out(mcmc, lambda t: (Y[:t],), TIMES, num_draws=4)
+    spread = ahead[[0, 13, 26, 39]]
+    torch.testing.assert_close(few.log_predictive, spread, rtol=1e-9, atol=1e-9)
 
 
 def test_other_series_are_foretold_as_by_a_filter_on_a_grid():

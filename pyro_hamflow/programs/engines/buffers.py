@@ -75,13 +75,13 @@ def kind_of(dtype: Any) -> str:
     return KINDS[dtype]
 
 
-def loops(sizes: Sequence[int], letter: str = "i") -> tuple[str, list[str]]:
+def loops(sizes: Sequence[int]) -> tuple[str, list[str]]:
     """The heads of nested loops over so many numbers each, and their variables.
 
     Example:
         >>> loops([2])
         ('for (long i0 = 0; i0 < 2; i0++) ', ['i0'])
     """
-    names = [f"{letter}{number}" for number in range(len(sizes))]
+    names = [f"i{number}" for number in range(len(sizes))]
     pairs = zip(names, sizes, strict=True)
     return "".join(f"for (long {n} = 0; {n} < {size}; {n}++) " for n, size in pairs), names
