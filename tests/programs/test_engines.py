@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +19,7 @@ from pyro_hamflow.programs.engines import choice, model_library
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.choice import choose_engine
 from pyro_hamflow.programs.engines.native import NativeProgram
+from pyro_hamflow.programs.machine_code import compiler
 from pyro_hamflow.programs.machine_code.store import Store
 from tests.helpers.native import native_program
 
@@ -58,6 +60,29 @@ def test_sums_over_groups_are_right():
     y = torch.randn(70)
     group = torch.arange(70) % 3
     assert_gradient_right(Potential(grouped, (y, group)))
+
+
+def visits(y, group, flag):
+    """What is read at places of data, six numbers apart, and by a truth value for each row."""
+    effect = pyro.sample("effect", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    level = torch.where(flag[:, None], effect[group], effect.sum() * y.sum(-1))
+    pyro.factor("visits", -torch.nn.functional.softplus(level[..., None] * y).sum())
+
+
+def test_what_is_read_one_by_one_is_read_before(monkeypatch, tmp_path):
+    sources = []
+    honest = compiler.compiled
+
+    def compiled(source, *flags):
+        sources.append(source)
+        return honest(source, *flags)
+
+    monkeypatch.setattr(compiler, "compiled", compiled)
+    monkeypatch.setenv("PYRO_HAMFLOW_CACHE", str(tmp_path))  # where nothing is kept yet
+    group = torch.arange(40) % 3
+    assert_gradient_right(Potential(visits, (torch.randn(40, 6), group, group[:2] == 0)))
+    assert re.search(r"auto tmp\d+ = picked\d\[x\d\];", sources[0])
+    assert re.search(r"auto tmp\d+ = picked\d\[x\d\] != 0;", sources[0])
 
 
 def matrices(x):

@@ -18,16 +18,11 @@ from torch import Tensor
 
 from pyro_hamflow.programs.engines.buffers import KINDS, Buffer, NotSupported, kind_of, loops
 from pyro_hamflow.programs.engines.operators import write_operation
+from pyro_hamflow.programs.engines.vectors import kernel_text
 
 _LINE = 64  # bytes that each buffer's place is a multiple of: a line of the cache
 _TYPES = {str(dtype): dtype for dtype in KINDS}
 _SPECIAL = re.compile(r"\bcalc_(?!digamma\b)\w+|\bzeta<|\btrigamma\b")
-_ACCUMULATOR = re.compile(r"\btmp_acc\w+")
-_SCATTER = re.compile(r"^.*(atomic_add|\w*out_ptr\d+\[.*\b(tmp|place).*\] \+?= )")
-_LOOP = re.compile(r"^\s*for\(int64_t (\w+)=static_cast<int64_t>\(0L\); \w+<\D+64_t>\((\d+)L\);")
-_ADDED = re.compile(r"^(\s*)(\w*out_ptr\d+)\[(.*\btmp.*)\] \+= (\w+);$")
-_MOST_SCATTERED = 4096  # numbers in a row that are kept apart: on the stack
-_SUM = re.compile(r"^\s*(tmp_acc\d+) = \1 \+ ")
 
 
 class Function:
@@ -64,7 +59,7 @@ class Function:
         It takes an array of pointers to its arguments, scratch memory, and an array of pointers to
         where its results go.
         """
-        kernels = [_kernel_text(kernel, text) for kernel, text in self._kernels.items()]
+        kernels = [kernel_text(kernel, text) for kernel, text in self._kernels.items()]
         results = [_copied(i, buffer) for i, buffer in enumerate(self._results)]
         body = "\n".join(f"  {line}" for line in (*self._lines, *results))
         head = "static void call(void* const* a, char* w, void* const* r) {"
@@ -174,85 +169,3 @@ def _body(source: ast.Module) -> list[ast.stmt]:
         if isinstance(node, ast.FunctionDef) and node.name == "call":
             return node.body
     raise NotSupported("a program without a function")
-
-
-def _kernel_text(name: str, text: str) -> str:
-    """A kernel as a function of our file, with sums that g++ may make vectors of."""
-    lines = [
-        line
-        for line in text.splitlines()
-        # Torch's headers; and the report of divisions of integers by zero.
-        if not line.startswith("#include") and "inductor_cpu_" not in line
-    ]
-    lines = _with_vector_sums(_without_promises(_with_scatters_apart(lines)))
-    body = "\n".join(lines)
-    return re.sub(r'extern "C"\s+void\s+\w+\(', f"static inline void {name}(", body)
-
-
-def _with_scatters_apart(lines: list[str]) -> list[str]:
-    """Moves additions at indices of data into loops of their own, so that the rest may be vectors.
-
-    As in the gradient of a likelihood whose terms pick an effect each.
-    """
-    for start in reversed(range(len(lines))):
-        found = _LOOP.match(lines[start])
-        loop = _block(lines, start + 1)
-        added = [match for line in loop if (match := _ADDED.match(line))]
-        plain = sum(map(bool, map(_SCATTER.match, loop))) == len(added)
-        inner = any(line.lstrip().startswith(("for(", "if", "else")) for line in loop)
-        if not found or not added or not plain or inner or int(found[2]) > _MOST_SCATTERED:
-            continue
-        rest = [line for line in loop if not _ADDED.match(line)]
-        keep, before, after = [], [], []
-        for i, (_, out, index, value) in enumerate(match.groups() for match in added):
-            keep.append(f"place{i}[{found[1]}] = {index}; share{i}[{found[1]}] = {value};")
-            before.append(f"std::decay_t<decltype(*{out})> share{i}[{found[2]}];")
-            before.append(f"int64_t place{i}[{found[2]}];")
-            after.append(
-                f"for (long i = 0; i < {found[2]}; i++) {out}[place{i}[i]] += share{i}[i];"
-            )
-        last = max(i for i, line in enumerate(rest) if line.strip() != "}") + 1
-        whole = [lines[start], *rest[:last], *keep, *rest[last:]]
-        above = start - 1 if start and "#pragma" in lines[start - 1] else start
-        head = ["{", *before, *lines[above:start], *whole, *after, "}"]
-        lines = [*lines[:above], *head, *lines[start + 1 + len(loop) :]]
-    return lines
-
-
-def _without_promises(lines: list[str]) -> list[str]:
-    """Takes it back that turns of a loop are independent, where they write to indices of data."""
-    return [
-        line
-        for number, line in enumerate(lines)
-        if "#pragma GCC ivdep" not in line or not _scatters(_block(lines, number + 2))
-    ]
-
-
-def _scatters(loop: list[str]) -> bool:
-    return any(map(_SCATTER.match, loop))
-
-
-def _with_vector_sums(lines: list[str]) -> list[str]:
-    """Lets sums be added in any order: in innermost loops that do nothing but that in turn."""
-    marked = list(lines)
-    for start, line in enumerate(lines):
-        if not line.lstrip().startswith("for("):
-            continue
-        loop = _block(lines, start + 1)
-        if _scatters(loop) or any(inner.lstrip().startswith("for(") for inner in loop):
-            continue
-        uses = [name for inner in loop for name in _ACCUMULATOR.findall(inner)]
-        sums = {found.group(1) for inner in loop if (found := _SUM.match(inner))}
-        if sums and sums == set(uses) and len(uses) == 2 * len(sums):
-            marked[start] = f"#pragma omp simd reduction(+ : {', '.join(sorted(sums))})\n{line}"
-    return marked
-
-
-def _block(lines: list[str], start: int) -> list[str]:
-    """The lines from an opening brace to the one that closes it."""
-    depth = 0
-    for end in range(start, len(lines)):
-        depth += lines[end].count("{") - lines[end].count("}")
-        if depth == 0:
-            return lines[start : end + 1]
-    return lines[start:]
