@@ -28,13 +28,15 @@ _GOAL_SHARE = 0.03  # of a run's time
 _GOAL_GIB = 1.0
 _DRAWS = 10**6
 _CHAINS = 200  # of which draws come quickest
+_BYTES = 8 * (7 + 545)  # of a draw: parameters and effects
 _TOGETHER = 4  # chains of a group
-_PILOT = 500  # draws that show how long one takes
+_FEWEST = 3  # checkpoints of a run, to tell their cost
+_PILOT = 300  # draws that show how long one takes
 
 
 def measure(*, quick: bool) -> list[Table]:
     """Runs of union membership, with its 545 effects, and of the model with the effects sampled."""
-    workers = speed_of_workers((1, 2), groups=2, seconds=3.0 if quick else 20.0)
+    workers = speed_of_workers((1, 2), groups=2, draws=50 if quick else 2000)
     return [_costs(quick=quick), _memory(quick=quick), workers]
 
 
@@ -142,12 +144,13 @@ def _cost(name: str, every: float) -> Row:
         def go_on(**how: Any) -> MCMC:
             return MCMC.resume(path, _kernel(name), *data, disable_progbar=True, **how)
 
-        first = begin(path)
-        pilot = go_on(num_samples=2 * _PILOT)
-        each = (pilot.sampling_time - first.sampling_time) / _PILOT
-        with _Spent() as spent:
-            mcmc = go_on(num_samples=2 * _PILOT + int(3.5 * every / each))
-        draws = mcmc.draws.extent[1]
+        mcmc, spent = begin(path), _Spent()
+        draws, each, periods = _PILOT, mcmc.sampling_time / _PILOT, 0.3
+        while len(spent.ends) < _FEWEST:  # a short piece first, which tells how long a draw takes
+            more, before = max(_PILOT, int(periods * every / each)), mcmc.sampling_time
+            with _Spent() as spent:
+                mcmc = go_on(num_samples=draws + more)
+            draws, each, periods = draws + more, (mcmc.sampling_time - before) / more, 2.7
         size = sum(file.stat().st_size for file in path.rglob("c/**/*") if file.is_file())
         start = _seconds_to_first(partial(begin, Path(folder) / "new.zarr", hook_fn=_end))
         resumed = _seconds_to_first(partial(go_on, num_samples=2 * draws, hook_fn=_end))
@@ -164,19 +167,21 @@ def _cost(name: str, every: float) -> Row:
 
 
 def _memory(*, quick: bool) -> Table:
-    few, many = (2_000, 10_000) if quick else (20_000, 100_000)
+    few, many = (2_000, 4_000) if quick else (20_000, 100_000)
     rows, slopes = [], []
-    for count, streams in ((few, False), (few, True), (many, True)):
+    for count in (few, many):
         with _processes(1) as pool:
-            peak, slope = pool.submit(memory_of_run, count, streams=streams).result()
-        words = "yes" if streams else "no"
-        rows.append({"draws of all chains": count, "written": words, "GiB at most": peak})
+            peak, slope = pool.submit(memory_of_run, count).result()
+        as_numbers = count * _BYTES / 2**30
+        rows.append(
+            {"draws of all chains": count, "as numbers, GiB": as_numbers, "at most, GiB": peak}
+        )
         slopes.append(slope)
-    expected = rows[-1]["GiB at most"] + max(0.0, slopes[-1]) * (_DRAWS - many)
+    expected = rows[-1]["at most, GiB"] + max(0.0, slopes[-1]) * (_DRAWS - many)
     return Table(
         "Peak memory of a process that draws from union membership and keeps its 545 effects",
         rows,
-        f"In memory, or written every second; {_CHAINS} chains. Most of it is the warm-up's. The "
+        f"Written every second; {_CHAINS} chains. Most of it is the warm-up's. The "
         f"last run's memory grows by {slopes[-1] * 2**30:.3g} bytes a draw over the later half of "
         "its checkpoints; when chunks are full, it does so no more. A few parameters are read at a "
         "time when they are looked at in the end.",
@@ -189,7 +194,7 @@ def _processes(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
-def memory_of_run(draws: int, *, streams: bool) -> tuple[float, float]:
+def memory_of_run(draws: int) -> tuple[float, float]:
     """The peak memory of this process after a run of so many draws of all chains, in GiB.
 
     And by how much its memory grew for each draw, over the later half of its checkpoints.
@@ -216,7 +221,7 @@ def memory_of_run(draws: int, *, streams: bool) -> tuple[float, float]:
             warmup_steps=10,
             num_chains=_CHAINS,
             seed=0,
-            checkpoint=Path(folder) / "run.zarr" if streams else None,
+            checkpoint=Path(folder) / "run.zarr",
             checkpoint_every=1.0,
             keep=["effect"],
             disable_progbar=True,
@@ -233,17 +238,14 @@ def _resident_memory() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-def speed_of_workers(counts: Sequence[int], groups: int, seconds: float) -> Table:
+def speed_of_workers(counts: Sequence[int], groups: int, draws: int) -> Table:
     """The same groups, moved by more and more processes.
 
     Arguments:
         counts: How many processes.
         groups: How many groups.
-        seconds: About how long one process takes.
+        draws: How many draws each chain makes.
     """
-    few, more = (_seconds_of_groups(1, groups, draws) for draws in (_PILOT // 5, _PILOT))
-    each = (more - few) / (_PILOT - _PILOT // 5)
-    draws = _PILOT + max(0, int((seconds - more) / each))
     rows: list[Row] = []
     for count in counts:
         taken = _seconds_of_groups(count, groups, draws)
@@ -286,5 +288,4 @@ def _seconds_of_groups(workers: int, groups: int, draws: int) -> float:
 
 
 def _ready() -> None:
-    torch.set_num_threads(1)
     time.sleep(0.5)  # so that each worker takes one
