@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.mending import mend_proposal
-from pyro_hamflow.marginal.pilot import find_pilot
-from pyro_hamflow.marginal.settle import settle_particles
+from pyro_hamflow.marginal.pilot import Pilot, find_pilot
+from pyro_hamflow.marginal.settle import repeated_estimates, settle_particles
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
+from pyro_hamflow.model.supports import is_discrete, transform_of
+from pyro_hamflow.model.trace import run_with
 
 FAR = 1.0  # posterior standard deviations, from which on a pilot is not at the mode
+_DRAWS = 9  # of the prior, whose medians are typical
+_ESTIMATES = 64  # of the likelihood at a pilot
 
 
 def prepare(
@@ -29,8 +35,11 @@ def prepare(
     """
     if marginal.num_particles is None:
         marginal.settle(None)
+    bare = copy.copy(marginal)
     found = find_pilot(marginal, data, start)
     marginal.fit(*data.args, pilot=found.values, **data.kwargs)
+    if marginal.proposal.remark and not marginal.proposal.is_comparable:
+        found = _higher(marginal, bare, found, data)
     if marginal.num_particles is None and marginal.proposal.needs_fit:
         settle_particles(marginal, data)
     remark = _told_of_ends(found.escaped) if found.escaped else None
@@ -38,6 +47,48 @@ def prepare(
     if found.distance <= FAR or not marginal.proposal.is_comparable:
         remark = mend_proposal(marginal, [found.values], data) or remark
     marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
+
+
+def _higher(
+    marginal: TunedEstimator, other: TunedEstimator, found: Pilot, data: Arguments
+) -> Pilot:
+    """The higher of two pilots, with the proposal fitted there: the other search begins at a draw.
+
+    Where a proposal misses other modes, estimates may rise towards parameters at which it serves,
+    and not towards those of the posterior; but none of many estimates is far too high.
+    """
+    second = find_pilot(other, data, _typical(marginal, data))
+    other.fit(*data.args, pilot=second.values, **data.kwargs)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if _height(other, second, data) > _height(marginal, found, data):
+            marginal.take_over(other.prepared)
+            found = second
+    return found
+
+
+def _typical(marginal: TunedEstimator, data: Arguments) -> dict[str, Tensor]:
+    """Unconstrained parameter values in the middle of their prior."""
+    draws: dict[str, list[Tensor]] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(_DRAWS):
+            trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
+            for name in marginal.plan(*data.args, **data.kwargs).structure.parameters:
+                site = trace.nodes[name]
+                if not is_discrete(name, site):
+                    free = transform_of(name, site["fn"]).inv(site["value"])
+                    draws.setdefault(name, []).append(free)
+    return {name: torch.stack(values).median(0).values for name, values in draws.items()}
+
+
+def _height(marginal: TunedEstimator, pilot: Pilot, data: Arguments) -> float:
+    """The logarithm of the prior times the mean of many estimates."""
+    values = pilot.values
+    estimates = repeated_estimates(marginal, values, _ESTIMATES, data).sum(-1)
+    trace = run_with(marginal.model, lambda msg: values.get(msg["name"]), *data.args, **data.kwargs)
+    prior = sum(float(trace.nodes[n]["fn"].log_prob(v).sum()) for n, v in values.items())
+    return prior + float(estimates.logsumexp(0))
 
 
 def _told_of_ends(sites: tuple[str, ...]) -> str:

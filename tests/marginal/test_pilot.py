@@ -154,3 +154,24 @@ def test_tiny_errors_are_found():
     assert marginal.prepared.distance < 0.1 and marginal.prepared.remark is None
     within = float((y - y.mean(1, keepdim=True)).square().sum() / 30.0) ** 0.5
     assert abs(float(pilot["error"]) / within - 1.0) < 0.3
+
+
+def level_and_log_variance(y):
+    """Where steps are wide, the mode is a walk through all observations, without a variance."""
+    s, q = pyro.sample("s", dist.HalfNormal(0.5)), pyro.sample("q", dist.HalfNormal(0.3))
+    level, log_variance = pyro.sample("level_0", dist.Normal(0.0, 1.0)), None
+    for t in range(len(y)):
+        before = dist.Normal(log_variance, q) if t else dist.Normal(-1.0, 1.0)
+        log_variance = pyro.sample(f"g_{t}", before)
+        level = pyro.sample(f"level_{t}", dist.Normal(level, s)) if t else level
+        pyro.sample(f"y_{t}", dist.Normal(level, (log_variance / 2).exp()), obs=y[t])
+
+
+@pytest.mark.slow
+def test_a_second_search_leaves_parameters_at_which_paths_are_missed():
+    y = [-0.3, 0.3, 0.1, -1.7, 0.4, -1.0, -0.2, -1.7, -1.3, -0.7]
+    y = torch.tensor([*y, -1.5, -0.8, -1.4, -1.2, -1.1, -1.5, -0.9, -0.5, -1.1, -2.1])
+    marginal = phf.marginalize(level_and_log_variance, ["g", "level"])
+    found = marginal.pilot((y,), {})
+    assert found["q"] < 1.0
+    assert marginal.proposal.remark is None
