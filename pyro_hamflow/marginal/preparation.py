@@ -15,6 +15,7 @@ from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.supports import is_discrete, transform_of
 from pyro_hamflow.model.trace import run_with
+from pyro_hamflow.process import random_state_kept
 
 FAR = 1.0  # posterior standard deviations, from which on a pilot is not at the mode
 _DRAWS = 9  # of the prior, whose medians are typical
@@ -59,7 +60,7 @@ def _higher(
     """
     second = find_pilot(other, data, _typical(marginal, data))
     other.fit(*data.args, pilot=second.values, **data.kwargs)
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         if _height(other, second, data) > _height(marginal, found, data):
             marginal.take_over(other.prepared)
@@ -70,7 +71,7 @@ def _higher(
 def _typical(marginal: TunedEstimator, data: Arguments) -> dict[str, Tensor]:
     """Unconstrained parameter values in the middle of their prior."""
     draws: dict[str, list[Tensor]] = {}
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         for _ in range(_DRAWS):
             trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
