@@ -228,7 +228,7 @@ def collected(
         if not record.stored:
             return record.stacked()
         written = stored_draws(store, prefix, rows, record.stored, local)
-        return Draws.in_sequence([written, record.stacked()] if len(record) else [written])
+        return Draws.follow([written, record.stacked()] if len(record) else [written])
 
     if at_once:
         return of(records[0], range(number))

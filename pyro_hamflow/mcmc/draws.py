@@ -132,7 +132,7 @@ class Record:
         """All draws as tensors, chains and draws first, on the CPU."""
         singles = [self._stacked_singles()] if self.position else []
         parts = singles + self.blocks
-        return parts[0] if len(parts) == 1 else Draws.in_sequence(parts)
+        return parts[0] if len(parts) == 1 else Draws.follow(parts)
 
     def _stacked_singles(self) -> Draws:
         chains = len(self.position[0])
@@ -201,20 +201,11 @@ class Draws:
         return Draws(block.position, filled_stats, block.local)
 
     @staticmethod
-    def in_sequence(parts: list[Draws]) -> Draws:
+    def follow(parts: list[Draws]) -> Draws:
         """Draws of the same chains, one part after the other."""
         stats = {n: torch.cat([part.stats[n] for part in parts], 1) for n in parts[0].stats}
         local = {n: torch.cat([part.local[n] for part in parts], 1) for n in parts[0].local}
         return Draws(torch.cat([part.position for part in parts], 1), stats, local)
-
-    @staticmethod
-    def follow(parts: list[Draws]) -> Draws:
-        """Draws of the same chains, one after the other."""
-        return Draws(
-            torch.cat([part.position for part in parts], 1),
-            {name: torch.cat([part.stats[name] for part in parts], 1) for name in parts[0].stats},
-            {name: torch.cat([part.local[name] for part in parts], 1) for name in parts[0].local},
-        )
 
     @staticmethod
     def join(parts: list[Draws]) -> Draws:

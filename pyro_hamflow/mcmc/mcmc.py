@@ -403,8 +403,11 @@ class MCMC(Outcome):
             OtherVersion: If what is there was written by another version of the format, or is none.
             DamagedCheckpoint: If the latest one is not as it was written; says which one is.
             OtherModel: If it is of another model or kernel.
-            OtherData: If it is of other data.
-            CheckpointError: If an executor is given for a run that had none.
+            OtherData: If it is of other data: arrays, tables and collections are compared whole, of
+                other objects what is public.
+            PermissionError: If nothing can be written there.
+            CheckpointError: If an executor is given for a run that had none, or there is no
+                compiler for one that machine code moved.
         """
         with latest(path, at) as found:
             if executor is not None and found.division is None:
