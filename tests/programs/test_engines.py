@@ -149,6 +149,14 @@ def test_an_operation_without_code_is_named(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".txt"]
 
 
+def test_an_argument_of_an_unknown_form_is_declined(tmp_path):
+    """As the type of complex numbers, of which there are none here."""
+    both = gradient_functions(lambda x, noise: torch.fft.rfft(x).abs().square().sum())["gradient"]
+    x, none = torch.tensor([0.3, -0.2, 0.1]), torch.zeros(0)
+    with pytest.raises(NotSupported, match="complex"):
+        NativeProgram(capture(both, x, none), (x, none), store=Store(tmp_path))
+
+
 def line(y):
     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(slope, 1.0).expand(y.shape).to_event(1), obs=y)

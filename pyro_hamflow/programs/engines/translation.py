@@ -50,7 +50,10 @@ class Function:
         self._lines: list[str] = []
         self._results: list[Buffer] = []
         for statement in _body(source):
-            self._take(statement)
+            try:
+                self._take(statement)
+            except (KeyError, TypeError, ValueError) as error:  # an argument of an unknown form
+                raise NotSupported(ast.unparse(statement).splitlines()[0]) from error
         self.needs_torch_headers = any(map(_SPECIAL.search, self._kernels.values()))
 
     def text(self, name: str) -> str:
