@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,8 @@ class Killer:
         self.flag, self.draw, self.seed, self.number = flag, draw, seed, number
 
     def __call__(self, kernel, params, stage, i):
+        if stage == "Sample" and self.seed is not None:
+            time.sleep(0.01)  # so that segments end, and draws have come, before it
         if stage != "Sample" or i != self.draw:
             return
         if self.seed is None and not self.flag.exists():
