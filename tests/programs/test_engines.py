@@ -157,6 +157,21 @@ def test_an_argument_of_an_unknown_form_is_declined(tmp_path):
         NativeProgram(capture(both, x, none), (x, none), store=Store(tmp_path))
 
 
+def test_a_density_of_another_type_than_the_parameters_is_right():
+    """A double behind the last chain's float would be written over others' memory."""
+    torch.set_default_dtype(torch.float32)
+    potential = Potential(line, (torch.ones(3, dtype=torch.float64),))
+    position = potential.vectors(4)[0]
+    graph, program = potential.programs.base("gradient"), native_program(potential)
+    value, gradient = program.gradient(position, position[:, :0])
+    assert graph(position[0], position[0, :0])[0].dtype == torch.float64
+    assert position.dtype == value.dtype == gradient.dtype == torch.float32
+    for i, row in enumerate(position):
+        expected = graph(row, row[:0])
+        assert torch.allclose(value[i], expected[0].float(), rtol=1e-5)
+        assert torch.allclose(gradient[i], expected[1], rtol=1e-4)
+
+
 def line(y):
     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(slope, 1.0).expand(y.shape).to_event(1), obs=y)

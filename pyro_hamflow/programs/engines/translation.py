@@ -147,13 +147,15 @@ class Function:
 
 
 def _copied(number: int, buffer: Buffer) -> str:
-    """Writes a result where the caller wants it, without gaps."""
+    """Writes a result where the caller wants it, without gaps, as its numbers are.
+
+    A model may have data of another type than its parameters, and then a density of that.
+    """
     head, indices = loops(buffer.shape)
     at = "0"
     for index, size in zip(indices, buffer.shape, strict=True):
         at = f"({at} * {size} + {index})"
-    to = f"(({buffer.kind}*)r[{number}])[{at}]"
-    return f"{head}{to} = *{buffer.at(indices)};"
+    return f"{head}((Real*)r[{number}])[{at}] = Real(*{buffer.at(indices)});"
 
 
 def _kernels(source: ast.Module) -> dict[str, str]:
