@@ -1,6 +1,6 @@
 """Looks at pages of the site in a browser: ``make docs-look``.
 
-Takes screenshots of six pages at two widths, into ``docs/looks``, and asks the browser whether
+Takes screenshots of six pages at three widths, into ``docs/looks``, and asks the browser whether
 formulas, figures and tables have been drawn, and whether anything is wider than the page.
 """
 
@@ -25,7 +25,7 @@ PAGES = {
     "gallery/quickstart": (0, 1, 0),
     "reference": (3, 0, 0),
 }
-WIDTHS = {1280: 1600, 520: 1600}
+WIDTHS = {1280: 1600, 1100: 1600, 520: 1600}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ASK = """<script>window.addEventListener("load", () => {
 const seen = (name) => [...document.querySelectorAll("article " + name)].filter((e) => {

@@ -24,7 +24,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     Info,
     State,
     draw_uniform,
-    metropolis,
+    metropolis_of_point,
     select_state,
 )
 from pyro_hamflow.model.potential import Potential
@@ -61,7 +61,7 @@ def _names(doctest_namespace: dict[str, Any]) -> None:
         flow_for=flow_for,
         independent=independent,
         geometric_mean=geometric_mean,
-        metropolis=metropolis,
+        metropolis_of_point=metropolis_of_point,
         partial=partial,
         select_state=select_state,
         zuko=zuko,

@@ -24,6 +24,7 @@ from pyro_hamflow.smc.weights import mean_error, smooth_weights
 
 _BATCH = 1000  # draws proposed at once
 _LARGEST_K = 0.7
+_FEWEST_EFFECTIVE = 100  # below which means are rough, and a heavy tail may not have shown yet
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,18 @@ class ImportanceSamples:
         """What the weights say about the result, in a sentence."""
         if self.lost is not None:
             return self.lost
-        said = f"Pareto k is {self.pareto_k:.2f}: "
+        said = f"Pareto k is {self.pareto_k:.2f}"
         if self.pareto_k < _LARGEST_K:
-            return said + f"the corrected draws can be relied on; they are worth {self.ess:.0f}."
+            if self.ess >= _FEWEST_EFFECTIVE:
+                return (
+                    f"{said}: the corrected draws can be relied on; they are worth {self.ess:.0f}."
+                )
+            return (
+                f"{said}, but the corrected draws are worth {self.ess:.0f} only, too few to rely "
+                "on, or to know the tail of the weights: draw more, or train the guide for longer."
+            )
         said += (
-            "the guide misses part of the posterior, and neither weighted draws nor evidence can "
+            ": the guide misses part of the posterior, and neither weighted draws nor evidence can "
             "be relied on: train it for longer, give it more steps, or sample with `NUTS`."
         )
         if not self.potential.noise_dimension:

@@ -100,7 +100,7 @@ def forget_where_it_was(monkeypatch):
     """As if one of all N + 1 were picked, but the present one had no part in it."""
     monkeypatch.setattr(
         independence,
-        "metropolis",
+        "metropolis_of_point",
         lambda error, uniform: metropolis(torch.zeros_like(error), uniform),
     )
 

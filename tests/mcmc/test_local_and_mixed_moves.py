@@ -11,7 +11,12 @@ from pyro_hamflow import MALA, MCMC, CorrelatedRefresh, RandomWalk, marginalize,
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.kernels.random_walk import _BEST_RATE, _BEST_RATES
 from pyro_hamflow.mcmc.transitions import mixture, random_walk
-from pyro_hamflow.mcmc.transitions.base import Tuning, select_state
+from pyro_hamflow.mcmc.transitions.base import (
+    Tuning,
+    metropolis,
+    metropolis_of_point,
+    select_state,
+)
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.in_blocks import InBlocks
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
@@ -99,6 +104,14 @@ def test_invariance_of_langevin(name, mass):
     check_known(name, mass, HMCTransition(potential_of(name), CHAINS), 0.8, 1, moves=4)
 
 
+def test_a_poor_proposal_without_trajectory_is_no_divergence():
+    errors, uniform = torch.tensor([-1.0, 0.5, 2000.0, torch.nan]), torch.full((4,), 0.5)
+    flown, jumped = metropolis(errors, uniform), metropolis_of_point(errors, uniform)
+    assert flown.diverging.tolist() == [False, False, True, True]
+    assert not jumped.diverging.any()
+    assert jumped.accepted.tolist() == flown.accepted.tolist() == [True, True, False, False]
+
+
 def skewed_steps(monkeypatch):
     """Steps whose scale depends on where they begin, without the correction for it."""
     honest = RandomWalkTransition.step
@@ -116,9 +129,9 @@ def shifted_steps(monkeypatch):
 
 
 def half_the_energy(monkeypatch):
-    honest = random_walk.metropolis
+    honest = random_walk.metropolis_of_point
     monkeypatch.setattr(
-        random_walk, "metropolis", lambda error, uniform: honest(0.5 * error, uniform)
+        random_walk, "metropolis_of_point", lambda error, uniform: honest(0.5 * error, uniform)
     )
 
 

@@ -192,6 +192,12 @@ def test_thin_guides_are_told():
     assert "misses part of the posterior" in found.message
 
 
+def test_few_effective_draws_are_not_relied_on():
+    found = importance_sample(conjugate, Gaussian(), Y, num_samples=150, seed=0)
+    assert found.pareto_k < 0.7 and found.ess < 100
+    assert "too few to rely on" in found.message
+
+
 def test_densities_that_are_no_numbers_are_counted():
     def broken():
         x = pyro.sample("mean", dist.Normal(0.0, 1.0))

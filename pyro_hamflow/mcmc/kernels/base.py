@@ -16,7 +16,7 @@ path. A kernel of one's own needs a transition, here of random-walk Metropolis:
     ...         proposed = state.position + torch.randn_like(state.position)
     ...         there = self.state_at(proposed, state.noise)
     ...         error = (there.evaluation.value - state.evaluation.value).double()
-    ...         decision = metropolis(error, draw_uniform(len(error), error.device))
+    ...         decision = metropolis_of_point(error, draw_uniform(len(error), error.device))
     ...         moved = select_state(decision.accepted, there, state)
     ...         energy = moved.evaluation.value.double()
     ...         return moved, Info(*decision, energy, n_steps=0, n_gradients=0, n_densities=1)

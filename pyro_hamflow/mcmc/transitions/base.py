@@ -203,6 +203,12 @@ def metropolis(energy_error: Tensor, uniform: Tensor) -> Decision:
     return Decision(uniform < rate, rate, error, diverging)
 
 
+def metropolis_of_point(energy_error: Tensor, uniform: Tensor) -> Decision:
+    """As :func:`metropolis`, of proposals that no trajectory led to: poor ones do not diverge."""
+    decision = metropolis(energy_error, uniform)
+    return decision._replace(diverging=torch.zeros_like(decision.diverging))
+
+
 def select(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """The new value of each accepted chain, and the old one of the others."""
     return torch.where(accepted.reshape(accepted.shape + (1,) * (new.dim() - 1)), new, old)

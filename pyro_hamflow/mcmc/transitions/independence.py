@@ -23,7 +23,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     State,
     Tuning,
     draw_uniform,
-    metropolis,
+    metropolis_of_point,
     select_state,
 )
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
@@ -151,9 +151,7 @@ def choose(here: Tensor, log_weights: Tensor) -> tuple[Tensor, Decision]:
     pick = (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(1)
     others = log_weights.scatter(1, pick[:, None], here[:, None])
     error = others.logsumexp(1) - log_weights.logsumexp(1)
-    decision = metropolis(error, draw_uniform(len(here), error.device))
-    # A poor proposal is no divergence of a trajectory: there is none.
-    return pick, decision._replace(diverging=torch.zeros_like(decision.diverging))
+    return pick, metropolis_of_point(error, draw_uniform(len(here), error.device))
 
 
 def _log_weight(value: Tensor, log_ratio: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     State,
     Tuning,
     draw_uniform,
-    metropolis,
+    metropolis_of_point,
     select_state,
 )
 from pyro_hamflow.model.target import Target
@@ -48,10 +48,8 @@ class RandomWalkTransition:
         proposed = state.position + tuning.step_sizes(state.position)[:, None] * direction
         there = self.state_at(proposed, state.noise)
         error = there.evaluation.value.double() - state.evaluation.value.double()
-        decision = metropolis(error, draw_uniform(len(error), error.device))
+        decision = metropolis_of_point(error, draw_uniform(len(error), error.device))
         moved = select_state(decision.accepted, there, state)
-        # A step that leads out of the support is no divergence of a trajectory: there is none.
-        decision = decision._replace(diverging=torch.zeros_like(decision.diverging))
         energy = moved.evaluation.value.double()
         return moved, Info(*decision, energy, n_steps=0, n_gradients=0, n_densities=1)
 
