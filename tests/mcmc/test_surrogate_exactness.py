@@ -16,7 +16,7 @@ from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.multiple_proposal import (
     MultipleProposalTransition,
-    resample_systematically,
+    pick_systematically,
 )
 from pyro_hamflow.mcmc.transitions.noise_refresh import (
     Blocks,
@@ -388,9 +388,9 @@ def read_in_order(monkeypatch):
     """Draws in the order of the candidates, so that the last of them comes last too often."""
 
     def in_order(weights, count):
-        return resample_systematically(weights, count).sort(-1).values
+        return pick_systematically(weights, count).sort(-1).values
 
-    monkeypatch.setattr(endpoint_module, "resample_systematically", in_order)
+    monkeypatch.setattr(endpoint_module, "pick_systematically", in_order)
 
 
 def shrink_noise(monkeypatch):
@@ -412,7 +412,7 @@ def test_spoilt_endpoint_is_found_out(spoil, monkeypatch):
 def test_picks_come_as_often_as_their_weights_say():
     torch.manual_seed(0)
     weights = torch.tensor([[0.5, 0.3, 0.0, 0.2]], dtype=torch.float64)
-    picks = resample_systematically(weights.expand(20_000, 4), 4)
+    picks = pick_systematically(weights.expand(20_000, 4), 4)
     share = torch.nn.functional.one_hot(picks, 4).double()
     assert torch.allclose(share.mean(0), weights.expand(4, 4), atol=0.015)  # of each by itself
     assert ((share.sum(1) - 4 * weights).abs() < 1.0).all()  # and of all together
