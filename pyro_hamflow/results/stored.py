@@ -24,6 +24,10 @@ def stored_groups(
     """The groups of a store that a run writes, or has written, and the attributes of the whole.
 
     They are as long as the latest checkpoint says. No model is needed, and no draw is read.
+
+    Raises:
+        CheckpointError: If there is no whole state.
+        ValueError: If there are no draws.
     """
     import xarray  # imports pandas
 
@@ -38,6 +42,11 @@ def stored_groups(
             groups[prefix + group] = part.assign_coords(
                 chain=range(len(found.chains)), draw=range(draws)
             )
+    if not groups:
+        raise ValueError(
+            f"{os.fspath(path)} has no draws yet: the run is in its warm-up, or ended there and "
+            "goes on by `MCMC.resume`"
+        )
     attributes = {
         "inference_library": "pyro_hamflow",
         "inference_library_version": __version__,

@@ -68,6 +68,16 @@ def test_a_store_is_read_while_the_run_goes_on(tmp_path):
     assert sizes in ([7], [8])
 
 
+def test_a_store_of_a_run_in_its_warm_up_has_no_draws(tmp_path):
+    def hook(kernel, params, stage, i):
+        if stage == "Warmup" and i == 8:
+            to_inference_data(tmp_path / "run.zarr")
+
+    kernel = NUTS(model, max_tree_depth=3)
+    with pytest.raises(ValueError, match="run.zarr has no draws yet: the run is in its warm-up"):
+        written(tmp_path / "run.zarr", kernel, checkpoint_every=1e-9, hook_fn=hook)
+
+
 def test_xarray_opens_a_store_by_itself(tmp_path):
     mcmc = written(tmp_path / "run.zarr", NUTS(model, max_tree_depth=3))
     found = xarray.open_zarr(tmp_path / "run.zarr", group="sample_stats", consolidated=False)
