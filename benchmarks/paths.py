@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.competitors import numpyro_run
+from benchmarks.memory import peak_memory
 from benchmarks.path_models import (
     binary,
     classification,
@@ -230,8 +230,7 @@ def _run_long(length: int) -> Row:
     kernel = PseudoMarginalNUTS(marginalize(volatility, ["path"]))
     mcmc = MCMC(kernel, 20, 30, num_chains=_CHAINS, seed=0, disable_progbar=True)
     mcmc.run(simulated(length))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"length": length, "MiB": most, "sampling, s": mcmc.sampling_time}
+    return {"length": length, "MiB": 1024 * peak_memory(), "sampling, s": mcmc.sampling_time}
 
 
 if __name__ == "__main__":
