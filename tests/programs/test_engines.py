@@ -166,6 +166,7 @@ def test_a_density_of_another_type_than_the_parameters_is_right():
     value, gradient = program.gradient(position, position[:, :0])
     assert graph(position[0], position[0, :0])[0].dtype == torch.float64
     assert position.dtype == value.dtype == gradient.dtype == torch.float32
+    assert choose_engine("native", graph, position, position[0, :0], None).name == "native"
     for i, row in enumerate(position):
         expected = graph(row, row[:0])
         assert torch.allclose(value[i], expected[0].float(), rtol=1e-5)

@@ -139,7 +139,13 @@ def _same(found: list[Tensor], right: Callable[[Tensor], list[Tensor]], row: Ten
         right: What the graph gives at a place.
         row: The place.
     """
-    expected = right(row)
+    kinds = [result.dtype for result in found]
+
+    def known(row: Tensor) -> list[Tensor]:
+        # Data may be of another type than the parameters, and the graph's results with them.
+        return [result.to(kind) for result, kind in zip(right(row), kinds, strict=True)]
+
+    expected = known(row)
     if not expected[0].isfinite():
         return not found[0].isfinite()  # all else means nothing
     tolerance = rounding_of(expected)
@@ -147,7 +153,7 @@ def _same(found: list[Tensor], right: Callable[[Tensor], list[Tensor]], row: Ten
     if all(is_near(*pair, tolerance) for pair in pairs):
         return True
     rounding = torch.finfo(row.dtype).eps * (1.0 + row.abs())
-    moved = [right(row + side * rounding) for side in _NUDGES]
+    moved = [known(row + side * rounding) for side in _NUDGES]
     return all(
         is_near(*pair, tolerance) or is_near_as(*pair, [results[i] for results in moved])
         for i, pair in enumerate(pairs)
