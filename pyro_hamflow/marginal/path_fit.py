@@ -30,7 +30,6 @@ from pyro_hamflow.marginal.path_modes import (
     added,
     climb,
     deviations_of,
-    root_of,
     site_at,
 )
 from pyro_hamflow.process import random_state_kept
@@ -107,7 +106,7 @@ def gaussian_at(fit: PathFit, parts: Parts, parameters: dict[str, Tensor]) -> Pa
 
 
 def _gaussian(place: Tensor, prior: Expansion, site: Expansion) -> PathGaussian:
-    root = root_of(added(prior.bands, site.bands))
+    root = banded.nearest_root(added(prior.bands, site.bands))
     return PathGaussian(place, banded.solve(root, prior.gradient + site.gradient), root)
 
 
@@ -165,7 +164,7 @@ def _slopes(look_at: LookAt, anchor: Anchor, mode: Tensor) -> tuple[Tensor, Tens
     """How the mode and the log standard deviations move with the parameters, by differences."""
 
     def newton(look: Look) -> tuple[Tensor, Tensor]:
-        step = banded.solve_both(root_of(look.precision), look.slope)
+        step = banded.solve_both(banded.nearest_root(look.precision), look.slope)
         return step, deviations_of(look.precision).log()
 
     sizes = torch.cat([anchor.values[name].abs().reshape(-1) for name in anchor.followed])

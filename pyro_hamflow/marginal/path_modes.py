@@ -58,33 +58,11 @@ def added(first: Tensor, second: Tensor) -> Tensor:
     return wide[0] + wide[1]
 
 
-def root_of(bands: Tensor) -> Tensor:
-    """The root of a precision, which is made dominated by its diagonal where it has none."""
-    if bands.shape[-1] == 1:
-        return bands.clamp(min=torch.finfo(bands.dtype).tiny).sqrt()
-    defined = banded.log_det(banded.cholesky(bands.detach())).isfinite()
-    return banded.cholesky(torch.where(defined[..., None, None], bands, _dominated(bands)))
-
-
-def _dominated(bands: Tensor) -> Tensor:
-    """A matrix with the same entries beside the diagonal, and enough on it to be positive."""
-    n, width = bands.shape[-2:]
-    least = 1e-6 * bands[..., 0].abs().amax(-1, keepdim=True)
-    scale = bands[..., 0].abs().clamp(min=least).sqrt()
-    beside = torch.zeros_like(scale)
-    for k in range(1, min(width, n)):
-        relative = bands[..., k:, k].abs() / (scale[..., k:] * scale[..., :-k])
-        beside = beside + torch.nn.functional.pad(relative, (k, 0))
-        beside = beside + torch.nn.functional.pad(relative, (0, k))
-    diagonal = torch.maximum(bands[..., 0], scale.square() * beside * 1.01 + least)
-    return torch.cat([diagonal[..., None], bands[..., 1:]], -1)
-
-
 def deviations_of(precision: Tensor) -> Tensor:
     """The standard deviations that a precision says: the gradient of its log determinant."""
     with torch.enable_grad():
         precision = precision.detach().requires_grad_()
-        total = banded.log_det(root_of(precision)).sum()
+        total = banded.log_det(banded.nearest_root(precision)).sum()
         (slope,) = torch.autograd.grad(total, precision)
     return slope[..., 0].clamp(min=0.0).sqrt()
 
@@ -135,7 +113,7 @@ def climb(look: Callable[[Tensor], Look], x: Tensor) -> Tensor:
         diagonal = here.precision[..., :1]
         size = diagonal.abs().clamp(min=torch.finfo(x.dtype).tiny)
         damped = torch.cat([diagonal + damping[..., None] * size, here.precision[..., 1:]], -1)
-        step = banded.solve_both(root_of(damped), here.slope)
+        step = banded.solve_both(banded.nearest_root(damped), here.slope)
         decrement = (here.slope * step).sum(-1)
         new = x + step
         there = look(new)
@@ -166,7 +144,7 @@ def other_modes(look: Callable[[Tensor], Look], mode: Tensor, starts: list[Tenso
     """
 
     def mass(here: Look) -> Tensor:
-        return here.value - 0.5 * banded.log_det(root_of(here.precision))
+        return here.value - 0.5 * banded.log_det(banded.nearest_root(here.precision))
 
     fitted = look(mode)
     deviations, least = deviations_of(fitted.precision), mass(fitted) - _LIGHTEST

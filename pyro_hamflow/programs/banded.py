@@ -4,7 +4,8 @@ A symmetric matrix Q whose entries vanish further than p from the diagonal is gi
 *bands*, a tensor of shape ``(*batch, n, p + 1)`` whose entry ``[i, k]`` is :math:`Q_{i, i-k}`;
 those with ``i < k`` are never read. Its Cholesky factor, the *root* :math:`Q = L L^\top`, has the
 same shape. All takes time and memory in proportion to n, and so do the gradients, whose rules are
-written out. The loops over n are operators of torch: machine code where a C++ compiler is at hand,
+written out. The loops over n are operators of torch
+(:mod:`~pyro_hamflow.programs.banded_operators`): machine code where a C++ compiler is at hand,
 torch's own operations where none is. They can be recorded, batched by ``torch.func.vmap``, and
 differentiated once by ``torch.autograd``. A matrix that is not positive definite has a root with
 NaN.
@@ -23,13 +24,12 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pyro_hamflow.programs import banded_source as source
+from pyro_hamflow.programs import banded_operators as operators
+
+_FEW = 3  # bands whose entries are chosen one by one
 
 
 def cholesky(bands: Tensor) -> Tensor:
@@ -41,7 +41,21 @@ def cholesky(bands: Tensor) -> Tensor:
     Returns:
         Those of its lower Cholesky factor, of the same shape; with NaN where there is none.
     """
-    return _factorise(bands.reshape(-1, *bands.shape[-2:])).reshape(bands.shape)
+    return operators.factorise(bands.reshape(-1, *bands.shape[-2:])).reshape(bands.shape)
+
+
+def nearest_root(bands: Tensor) -> Tensor:
+    """The root of a matrix, which is made dominated by its diagonal where it has none.
+
+    Arguments:
+        bands: Its lower bands, of shape ``(*batch, n, p + 1)``.
+
+    Returns:
+        Those of the factor, of the same shape.
+    """
+    if bands.shape[-1] == 1:
+        return bands.clamp(min=torch.finfo(bands.dtype).tiny).sqrt()
+    return operators.root(bands.reshape(-1, *bands.shape[-2:]))[0].reshape(bands.shape)
 
 
 def solve(root: Tensor, vectors: Tensor, *, transposed: bool = False) -> Tensor:
@@ -57,7 +71,9 @@ def solve(root: Tensor, vectors: Tensor, *, transposed: bool = False) -> Tensor:
     """
     many = vectors if vectors.dim() == root.dim() else vectors.unsqueeze(-2)
     flat = many.reshape(-1, *many.shape[-2:])
-    return _solve(root.reshape(-1, *root.shape[-2:]), flat, transposed).reshape(vectors.shape)
+    return operators.solve(root.reshape(-1, *root.shape[-2:]), flat, transposed).reshape(
+        vectors.shape
+    )
 
 
 def solve_both(root: Tensor, vectors: Tensor) -> Tensor:
@@ -160,122 +176,12 @@ def bands_seen(products: Tensor, width: int) -> Tensor:
         return products.movedim(0, -1)
     rows = torch.arange(products.shape[-1], device=products.device)[:, None]
     columns = rows - torch.arange(width, device=products.device)
+    if width <= _FEW:  # choices in place of indices: machine code makes vectors of them
+        zero, bands = products.new_zeros(()), []
+        for k in range(width):
+            owner = torch.where(columns[:, k] < 0, -1, columns[:, k] % len(products))
+            parts = [torch.where(owner == c, part, zero) for c, part in enumerate(products)]
+            bands.append(sum(parts[1:], start=parts[0]))
+        return torch.stack(bands, -1)
     index = (columns % len(products)).expand(*products.shape[1:], width)
     return products.movedim(0, -1).gather(-1, index) * (columns >= 0)
-
-
-# The operators. Their shapes are (batch, n, width) for bands, and (batch, count, n) for vectors.
-
-
-@torch.library.custom_op("pyro_hamflow::banded_factorise", mutates_args=())
-def _factorise(bands: Tensor) -> Tensor:
-    matrix = bands.detach().cpu().contiguous()
-    root = torch.empty_like(matrix)
-    if not source.call("factorise", tuple(matrix.shape), matrix, root):
-        root = source.factorise(matrix)
-    return root.to(bands.device)
-
-
-@torch.library.custom_op("pyro_hamflow::banded_factorise_adjoint", mutates_args=())
-def _factorise_adjoint(root: Tensor, slope: Tensor) -> Tensor:
-    factor = root.detach().cpu().contiguous()
-    given = slope.detach().cpu().clone(memory_format=torch.contiguous_format)
-    result = torch.empty_like(factor)
-    if not source.call("factorise_adjoint", tuple(factor.shape), factor, given, result):
-        result = source.factorise_adjoint(factor, given)
-    return result.to(root.device)
-
-
-@torch.library.custom_op("pyro_hamflow::banded_solve", mutates_args=())
-def _solve(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
-    factor, given = root.detach().cpu().contiguous(), vectors.detach().cpu().contiguous()
-    result, sizes = torch.empty_like(given), (*given.shape, root.shape[-1], int(transposed))
-    if not source.call("solve", sizes, factor, given, result):
-        result = source.solve(factor, given, transposed=transposed)
-    return result.to(root.device)
-
-
-@torch.library.custom_op("pyro_hamflow::banded_outer", mutates_args=())
-def _outer(left: Tensor, right: Tensor, width: int) -> Tensor:
-    first, second = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()
-    result = first.new_empty(first.shape[0], first.shape[2], width)
-    if not source.call("outer", (*first.shape, width), first, second, result):
-        result = source.outer(first, second, width)
-    return result.to(left.device)
-
-
-@_factorise.register_fake
-def _(bands: Tensor) -> Tensor:
-    return bands.new_empty(bands.shape)
-
-
-@_factorise_adjoint.register_fake
-def _(root: Tensor, slope: Tensor) -> Tensor:
-    return root.new_empty(root.shape)
-
-
-@_solve.register_fake
-def _(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
-    return vectors.new_empty(vectors.shape)
-
-
-@_outer.register_fake
-def _(left: Tensor, right: Tensor, width: int) -> Tensor:
-    return left.new_empty(left.shape[0], left.shape[2], width)
-
-
-def _keep_root(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(output)
-
-
-def _factorise_backward(ctx: Any, slope: Tensor) -> Tensor:
-    return _factorise_adjoint(ctx.saved_tensors[0], slope)
-
-
-def _keep_solution(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], output)
-    ctx.transposed = inputs[2]
-
-
-def _solve_backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
-    root, solution = ctx.saved_tensors
-    of_vectors = _solve(root, slope, not ctx.transposed)
-    pair = (solution, of_vectors) if ctx.transposed else (of_vectors, solution)
-    return -_outer(*pair, root.shape[-1]), of_vectors, None
-
-
-_factorise.register_autograd(_factorise_backward, setup_context=_keep_root)
-_solve.register_autograd(_solve_backward, setup_context=_keep_solution)
-
-
-def _first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """A tensor with its batch dimension first, joined to the dimension behind."""
-    moved = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return moved.flatten(0, 1)
-
-
-def _batch_all(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    """The rule by which an operator of tensors, and of numbers that stay, is batched."""
-
-    def run(info: Any, dims: Any, *args: Any) -> tuple[Tensor, int]:
-        size = info.batch_size
-        pairs = zip(args, dims, strict=True)
-        flat = [_first(arg, dim, size) if isinstance(arg, Tensor) else arg for arg, dim in pairs]
-        return operator(*flat).unflatten(0, (size, -1)), 0
-
-    return run
-
-
-def _batch_solve(info: Any, dims: Any, root: Tensor, vectors: Tensor, transposed: Any) -> Any:
-    """Vectors of one root stay beside each other: it is read once for all."""
-    if dims[0] is not None:
-        return _batch_all(_solve)(info, dims, root, vectors, transposed)
-    moved = vectors.movedim(dims[1], 1)
-    result = _solve(root, moved.flatten(1, 2), transposed)
-    return result.unflatten(1, moved.shape[1:3]), 1
-
-
-_factorise.register_vmap(_batch_all(_factorise))
-_factorise_adjoint.register_vmap(_batch_all(_factorise_adjoint))
-_outer.register_vmap(_batch_all(_outer))
-_solve.register_vmap(_batch_solve)

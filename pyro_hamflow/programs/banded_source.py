@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache, partial
-from string import Template
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,67 +15,17 @@ from torch import Tensor
 from pyro_hamflow.programs.machine_code import compiler, libraries
 from pyro_hamflow.programs.machine_code.store import key_of, user_store
 
-_SOURCE = Template("""
-void factorise_$suffix(long batch, long n, long q, const $real *matrix, $real *root) {
-  for (long r = 0; r < batch; r++, matrix += n * q, root += n * q)
-    for (long i = 0; i < n; i++) {
-      long m = i < q - 1 ? i : q - 1;
-      for (long k = q - 1; k > m; k--) root[i * q + k] = 0;
-      for (long k = m; k >= 0; k--) {
-        long j = i - k;
-        $real t = matrix[i * q + k];
-        for (long c = 1; k + c <= m; c++) t -= root[i * q + k + c] * root[j * q + c];
-        root[i * q + k] = k ? t / root[j * q] : $sqrt(t);
-      }
-    }
+_HEADER = Path(__file__).parent / "engines" / "banded.hpp"
+# How many sizes and tensors each loop takes.
+_LOOPS = {
+    "factorise": (3, 2),
+    "factorise_adjoint": (3, 3),
+    "root": (3, 3),
+    "root_adjoint": (3, 5),
+    "solve": (5, 3),
+    "outer": (4, 3),
 }
-void factorise_adjoint_$suffix(long batch, long n, long q, const $real *root, $real *slope,
-                               $real *result) {
-  for (long r = 0; r < batch; r++, root += n * q, slope += n * q, result += n * q)
-    for (long i = n - 1; i >= 0; i--) {
-      long m = i < q - 1 ? i : q - 1;
-      for (long k = m + 1; k < q; k++) result[i * q + k] = 0;
-      for (long k = 0; k <= m; k++) {
-        long j = i - k;
-        $real t = slope[i * q + k] / root[j * q];
-        if (k) slope[j * q] -= t * root[i * q + k]; else t /= 2;
-        result[i * q + k] = t;
-        for (long c = 1; k + c <= m; c++) {
-          slope[i * q + k + c] -= t * root[j * q + c];
-          slope[j * q + c] -= t * root[i * q + k + c];
-        }
-      }
-    }
-}
-void solve_$suffix(long batch, long count, long n, long q, long transposed, const $real *root,
-                   const $real *vectors, $real *result) {
-  for (long r = 0; r < batch; r++, root += n * q)
-    for (long w = 0; w < count; w++, vectors += n, result += n)
-      if (transposed)
-        for (long i = n - 1; i >= 0; i--) {
-          $real t = vectors[i];
-          for (long k = 1; k < q && i + k < n; k++) t -= root[(i + k) * q + k] * result[i + k];
-          result[i] = t / root[i * q];
-        }
-      else
-        for (long i = 0; i < n; i++) {
-          $real t = vectors[i];
-          for (long k = 1; k < q && k <= i; k++) t -= root[i * q + k] * result[i - k];
-          result[i] = t / root[i * q];
-        }
-}
-void outer_$suffix(long batch, long count, long n, long q, const $real *left, const $real *right,
-                   $real *result) {
-  for (long r = 0; r < batch; r++, result += n * q) {
-    for (long i = 0; i < n * q; i++) result[i] = 0;
-    for (long w = 0; w < count; w++, left += n, right += n)
-      for (long i = 0; i < n; i++)
-        for (long k = 0; k < q && k <= i; k++) result[i * q + k] += left[i] * right[i - k];
-  }
-}
-""")
-
-_KINDS = {torch.float64: ("double", "double", "sqrt"), torch.float32: ("float", "float", "sqrtf")}
+_KINDS = {torch.float64: "double", torch.float32: "float"}
 
 
 @cache
@@ -85,8 +35,8 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library; none where no compiler works, and torch does them more slowly.
     """
-    kinds = map(text, _KINDS)
-    source = "\n".join(["#include <math.h>", 'extern "C" {', *kinds, "}"])
+    exported = (_exported(name, kind) for name in _LOOPS for kind in _KINDS.values())
+    source = "\n".join([_HEADER.read_text(), *exported])
     key = key_of(source, compiler.description())
     try:
         return libraries.library(key, partial(compiler.compiled, source), user_store())
@@ -94,19 +44,18 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def text(dtype: torch.dtype) -> str:
-    """The loops over numbers of a type, as functions in C++."""
-    real, suffix, root = _KINDS[dtype]
-    return _SOURCE.substitute(real=real, suffix=suffix, sqrt=root)
-
-
-def full_name(name: str, dtype: torch.dtype) -> str:
-    """A loop's name for numbers of a type."""
-    return f"{name}_{_KINDS[dtype][1]}"
+def _exported(name: str, kind: str) -> str:
+    """A loop over numbers of a type as a function of the library."""
+    sizes, tensors = (
+        [f"{letter}{i}" for i in range(n)] for letter, n in zip("nt", _LOOPS[name], strict=True)
+    )
+    given = [*(f"long {size}" for size in sizes), *(f"{kind} *{tensor}" for tensor in tensors)]
+    call = f"banded::{name}({', '.join([*sizes, *tensors])});"
+    return f'extern "C" void {name}_{kind}({", ".join(given)}) {{ {call} }}'
 
 
 def call(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> bool:
-    """Runs a loop of the library on contiguous tensors of one type, the last of them its result.
+    """Runs a loop of the library on contiguous tensors of one type, the last of them its results.
 
     Returns:
         Whether there is such a loop.
@@ -115,7 +64,7 @@ def call(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> bool:
     if dtype not in _KINDS or code is None:
         return False
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    getattr(code, full_name(name, dtype))(*map(ctypes.c_long, sizes), *pointers)
+    getattr(code, f"{name}_{_KINDS[dtype]}")(*map(ctypes.c_long, sizes), *pointers)
     return True
 
 
@@ -173,3 +122,32 @@ def outer(left: Tensor, right: Tensor, width: int) -> Tensor:
     for k in range(min(width, left.shape[2])):
         result[:, k:, k] = (left[:, :, k:] * right[:, :, : left.shape[2] - k]).sum(1)
     return result
+
+
+def dominated(bands: Tensor) -> Tensor:
+    """A matrix with the same entries beside the diagonal, and enough on it to be positive."""
+    n, width = bands.shape[-2:]
+    least = 1e-6 * bands[..., 0].abs().amax(-1, keepdim=True)
+    scale = bands[..., 0].abs().clamp(min=least).sqrt()
+    beside = torch.zeros_like(scale)
+    for k in range(1, min(width, n)):
+        relative = bands[..., k:, k].abs() / (scale[..., k:] * scale[..., :-k])
+        beside = beside + torch.nn.functional.pad(relative, (k, 0))
+        beside = beside + torch.nn.functional.pad(relative, (0, k))
+    diagonal = torch.maximum(bands[..., 0], scale.square() * beside * 1.01 + least)
+    return torch.cat([diagonal[..., None], bands[..., 1:]], -1)
+
+
+def root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor of a matrix, or of a dominated one where it has none; and where, ``(batch,)``."""
+    found = factorise(matrix)
+    mended = ~found[..., 0].log().sum(-1).isfinite()
+    other = factorise(dominated(matrix))
+    return torch.where(mended[:, None, None], other, found), mended.to(matrix)
+
+
+def root_adjoint(matrix: Tensor, factor: Tensor, mended: Tensor, slope: Tensor) -> Tensor:
+    """From slopes in what :func:`root` finds to those in the matrix; ``slope`` is written over."""
+    found = factorise_adjoint(factor, slope)
+    moved: Tensor = torch.func.vjp(dominated, matrix)[1](found)[0]
+    return torch.where(mended[:, None, None] != 0, moved, found)

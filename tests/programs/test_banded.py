@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_hamflow.programs import banded, banded_source
 from pyro_hamflow.programs.capture import batch, capture
 
-SIZES = [(1, 0), (7, 0), (7, 1), (9, 2), (6, 3), (5, 4), (3, 5)]
+SIZES = [(1, 0), (7, 0), (7, 1), (9, 2), (6, 3), (5, 4), (3, 5), (24, 20)]
 
 
 def some_bands(n: int, p: int, *shape: int) -> Tensor:
@@ -101,6 +101,38 @@ def test_a_matrix_that_is_not_positive_definite_has_no_root(way):
     bands[1, 3, 0] = -1.0
     found = banded.log_det(banded.cholesky(bands))
     assert found[0].isfinite() and found[1].isnan()
+
+
+@pytest.mark.parametrize(("n", "p"), [(7, 1), (9, 2), (12, 10)])
+def test_where_there_is_no_root_it_is_that_of_a_dominated_matrix(way, n, p):
+    bands, weights = some_bands(n, p, 3), random(3, n, p + 1)
+    bands[1, n // 2, 0], bands[1, 1, 0], bands[1, 2:, 0] = -2.0, 1e-9, bands[1, 2:, 0] - 3.0
+    bands = bands.requires_grad_()
+    root = banded.nearest_root(bands)
+    (slope,) = torch.autograd.grad((weights * root).sum(), bands)
+    rows = []
+    for row in bands:
+        lower = banded.cholesky(row)
+        if not banded.log_det(lower).isfinite():
+            lower = banded.cholesky(banded_source.dominated(row))
+        rows.append(lower)
+    exact = torch.stack(rows)
+    assert [banded.log_det(banded.cholesky(row)).isfinite() for row in bands] == [True, False, True]
+    torch.testing.assert_close(root, exact)
+    torch.testing.assert_close(slope, torch.autograd.grad((weights * exact).sum(), bands)[0])
+    matrix = banded.dense(banded_source.dominated(bands[1]))
+    beside = (matrix - torch.diag(matrix.diagonal())).abs()
+    scale = bands[1, :, 0].abs().clamp(min=1e-6 * bands[1, :, 0].abs().max()).sqrt()
+    assert bool((matrix.diagonal() > scale * (beside @ (1.0 / scale))).all())
+
+
+def test_many_vectors_of_two_bands_at_once(way):
+    bands, vectors = some_bands(9, 1), random(6, 9)
+    root = banded.cholesky(bands)
+    for transposed in (False, True):
+        found = banded.solve(root, vectors, transposed=transposed)
+        back = banded.multiply_root(root, found, transposed=transposed)
+        torch.testing.assert_close(back, vectors)
 
 
 def test_single_precision(way):

@@ -64,9 +64,6 @@ class Writer(Protocol):
     def emit(self, line: str) -> None:
         """Adds a statement."""
 
-    def need(self, helper: str) -> None:
-        """Has functions in C++, in words, stand before this one."""
-
 
 def kind_of(dtype: Any) -> str:
     """A type of torch's in C++."""

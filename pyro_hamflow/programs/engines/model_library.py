@@ -26,7 +26,7 @@ from pyro_hamflow.programs.machine_code.libraries import library
 from pyro_hamflow.programs.machine_code.store import Store, key_of
 
 _HERE = Path(__file__).parent
-_NAMES = ("kernels", "call", "trajectories", "noise", "draws")
+_NAMES = ("kernels", "banded", "call", "trajectories", "noise", "draws")
 HEADERS = {name: (_HERE / f"{name}.hpp").read_text() for name in _NAMES}
 
 _PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried
@@ -124,13 +124,11 @@ def _source(gradient: Part, evaluation: Part | None) -> tuple[str, bool]:
     source = [
         *first,
         HEADERS["kernels"],
+        HEADERS["banded"],
         *memory,
         f"using Real = {kind_of(position.dtype)};",
         f"static const long {constants};",
         HEADERS["call"],
-        "namespace {",
-        *dict.fromkeys(helper for function in functions for helper in function.helpers),
-        "}",
         *bodies,
         *headers,
     ]

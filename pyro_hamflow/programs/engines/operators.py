@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from pyro_hamflow.programs import banded_source
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, Writer, loops
 
 Results = Buffer | tuple[Buffer, ...]
@@ -149,20 +148,20 @@ def _sort(
 
 
 def _banded(name: str) -> Rule:
-    """The rule for a loop over banded matrices, whose last tensor is its result."""
+    """The rule for a loop over banded matrices, whose last tensors are its results."""
 
-    def rule(writer: Writer, out: Buffer, *args: Any) -> None:
-        writer.need(banded_source.text(out.dtype))
+    def rule(writer: Writer, out: Results, *args: Any) -> None:
+        results = (out,) if isinstance(out, Buffer) else out
         tensors = [_without_gaps(writer, arg) for arg in args if isinstance(arg, Buffer)]
         # The sizes of what they lie in, as the loops take them.
         vectors = tensors[1 if name == "solve" else 0].shape
-        width = args[2] if name == "outer" else args[0].shape[-1]
-        sizes = {
-            "solve": (*vectors, width, *map(int, args[2:])),
-            "outer": (*vectors, width),
-        }.get(name, vectors)
-        numbers = [*map(str, sizes), *(tensor.place for tensor in (*tensors, out))]
-        writer.emit(f"{banded_source.full_name(name, out.dtype)}({', '.join(numbers)});")
+        sizes = vectors
+        if name == "solve":
+            sizes = (*vectors, args[0].shape[-1], int(args[2]))
+        elif name == "outer":
+            sizes = (*vectors, args[2])
+        numbers = [*map(str, sizes), *(tensor.place for tensor in (*tensors, *results))]
+        writer.emit(f"banded::{name}({', '.join(numbers)});")
 
     return rule
 
@@ -178,7 +177,7 @@ def _without_gaps(writer: Writer, part: Buffer) -> Buffer:
 _RULES: dict[str, Rule] = {
     **{
         f"pyro_hamflow.banded_{name}": _banded(name)
-        for name in ("factorise", "factorise_adjoint", "solve", "outer")
+        for name in ("factorise", "factorise_adjoint", "root", "root_adjoint", "solve", "outer")
     },
     "pyro_hamflow.product": _product,
     "aten.linalg_cholesky_ex": _cholesky,

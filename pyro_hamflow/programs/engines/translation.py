@@ -35,7 +35,6 @@ class Function:
     Attributes:
         scratch: How many bytes its buffers take.
         needs_torch_headers: Whether its kernels call special functions of torch's.
-        helpers: Functions in C++ that it calls.
 
     Raises:
         NotSupported: If the program has a statement of a form that is not known.
@@ -43,7 +42,6 @@ class Function:
 
     def __init__(self, source: ast.Module, examples: Sequence[Tensor]) -> None:
         self.scratch = 0
-        self.helpers: list[str] = []
         self._examples = examples
         self._known: dict[str, Any] = {}
         self._kernels = _kernels(source)
@@ -70,10 +68,6 @@ class Function:
 
     def emit(self, line: str) -> None:
         self._lines.append(line)
-
-    def need(self, helper: str) -> None:
-        if helper not in self.helpers:
-            self.helpers.append(helper)
 
     def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
         spans = ((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
