@@ -261,6 +261,8 @@ def test_the_choice_is_by_the_length_of_the_run():
     assert short.name == "torch" and "too short" in short.reason and not short.declined
     assert choose_engine("auto", graph, *starts(potential, 4), None).name == "torch"
     assert choose_engine("auto", graph, *starts(potential, 4), 10**6).name == "native"
+    found = [choose_engine("auto", graph, *starts(potential, 4), 1000, steps=n) for n in (1, 8)]
+    assert [one.name for one in found] == ["torch", "native"]
     missing = choose_engine("native", None, *starts(potential, 4), 100)
     assert missing.declined and "not captured" in missing.reason
 

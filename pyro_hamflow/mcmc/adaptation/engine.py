@@ -35,6 +35,7 @@ class Engine:
         potential: Potential,
         position: Tensor,
         plan: RunPlan,
+        steps: int,
         kind: str = "gradient",
         looks: Callable[[], Looks] | None = None,
     ) -> bool:
@@ -44,6 +45,7 @@ class Engine:
             potential: The target.
             position: Where chains start.
             plan: What the run is to be.
+            steps: How many steps a trajectory takes, roughly, as far as is known.
             kind: Of the gradient that trajectories follow; ``"value"`` if they follow none.
             looks: What the target says beside its potential, where its noise moves.
         """
@@ -55,7 +57,14 @@ class Engine:
         if self.wanted != "torch":
             graph = potential.programs.base(kind if gradient else "gradient")
         choice = choose_engine(
-            self.wanted, graph, position, noise, iterations, looks, gradient=gradient
+            self.wanted,
+            graph,
+            position,
+            noise,
+            iterations,
+            looks,
+            gradient=gradient,
+            steps=steps,
         )
         self.take(choice, plan)
         return self.chosen.name == "native"

@@ -124,8 +124,10 @@ class EstimatorTuning:
 
     def transition(self, potential: Potential, position: Tensor) -> Transition:
         """The move of parameters and noise, for chains that start at given positions."""
+        steps = self.trajectories.expected_steps
         if not potential.noise_sites and not self.required:
-            if self.engine.is_native(potential, position, self.plan, self.trajectories.kind):
+            kind = self.trajectories.kind
+            if self.engine.is_native(potential, position, self.plan, steps, kind):
                 return self.trajectories.native_transition(potential)
             return self.trajectories.parameter_transition(potential, len(position))
         if not potential.noise_sites:
@@ -138,7 +140,7 @@ class EstimatorTuning:
         joint = self.chosen_method == "joint"
         kind, refresh = ("gradients", None) if joint else (self.trajectories.kind, self.refresh)
         looks = partial(looks_of, potential, refresh)
-        if self.engine.is_native(potential, position, self.plan, kind, looks):
+        if self.engine.is_native(potential, position, self.plan, steps, kind, looks):
             return self.trajectories.native_estimate_transition(potential, refresh)
         if joint:
             return self.trajectories.joint_transition(potential, len(position))

@@ -125,7 +125,8 @@ class Kernel(PyroFace):
         moves = self.hamiltonian
         if moves.estimator is not None:
             return moves.estimator.transition(potential, position)
-        if self._engine.is_native(potential, position, self.plan):
+        steps = moves.trajectories.expected_steps
+        if self._engine.is_native(potential, position, self.plan, steps):
             return moves.trajectories.native_transition(potential)
         return moves.trajectories.parameter_transition(potential, len(position))
 

@@ -21,6 +21,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.target import Target
 
 _DEEPEST = 20  # doublings: a million points
+_STEPS = 8  # of a trajectory, roughly, before anything is known of it
 
 
 class Trajectories(Protocol):
@@ -56,6 +57,10 @@ class Trajectories(Protocol):
 
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         """The move of parameters and noise together."""
+
+    @property
+    def expected_steps(self) -> int:
+        """How many steps a trajectory takes, roughly, before anything is known of it."""
 
     def draw_num_steps(self, step_size: float) -> int:
         """How many steps the next trajectories take, or may take at most."""
@@ -112,6 +117,10 @@ class HMCTrajectories:
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         return JointTransition(target, num_chains)
 
+    @property
+    def expected_steps(self) -> int:
+        return self.fixed_num_steps or _STEPS
+
     def draw_num_steps(self, step_size: float) -> int:
         if self.fixed_num_steps is not None:
             return self.fixed_num_steps
@@ -152,6 +161,10 @@ class NUTSTrajectories:
     def joint_transition(self, target: Target, num_chains: int) -> Transition:
         return JointNUTSTransition(target, num_chains, self.max_tree_depth)
 
+    @property
+    def expected_steps(self) -> int:
+        return min(_STEPS, 2**self.max_tree_depth - 1)
+
     def draw_num_steps(self, step_size: float) -> int:
         return 2**self.max_tree_depth - 1
 
@@ -165,6 +178,7 @@ class RandomSteps:
     """Single steps of a random walk."""
 
     kind = "value"
+    expected_steps = 1
 
     def parameter_transition(
         self, target: Target, num_chains: int, observe: Observe | None = None
