@@ -60,7 +60,7 @@ def lay_out(
         trace: A run of the model.
         proposal: Where particles come from.
         num_particles: How many there are, if that is known.
-        points: ``"iid"`` or ``"rqmc"``.
+        points: ``"iid"``, ``"antithetic"`` or ``"rqmc"``.
 
     Raises:
         ValueError: If there are fewer particles than components.

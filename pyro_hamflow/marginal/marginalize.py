@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.hidden_sites import HideLocalSites, InPlates
+from pyro_hamflow.marginal.points import POINTS
 from pyro_hamflow.marginal.preparation import prepare
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.proposals.choice import AUTO, proposal_of
@@ -111,7 +112,8 @@ def marginalize(
             takes ``"laplace"``, for priors that are no Gaussians in their normal scores,
             with several modes for each element where one misses something, and ``"prior"`` where
             these do.
-        points: ``"iid"`` for independent particles, ``"rqmc"`` for a randomly shifted lattice.
+        points: ``"iid"`` for independent particles, ``"antithetic"`` for pairs of opposite noise,
+            which suit paths, ``"rqmc"`` for a randomly shifted lattice, which suits a few numbers.
 
     Returns:
         The marginal model, a Pyro model with the same arguments. Names in it: for local site
@@ -160,8 +162,9 @@ class MarginalModel(TunedEstimator):
         if num_particles is not None and num_particles < 1:
             raise ValueError(f"`num_particles` is {num_particles}: expected 1 or more")
         given = proposal_of(proposal)
-        if points not in ("iid", "rqmc"):
-            raise ValueError(f"`points` is {points!r}: expected 'iid' or 'rqmc'")
+        if points not in POINTS:
+            expected = ", ".join(map(repr, POINTS))
+            raise ValueError(f"`points` is {points!r}: expected one of {expected}")
         super().__init__(model, sites, num_particles, given, points)
 
     @property

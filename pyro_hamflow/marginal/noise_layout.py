@@ -124,7 +124,7 @@ class Layout:
         blocks: The share of each site.
         dimension: How many coordinates an element has.
         strata: The particles; those of the same components follow one another.
-        points: ``"iid"`` or ``"rqmc"``.
+        points: ``"iid"``, ``"antithetic"`` or ``"rqmc"``.
         example: A tensor of the noise's type and device: the type that all latent sites have, and
             the densities of the group's own, by promotion.
     """

@@ -1,8 +1,10 @@
-"""Where the particles of an estimate lie: independent points, or a randomly shifted lattice.
+"""Where the particles of an estimate lie: independent points, pairs, or a shifted lattice.
 
-Both are functions of standard normal noise. For independent points the noise is the points
-themselves. For a lattice it is the shift: the points fill the unit cube evenly, whatever the shift,
-and each of them is uniform, so that the estimate stays unbiased and varies far less.
+All are functions of standard normal noise. For independent points the noise is the points
+themselves. For antithetic pairs each is followed by its mirror image, so that whatever is odd in
+the noise cancels: the skewness that a Gaussian proposal lacks, above all. For a lattice it is the
+shift: the points fill the unit cube evenly, whatever the shift. Each point alone is standard normal
+in all three, so that the estimate stays unbiased, and varies less.
 """
 
 from __future__ import annotations
@@ -12,19 +14,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+POINTS = ("iid", "antithetic", "rqmc")
 _CANDIDATES = 64  # generators that the best lattice is sought among
 
 
 def noise_count(points: str, num_points: int) -> int:
     """How many noise vectors a set of points takes."""
-    return num_points if points == "iid" else 1
+    return {"iid": num_points, "antithetic": (num_points + 1) // 2}.get(points, 1)
 
 
 def place_points(points: str, num_points: int, noise: Tensor) -> Tensor:
     """Turns noise into standard normal points.
 
     Arguments:
-        points: ``"iid"`` or ``"rqmc"``.
+        points: ``"iid"``, ``"antithetic"`` or ``"rqmc"``.
         num_points: How many points.
         noise: Standard normal noise, of shape ``(noise_count, *, dimension)``.
 
@@ -34,6 +37,8 @@ def place_points(points: str, num_points: int, noise: Tensor) -> Tensor:
     """
     if points == "iid":
         return noise
+    if points == "antithetic":
+        return torch.cat([noise, -noise])[:num_points]
     grid = lattice(num_points, noise.shape[-1]).to(noise)
     grid = grid.reshape(num_points, *[1] * (noise.dim() - 2), noise.shape[-1])
     edge = torch.finfo(noise.dtype).eps

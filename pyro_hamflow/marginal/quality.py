@@ -46,9 +46,9 @@ def estimator_quality(
 ) -> EstimatorQuality:
     """Measures the noise of a marginal model's estimate by repeating it.
 
-    The variance falls as 1/N for independent points and about as 1/N squared for a lattice, which
-    is what the suggested number of particles goes by. It differs over the posterior: look at more
-    than one draw.
+    The variance falls as 1/N for independent points and pairs, and about as 1/N squared for a
+    lattice, which is what the suggested number of particles goes by. It differs over the posterior:
+    look at more than one draw.
 
     Arguments:
         marginal: A model from :func:`~pyro_hamflow.marginalize`.
@@ -85,7 +85,7 @@ def estimator_quality(
     joined = repeated_estimates(marginal, dict(parameters), num_replicates, data)
     deviation = float(joined.sum(-1).std())
     ratio = deviation**2 / WANTED_VARIANCE
-    factor = ratio if marginal.points == "iid" else math.sqrt(ratio)
+    factor = math.sqrt(ratio) if marginal.points == "rqmc" else ratio
     least = max(len(plan.layouts[group.name].strata) for group in plan.structure.groups)
     count = max(plan.layouts[group.name].num_particles for group in plan.structure.groups)
     suggested = max(least, math.ceil(count * factor)) if math.isfinite(ratio) else least

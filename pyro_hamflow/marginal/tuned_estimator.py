@@ -61,7 +61,7 @@ class TunedEstimator(ABC):
         sites: The names of its local sites.
         num_particles: How many particles each element has, if that is given.
         proposal: Where they come from; ``None`` if that is to be chosen by the model.
-        points: ``"iid"`` or ``"rqmc"``.
+        points: ``"iid"``, ``"antithetic"`` or ``"rqmc"``.
 
     Attributes:
         prepared: What is known of the estimator; replaced as a whole.
@@ -271,7 +271,7 @@ class TunedEstimator(ABC):
 
         Arguments:
             num_particles: How many each element has.
-            points: ``"iid"`` or ``"rqmc"``.
+            points: ``"iid"``, ``"antithetic"`` or ``"rqmc"``.
         """
         other = copy.copy(self)
         other.num_particles, other.points = num_particles, points

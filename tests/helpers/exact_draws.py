@@ -18,7 +18,7 @@ import torch
 from pyro_hamflow import marginalize, noise
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.marginal.noise_layout import Stratum
-from pyro_hamflow.marginal.points import lattice
+from pyro_hamflow.marginal.points import lattice, noise_count
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.native_estimate import NativeEstimateTransition
@@ -168,7 +168,7 @@ class Extended:
     @property
     def vectors(self):
         """How many noise vectors each stratum has."""
-        return self.counts if self.points == "iid" else [1] * len(self.counts)
+        return [noise_count(self.points, count) for count in self.counts]
 
     def values(self, position, u):
         """The particles of every chain, ``(chains, particles, groups)``, iid noise given."""
@@ -230,6 +230,10 @@ class Extended:
                 edge = torch.finfo(shift.dtype).eps  # beyond which no lattice point lies
                 point = torch.special.ndtri((shift - shift.floor()).clamp(edge, 1 - edge))
                 slot = torch.zeros_like(index)
+            elif self.points == "antithetic":
+                mirrored = index >= vectors
+                point = torch.where(mirrored, -point, point)
+                slot = torch.where(mirrored, index - vectors, index)
             else:
                 slot = index
             slot = vector + slot[:, None]
@@ -263,6 +267,8 @@ MORE_TARGETS = {
     "function-8": ("normal", 8, wide_proposal),
     "rqmc-2": ("normal", 2, "prior", "rqmc"),
     "rqmc-laplace-8": ("normal", 8, "laplace", "rqmc"),
+    "antithetic-3": ("normal", 3, "prior", "antithetic"),
+    "antithetic-laplace-8": ("normal", 8, "laplace", "antithetic"),
     "mixture-3": ("mixture", 3),
     "mixture-laplace-3": ("mixture", 3, "laplace"),
     "mixture-rqmc-5": ("mixture", 5, "prior", "rqmc"),

@@ -79,7 +79,7 @@ MODELS = {
 PROPOSALS = {"prior": "prior", "laplace": "laplace", "function": around}
 
 
-@pytest.mark.parametrize("points", ["iid", "rqmc"])
+@pytest.mark.parametrize("points", ["iid", "antithetic", "rqmc"])
 @pytest.mark.parametrize("num_particles", [1, 4, 32])
 @pytest.mark.parametrize("proposal", PROPOSALS.values(), ids=PROPOSALS)
 @pytest.mark.parametrize("model, y, exact", MODELS.values(), ids=MODELS)
@@ -411,7 +411,7 @@ def test_unbiased_groups_in_unrelated_plates(proposal):
     assert_unbiased(log_estimates["w"], dist.Normal(-mu, (s**2 + 0.25).sqrt()).log_prob(Y[:2, 1]))
 
 
-@pytest.mark.parametrize("points", ["iid", "rqmc"])
+@pytest.mark.parametrize("points", ["iid", "antithetic", "rqmc"])
 def test_unbiased_gamma_prior(points):
     """Gamma-Poisson: the marginal is negative binomial."""
     counts = torch.tensor([0.0, 2.0, 5.0])

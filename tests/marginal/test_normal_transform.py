@@ -267,6 +267,16 @@ def test_independent_points_are_the_noise():
     assert place_points("iid", 5, noise) is noise
     assert noise_count("iid", 5) == 5
     assert noise_count("rqmc", 5) == 1
+    assert noise_count("antithetic", 5) == 3
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 5, 8])
+def test_pairs_mirror_each_other(num_points):
+    noise = torch.randn(noise_count("antithetic", num_points), 3, 2)
+    points = place_points("antithetic", num_points, noise)
+    assert points.shape == (num_points, 3, 2)
+    assert torch.equal(points[: len(noise)], noise)
+    assert torch.equal(points[len(noise) :], -noise[: num_points - len(noise)])
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 5])

@@ -130,6 +130,44 @@ def test_estimates_integrate_to_the_likelihood(kind, y, steps):
     check(kind, y, steps)
 
 
+def cells(count: int) -> Tensor:
+    """Normal noise at the middles of the cells that a cube of probability is cut into."""
+    line = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    return torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 1, 1, 3)
+
+
+def over_cells(y, points, num_particles) -> Tensor:
+    """The log of the mean of estimates over all cells that their noise may fall in."""
+    noise = cells(12)
+    marginal = marginalize(
+        volatility, ["x"], num_particles=num_particles, proposal=PathProposal(1), points=points
+    )
+    marginal.fit(y, pilot={name: torch.tensor(value).double() for name, value in PILOT.items()})
+    plan = marginal.plan(y)
+    (group,) = plan.structure.groups
+    values = {name: torch.tensor(value).double() for name, value in AT.items()}
+
+    def one(noise: Tensor) -> Tensor:
+        return marginal.estimate(group, noise, values, y).log_weights.logsumexp(0)
+
+    with marginal.hold(plan.structure):
+        logs = torch.func.vmap(one)(noise.reshape(len(noise), 1, 3))
+    return logs.logsumexp(0) - math.log(len(noise))
+
+
+@pytest.mark.parametrize(("points", "num_particles"), [("antithetic", 2), ("rqmc", 3), ("rqmc", 4)])
+def test_pairs_and_lattices_fall_into_each_cell_alike(points, num_particles):
+    """A mirror image, or a shift by some cells, only changes their order."""
+    alone = over_cells(Y, "iid", 1)
+    assert (over_cells(Y, points, num_particles) - alone).abs() < 1e-9
+    assert (alone - integral(volatility, Y, **AT)[0]).abs() < 0.02  # a coarse grid
+
+
+def test_a_lattice_that_does_not_wrap_round_is_found_out(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "floor", lambda shifted: 0.0 * shifted)
+    assert (over_cells(Y, "rqmc", 3) - over_cells(Y, "iid", 1)).abs() > 1e-6
+
+
 def without_stretch(monkeypatch):
     monkeypatch.setattr(path.torch, "log1p", torch.zeros_like)
 

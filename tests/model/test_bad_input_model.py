@@ -40,7 +40,7 @@ ARGUMENTS = {
     "truth": (dict(num_particles=True), TypeError, "`num_particles` is True: expected an integer"),
     "proposal": (dict(proposal="guess"), ValueError, "`proposal` is 'guess': expected 'auto', "),
     "no proposal": (dict(proposal=None), ValueError, "`proposal` is None: expected 'auto', "),
-    "points": (dict(points="sobol"), ValueError, "`points` is 'sobol': expected 'iid' or 'rqmc'"),
+    "points": (dict(points="sobol"), ValueError, "`points` is 'sobol': expected one of 'iid', "),
 }
 
 
