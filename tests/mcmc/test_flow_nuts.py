@@ -135,6 +135,27 @@ def test_narrow_modes_that_a_population_misses_keep_their_share():
     assert abs(scores(inside.numpy(), 0.4)) < 4.5
 
 
+def test_local_moves_beside_a_spike_are_short_where_jumps_lead_further():
+    """Steps that suit the spike make trajectories of a thousand elsewhere, to no use."""
+    prior = dist.Normal(torch.zeros(1), 3.0).to_event(1)
+
+    def model():
+        x = pyro.sample("x", prior)
+        spike = dist.Normal(0.0, 1e-3).log_prob(x).sum()
+        slab = dist.Normal(0.0, 1.0).log_prob(x).sum()
+        pyro.factor("density", torch.logaddexp(spike, slab) - prior.log_prob(x))
+
+    kernel = FlowNUTS(model, num_particles=600)
+    mcmc = run_of(kernel, draws=200, chains=32)
+    assert kernel.settings["engine"] == "native"  # which would not pay for trajectories of 8 steps
+    inside = (mcmc.get_samples(group_by_chain=True)["x"][..., 0].abs() < 5e-3).double()
+    assert abs(scores(inside.numpy(), 0.502)) < 4.5
+    stats = mcmc.draws.stats
+    assert int(stats["n_steps"].max()) <= 127
+    assert int((stats["n_steps"] == 127).sum()) > 100
+    assert "of the local moves would take more than 127 steps" in " ".join(mcmc.messages)
+
+
 def test_a_flow_is_trained_on_what_the_population_finds():
     """Its Gaussians begin a unit beside the modes, where few jumps are accepted."""
     guide = Normals([-CENTRE, CENTRE], 0.8)

@@ -30,6 +30,7 @@ class RunPlan:
         before: How many iterations of warm-up were made before those that are counted here.
         hidden: Whether what precedes iterations shows nothing of how far it has come.
         pools: Whether warm-up waits, where it can, for what that of other chains has found.
+        trajectory_steps: How many steps trajectories take, where that is known.
     """
 
     kernel: str
@@ -41,6 +42,7 @@ class RunPlan:
     before: int = 0
     hidden: bool = True
     pools: bool = False
+    trajectory_steps: float = 0.0
 
     def say(self, sentence: str, *, first: bool = False) -> None:
         """Adds a message, or puts it before all others; one that was said before is moved."""

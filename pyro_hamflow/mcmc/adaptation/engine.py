@@ -64,7 +64,7 @@ class Engine:
             iterations,
             looks,
             gradient=gradient,
-            steps=steps,
+            steps=max(steps, round(plan.trajectory_steps)),
         )
         self.take(choice, plan)
         return self.chosen.name == "native"

@@ -14,7 +14,7 @@ from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.flow_training import FlowTraining, can_learn
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.tune import Tune
-from pyro_hamflow.mcmc.adaptation.walkers import Jumps, Walkers
+from pyro_hamflow.mcmc.adaptation.walkers import MOST_STEPS, Jumps, Walkers
 from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
 from pyro_hamflow.mcmc.transitions.in_blocks import InBlocks
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, Proposals
@@ -38,6 +38,7 @@ _GAIN = 1.5  # in independent draws for which they are worth their time
 _LEAST = 1e-3  # of a draw, that one is worth where it cannot be told
 _FEW_REMOTE = 0.005  # of walkers, as there are in the tails of any flow
 _LOW = 0.05  # acceptance, below which jumps are rare
+_MANY_CUT = 0.05  # of local moves, that are shorter than they would be
 _NO_JUMPS = Jumps(0, 0.0, 0.0, suffices=False)
 
 
@@ -73,6 +74,7 @@ class Found(NamedTuple):
         tuning: Step size and mass of the local move.
         guide: What makes jumps; nothing where they do not pay.
         jumps: How they go.
+        num_steps: How many steps local moves took, of each walker or of all alike.
     """
 
     position: Tensor
@@ -80,6 +82,7 @@ class Found(NamedTuple):
     tuning: Tuning
     guide: DensityGuide | None
     jumps: Jumps
+    num_steps: Tensor
 
 
 class FlowSearch:
@@ -139,11 +142,18 @@ class FlowSearch:
                 )
                 guide = None
             else:
-                self._tell(jumps)
+                self._tell(jumps, walkers.num_steps)
         state = walkers.state
-        return Found(state.position, state.noise, walkers.tuning, guide, jumps)
+        return Found(state.position, state.noise, walkers.tuning, guide, jumps, walkers.num_steps)
 
-    def _tell(self, jumps: Jumps) -> None:
+    def _tell(self, jumps: Jumps, num_steps: Tensor) -> None:
+        cut = float((num_steps >= MOST_STEPS).double().mean())
+        if jumps.suffices and cut > _MANY_CUT:
+            self.plan.say(
+                f"{cut:.0%} of the local moves would take more than {MOST_STEPS} steps, as where "
+                "the step size has to suit a part much narrower than others: they end there, for "
+                "jumps lead further."
+            )
         if jumps.remote > _FEW_REMOTE:
             self.plan.say(
                 f"{jumps.remote:.1%} of the population's draws lie where the flow has next to no "

@@ -19,7 +19,7 @@ from pyro_hamflow.smc.resampling import log_mean_exp
 
 _WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
 _APART = 10  # moves, after which a walker is compared with where it was
-_MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
+MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
 _NOISE = 3.5  # standard errors of a correlation, which the largest of many may reach by chance
 _COUNTS = (1, 2, 4, 8, 16, 32)  # of proposals that may be made for a jump
 _WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
@@ -50,6 +50,7 @@ class Walkers:
     Attributes:
         state: Where they are.
         tuning: The step size and the mass of the local move.
+        num_steps: How many steps the latest move took, of each walker or of all alike.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Walkers:
         self.transition = transition
         self.state = transition.state_at(position, noise)
         self.tuning = hamiltonian.step_and_mass.first_tuning(kinetic)
+        self.num_steps = torch.zeros((), dtype=torch.float64)
         self._path: list[Visited] = []
 
     def warm_up(self) -> None:
@@ -76,7 +78,7 @@ class Walkers:
             self.tuning = self.tuning._replace(step_size=size)
         warmup = step_and_mass.warm_up(self.potential, self.tuning, _WARM_UP)
         trajectories = self.hamiltonian.trajectories
-        for state, _ in warmed(warmup, self.transition, trajectories, self.state, _MOST_STEPS):
+        for state, _ in warmed(warmup, self.transition, trajectories, self.state, MOST_STEPS):
             self.state = state
         self.tuning = warmup.tuning._replace(step_scale=None)
 
@@ -84,8 +86,9 @@ class Walkers:
         """Makes local moves, and remembers where they led."""
         for _ in range(count):
             steps = self.hamiltonian.trajectories.draw_num_steps(self.tuning.step_size)
-            steps = min(steps, _MOST_STEPS)
-            self.state, _ = self.transition.step(self.state, self.tuning, steps)
+            steps = min(steps, MOST_STEPS)
+            self.state, info = self.transition.step(self.state, self.tuning, steps)
+            self.num_steps = torch.as_tensor(info.n_steps).double()
             self._path.append(Visited(self.state.position, self.state.noise))
 
     def jump(self, guide: DensityGuide) -> float:

@@ -16,6 +16,7 @@ from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.mcmc.adaptation.base import Phase
 from pyro_hamflow.mcmc.adaptation.flow import FlowChoices, FlowSearch, Found, TuneBesideJumps
+from pyro_hamflow.mcmc.adaptation.walkers import MOST_STEPS
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.kernels.hmc_nuts import HMC, NUTS
 from pyro_hamflow.mcmc.kernels.mala import MALA
@@ -174,6 +175,7 @@ class FlowNUTS(Kernel):
     def first_phase(self, position: Tensor, noise: Tensor) -> tuple[Phase, State]:
         """Tunes the local move for so many chains, from what walkers have found of it."""
         found, moves, plan = self._what_was_found, self.hamiltonian, self.plan
+        jumps = found.jumps
         potential, step_and_mass = self.potential, moves.step_and_mass
         estimator = moves.estimator if potential.noise_sites else None
         if plan.most_warmup_steps is not None and estimator is None:  # their number is not given
@@ -181,16 +183,17 @@ class FlowNUTS(Kernel):
         warmup = step_and_mass.warm_up(
             potential, found.tuning, plan.warmup_steps, adapt_mass=estimator is not None
         )
+        self.plan.trajectory_steps = float(found.num_steps.mean())
         transition = self.make_transition(potential, position)
         phase = TuneBesideJumps(
             transition,
-            moves.trajectories,
+            moves.trajectories.shortened(MOST_STEPS) if jumps.suffices else moves.trajectories,
             step_and_mass,
             warmup,
             plan,
             estimator,
             guide=found.guide,
-            num_proposals=self._flow_choices.num_proposals or found.jumps.num_proposals,
+            num_proposals=self._flow_choices.num_proposals or jumps.num_proposals,
         )
         return phase, transition.state_at(position, noise)
 

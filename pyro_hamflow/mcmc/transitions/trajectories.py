@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +64,9 @@ class Trajectories(Protocol):
 
     def draw_num_steps(self, step_size: float) -> int:
         """How many steps the next trajectories take, or may take at most."""
+
+    def shortened(self, most: int) -> Trajectories:
+        """The same, of so many steps at most; a number of steps that was asked for stays."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,6 +131,9 @@ class HMCTrajectories:
         steps = round(self.length * factor / step_size)
         return max(1, min(steps, self.max_num_steps))
 
+    def shortened(self, most: int) -> HMCTrajectories:
+        return replace(self, max_num_steps=min(self.max_num_steps, most))
+
     @property
     def settings(self) -> dict[str, Any]:
         if self.fixed_num_steps is not None:
@@ -168,6 +174,9 @@ class NUTSTrajectories:
     def draw_num_steps(self, step_size: float) -> int:
         return 2**self.max_tree_depth - 1
 
+    def shortened(self, most: int) -> NUTSTrajectories:
+        return NUTSTrajectories(min(self.max_tree_depth, (most + 1).bit_length() - 1))
+
     @property
     def settings(self) -> dict[str, Any]:
         return {"max_tree_depth": self.max_tree_depth}
@@ -198,6 +207,9 @@ class RandomSteps:
 
     def draw_num_steps(self, step_size: float) -> int:
         return 1
+
+    def shortened(self, most: int) -> RandomSteps:
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:
