@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 _FEWEST = 4  # draws of a chain that are judged
-_TAILS = (0.05, 0.95)
+_TAILS = (0.05, 0.95)  # ends of the interval whose bounds are to be known, as ArviZ has it
 _CONSTANT = 1e-15  # the range of draws that are all the same
 
 

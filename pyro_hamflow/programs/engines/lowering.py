@@ -7,6 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ _OPTIONS: dict[str, Any] = {
     # same loops were found as among the 64 that Inductor takes, and of a thousand operations in
     # three fifths of the time.
     "max_fusion_buffer_group_pairwise_attempts": 4,
+    # Patterns of attention and of other networks' parts take a third of a second to prepare; loops
+    # of ten posteriors are as fast without.
+    "use_joint_graph_passes": False,
 }
 
 _lowering = threading.Lock()
@@ -148,7 +152,9 @@ def source_of(graph: GraphModule, examples: list[Tensor]) -> ast.Module:
 
     loggers = [logging.getLogger(f"torch._inductor.{name}") for name in ("utils", "graph")]
     levels = [logger.level for logger in loggers]
-    with _lowering, torch.no_grad(), inductor.config.patch(_OPTIONS):
+    known = partial(hasattr, inductor.config)  # by this version of torch
+    options = {name: value for name, value in _OPTIONS.items() if known(name.split(".")[0])}
+    with _lowering, torch.no_grad(), inductor.config.patch(options):
         try:
             for logger in loggers:  # they take the end for an error
                 logger.setLevel(logging.CRITICAL)
