@@ -13,6 +13,21 @@ from typing import Any
 import numpy as np
 
 
+def rhat(values: np.ndarray) -> np.ndarray:
+    """R-hat of draws ``(chains, draws, *)``, of shape ``(*)``."""
+    return _of_each("rhat", values)
+
+
+def ess(values: np.ndarray, method: str = "bulk") -> np.ndarray:
+    """The effective sample size of draws ``(chains, draws, *)``, of shape ``(*)``."""
+    return _of_each("ess", values, method=method)
+
+
+def bfmi(energy: np.ndarray) -> np.ndarray:
+    """The fraction of missing information of energies ``(chains, draws)``, of each chain."""
+    return np.asarray(_arviz().bfmi(energy))
+
+
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed log weights, and the shape k of their tail."""
     if has_trees():
@@ -45,6 +60,10 @@ def inference_data(groups: dict[str, Any], attributes: dict[str, Any]) -> Any:
 def has_trees() -> bool:
     """Whether ArviZ is 1.0 or later, whose data are xarray's ``DataTree``."""
     return int(_arviz().__version__.split(".")[0]) >= 1
+
+
+def _of_each(name: str, values: np.ndarray, **settings: Any) -> np.ndarray:
+    return getattr(_arviz(), name)(_dataset({"x": values}), **settings)["x"].values
 
 
 def _dataset(samples: dict[str, np.ndarray]) -> Any:

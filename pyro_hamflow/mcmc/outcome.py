@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hamflow import arviz_bridge
-from pyro_hamflow.mcmc import mixing
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.messages import report
@@ -98,8 +97,8 @@ class Outcome:
                 parts = values[0, : 2 * half].reshape(2, half, *values.shape[2:])
             with np.errstate(invalid="ignore", divide="ignore"):  # chains that never moved
                 found = {
-                    "n_eff": mixing.ess_bulk(values),
-                    "r_hat": mixing.rhat(parts),
+                    "n_eff": arviz_bridge.ess(values),
+                    "r_hat": arviz_bridge.rhat(parts),
                 }
             result[name] = {key: torch.as_tensor(part) for key, part in found.items()}
         stats = self.draws.stats
