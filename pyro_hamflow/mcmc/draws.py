@@ -47,7 +47,7 @@ class Record:
         position: Positions, each of shape ``(chains, dimension)``.
         stats: Statistics by their ArviZ names, of shape ``(chains,)`` or one number for all.
         local: Recovered values of each local site.
-        blocks: Draws that came many at once, after those that came one by one.
+        blocks: Draws that came many at once, and those before them; single ones come after.
         thin: Of how many draws one, the last, is kept.
         room: How many there will be, as far as is known.
         keep: Which local sites are kept; if not said, all that take a gigabyte (2^30 bytes) at
@@ -96,6 +96,9 @@ class Record:
         self.divergences += int(draws.stats["diverging"].sum())
         if self.keep is None:
             self.keep = self._kept({name: part[:, 0] for name, part in draws.local.items()})
+        if self.position:
+            self.blocks.append(self._stacked_singles())
+            self._forget_singles()
         if first < draws.position.shape[1]:
             every = slice(first, None, self.thin)
             stats = {name: stat[:, every] for name, stat in draws.stats.items()}
@@ -119,7 +122,11 @@ class Record:
     def forget(self) -> None:
         """Forgets draws that have been written elsewhere."""
         self.stored += len(self)
-        for values in (self.position, *self.stats.values(), *self.local.values(), self.blocks):
+        self._forget_singles()
+        self.blocks.clear()
+
+    def _forget_singles(self) -> None:
+        for values in (self.position, *self.stats.values(), *self.local.values()):
             values.clear()
 
     def __len__(self) -> int:
@@ -131,7 +138,7 @@ class Record:
     def stacked(self) -> Draws:
         """All draws as tensors, chains and draws first, on the CPU."""
         singles = [self._stacked_singles()] if self.position else []
-        parts = singles + self.blocks
+        parts = self.blocks + singles
         return parts[0] if len(parts) == 1 else Draws.follow(parts)
 
     def _stacked_singles(self) -> Draws:

@@ -17,14 +17,16 @@ from __future__ import annotations
 import copy
 import math
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.nn.functional import softplus
 
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
-from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.programs.capture import Program, capture
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 
 
@@ -61,6 +63,19 @@ class SurrogateDensity:
 
         return value_and_gradient
 
+    def chain_graph(self) -> GraphModule:
+        """The same of one chain, captured."""
+        known = _graphs.get(self)
+        if known is None:
+            program, (position, noise) = self.graph("gradient", 1), self.vectors(1)
+
+            def of_one(position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+                value, gradient = program(position[None], noise[None])
+                return value[0], gradient[0]
+
+            known = _graphs[self] = capture(of_one, position[0], noise[0])
+        return known
+
     def vectors(self, num_chains: int) -> tuple[Tensor, Tensor]:
         """Positions, and noise of no dimensions, to capture programs with."""
         position = self._potential.vectors(num_chains)[0]
@@ -73,6 +88,9 @@ class SurrogateDensity:
     def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
         """The learned energy alone."""
         return Evaluation(self.graph("gradient", len(position))(position, noise)[0], {}, {})
+
+
+_graphs: WeakKeyDictionary[SurrogateDensity, GraphModule] = WeakKeyDictionary()
 
 
 class TrustRegion(NamedTuple):

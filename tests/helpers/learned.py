@@ -6,6 +6,8 @@ import math
 
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.multiple_proposal import MultipleProposalTransition
+from pyro_hamflow.mcmc.transitions.native import Stream
+from pyro_hamflow.mcmc.transitions.native_surrogate import NativeEnergy, NativeSurrogateTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafTransition
@@ -26,19 +28,35 @@ KINDS = {
 
 
 def endpoint(
-    potential, network, kind, chains=CHAINS, *, refresh=FRESH, num_transitions=1, level=math.inf
+    potential,
+    network,
+    kind,
+    chains=CHAINS,
+    *,
+    refresh=FRESH,
+    num_transitions=1,
+    level=math.inf,
+    engine="torch",
 ):
-    density = SurrogateDensity(potential, network)
+    density, stream = SurrogateDensity(potential, network), Stream()
     density.softened_above.fill_(level)
+    depth = DEPTH if kind == "nuts" else None
+
+    def inner(rows):
+        if engine == "native":
+            return NativeSurrogateTransition(density, depth, stream)
+        return KINDS[kind](density, rows)
+
     return MultipleProposalTransition(
         potential,
         density,
-        lambda rows: KINDS[kind](density, rows),
+        inner,
         chains,
         refresh,
         Blocks(potential),
         num_transitions=num_transitions,
         num_proposals=PROPOSALS,
+        energy=NativeEnergy(potential) if engine == "native" else None,
     )
 
 

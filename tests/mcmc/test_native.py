@@ -16,7 +16,7 @@ from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.machine_code import compiler
 from tests.helpers.exact_draws import bent
-from tests.helpers.native import native_transition, native_walk
+from tests.helpers.native import assert_same, by_both, native_transition, native_walk
 from tests.helpers.zoo import ZOO, correlations, eight_schools_noncentred
 
 CHAINS, DEPTH = 24, 6
@@ -46,48 +46,10 @@ MOVES = {
 def both(model, mass, step_size, num_steps, monkeypatch, *, move, spread=1.0):
     """One draw by torch and one in machine code, with the same momenta and uniform numbers."""
     potential = Potential(model)
-    slow, native = (make(potential) for make in MOVES[move])
+    transitions = [make(potential) for make in MOVES[move]]
     tuning = Tuning(step_size, kinetic_of(potential.dimension, mass), torch.rand(CHAINS) + 0.5)
     position = spread * torch.randn(CHAINS, potential.dimension)
-    state = slow.state_at(position, position[:, :0])
-    torch.manual_seed(3)
-    momenta = torch.randn_like(position)
-    torch.manual_seed(3)
-    uniforms, rand = [], torch.rand
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *a, **k: uniforms.append(rand(*a, **k)) or uniforms[-1])
-        slow_moved, slow_info = slow.step(state, tuning, num_steps)
-    uniforms = [numbers for numbers in uniforms if numbers.numel()]
-    numbers = torch.stack(uniforms, -1).reshape(-1, CHAINS, len(uniforms)).permute(1, 2, 0)
-    if move != "tree":  # the one of the test at the end, where a tree has three of each point
-        numbers = numbers.expand(-1, -1, 3)
-    moved, made = native.draw(
-        native.state_at(position, position[:, :0]),
-        tuning,
-        [num_steps],
-        momenta=momenta,
-        uniforms=numbers.contiguous(),
-    )
-    return (slow_moved, slow_info), (moved, native.info(type(made)(*(p[:, 0] for p in made))))
-
-
-def assert_same(expected, found):
-    (state, info), (other, other_info) = expected, found
-    assert torch.allclose(state.position, other.position, rtol=1e-6, atol=1e-8)
-    assert torch.allclose(state.gradient, other.gradient, rtol=1e-6, atol=1e-6)
-    assert torch.allclose(state.evaluation.value, other.evaluation.value, rtol=1e-6)
-    for name in ("acceptance_rate", "energy"):
-        parts = getattr(info, name), getattr(other_info, name)
-        assert torch.allclose(*parts, rtol=1e-5, atol=1e-7), name
-    assert torch.allclose(info.energy_error, other_info.energy_error, rtol=1e-4, atol=1e-6)
-    for name in ("accepted", "diverging"):
-        assert torch.equal(getattr(info, name), getattr(other_info, name)), name
-    for name in ("n_steps", "n_gradients", "n_densities"):
-        count = getattr(info, name) + torch.zeros(CHAINS).long()
-        assert torch.equal(count, getattr(other_info, name)), name
-    assert info.further.keys() == other_info.further.keys()
-    for name in info.further:
-        assert torch.equal(info.further[name], other_info.further[name]), name
+    return by_both(*transitions, position, tuning, num_steps, monkeypatch, tree=move == "tree")
 
 
 @pytest.mark.parametrize("mass", MASSES)

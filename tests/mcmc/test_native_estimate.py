@@ -124,7 +124,7 @@ def both(potential, refresh, depth, monkeypatch, *, step_size=0.3):
         numbers.noted.remove(numbers.noted[1])
     given = numbers.given(potential, refresh)
     moved, made = native.draw(state, tuning, [num_steps], **given)
-    return expected, (moved, native.info(made.first())), made
+    return expected, (moved, native.info(made.at(0))), made
 
 
 def assert_same(expected, found):

@@ -90,6 +90,12 @@ KERNELS = {  # of each, what makes it, its data, and iterations of warm-up
         30,
     ),
     "HNNHMC": (lambda: HNNHMC(hierarchical, **learned()), COUNTS, 60),
+    "HNNHMC, native": (lambda: HNNHMC(hierarchical, **learned(engine="native")), COUNTS, 60),
+    "HNNNUTS, native estimate": (
+        lambda: HNNNUTS(marginal(num_particles=4), **learned(engine="native")),
+        COUNTS,
+        60,
+    ),
     "HNNNUTS, per leaf": (
         lambda: HNNNUTS(hierarchical, **learned(correction="per leaf")),
         COUNTS,
@@ -121,7 +127,13 @@ def settled(kernel):
     return str(kernel.settings | {"training_seconds": None})
 
 
-@pytest.mark.parametrize("name", KERNELS)
+QUICK = KERNELS.keys() - {"HNNNUTS, native estimate"}  # whose library takes long to make
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KERNELS],
+)
 def test_a_kernel_taken_up_goes_on_bit_for_bit(name, monkeypatch):
     monkeypatch.setattr(transport_learning, "_STEPS", 20)  # of each fit of a map, to take less long
     monkeypatch.setattr(transport_learning, "_LAST_STEPS", 20)

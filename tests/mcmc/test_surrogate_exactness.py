@@ -32,6 +32,7 @@ from pyro_hamflow.surrogates.targets import SurrogateDensity, TrustRegion
 from tests.helpers.exact_draws import CHAINS, MOST_POINTS, make_target, skewed, skewed_draws
 from tests.helpers.laws import assert_invariant
 from tests.helpers.learned import EVERYWHERE, FRESH, KINDS, PROPOSALS, endpoint, per_leaf
+from tests.helpers.native import spoil_line
 
 NEARBY = TrustRegion(1.0, 2.0)
 
@@ -252,6 +253,18 @@ def test_invariance_endpoint(quality, kind):
     assert (rate > 0.8) == (quality == "good"), rate
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quality", [pytest.param("good", marks=pytest.mark.slow), "bad", "random"])
+def test_invariance_endpoint_native(quality, kind):
+    network = network_of(quality)
+    level = float(network(skewed_draws(1000)).detach().quantile(0.9))
+    transition = endpoint(
+        skewed_potential(), network, kind, num_transitions=2, level=level, engine="native"
+    )
+    num_steps = 4 if kind == "hmc" else MOST_POINTS
+    check(transition, 0.5, num_steps=num_steps, moves=PROPOSALS)
+
+
 @pytest.mark.parametrize("trust", [EVERYWHERE, NEARBY], ids=["everywhere", "nearby"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("quality", ["good", pytest.param("bad", marks=pytest.mark.slow), "random"])
@@ -303,6 +316,14 @@ def test_invariance_endpoint_with_noise(name, refresh):
     potential = make_target(name).potential
     transition = endpoint(potential, latent_network(name), "hmc", refresh=refresh)
     check_latent(name, transition)
+
+
+@pytest.mark.parametrize(
+    "name", ["prior-8", pytest.param("laplace-2", marks=pytest.mark.slow), "by_hand-1"]
+)
+def test_invariance_endpoint_with_noise_native(name):
+    potential = make_target(name).potential
+    check_latent(name, endpoint(potential, latent_network(name), "hmc", engine="native"))
 
 
 @pytest.mark.parametrize("name", ["prior-8", "by_hand-1"])
@@ -398,15 +419,30 @@ def shrink_noise(monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda x, honest=torch.randn_like: 0.8 * honest(x))
 
 
+def accept_always(monkeypatch):
+    """Trajectories of machine code that are never refused."""
+    spoil_line("trajectories", "uniform(random, 0) < rate", "true", monkeypatch)
+
+
+SPOILT = [forget_surrogate, forget_truth, forget_present, stay_in_the_centre, read_in_order]
+
+
 @pytest.mark.parametrize(
-    "spoil",
-    [forget_surrogate, forget_truth, forget_present, stay_in_the_centre, read_in_order],
+    ("spoil", "engine"),
+    [*((spoil, "torch") for spoil in SPOILT), *((spoil, "native") for spoil in SPOILT[:2])],
 )
-def test_spoilt_endpoint_is_found_out(spoil, monkeypatch):
-    transition = endpoint(skewed_potential(), network_of("bad"), "hmc")
+def test_spoilt_endpoint_is_found_out(spoil, engine, monkeypatch):
+    transition = endpoint(skewed_potential(), network_of("bad"), "hmc", engine=engine)
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
         check(transition, 0.5, moves=PROPOSALS)
+
+
+def test_spoilt_machine_code_along_a_surrogate_is_found_out(monkeypatch):
+    accept_always(monkeypatch)
+    transition = endpoint(skewed_potential(), network_of("bad"), "hmc", engine="native")
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(transition, 1.2, moves=PROPOSALS)
 
 
 def test_picks_come_as_often_as_their_weights_say():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
-from pyro_hamflow.mcmc.transitions.base import Tuning
+from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.surrogates.targets import SurrogateDensity
 
@@ -20,6 +20,7 @@ _UNIT_STEP = 0.5  # where the scale is about one
 def attuned(
     hamiltonian: Hamiltonian,
     potential: Potential,
+    inner: Transition,
     density: SurrogateDensity,
     position: Tensor,
     tuning: Tuning,
@@ -32,6 +33,7 @@ def attuned(
     Arguments:
         hamiltonian: How trajectories end, and what may be adapted.
         potential: The true target.
+        inner: The move along the surrogate, of as many rows as there are positions.
         density: The surrogate.
         position: Where to begin, of shape ``(rows, dimension)``.
         tuning: What of it may not be adapted is kept.
@@ -44,7 +46,6 @@ def attuned(
     tuning = Tuning(_UNIT_STEP if step_and_mass.adapt_step_size else size, kinetic)
     count = min(max(_ATTUNED_BY // len(position), _FEWEST_ATTUNED), _MOST_ATTUNED)
     warmup = step_and_mass.warm_up(potential, tuning, count, adapt_mass=False)
-    inner = trajectories.parameter_transition(density, len(position))
     state = inner.state_at(position, position[:, :0])
     steps = warmed(warmup, inner, trajectories, state, _SHORT)
     energies = [moved.evaluation.value for moved, _ in steps]

@@ -14,6 +14,7 @@ from pyro_hamflow.mcmc.adaptation.attune import attuned
 from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, Sample
 from pyro_hamflow.mcmc.adaptation.metric import Covariance
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
+from pyro_hamflow.mcmc.adaptation.surrogate_engine import surrogate_engine
 from pyro_hamflow.mcmc.adaptation.surrogate_moves import AlongSurrogate, SurrogateMoves
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
 from pyro_hamflow.mcmc.adaptation.tune import Tune
@@ -111,10 +112,12 @@ class Learning:
             raise RuntimeError("there is no surrogate yet: learn one first")
         remaining, choices = run.plan.warmup_steps - run.iteration, run.choices
         density = SurrogateDensity(self.potential, network)
+        engine = surrogate_engine(run, self.potential, density, state.position, state.noise)
         if remaining and (len(run.report.trainings) == 1 or not passing):
             rows = state.position.repeat_interleave(choices.num_proposals, 0)
             spread = self.learner.covariance
-            tuning = attuned(run.hamiltonian, self.potential, density, rows, tuning, spread)
+            inner = engine.make_inner(len(rows))
+            tuning = attuned(run.hamiltonian, self.potential, inner, density, rows, tuning, spread)
         warmup = self._step_and_mass.warm_up(
             self.potential, tuning, remaining, adapt_step_size=False, adapt_mass=False
         )
@@ -125,7 +128,7 @@ class Learning:
             num_transitions = 1 if passing else choices.num_transitions
             true_share = 0.0 if passing else choices.true_share / choices.num_proposals
             self.trial = Trial(choices.num_proposals, num_transitions, true_share)
-            self._transition = moves.at_endpoint(density, num_transitions)
+            self._transition = moves.at_endpoint(density, engine, num_transitions)
             moves.rehearse(self._transition, state, tuning)
         start = self._transition.state_at(state.position, state.noise)
         return Explore(self, self._transition, warmup, passing=passing), start

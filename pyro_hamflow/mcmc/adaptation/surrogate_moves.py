@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.adaptation.base import Moves
+from pyro_hamflow.mcmc.adaptation.surrogate_engine import SurrogateEngine
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
 from pyro_hamflow.mcmc.transitions.base import (
+    Block,
     Info,
     Observe,
     ParameterTransition,
@@ -23,6 +25,7 @@ from pyro_hamflow.mcmc.transitions.multiple_proposal import MultipleProposalTran
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafConditionalTransition, PerLeafTransition
+from pyro_hamflow.mcmc.transitions.proposal_set import block_of_one
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.process import random_state_kept
@@ -48,7 +51,7 @@ class SurrogateMoves:
         self.num_chains = num_chains
         estimator = run.hamiltonian.estimator
         self._refresh: Refresh = CorrelatedRefresh() if estimator is None else estimator.refresh
-        self._true = self._with_refresh(
+        self._true: Transition = self._with_refresh(
             self.trajectories.parameter_transition(potential, num_chains)
         )
 
@@ -61,18 +64,23 @@ class SurrogateMoves:
         return self._with_refresh(inner)
 
     def at_endpoint(
-        self, density: SurrogateDensity, num_transitions: int
+        self, density: SurrogateDensity, engine: SurrogateEngine, num_transitions: int
     ) -> MultipleProposalTransition:
-        """Along the surrogate, judged by true energies where its transitions end."""
+        """Along the surrogate, judged by true energies where its transitions end.
+
+        True gradients are followed by the same engine from here on.
+        """
+        self._true = engine.truth or self._true
         return MultipleProposalTransition(
             self.potential,
             density,
-            lambda rows: self.trajectories.parameter_transition(density, rows),
+            engine.make_inner,
             self.num_chains,
             self._refresh,
             Blocks(self.potential),
             num_transitions=num_transitions,
             num_proposals=self.choices.num_proposals,
+            energy=engine.energy,
         )
 
     def per_leaf(self, network: PotentialNetwork) -> Transition:
@@ -136,8 +144,29 @@ class AlongSurrogate:
 
     def __call__(self, state: State) -> tuple[State, Info]:
         """Moves all chains once."""
-        transition = self.along.transition
-        ended = isinstance(transition, MultipleProposalTransition) and transition.ended(state)
-        if ended and float(torch.rand(())) < self.share:
+        if self._is_for_truth(state):
             return self.moves.step_along_truth(state, self.along.tuning)
         return self.along(state)
+
+    def many(self, state: State, most: int) -> tuple[State, Block] | None:
+        """All draws of a set of proposals; none in the midst of one, or where fewer are wanted."""
+        transition, tuning = self.along.transition, self.along.tuning
+        if not isinstance(transition, MultipleProposalTransition):
+            return None
+        count = transition.num_proposals
+        if most < count or not transition.is_due(state):
+            return None
+        if self._is_for_truth(state):
+            moved, info = self.moves.step_along_truth(state, tuning)
+            return moved, block_of_one(moved, info)
+        draw_num_steps = self.along.trajectories.draw_num_steps
+        moved, block = transition.block(state, tuning, draw_num_steps(tuning.step_size))
+        for _ in range(count - 1):  # as one by one, so that a run repeats itself whatever its calls
+            draw_num_steps(tuning.step_size)
+        return moved, block
+
+    def _is_for_truth(self, state: State) -> bool:
+        """Whether true gradients are followed now: between sets of proposals, at random."""
+        transition = self.along.transition
+        ended = isinstance(transition, MultipleProposalTransition) and transition.ended(state)
+        return ended and float(torch.rand(())) < self.share

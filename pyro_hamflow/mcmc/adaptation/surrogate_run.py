@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_hamflow.checks import between, finite, flag, positive, whole
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
+from pyro_hamflow.mcmc.adaptation.engine import Engine
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.verdict import SurrogateReport
 from pyro_hamflow.mcmc.transitions.base import Transition
@@ -94,6 +95,7 @@ class SurrogateRun:
         hamiltonian: How trajectories end, and what is tuned of them.
         source: The model.
         plan: What the run is to be.
+        engine: What makes the draws.
 
     Attributes:
         surrogate: The network that is followed.
@@ -107,11 +109,13 @@ class SurrogateRun:
         hamiltonian: Hamiltonian,
         source: ModelTarget,
         plan: RunPlan,
+        engine: Engine,
     ) -> None:
         self.choices = choices
         self.hamiltonian = hamiltonian
         self.source = source
         self.plan = plan
+        self.engine = engine
         self.report = SurrogateReport()
         self.report.correction = "endpoint" if choices.correction == "auto" else choices.correction
         self.surrogate: PotentialNetwork | None = None
@@ -143,7 +147,11 @@ class SurrogateRun:
         potential, estimator = self.source.potential, self.hamiltonian.estimator
         if potential.noise_sites and estimator is not None:
             return estimator.transition(potential, position)
-        return self.hamiltonian.trajectories.parameter_transition(potential, len(position))
+        trajectories = self.hamiltonian.trajectories
+        steps = trajectories.expected_steps
+        if self.engine.is_native(potential, position, self.plan, steps, trajectories.kind):
+            return trajectories.native_transition(potential)
+        return trajectories.parameter_transition(potential, len(position))
 
     def say(self, sentence: str) -> None:
         """Tells the user, and notes in the report, what is followed and why."""

@@ -48,6 +48,7 @@ from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.engine import Engine
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.mass import Adapter
+from pyro_hamflow.mcmc.adaptation.surrogate_moves import AlongSurrogate
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateChoices, SurrogateRun
 from pyro_hamflow.mcmc.adaptation.transport import Transporting
 from pyro_hamflow.mcmc.adaptation.tune import Tune
@@ -211,7 +212,7 @@ class Kernel(PyroFace):
             self.prepare(args, dict(kwargs or {}), initial_params)
         if self.choices is not None:
             self._surrogate_run = SurrogateRun(
-                self.choices, self.hamiltonian, self.source, self.plan
+                self.choices, self.hamiltonian, self.source, self.plan, self._engine
             )
         position, noise = self.start(num_chains, initial_params)
         self._phase, state = self.first_phase(position, noise)
@@ -241,7 +242,7 @@ class Kernel(PyroFace):
             most: How many there may be.
         """
         moves = self.phase.advance
-        found = moves.many(state, most) if isinstance(moves, Moves) else None
+        found = moves.many(state, most) if isinstance(moves, Moves | AlongSurrogate) else None
         if found is None:
             return None
         state, block = found

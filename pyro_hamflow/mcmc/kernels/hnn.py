@@ -96,6 +96,7 @@ class HNNHMC(Kernel):
         jit_compile: bool = False,
         target_accept_prob: float = 0.8,
         init_strategy: Strategy | None = None,
+        engine: str = "auto",
     ) -> None:
         trajectories = HMCTrajectories(trajectory_length, num_steps, jitter, max_num_steps)
         super().__init__(
@@ -134,6 +135,7 @@ class HNNHMC(Kernel):
                 ),
                 fallback,
             ),
+            engine=engine,
         )
 
 
@@ -202,6 +204,7 @@ class HNNNUTS(Kernel):
         jit_compile: bool = False,
         target_accept_prob: float = 0.8,
         init_strategy: Strategy | None = None,
+        engine: str = "auto",
     ) -> None:
         trajectories = NUTSTrajectories(max_tree_depth)
         super().__init__(
@@ -238,4 +241,5 @@ class HNNNUTS(Kernel):
                 ),
                 fallback,
             ),
+            engine=engine,
         )

@@ -23,8 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Info, ParameterTransition, State, Tuning
+from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Block, Info, State, Transition, Tuning
+from pyro_hamflow.mcmc.transitions.native_surrogate import NativeEnergy, NativeSurrogateTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
+from pyro_hamflow.mcmc.transitions.proposal_set import (
+    ProposalSet,
+    gather,
+    pick,
+    pick_all,
+    pick_systematically,
+    repeat_rows,
+)
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.target import Target
 from pyro_hamflow.surrogates.targets import SurrogateDensity
@@ -72,6 +81,7 @@ class MultipleProposalTransition:
         blocks: Which parts of the noise are accepted together.
         num_transitions: How many transitions lead to the centre, and from there to each end.
         num_proposals: How many ends are judged together; so many draws come of them.
+        energy: The true energies in machine code; those of the target if not given.
 
     Attributes:
         ahead: The draws of a set that are yet to be returned, and what happened.
@@ -92,15 +102,17 @@ class MultipleProposalTransition:
         self,
         target: Target,
         surrogate: SurrogateDensity,
-        make_inner: Callable[[int], ParameterTransition],
+        make_inner: Callable[[int], Transition],
         num_chains: int,
         refresh: Refresh,
         blocks: Blocks,
         *,
         num_transitions: int,
         num_proposals: int,
+        energy: NativeEnergy | None = None,
     ) -> None:
         self.target = target
+        self.energy = target if energy is None else energy
         self.surrogate = surrogate
         self.to_centre = make_inner(num_chains)
         self.from_centre = make_inner(num_chains * num_proposals)
@@ -112,23 +124,34 @@ class MultipleProposalTransition:
         self._latest: State | None = None
 
     def state_at(self, position: Tensor, noise: Tensor) -> State:
-        evaluation = self.target.evaluate(position, noise)
+        evaluation = self.energy.evaluate(position, noise)
         return State(position, noise, torch.zeros_like(position), evaluation)
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         if state is not self._latest:  # the chains were moved elsewhere meanwhile
             self.ahead = []
         if not self.ahead:
-            self.ahead = self._propose(state, tuning, num_steps)
+            made = self._propose(state, tuning, num_steps)
+            self.ahead = [made.draw(number) for number in range(self.num_proposals)]
         self._latest, info = self.ahead.pop(0)
         return self._latest, info
+
+    def block(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Block]:
+        """All draws of another set of proposals, and the last of them to go on from."""
+        made = self._propose(state, tuning, num_steps)
+        self.ahead, (self._latest, _) = [], made.draw(self.num_proposals - 1)
+        return self._latest, made.block()
+
+    def is_due(self, state: State) -> bool:
+        """Whether another set is made of chains that are there."""
+        return not self.ahead or state is not self._latest
 
     def ended(self, state: State) -> bool:
         """Whether chains are at the last draw of a set of proposals."""
         return not self.ahead and state is self._latest
 
     def move_along_surrogate(
-        self, inner: ParameterTransition, position: Tensor, tuning: Tuning, num_steps: int
+        self, inner: Transition, position: Tensor, tuning: Tuning, num_steps: int
     ) -> SurrogateMove:
         """Makes ``num_transitions`` transitions of the learned density.
 
@@ -140,6 +163,10 @@ class MultipleProposalTransition:
         """
         state = inner.state_at(position, position[:, :0])
         before = state.evaluation.value.double()
+        if isinstance(inner, NativeSurrogateTransition):
+            state, info, steps = inner.several(state, tuning, num_steps, self.num_transitions)
+            after = state.evaluation.value.double()
+            return SurrogateMove(before, state.position, after, info.energy - after, steps, info)
         steps = torch.zeros(len(position), dtype=torch.long, device=position.device)
         for _ in range(self.num_transitions):
             state, info = inner.step(state, tuning, num_steps)
@@ -159,7 +186,7 @@ class MultipleProposalTransition:
         """
         return (learned - value.double()).nan_to_num(*3 * [-torch.inf])
 
-    def _propose(self, state: State, tuning: Tuning, num_steps: int) -> list[tuple[State, Info]]:
+    def _propose(self, state: State, tuning: Tuning, num_steps: int) -> ProposalSet:
         """Makes a set of proposals, and draws ``num_proposals`` states from it.
 
         The first of them carries the costs of the centre and of the noise's refresh.
@@ -168,13 +195,13 @@ class MultipleProposalTransition:
         noise, here, share, refreshes = self._refreshed(state)
         centre = self.move_along_surrogate(self.to_centre, state.position, tuning, num_steps)
         ends = self.move_along_surrogate(
-            self.from_centre, _repeat_rows(centre.position, count), tuning, num_steps
+            self.from_centre, repeat_rows(centre.position, count), tuning, num_steps
         )
-        noises = _repeat_rows(noise, count)
-        there = self.target.evaluate(ends.position, noises)
+        noises = repeat_rows(noise, count)
+        there = self.energy.evaluate(ends.position, noises)
 
         log_weights = self.log_weights(
-            _gather(here.value, there.value), _gather(centre.energy_before, ends.energy_after)
+            gather(here.value, there.value), gather(centre.energy_before, ends.energy_after)
         )
         lost = ~log_weights[:, :1].isfinite()  # where the learned energy is no number: it stays
         log_weights = log_weights.masked_fill(lost, -torch.inf)
@@ -182,15 +209,15 @@ class MultipleProposalTransition:
         weights = log_weights.softmax(-1)
         picks = pick_systematically(weights, count)
         position, kinetic, value = (
-            _pick(_gather(old, new), picks)
+            pick(gather(old, new), picks)
             for old, new in (
                 (state.position, ends.position),
                 (centre.kinetic, ends.kinetic),
                 (here.value, there.value),
             )
         )
-        likelihoods = _pick_all(here.log_likelihoods, there.log_likelihoods, picks)
-        local = _pick_all(here.local, there.local, picks)
+        likelihoods = pick_all(here.log_likelihoods, there.log_likelihoods, picks)
+        local = pick_all(here.local, there.local, picks)
         error = log_weights[:, :1] - log_weights[:, 1:]
         before = torch.cat([state.position[:, None], position[:, :-1]], 1)
         moved = (position != before).any(-1)
@@ -211,25 +238,9 @@ class MultipleProposalTransition:
         further |= {"surrogate_accepted": moved, "surrogate_error": error}
         if share is not None:
             further["refresh_rate"] = share[:, None].expand(rows)
-        return [
-            (
-                State(
-                    position[:, k],
-                    noise,
-                    state.gradient,
-                    Evaluation(
-                        value[:, k],
-                        {name: part[:, k] for name, part in likelihoods.items()},
-                        {name: part[:, k] for name, part in local.items()},
-                    ),
-                ),
-                Info(
-                    **{name: part[:, k] for name, part in statistics.items()},
-                    further={name: part[:, k] for name, part in further.items()},
-                ),
-            )
-            for k in range(count)
-        ]
+        evaluation = Evaluation(value, likelihoods, local)
+        info = Info(**statistics, further=further)
+        return ProposalSet(position, noise, state.gradient, evaluation, info)
 
     def _refreshed(self, state: State) -> tuple[Tensor, Evaluation, Tensor | None, int]:
         """Refreshes the noise, if there is any.
@@ -244,53 +255,5 @@ class MultipleProposalTransition:
             self.blocks,
             state.noise,
             state.evaluation,
-            lambda proposed: self.target.evaluate(state.position, proposed),
+            lambda proposed: self.energy.evaluate(state.position, proposed),
         )
-
-
-def pick_systematically(weights: Tensor, count: int) -> Tensor:
-    """Picks so many candidates of each chain that none comes much more often than it should.
-
-    Points at equal distances, from a random first one, are laid along the cumulated weights, and
-    read from a random one of them on: each pick by itself is made by the weights.
-
-    Arguments:
-        weights: Of shape ``(chains, candidates)``; those of a chain sum to one.
-        count: How many picks.
-
-    Returns:
-        Indices of candidates, of shape ``(chains, count)``; equal ones are neighbours.
-    """
-    shape, device = (len(weights), 1), weights.device
-    number = torch.arange(count, device=device)
-    points = (number + torch.rand(shape, dtype=weights.dtype, device=device)) / count
-    picks = torch.searchsorted(weights.cumsum(-1), points).clamp(max=weights.shape[1] - 1)
-    return picks.gather(1, (number + torch.randint(count, shape, device=device)) % count)
-
-
-def _repeat_rows(rows: Tensor, count: int) -> Tensor:
-    """Each row so many times, next to each other: of shape ``(rows * count, *)``."""
-    return rows.repeat_interleave(count, 0)
-
-
-def _gather(old: Tensor, new: Tensor) -> Tensor:
-    """The candidates of each chain: first where it is, then its proposals.
-
-    Arguments:
-        old: Something of where chains are, of shape ``(chains, *)``.
-        new: The same of their proposals, of shape ``(chains * count, *)``.
-
-    Returns:
-        Of shape ``(chains, 1 + count, *)``.
-    """
-    return torch.cat([old[:, None], new.reshape(len(old), -1, *old.shape[1:])], 1)
-
-
-def _pick(candidates: Tensor, picks: Tensor) -> Tensor:
-    """Of each chain, the candidates that ``picks``, of shape ``(chains, count)``, names."""
-    return candidates[torch.arange(len(picks), device=picks.device)[:, None], picks]
-
-
-def _pick_all(old: dict[str, Tensor], new: dict[str, Tensor], picks: Tensor) -> dict[str, Tensor]:
-    """The same of every named part of where chains are, and of their proposals."""
-    return {name: _pick(_gather(old[name], part), picks) for name, part in new.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pyro_hamflow.mcmc.transitions.base import Block, Info, State, Tuning
 from pyro_hamflow.model.potential import Potential
@@ -17,6 +18,7 @@ from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.calls import Motion, NoiseMoves, Place, Request
 from pyro_hamflow.programs.engines.native import Looks, native_program
 from pyro_hamflow.programs.made import Made
+from pyro_hamflow.surrogates.targets import SurrogateDensity
 
 _SEEDS = 2**62  # of which one is drawn
 _CALL = 0.1  # seconds that a call should last, so that progress is seen and keys are heard
@@ -58,7 +60,7 @@ class NativeMoves:
 
     def __init__(
         self,
-        target: Potential,
+        target: Potential | SurrogateDensity,
         kind: str,
         max_tree_depth: int | None,
         stream: Stream,
@@ -66,7 +68,7 @@ class NativeMoves:
         moves: NoiseMoves | None = None,
     ) -> None:
         self.walks = kind == "value"
-        graph = target.programs.base("gradient" if self.walks else kind)
+        graph = self.graph_of(target, "gradient" if self.walks else kind)
         if graph is None:
             raise NotSupported("a model that is not captured")
         self.target: Target = target
@@ -79,9 +81,15 @@ class NativeMoves:
         self._last_call = 0.0
         self._size = 1
 
+    @staticmethod
+    def graph_of(target: Potential | SurrogateDensity, kind: str) -> GraphModule | None:
+        """One chain's potential and gradient, if they are captured."""
+        assert isinstance(target, Potential)
+        return target.programs.base(kind)
+
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         moved, made = self.draw(state, tuning, [num_steps])
-        return moved, self.info(made.first())
+        return moved, self.info(made.at(0))
 
     def draw(
         self, state: State, tuning: Tuning, num_steps: list[int], **given: Tensor
@@ -176,7 +184,7 @@ class NativeTransition(NativeMoves, Made):
 
     def __init__(
         self,
-        target: Potential,
+        target: Potential | SurrogateDensity,
         max_tree_depth: int | None,
         stream: Stream,
         kind: str = "gradient",

@@ -187,15 +187,15 @@ class NativeEstimateTransition(NativeMoves, Made):
         gradient = place.gradient if self._keeps_gradient else state.gradient
         evaluation = Evaluation(
             place.value,
-            _split(place.likelihoods, self._parts.factors),
-            _split(place.local, self._parts.local),
+            split_rows(place.likelihoods, self._parts.factors),
+            split_rows(place.local, self._parts.local),
         )
         return State(place.position, place.noise, gradient, evaluation), made
 
     def block(self, state: State, tuning: Tuning, num_steps: list[int]) -> tuple[State, Block]:
         moved, made = self.draw(state, tuning, num_steps)
         estimate = made.estimate if self._parts.factors else None
-        local = _split(made.locals, self._parts.local)
+        local = split_rows(made.locals, self._parts.local)
         return moved, Block(made.positions, made.values, self.info(made), local, estimate)
 
     def info(self, made: calls.Made) -> Info:
@@ -206,7 +206,7 @@ class NativeEstimateTransition(NativeMoves, Made):
         return info._replace(n_gradients=count).adding(refresh_rate=made.share)
 
 
-def _split(rows: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def split_rows(rows: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Values by their names, from numbers in a row, the last dimension."""
     parts = rows.split([shape.numel() for shape in shapes.values()], -1) if shapes else ()
     return {

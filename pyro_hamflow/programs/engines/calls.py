@@ -173,6 +173,6 @@ class Made(NamedTuple):
             *zeros(3, torch.bool),
         )
 
-    def first(self) -> Made:
-        """The first draw alone."""
-        return Made(*(part[:, 0] for part in self))
+    def at(self, number: int) -> Made:
+        """One draw alone."""
+        return Made(*(part[:, number] for part in self))

@@ -60,11 +60,11 @@ def choose_engine(
     graph: GraphModule | None,
     position: Tensor,
     noise: Tensor,
-    iterations: int | None,
+    iterations: float | None,
     looks: Callable[[], Looks] | None = None,
     *,
     gradient: bool = True,
-    steps: int = 1,
+    steps: float = 1,
 ) -> Choice:
     """Chooses the engine of a run.
 
@@ -167,7 +167,7 @@ def _largest_constant(graph: GraphModule) -> int:
     return max((value.numel() for value in graph.buffers()), default=0)
 
 
-def _pays(graph: GraphModule, num_chains: int, iterations: int | None, steps: int) -> bool:
+def _pays(graph: GraphModule, num_chains: int, iterations: float | None, steps: float) -> bool:
     """Whether the torch engine would take longer than it takes to compile trajectories."""
     if iterations is None:
         return False

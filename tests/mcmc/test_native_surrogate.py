@@ -1,0 +1,172 @@
+"""Learned energies in machine code: torch's own trajectories and energies, in whole runs."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_hamflow import HNNHMC, HNNNUTS, MCMC
+from pyro_hamflow.dynamics.kinetic import GaussianKinetic
+from pyro_hamflow.mcmc.transitions.base import Tuning
+from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.native import Stream
+from pyro_hamflow.mcmc.transitions.native_surrogate import NativeEnergy, NativeSurrogateTransition
+from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.machine_code import compiler
+from pyro_hamflow.surrogates.potential_network import PotentialNetwork
+from pyro_hamflow.surrogates.targets import SurrogateDensity
+from tests.helpers.exact_draws import bent, make_target
+from tests.helpers.native import assert_same, by_both
+from tests.helpers.zoo import eight_schools_noncentred
+
+CHAINS, DEPTH = 24, 6
+KERNELS = [HNNHMC, HNNNUTS]
+
+
+def density_of(model, *, level, hidden=(16, 16)):
+    """A network that has learned nothing, softened above an energy."""
+    potential = Potential(model)
+    torch.manual_seed(0)
+    network = PotentialNetwork(potential.dimension, hidden=hidden)
+    network.whiten_by(torch.randn(50, potential.dimension))
+    with torch.no_grad():
+        network.network.last.mul_(30.0)
+    density = SurrogateDensity(potential, network)
+    density.softened_above.fill_(level)
+    return density
+
+
+@pytest.mark.parametrize("level", [torch.inf, 1.0])
+@pytest.mark.parametrize("depth", [None, DEPTH])
+def test_trajectories_are_those_of_torch(depth, level, monkeypatch):
+    density = density_of(bent, level=level)
+    slow = HMCTransition(density, CHAINS)
+    if depth is not None:
+        slow = NUTSTransition(density, CHAINS, depth)
+    position = torch.randn(CHAINS, density.dimension)
+    mass = torch.eye(density.dimension) + 0.2
+    tuning = Tuning(0.3, GaussianKinetic(mass), torch.rand(CHAINS) + 0.5)
+    native = NativeSurrogateTransition(density, depth, Stream())
+    num_steps = 7 if depth is None else 2**depth - 1
+    tree = depth is not None
+    expected, found = by_both(slow, native, position, tuning, num_steps, monkeypatch, tree=tree)
+    assert_same(expected, found)
+    assert found[1].accepted.any()
+
+
+def test_several_transitions_are_those_one_by_one():
+    density = density_of(bent, level=2.0)
+    together, apart = (NativeSurrogateTransition(density, DEPTH, Stream(7)) for _ in range(2))
+    position = torch.randn(CHAINS, density.dimension)
+    tuning = Tuning(0.3, GaussianKinetic(torch.eye(density.dimension)))
+    state, info, steps = together.several(
+        together.state_at(position, position[:, :0]), tuning, 63, 3
+    )
+    other, count = apart.state_at(position, position[:, :0]), torch.zeros(CHAINS).long()
+    for _ in range(3):
+        other, last = apart.step(other, tuning, 63)
+        count += last.n_steps
+    assert torch.equal(state.position, other.position)
+    assert torch.equal(info.energy, last.energy)
+    assert torch.equal(steps, count)
+
+
+@pytest.mark.parametrize("name", ["prior-8", pytest.param("laplace-2", marks=pytest.mark.slow)])
+def test_energies_and_local_sites_are_those_of_torch(name):
+    target = make_target(name)
+    potential = target.potential
+    position = 0.3 * torch.randn(9, potential.dimension)
+    noise, energy = potential.draw_noise(9), NativeEnergy(potential)
+    torch.manual_seed(1)
+    expected = potential.evaluate(position, noise)
+    torch.manual_seed(1)
+    found = energy.evaluate(position, noise)
+    assert torch.allclose(found.value, expected.value, rtol=1e-10)
+    assert found.local.keys() == expected.local.keys()
+    for one, other in zip((found.log_likelihoods, found.local), expected[1:], strict=True):
+        for part in other:
+            assert torch.allclose(one[part], other[part], rtol=1e-10), part
+
+
+def learner(kind, model=eight_schools_noncentred, **settings):
+    return kind(model, **({"fallback": False, "training_steps": 60, "rounds": 1} | settings))
+
+
+def run(kernel, *, draws=50, **settings):
+    mcmc = MCMC(kernel, draws, 60, num_chains=3, disable_progbar=True, seed=2, **settings)
+    mcmc.run()
+    return mcmc
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_runs_have_the_statistics_of_torch(kind):
+    expected, found = (run(learner(kind, engine=engine)) for engine in ("torch", "native"))
+    kinds = [
+        {name: (stat.dtype, stat.shape) for name, stat in mcmc.draws.stats.items()}
+        for mcmc in (expected, found)
+    ]
+    assert kinds[0] == kinds[1]
+    assert found.draws.position.dtype == expected.draws.position.dtype
+    assert found.kernel.settings["engine"] == "native"
+    assert found.kernel.settings["engine_reason"] == "asked for"
+    assert found.kernel.report.following == "surrogate"
+    position = found.draws.position.flatten(0, 1)
+    lp = -found.kernel.potential.value(position, position[:, :0])
+    assert torch.allclose(found.draws.stats["lp"].flatten(), lp)
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_a_seed_repeats_a_run_whatever_the_calls(engine):
+    first = run(learner(HNNHMC, engine=engine, true_share=0.5))
+    hooked = run(learner(HNNHMC, engine=engine, true_share=0.5), hook_fn=lambda *_: None)
+    assert torch.equal(first.draws.position, hooked.draws.position)
+    for name, stat in first.draws.stats.items():
+        assert torch.equal(stat.nan_to_num(7.0), hooked.draws.stats[name].nan_to_num(7.0)), name
+    followed = ~first.draws.stats["surrogate_error"].isnan()
+    assert followed.any() and not followed.all()
+
+
+def test_refits_and_other_models_compile_nothing_anew(monkeypatch):
+    compiled, honest = [], compiler.compiled
+    monkeypatch.setattr(compiler, "compiled", lambda *a: compiled.append(a) or honest(*a))
+
+    def wide():
+        pyro.sample("x", dist.Normal(0.0, 3.0).expand([10]).to_event(1))
+
+    settings = {"engine": "native", "hidden": (11, 12), "rounds": 2, "true_share": 0.0}
+    run(learner(HNNHMC, **settings))
+    first = len(compiled)
+    assert 1 <= first <= 3  # the network, the energy and the true gradient, whatever is kept
+    run(learner(HNNHMC, **settings))
+    assert len(compiled) == first
+    run(learner(HNNHMC, wide, **settings))
+    assert len(compiled) <= first + 2  # this model's own
+
+
+def test_single_precision():
+    torch.set_default_dtype(torch.float32)
+    mcmc = run(learner(HNNNUTS, engine="native"))
+    assert mcmc.draws.position.dtype == mcmc.draws.stats["lp"].dtype == torch.float32
+    assert mcmc.draws.stats["energy"].dtype == torch.float64
+    assert mcmc.draws.stats["acceptance_rate"].mean() > 0.3
+
+
+def test_without_a_compiler_torch_follows(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYRO_HAMFLOW_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiler", lambda: None)
+    mcmc = run(learner(HNNHMC, engine="native", hidden=(7,)), draws=20)
+    assert mcmc.kernel.settings["engine"] == "torch"
+    assert any("HNNHMC: draws are made by torch, for the native" in m for m in mcmc.messages)
+
+
+def test_long_runs_are_native_where_nothing_is_said():
+    for draws, engine in ((10**6, "native"), (100, "torch")):
+        kernel = learner(HNNHMC)
+        kernel.planned_draws = draws
+        state = kernel.begin(4, 60)
+        while kernel.warming:
+            state, _ = kernel.advance(state)
+        assert kernel.settings["engine"] == engine, kernel.settings["engine_reason"]
