@@ -6,8 +6,8 @@ import math
 
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.multiple_proposal import MultipleProposalTransition
-from pyro_hamflow.mcmc.transitions.native import Stream
-from pyro_hamflow.mcmc.transitions.native_surrogate import NativeEnergy, NativeSurrogateTransition
+from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
+from pyro_hamflow.mcmc.transitions.native_energy import NativeEnergy
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.mcmc.transitions.per_leaf import PerLeafTransition
@@ -44,7 +44,7 @@ def endpoint(
 
     def inner(rows):
         if engine == "native":
-            return NativeSurrogateTransition(density, depth, stream)
+            return NativeTransition(density, depth, stream)
         return KINDS[kind](density, rows)
 
     return MultipleProposalTransition(

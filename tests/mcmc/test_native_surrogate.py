@@ -11,8 +11,8 @@ from pyro_hamflow import HNNHMC, HNNNUTS, MCMC
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
-from pyro_hamflow.mcmc.transitions.native import Stream
-from pyro_hamflow.mcmc.transitions.native_surrogate import NativeEnergy, NativeSurrogateTransition
+from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
+from pyro_hamflow.mcmc.transitions.native_energy import NativeEnergy
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.machine_code import compiler
@@ -49,7 +49,7 @@ def test_trajectories_are_those_of_torch(depth, level, monkeypatch):
     position = torch.randn(CHAINS, density.dimension)
     mass = torch.eye(density.dimension) + 0.2
     tuning = Tuning(0.3, GaussianKinetic(mass), torch.rand(CHAINS) + 0.5)
-    native = NativeSurrogateTransition(density, depth, Stream())
+    native = NativeTransition(density, depth, Stream())
     num_steps = 7 if depth is None else 2**depth - 1
     tree = depth is not None
     expected, found = by_both(slow, native, position, tuning, num_steps, monkeypatch, tree=tree)
@@ -59,7 +59,7 @@ def test_trajectories_are_those_of_torch(depth, level, monkeypatch):
 
 def test_several_transitions_are_those_one_by_one():
     density = density_of(bent, level=2.0)
-    together, apart = (NativeSurrogateTransition(density, DEPTH, Stream(7)) for _ in range(2))
+    together, apart = (NativeTransition(density, DEPTH, Stream(7)) for _ in range(2))
     position = torch.randn(CHAINS, density.dimension)
     tuning = Tuning(0.3, GaussianKinetic(torch.eye(density.dimension)))
     state, info, steps = together.several(

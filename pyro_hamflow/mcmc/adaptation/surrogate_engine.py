@@ -11,8 +11,8 @@ from torch import Tensor
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
 from pyro_hamflow.mcmc.transitions.base import Transition
 from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
+from pyro_hamflow.mcmc.transitions.native_energy import NativeEnergy
 from pyro_hamflow.mcmc.transitions.native_estimate import parts_of
-from pyro_hamflow.mcmc.transitions.native_surrogate import NativeEnergy, NativeSurrogateTransition
 from pyro_hamflow.mcmc.transitions.trajectories import NUTSTrajectories
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.engines.choice import Choice, choose_engine
@@ -72,7 +72,7 @@ def surrogate_engine(
     if network.name == "native":
         depth = trajectories.max_tree_depth if isinstance(trajectories, NUTSTrajectories) else None
         stream = Stream()
-        make_inner = lambda _: NativeSurrogateTransition(density, depth, stream)  # noqa: E731
+        make_inner = lambda _: NativeTransition(density, depth, stream)  # noqa: E731
     is_known = truth.name == "native" and not potential.noise_sites
     return SurrogateEngine(
         make_inner,

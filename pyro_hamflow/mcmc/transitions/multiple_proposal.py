@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Block, Info, State, Transition, Tuning
-from pyro_hamflow.mcmc.transitions.native_surrogate import NativeEnergy, NativeSurrogateTransition
+from pyro_hamflow.mcmc.transitions.native import NativeTransition
+from pyro_hamflow.mcmc.transitions.native_energy import NativeEnergy
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, Refresh
 from pyro_hamflow.mcmc.transitions.proposal_set import (
     ProposalSet,
@@ -163,7 +164,7 @@ class MultipleProposalTransition:
         """
         state = inner.state_at(position, position[:, :0])
         before = state.evaluation.value.double()
-        if isinstance(inner, NativeSurrogateTransition):
+        if isinstance(inner, NativeTransition):
             state, info, steps = inner.several(state, tuning, num_steps, self.num_transitions)
             after = state.evaluation.value.double()
             return SurrogateMove(before, state.position, after, info.energy - after, steps, info)

@@ -68,7 +68,7 @@ class NativeMoves:
         moves: NoiseMoves | None = None,
     ) -> None:
         self.walks = kind == "value"
-        graph = self.graph_of(target, "gradient" if self.walks else kind)
+        graph = _graph_of(target, "gradient" if self.walks else kind)
         if graph is None:
             raise NotSupported("a model that is not captured")
         self.target: Target = target
@@ -80,12 +80,6 @@ class NativeMoves:
         self.most_steps = 2 ** (max_tree_depth or 0) - 1
         self._last_call = 0.0
         self._size = 1
-
-    @staticmethod
-    def graph_of(target: Potential | SurrogateDensity, kind: str) -> GraphModule | None:
-        """One chain's potential and gradient, if they are captured."""
-        assert isinstance(target, Potential)
-        return target.programs.base(kind)
 
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         moved, made = self.draw(state, tuning, [num_steps])
@@ -160,18 +154,26 @@ class NativeMoves:
         )
 
 
+def _graph_of(target: Potential | SurrogateDensity, kind: str) -> GraphModule | None:
+    """One chain's potential and gradient, if they are captured."""
+    if isinstance(target, SurrogateDensity):
+        return target.chain_graph()
+    return target.programs.base(kind)
+
+
 class NativeTransition(NativeMoves, Made):
     """Moves parameters along trajectories in machine code, the noise of an estimate held.
 
     Moves are those of :class:`~pyro_hamflow.mcmc.transitions.hmc.HMCTransition`, :class:`~
     pyro_hamflow.mcmc.transitions.nuts.NUTSTransition` or :class:`~pyro_hamflow.mcmc.transitions.
     random_walk.RandomWalkTransition`: given the same momenta, or steps, and uniform numbers they
-    are the same to rounding.
+    are the same to rounding. Of a learned density the network's weights are data: one library
+    serves all networks of the same sizes, whatever the model and however often they are fitted.
 
     Arguments:
-        target: The target, whose gradient is captured.
+        target: The target, whose gradient is captured, or a learned one.
         max_tree_depth: The most doublings of a trajectory; none where trajectories have lengths.
-        stream: The random numbers.
+        stream: The random numbers, which several transitions may share.
         kind: As in :class:`NativeMoves`.
 
     Invariant:
@@ -203,6 +205,13 @@ class NativeTransition(NativeMoves, Made):
         made = self.call(place, tuning, num_steps, **given)
         evaluation = Evaluation(place.value, {}, {})
         return State(place.position, state.noise, place.gradient, evaluation), made
+
+    def several(
+        self, state: State, tuning: Tuning, num_steps: int, count: int
+    ) -> tuple[State, Info, Tensor]:
+        """So many moves, one after the other; what happened in the last; the steps of all."""
+        moved, made = self.draw(state, tuning, [num_steps] * count)
+        return moved, self.info(made.at(-1)), made.n_steps.sum(1)
 
     def block(self, state: State, tuning: Tuning, num_steps: list[int]) -> tuple[State, Block]:
         moved, made = self.draw(state, tuning, num_steps)

@@ -1,48 +1,16 @@
-"""A learned energy followed in machine code, and true energies looked at in it."""
+"""True energies in machine code, which judge where a learned energy has led."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
-from pyro_hamflow.mcmc.transitions.native import NativeTransition
 from pyro_hamflow.mcmc.transitions.native_estimate import parts_of, split_rows
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.native import native_program
 from pyro_hamflow.programs.made import Made
-from pyro_hamflow.surrogates.targets import SurrogateDensity
-
-
-class NativeSurrogateTransition(NativeTransition):
-    """Moves along a learned energy in machine code, each row for itself.
-
-    The network's weights are data of the machine code: one library serves all networks of the same
-    sizes, whatever the model and however often they are fitted.
-
-    Arguments:
-        density: The learned density.
-        max_tree_depth: The most doublings of a trajectory; none where trajectories have lengths.
-        stream: The random numbers, which several transitions may share.
-
-    Invariant:
-        The learned density, exactly.
-    """
-
-    @staticmethod
-    def graph_of(target: Potential | SurrogateDensity, kind: str) -> GraphModule | None:
-        assert isinstance(target, SurrogateDensity)
-        return target.chain_graph()
-
-    def several(
-        self, state: State, tuning: Tuning, num_steps: int, count: int
-    ) -> tuple[State, Info, Tensor]:
-        """So many transitions, one after the other; what happened in the last; steps of all."""
-        moved, made = self.draw(state, tuning, [num_steps] * count)
-        return moved, self.info(made.at(-1)), made.n_steps.sum(1)
 
 
 class NativeEnergy(Made):
