@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_hamflow.checks import fills, positive, whole
+from pyro_hamflow.checks import positive, whole
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
 from pyro_hamflow.flows.losses import GuideLoss, Objective, ReverseKL
 from pyro_hamflow.flows.lost_modes import describe_lost_modes
+from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
@@ -42,7 +44,7 @@ class TrainableGuide(DensityGuide, Trainable, Protocol):
 
 def fit_guide(
     model: Model,
-    guide: TrainableGuide,
+    guide: TrainableGuide | AutoGuide,
     *args: Any,
     loss: GuideLoss = ReverseKL(),  # noqa: B008  # frozen
     num_steps: int = 2000,
@@ -63,8 +65,9 @@ def fit_guide(
 
     Arguments:
         model: The Pyro model.
-        guide: An :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, or anything that fills the
-            protocol :class:`TrainableGuide`; changed in place.
+        guide: An :class:`~pyro_hamflow.AutoFlow` or
+            :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, one of Pyro's own guides whose density
+            is known, or anything that fills the protocol :class:`TrainableGuide`; changed in place.
         args: The model's arguments.
         loss: What to minimise: :class:`ReverseKL`, hot first or not, or :class:`ForwardKL`.
         num_steps: How many steps at most.
@@ -82,8 +85,8 @@ def fit_guide(
         How it went. The guide is left in the best state that it had.
 
     Raises:
-        TypeError: If the guide lacks a method of the protocol; Pyro's own guides do, and train with
-            :class:`pyro.infer.SVI`.
+        TypeError: If the guide lacks a method of the protocol, or has nothing to train so, as an
+            ``AutoLaplaceApproximation``, whose mode :class:`pyro.infer.SVI` finds.
         ValueError: If a number lies outside its range, the guide's draws are of other shapes than
             the protocol's, or the model has one of the faults that
             :class:`~pyro_hamflow.model.potential.Potential` lists.
@@ -97,12 +100,14 @@ def fit_guide(
         >>> fit.num_skipped
         0
     """
-    fills("guide", guide, TrainableGuide)
+    owner, guide = guide, as_guide("guide", guide, TrainableGuide)
     whole("num_particles", num_particles, 1)
     with undisturbed(seed):
         potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)
-        keep_with(guide, potential.programs.captured)  # for those who correct it
+        keep_with(owner, potential.programs.captured)  # for those who correct it
         guide.prepare(*args, **kwargs)
+        if not any(part.requires_grad for part in guide.parameters()):
+            raise TypeError(f"`guide` {owner!r} has nothing to train: expected parameters")
         objective = Objective(guide, potential, num_particles)
         training = _train(
             guide,

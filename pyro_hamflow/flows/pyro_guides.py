@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
 
+import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
@@ -14,8 +17,9 @@ from pyro.infer.autoguide import (
     AutoGuideList,
     AutoLaplaceApproximation,
     AutoNormal,
+    AutoStructured,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_hamflow.checks import fills
 from pyro_hamflow.flows.flow_guide import FlowGuide
@@ -44,10 +48,13 @@ def as_guide(name: str, guide: Any, protocol: type) -> Any:
 class PyroGuide:
     """One of Pyro's guides, all of its sites on the real line in one vector.
 
+    It trains as that guide does: the parameters are the guide's own, except those of an
+    ``AutoLaplaceApproximation``, which stands for the Gaussian that it makes of the model's
+    arguments, and of which nothing is trained here.
+
     Arguments:
-        guide: An ``AutoNormal``, any ``AutoContinuous`` such as ``AutoMultivariateNormal``, or an
-            ``AutoGuideList`` of them and of flows. An ``AutoLaplaceApproximation`` stands for the
-            Gaussian that it makes of the model's arguments.
+        guide: An ``AutoNormal``, any ``AutoContinuous`` such as ``AutoMultivariateNormal``, an
+            ``AutoStructured`` of normal sites, or an ``AutoGuideList`` of them and of flows.
         name: Of the argument that it was given as, for messages.
 
     Raises:
@@ -65,17 +72,28 @@ class PyroGuide:
     def __init__(self, guide: AutoGuide, name: str = "guide") -> None:
         _refuse_unknown(guide, name)
         self._guide, self._name = guide, name
+        self._arguments: tuple[Args, dict[str, Any]] | None = None
         self._part: _Part | None = None
+        self._versions: list[int] = []
 
     def __repr__(self) -> str:
         return repr(self._guide)
 
     @torch.no_grad()
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Has the guide see the model, unless it has, and takes its density as it now is."""
-        with poutine.block(), no_validation():
+        """Has the guide see the model, unless it has.
+
+        What is in Pyro's parameter store under the guide's names is the guide's, as ever; nothing
+        is added there, so that guides of one class stay apart.
+
+        Raises:
+            ValueError: If it covers the noise of an estimated likelihood.
+        """
+        store = pyro.get_param_store()
+        with poutine.block(), no_validation(), store.scope(store.get_state()):
             self._guide(*args, **kwargs)
-            self._part = _part_of(self._guide, args, kwargs)
+        _refuse_noise(self._guide, self._name)
+        self._arguments, self._part = (args, kwargs), None
 
     def draw(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Positions ``(num_samples, dimension)`` and their log densities, ``(num_samples,)``."""
@@ -98,9 +116,28 @@ class PyroGuide:
             ) from error
 
     def _known(self) -> _Part:
-        if self._part is None:
+        """The density at the present parameters, made anew while these are learnt."""
+        if self._arguments is None:
             raise RuntimeError("the guide has not seen its model yet: call `prepare` first")
-        return self._part
+        learns = torch.is_grad_enabled() and any(True for _ in self.parameters())
+        versions = [tensor._version for tensor in self._guide.parameters()]
+        if self._part is not None and not learns and versions == self._versions:
+            return self._part
+        with poutine.block(), no_validation(), torch.set_grad_enabled(learns):
+            part = _part_of(self._guide, *self._arguments)
+        self._part, self._versions = None if learns else part, versions
+        return part
+
+    # --- trained as the guide is ----------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(()) if _has_laplace(self._guide) else self._guide.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._guide.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        return self._guide.load_state_dict(state_dict)
 
 
 class _Part(Protocol):
@@ -139,6 +176,58 @@ class _FromFlow:
         return self.guide.log_ratio(position)
 
 
+class _Structured:
+    """Normal vectors, each moved by functions of those before it, which do not change volumes."""
+
+    def __init__(self, guide: AutoStructured) -> None:
+        names = [name for name, _ in guide._sorted_sites]
+        self.locs = {name: attrgetter(name)(guide.locs) for name in names}
+        self.roots = {name: _root(guide, name) for name in names}
+        self.moves = {
+            name: {u: attrgetter(u)(attrgetter(name)(guide.deps)) for u in guide.dependencies[name]}
+            if name in guide.dependencies
+            else {}
+            for name in names
+        }
+        self.sizes = {name: self.locs[name].numel() for name in guide._batch_shapes}
+
+    def draw(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        free: dict[str, Tensor] = {}
+        log_density = torch.zeros(())
+        for name, root in self.roots.items():
+            normal = torch.randn(num_samples, len(root)).to(root)
+            log_density = log_density + self._log_density(name, normal)
+            free[name] = normal @ root.mT + self._moved(name, free)
+        position = [free[name] + self.locs[name] for name in self.sizes]
+        return torch.cat(position, -1), log_density
+
+    def log_ratio(self, position: Tensor) -> Tensor:
+        parts = zip(self.sizes, position.split(list(self.sizes.values()), -1), strict=True)
+        free = {name: part - self.locs[name] for name, part in parts}
+        log_density = position.new_zeros(len(position))
+        for name, root in self.roots.items():
+            rest = (free[name] - self._moved(name, free)).mT
+            normal = torch.linalg.solve_triangular(root, rest, upper=False).mT
+            log_density = log_density + self._log_density(name, normal)
+        return log_density
+
+    def _moved(self, name: str, free: dict[str, Tensor]) -> Tensor:
+        start = torch.zeros_like(self.locs[name])
+        return sum((move(free[upstream]) for upstream, move in self.moves[name].items()), start)
+
+    def _log_density(self, name: str, normal: Tensor) -> Tensor:
+        standard = dist.Normal(torch.zeros_like(normal), 1.0).to_event(1)
+        return standard.log_prob(normal) - self.roots[name].diagonal().log().sum()
+
+
+def _root(guide: AutoStructured, name: str) -> Tensor:
+    """The triangular root of a vector's covariance, before what moves it."""
+    scale = attrgetter(name)(guide.scales)
+    if guide.conditionals[name] == "normal":
+        return scale.diag()
+    return scale[:, None] * attrgetter(name)(guide.scale_trils)
+
+
 class _Joined:
     """Parts that are independent of each other, their sites in the model's order."""
 
@@ -172,12 +261,36 @@ def _part_of(guide: Any, args: Args, kwargs: dict[str, Any]) -> _Part:
         sizes = {name: place[0].numel() for name, place in zip(names, places, strict=True)}
         return _FromDistribution(sizes, dist.Normal(loc, scale).to_event(1))
     if isinstance(guide, AutoLaplaceApproximation):
-        with torch.enable_grad():
-            guide = guide.laplace_approximation(*args, **kwargs)
+        try:
+            with torch.enable_grad():
+                guide = guide.laplace_approximation(*args, **kwargs)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                "the curvature at the mode of an AutoLaplaceApproximation is not positive: "
+                "expected one whose mode has been found, by `pyro.infer.SVI`"
+            ) from error
+    if isinstance(guide, AutoStructured):
+        return _Structured(guide)
     sizes = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
     if isinstance(guide, FlowGuide):
         return _FromFlow(sizes, guide)
     return _FromDistribution(sizes, guide.get_posterior(*args, **kwargs))
+
+
+def _has_laplace(guide: AutoGuide) -> bool:
+    parts = guide if isinstance(guide, AutoGuideList) else [guide]
+    return any(isinstance(part, AutoLaplaceApproximation) for part in parts)
+
+
+def _refuse_noise(guide: AutoGuide, name: str) -> None:
+    """Raises a ValueError if a guide covers noise, which is drawn from its prior."""
+    nodes = guide.prototype_trace.nodes
+    noise = [site for site, node in nodes.items() if node.get("infer", {}).get("noise")]
+    if noise:
+        raise ValueError(
+            f"`{name}` is an {type(guide).__name__} of the noise {noise} too, which stays at its "
+            f"prior: expected a guide of `poutine.block(model, hide={noise})`"
+        )
 
 
 def _refuse_unknown(guide: Any, name: str) -> None:
@@ -185,9 +298,17 @@ def _refuse_unknown(guide: Any, name: str) -> None:
     if isinstance(guide, AutoGuideList):
         for part in guide:
             _refuse_unknown(part, name)
-    elif not isinstance(guide, AutoNormal | AutoContinuous):
+        return
+    conditionals = guide.conditionals if isinstance(guide, AutoStructured) else {}
+    kinds = conditionals.values() if isinstance(conditionals, dict) else [conditionals]
+    if any(kind not in ("normal", "mvn") for kind in kinds):
+        raise TypeError(
+            f"`{name}` is an AutoStructured with sites whose density is not known: expected the "
+            "conditional 'normal' or 'mvn' of each"
+        )
+    if not isinstance(guide, AutoNormal | AutoContinuous | AutoStructured):
         raise TypeError(
             f"`{name}` is an {type(guide).__name__}, whose density on the real line is not known: "
-            "expected an AutoNormal, an AutoContinuous such as AutoMultivariateNormal, or an "
-            "AutoGuideList of them"
+            "expected an AutoNormal, an AutoContinuous such as AutoMultivariateNormal, an "
+            "AutoStructured of normal sites, or an AutoGuideList of them"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -20,12 +21,24 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
     AutoNormalizingFlow,
+    AutoStructured,
 )
 
-from pyro_hamflow import MCMC, AutoFlow, FlowMH, FlowNUTS, importance_sample
+from pyro_hamflow import (
+    MCMC,
+    AutoFlow,
+    FlowMH,
+    FlowNUTS,
+    SymmetrisedGuide,
+    fit_guide,
+    importance_sample,
+    marginalize,
+)
 from pyro_hamflow.flows.pyro_guides import PyroGuide
+from pyro_hamflow.mcmc.adaptation.flow_training import can_learn
 from pyro_hamflow.model.potential import Potential
 from tests.helpers.guided import Y, conjugate, evidence, mixed, posterior
+from tests.helpers.targets import effects
 from tests.helpers.zuko_flows import FLOWS
 
 
@@ -38,6 +51,14 @@ def in_parts(model):
     return guide
 
 
+def structured(model):
+    """Each site given others, as well by a function that is not linear."""
+    conditionals = {"scale": "normal", "share": "mvn", "x": "mvn"}
+    dependencies = {"share": {"scale": torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Tanh())}}
+    dependencies["x"] = {"scale": "linear", "share": "linear"}
+    return AutoStructured(model, conditionals=conditionals, dependencies=dependencies)
+
+
 GUIDES = {
     "AutoNormal": AutoNormal,
     "AutoDiagonalNormal": AutoDiagonalNormal,
@@ -45,6 +66,7 @@ GUIDES = {
     "AutoLowRankMultivariateNormal": AutoLowRankMultivariateNormal,
     "AutoIAFNormal": lambda model: AutoIAFNormal(model, hidden_dim=[9], num_transforms=2),
     "AutoGuideList": in_parts,
+    "AutoStructured": structured,
 }
 
 
@@ -107,6 +129,83 @@ def test_the_posterior_itself_has_weights_alike(name):
     assert found.ess > 499.0 and found.pareto_k < 0.7 and found.log_evidence_error < 1e-6
 
 
+# --- trained ------------------------------------------------------------------------------------
+
+
+TRAINED = {
+    "AutoNormal": AutoNormal,
+    "AutoLowRankMultivariateNormal": partial(AutoLowRankMultivariateNormal, rank=1),
+    "AutoStructured": partial(AutoStructured, conditionals="mvn", dependencies={}),
+    "AutoGuideList": lambda model: _list_of(model, AutoMultivariateNormal(model)),
+}
+
+
+def _list_of(model, *parts):
+    guide = AutoGuideList(model)
+    for part in parts:
+        guide.append(part)
+    return guide
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_finds_the_posterior(name):
+    guide = TRAINED[name](conjugate)
+    fit = fit_guide(conjugate, guide, Y, num_steps=300, learning_rate=0.05, seed=0)
+    assert fit.num_skipped == 0
+    found = importance_sample(conjugate, guide, Y, num_samples=2000, seed=0)
+    assert abs(found.log_evidence - evidence(Y)) < 1e-2 and found.ess > 1950.0
+
+
+def test_guides_of_a_class_are_trained_apart():
+    def shifted(y):
+        conjugate(y - 5.0)
+
+    first, second = AutoNormal(conjugate), AutoNormal(shifted)
+    settings = {"num_steps": 200, "learning_rate": 0.05, "seed": 0}
+    fit_guide(conjugate, first, Y, **settings)
+    before = first.median()["mean"].clone()
+    fit_guide(shifted, second, Y, **settings)
+    assert torch.equal(first.median()["mean"], before)
+    assert float(before - second.median()["mean"]) > 4.0
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_training_follows_what_has_changed():
+    adapted = PyroGuide(AutoNormal(conjugate))
+    adapted.prepare(Y)
+    with torch.no_grad():
+        place = torch.zeros(1, 1)
+        before = adapted.log_ratio(place)
+        adapted.load_state_dict({k: v + 1.0 for k, v in adapted.state_dict().items()})
+        assert abs(adapted.log_ratio(place) - before) > 1.0
+    assert adapted.log_ratio(place).requires_grad
+
+
+def test_what_can_learn():
+    laplace, mirrored = (
+        AutoLaplaceApproximation(conjugate),
+        SymmetrisedGuide(AutoNormal(conjugate), [dist.transforms.AffineTransform(0.0, -1.0)]),
+    )
+    mirrored.prepare(Y)
+    assert can_learn(mirrored)
+    with pytest.raises(TypeError, match="`guide` AutoLaplaceApproximation.* nothing to train"):
+        fit_guide(conjugate, laplace, Y)
+
+
+def test_noise_stays_at_its_prior():
+    """0.8^2 + 0.6^2 = 1: the marginal model is the conjugate one."""
+    model = marginalize(effects, ["x"], num_particles=4)
+    with pytest.raises(ValueError, match=r"of the noise \['x_noise'\] too, .*hide=\['x_noise'\]"):
+        fit_guide(model, AutoNormal(model), Y)
+    guide = AutoNormal(poutine.block(model, hide=["x_noise"]))
+    fit_guide(model, guide, Y, num_steps=300, learning_rate=0.05, seed=0)
+    found = importance_sample(model, guide, Y, num_samples=10_000, seed=0)
+    assert abs(found.log_evidence - evidence(Y)) < 3 * found.log_evidence_error < 0.15
+
+
+# --- in chains ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kernel", [FlowMH, FlowNUTS])
 def test_chains_take_it(kernel):
     guide = AutoMultivariateNormal(conjugate, init_scale=1.5)
@@ -142,6 +241,22 @@ def test_guides_without_a_density_are_refused():
         FlowNUTS(mixed, AutoDelta(mixed))
     with pytest.raises(TypeError, match="a str: expected a DensityGuide"):
         FlowMH(mixed, "guide")
+
+
+def test_sites_without_a_density_are_refused():
+    for conditionals in ("delta", {"scale": "normal", "share": "delta", "x": "normal"}):
+        guide = AutoStructured(mixed, conditionals=conditionals, dependencies={})
+        with pytest.raises(TypeError, match="AutoStructured with sites whose density is not known"):
+            importance_sample(mixed, guide, Y)
+
+
+def test_a_mode_that_is_none_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("wells", -((x.square() - 1.0) ** 2) * 9.0)  # begins at their top
+
+    with pytest.raises(ValueError, match="curvature at the mode .* is not positive"):
+        importance_sample(model, AutoLaplaceApproximation(model))
 
 
 def test_guides_of_other_sites_are_refused():
