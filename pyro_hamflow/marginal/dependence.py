@@ -19,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_hamflow.marginal.grouping import check_site, describe_plates, group_sites
-from pyro_hamflow.marginal.structure import LONG, Group, Structure, chains
+from pyro_hamflow.marginal.structure import LONG, Group, Structure, chains, sites_named
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.rounding import warn_of_rounding
@@ -141,8 +141,8 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
         refuse_subsampling(trace)
         refuse_nan(trace)
         warn_of_rounding(trace)
-        latent = chains(name for name, site in trace.nodes.items() if is_latent(site))
-        sites = [n for name in sites for n in latent.get(name, [name])]
+        latent = [name for name, site in trace.nodes.items() if is_latent(site)]
+        sites = [n for name in sites for n in sites_named(name, latent)]
         for name in sites:
             check_site(trace, name)
         values = {n: s["value"].detach() for n, s in trace.nodes.items() if is_latent(s)}

@@ -31,6 +31,18 @@ def chains(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def sites_named(name: str, latent: Iterable[str]) -> list[str]:
+    """The latent sites that a name stands for: this one, or a loop of sites with numbers after it.
+
+    Example:
+        >>> sites_named("x", ["scale", "x_0", "x_1"]), sites_named("scale", ["scale", "x_0", "x_1"])
+        (['x_0', 'x_1'], ['scale'])
+    """
+    names = list(latent)
+    loop = [other for other in names if _stem(other) == name.rstrip("_")]
+    return loop if loop and name not in names else [name]
+
+
 def _stem(name: str) -> str:
     """A name without the number at its end; empty if there is none."""
     stem = name.rstrip("0123456789")

@@ -154,7 +154,7 @@ class WhitenedModel:
         """Whether a fit's path is that of these data, and fitted to them where there are any."""
         trace = self._look(data)
         now = _observed(trace)
-        for name in self.sites:
+        for name in fit.prior.layout.names:
             if (
                 name not in trace
                 or trace.nodes[name]["value"].shape != fit.prior.others[name].shape

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_hamflow import arviz_bridge
 from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.marginal.structure import sites_named
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.trace import is_computed, is_latent, run_with, vectorized_frames
 from pyro_hamflow.process import random_state_kept, undisturbed
@@ -207,7 +208,8 @@ class _Model:
         values |= draws.local
         found = deterministic_values(self.potential, self.model, self.trace, draws.position, values)
         integrated = self.sampled.sites if isinstance(self.sampled, MarginalModel) else ()
-        lost = [name for name in integrated if name not in values] + found.missing
+        local = [site for name in integrated for site in sites_named(name, self.nodes)]
+        lost = [name for name in local if name not in values] + found.missing
         if lost:
             self._note(
                 f"The posterior lacks {lost}: what was integrated out and not recovered, and what "

@@ -390,6 +390,13 @@ def test_pairs_of_opposite_noise_vary_less():
     assert variance["antithetic"] < 0.7 * variance["iid"]
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_short_loops_have_the_name_of_long_ones(length):
+    marginal = marginalize(chain, ["x"], num_particles=1)
+    (group,) = marginal.plan(Y[:length]).structure.groups
+    assert group.sites == tuple(f"x_{t}" for t in range(length))
+
+
 def walk(y):
     """A random walk whose start is a parameter that the likelihood reads."""
     one = torch.ones((), dtype=torch.float64)

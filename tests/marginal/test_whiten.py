@@ -326,6 +326,35 @@ def test_predictions_follow_the_path_of_the_draws():
     assert again["y"].shape == (3, 7)
 
 
+def forecast(y=None, length=7):
+    step, error = scales()
+    x = torch.zeros_like(step)
+    for t in pyro.markov(range(length)):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, step))
+        pyro.sample(f"y_{t}", dist.Normal(x, error), obs=None if y is None else y[t])
+
+
+def test_predictions_of_a_loop_follow_its_draws_and_go_on_from_there():
+    """A loop named by what its sites have in common is the one of the draws without data, too."""
+    whitened = whiten(forecast, ["x"])
+    samples = {"step": torch.full((80,), 0.4), "error": torch.full((80,), 0.01)}
+    samples |= {"x_0_white": torch.zeros(80, 7)}
+    first = Predictive(whitened, samples)(10.0 * Y)
+    later = Predictive(whitened, samples)(None, 9)
+    for t in range(7):
+        torch.testing.assert_close(later[f"x_{t}"], first[f"x_{t}"])
+        assert (later[f"y_{t}"] - first[f"x_{t}"]).abs().max() < 0.05
+    steps = later["x_8"] - first["x_6"]
+    assert abs(steps.mean()) < 4.0 * (0.32 / 80) ** 0.5
+    assert abs(steps.var() / 0.32 - 1.0) < 4.0 * (2.0 / 80) ** 0.5
+
+
+@pytest.mark.parametrize("model", [counts, forecast])
+def test_a_fit_serves_equal_data(model):
+    whitened = whiten(model, ["x"])
+    assert whitened.fit(COUNTS) is whitened.fit(COUNTS.clone())
+
+
 def test_other_data_have_other_sites():
     whitened = whiten(counts, ["x"])
     first = whitened.fit(COUNTS)

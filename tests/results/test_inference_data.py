@@ -200,6 +200,28 @@ def test_runs_of_pyros_runner_convert(data):
     )
 
 
+def test_a_loop_named_by_its_stem_is_said_to_be_recovered():
+    def walk(y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        x = torch.zeros(())
+        for t in range(len(y)):
+            x = pyro.sample(f"x_{t}", dist.Normal(x, scale))
+            pyro.sample(f"y_{t}", dist.Normal(x, 0.5), obs=y[t])
+
+    mcmc = phf.MCMC(
+        phf.PseudoMarginalNUTS(phf.marginalize(walk, ["x"], num_particles=1), method="joint"),
+        2,
+        2,
+        disable_progbar=True,
+    )
+    mcmc.run(torch.tensor([0.3, -0.2, 0.8]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = phf.to_inference_data(mcmc).posterior
+    assert not [warning for warning in told if "lacks" in str(warning.message)]
+    assert {"x_0", "x_1", "x_2"} <= set(found.data_vars)
+
+
 def test_plain_models_report_every_observation(data):
     mcmc = phf.MCMC(phf.HMC(clinics), 30, 10, num_chains=2, seed=1)
     mcmc.run(*data)

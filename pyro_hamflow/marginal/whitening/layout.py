@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.path_density import Order
+from pyro_hamflow.marginal.structure import sites_named
 from pyro_hamflow.marginal.whitening.curvature import (
     find_width,
     full_pattern,
@@ -29,15 +29,8 @@ _ALIKE = 1e-3  # of a precision, up to which it is the same elsewhere, in the ro
 def path_names(potential: Potential, sites: Sequence[str]) -> list[str]:
     """The sites of a path; a name that is no site's stands for the loop of sites that bear it."""
     nodes = potential.runs.plain_trace.nodes
-    names: list[str] = []
-    for name in sites:
-        loop = [
-            other
-            for other, site in nodes.items()
-            if is_latent(site) and re.fullmatch(rf"{re.escape(name)}_?\d+", other)
-        ]
-        names += loop if loop and name not in nodes else [name]
-    return list(dict.fromkeys(names))
+    latent = [name for name, site in nodes.items() if is_latent(site)]
+    return list(dict.fromkeys(n for name in sites for n in sites_named(name, latent)))
 
 
 def check_sites(potential: Potential, names: Sequence[str]) -> None:
