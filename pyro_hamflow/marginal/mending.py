@@ -15,9 +15,10 @@ from torch import Tensor
 from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
-from pyro_hamflow.marginal.settle import WANTED_VARIANCE, settle_below
+from pyro_hamflow.marginal.settle import WANTED_VARIANCE, repeated_estimates, settle_below
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
+from pyro_hamflow.programs.work import numbers_made
 
 _PRIOR_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
 _FEWEST, _MOST = 32, 512  # particles from the prior
@@ -25,6 +26,7 @@ _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than th
 _REPLICATES = 32  # estimates, for each of a few draws
 _EASED = 0.5  # of the wanted variance, at which fewer particles do: away from where more are taken
 _FAR = 2.0  # the variance with one particle, from which on a closer proposal is tried
+_RAREST = 1e-6  # acceptance rate: what is never accepted is no worse
 _WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at most
 
 
@@ -173,45 +175,67 @@ def refit_at(
     draws: list[dict[str, Tensor]],
     data: Arguments,
     *,
-    worst: bool = False,
+    beyond: bool = False,
 ) -> TunedEstimator | None:
     """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
+
+    Of proposals that follow the parameters more closely that one is taken by which chains take the
+    least time.
 
     Arguments:
         marginal: The model.
         centre: Constrained parameter values at the middle of the draws.
         draws: Some draws.
         data: What the model is called with.
-        worst: Whether estimates count where they vary most, and not at the middle one of the draws.
+        beyond: Whether these are places where chains hardly go, which all count; else the middle
+            one of the draws does.
 
     Returns:
         The copy, with as many particles as bring the variance to one where none were given, or as
-        before where the worst draw counts; none if its estimates vary about as much as before.
+        before beyond the chains; none if its estimates vary about as much as before.
     """
     plan = marginal.plan(*data.args, **data.kwargs)  # a look at the model, which is run for it
+    structure = plan.structure
     count = max(layout.num_particles for layout in plan.layouts.values())
     other = marginal.refined(count, "iid")
     other.num_particles, other.points = marginal.num_particles, marginal.points
-    with other.hold(plan.structure):
-        fit_at(other, centre, data)
-        before = sorted(look(marginal, draw, data).variance(1) for draw in draws)
-        after = sorted(look(other, draw, data).variance(1) for draw in draws)
-        middle = len(draws) // 2
-        judged = -1 if worst else middle
-        while after[judged] > _FAR and (closer := other.proposal.closer()) is not None:
-            candidate = copy.copy(other)
-            candidate.take(closer)
-            fit_at(candidate, centre, data)
-            found = sorted(look(candidate, draw, data).variance(1) for draw in draws)
-            if found[judged] > _WORTH * after[judged]:
-                break
-            other, after = candidate, found
-        layouts = other.plan(*data.args, **data.kwargs).layouts.values()
-        if other.num_particles is None and not worst:
+
+    def variances(model: TunedEstimator) -> list[float]:
+        found = sorted(look(model, draw, data).variance(1) for draw in draws)
+        return found if beyond else [found[len(found) // 2]]
+
+    def fitted(model: TunedEstimator) -> tuple[float, list[float], TunedEstimator]:
+        fit_at(model, centre, data)
+        found = variances(model)
+        if model.num_particles is None and not beyond:
             # Those of the prior hardly count, and with one of the proposal's alone the logarithm
             # varies more than errors of many tell.
-            least = max(len(layout.strata) for layout in layouts)
-            other.settle(_enough(least, after[middle]))
-    wanted = other.settled_particles or count
-    gain = after[judged] / wanted < _WORTH * before[judged] / count
+            layouts = model.plan(*data.args, **data.kwargs).layouts.values()
+            model.settle(_enough(max(len(layout.strata) for layout in layouts), found[0]))
+        return seconds(model, found), found, model
+
+    def seconds(model: TunedEstimator, found: list[float]) -> float:
+        """About how long a chain takes to move, in arbitrary units."""
+        particles = model.settled_particles or count
+        with model.hold(structure):
+            work = numbers_made(lambda: repeated_estimates(model, draws[0], 1, data))
+        return work * sum(_delay(variance / particles) for variance in found) / len(found)
+
+    with other.hold(structure):
+        before = variances(marginal)
+        best, after, other = fitted(other)
+        closer, farthest = other.proposal.closer(), max(after)
+        while closer is not None and farthest > _FAR:
+            candidate = copy.copy(other)
+            candidate.take(closer)
+            best, after, other = min((best, after, other), fitted(candidate), key=lambda f: f[0])
+            closer = candidate.proposal.closer()
+        if beyond:
+            return other if best < _WORTH * seconds(marginal, before) else None
+    gain = after[0] / (other.settled_particles or count) < _WORTH * before[0] / count
     return other if gain else None
+
+
+def _delay(variance: float) -> float:
+    """How often fresh noise is proposed until it is accepted as a whole, where chains rest."""
+    return 1.0 / max(math.erfc(0.5 * math.sqrt(variance)), _RAREST)

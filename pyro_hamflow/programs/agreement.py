@@ -51,7 +51,8 @@ def is_near(one: Tensor, other: Tensor, tolerance: float) -> bool:
     """Whether two tensors are the same but for rounding, gaps included."""
     if not other.is_floating_point() or not other.numel():
         return torch.equal(one, other)
-    scale = tolerance * (1.0 + float(other.abs().max()))
+    finite = other.abs().nan_to_num(nan=0.0, posinf=0.0)
+    scale = tolerance * (1.0 + float(finite.max()))
     return torch.allclose(one, other, rtol=tolerance, atol=scale, equal_nan=True)
 
 

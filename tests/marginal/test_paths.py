@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
-from pyro_hamflow.marginal import path_bands
+from pyro_hamflow.marginal import mending, path_bands
 from pyro_hamflow.marginal.mending import refit_at
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.mcmc.adaptation import estimator
 from pyro_hamflow.model.kinds import Arguments
+from pyro_hamflow.model.potential import Potential
 from tests.helpers.estimates import assert_unbiased, estimates
 from tests.helpers.paths import (
     Autoregression,
@@ -306,6 +307,38 @@ def test_warm_up_takes_a_proposal_that_follows_more_closely(monkeypatch):
     assert after < 0.5 * before
     monkeypatch.setattr(PathProposal, "closer", lambda proposal: None)
     assert refit_at(marginal, pilot, [away], data) is None
+
+
+@pytest.mark.parametrize(
+    ("variances", "steps"),
+    [((4.0, 3.0, 2.2), None), ((60.0, 50.0, 0.5), 2), ((30.0, 0.4, 0.3), 1)],
+)
+def test_a_proposal_that_follows_more_closely_is_worth_its_time(variances, steps, monkeypatch):
+    """A step takes twice the time, two do four times."""
+    y = returns(100)
+    marginal = marginalize(volatility, ["x"], num_particles=1)
+    marginal.fit(y, pilot=at({"phi": 0.95, "s": 0.2}))
+    places = [at({"phi": phi, "s": 0.2}) for phi in (0.9, 0.95)]
+
+    def look(model, parameters, data):
+        return SimpleNamespace(variance=lambda count: variances[model.proposal.steps])
+
+    monkeypatch.setattr(mending, "look", look)
+    found = refit_at(marginal, places[1], places, Arguments((y,), {}), beyond=True)
+    assert (found and found.proposal.steps) == steps
+
+
+def test_what_chains_do_not_reach_is_not_looked_at():
+    y = returns(100, 0.97, 0.2)
+    marginal = marginalize(volatility, ["x"], num_particles=1)
+    marginal.fit(y, pilot=at({"phi": 0.95, "s": 0.2}))
+    potential = Potential(marginal, (y,), separate_noise=True)
+    centre = potential.flatten(at({"phi": 0.95, "s": 0.2}))
+    sides = torch.tensor([[0.1, 0.1], [0.1, -0.1], [20.0, 0.0]]).to(centre)
+    torch.manual_seed(0)
+    places, variances = estimator._beyond(potential, centre + sides, centre)
+    assert len(places) == len(variances) == 4  # of six
+    assert float((places - centre).abs().max()) < 1.0
 
 
 def intensity(x, y):

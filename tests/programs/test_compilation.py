@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_hamflow.programs import compilation
-from pyro_hamflow.programs.agreement import same_but_for_order
+from pyro_hamflow.programs.agreement import is_near, same_but_for_order
 from pyro_hamflow.programs.compilation import compile_graph
 
 PLACES, NUMBERS = torch.tensor([1, 3, 4]), torch.zeros(3, dtype=torch.float64)
@@ -60,3 +60,6 @@ def test_what_counts_as_the_same():
     assert same_but_for_order([X + 1e-5, X.float()], [X, X.float()])  # may come of the latter
     assert same_but_for_order([X > 0.0, PLACES], [X > 0.0, PLACES])
     assert not same_but_for_order([X > 0.0], [X > 1.0])
+    gap = torch.cat([X, X[:1] / 0.0 * 0.0])
+    assert is_near(gap, gap, 1e-8) and not is_near(gap + 1.0, gap, 1e-8)
+    assert not is_near(torch.ones(len(gap)).to(gap), gap, 1e-8)

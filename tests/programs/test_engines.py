@@ -253,6 +253,29 @@ def test_machine_code_is_right_as_far_as_the_graph_is():
     assert choose_engine("native", graph, *starts(potential, 4), None).name == "native"
 
 
+def test_machine_code_need_not_agree_where_rounding_decides(monkeypatch):
+    """The gradient of a density that is known to no digit, and is not there."""
+
+    def steep(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros((), dtype=y.dtype), 1.0))
+        pyro.factor("steep", -((0.3 + x).clamp(min=0.0) * 1e9).square())
+
+    potential = Potential(steep, (torch.zeros(2).double(),))
+    graph, right = potential.programs.base("gradient"), NativeProgram.gradient
+    position = torch.full((4, 1), -1.0, dtype=torch.float64)
+
+    def wrong(self, position, noise):
+        value, gradient = right(self, position, noise)
+        return value, torch.where(position > -0.3, 2.0, 1.0) * gradient
+
+    monkeypatch.setattr(NativeProgram, "gradient", wrong)
+    monkeypatch.setattr(choice, "_SHIFTS", (0.0, 1.0))
+    noise = torch.zeros(0, dtype=torch.float64)
+    assert choose_engine("native", graph, position, noise, None).name == "native"
+    monkeypatch.setattr(choice, "_SHIFTS", (0.0, 0.7 + 1e-9))
+    assert choose_engine("native", graph, position, noise, None).name == "torch"
+
+
 def test_the_choice_is_by_the_length_of_the_run():
     potential = Potential(line, (torch.zeros(2),))
     graph = potential.programs.base("gradient")

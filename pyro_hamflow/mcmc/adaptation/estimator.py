@@ -14,7 +14,6 @@ from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.mending import fewer_particles, mend_proposal, more_particles, refit_at
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.marginal.preparation import FAR
-from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.scrutiny import look, misses
 from pyro_hamflow.marginal.settle import WANTED_VARIANCE
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
@@ -45,6 +44,9 @@ _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are
 _WANTED_FACTORISED_VARIANCE = 4.0
 _LAVISH_VARIANCE = 0.25  # below which half the particles would do
 _OUT = 1.5  # times as far as chains are from their middle, where estimates are looked at, too
+# By how much lower the log density may be there: chains that are r deviations from the middle lose
+# .6 r^2; where three parameters are volatility's, .1 to 4 but for places at zero (86).
+_REACH = 5.0
 _LOOKS = 4  # draws of warm-up, of a chain each, at which the estimator is looked at
 _METHODS = ("auto", "joint", "conditional")
 
@@ -210,9 +212,9 @@ class EstimatorTuning:
                 better = more_particles(model, draws, data)
             elif is_noisy and may_move:
                 better = refit_at(model, potential.constrain(centre), draws, data)
-            elif may_move and self._fades_beyond(model.proposal, state.position, centre):
-                far = [potential.constrain(row) for row in _beyond(state.position, centre)]
-                better = refit_at(model, potential.constrain(centre), far, data, worst=True)
+            elif may_move and len(beyond := self._noisy_beyond(model, state.position, centre)):
+                far = [potential.constrain(row) for row in beyond]
+                better = refit_at(model, potential.constrain(centre), far, data, beyond=True)
             elif variance < _LAVISH_VARIANCE and model.proposal.needs_fit:
                 better = fewer_particles(model, draws, data)
             candidate = better or copy.copy(model)
@@ -228,14 +230,15 @@ class EstimatorTuning:
             potential = self.source.capture(*data)
         return potential, *find_start(potential, len(state.position), state.position, 0.0)
 
-    def _fades_beyond(self, proposal: Proposal, position: Tensor, centre: Tensor) -> bool:
-        """Whether estimates vary too much where the posterior's edges may be.
+    def _noisy_beyond(self, model: MarginalModel, position: Tensor, centre: Tensor) -> Tensor:
+        """Where the posterior's edges may be; none where estimates do not vary too much there.
 
         Chains that move with the noise held hardly go where estimates vary, for most are too low.
         """
-        if not proposal.fades or proposal.closer() is None:
-            return False
-        return _variance_beyond(self.source.potential, position, centre) > _LARGEST_VARIANCE
+        if not model.proposal.fades or model.proposal.closer() is None:
+            return position[:0]
+        places, variances = _beyond(self.source.potential, position, centre)
+        return places if bool((variances > _LARGEST_VARIANCE).any()) else places[:0]
 
     def examine(self, state: State) -> None:
         """Looks at the frozen estimator at the last draws of warm-up; says first what is wrong."""
@@ -260,8 +263,8 @@ class EstimatorTuning:
         variance = self.variance
         if model.proposal.fades:
             with random_state_kept():
-                beyond = _variance_beyond(potential, state.position, state.position.mean(0))
-            variance = max(variance, beyond)
+                _, beyond = _beyond(potential, state.position, state.position.mean(0))
+            variance = max(variance, *beyond.tolist())
         other = model.proposal.alternative(model.sites, variance)
         if other:
             self.plan.say(other)
@@ -274,18 +277,24 @@ def _variance(potential: Potential, position: Tensor) -> float:
 
 def _variances(potential: Potential, position: Tensor) -> Tensor:
     """Those of the log estimate at the chains' positions, of shape ``(chains,)``."""
+    return _estimates(potential, position).var(0)
+
+
+def _estimates(potential: Potential, position: Tensor) -> Tensor:
+    """Log estimates of the posterior density, of shape ``(replicates, chains)``."""
     count = len(position)
     values = [potential.value(position, potential.draw_noise(count)) for _ in range(_REPLICATES)]
-    return torch.stack(values).double().var(0)
+    return -torch.stack(values).double()
 
 
-def _variance_beyond(potential: Potential, position: Tensor, centre: Tensor) -> float:
-    """The largest variance of the log estimate beyond the chains, on either side of a centre."""
-    sides = _beyond(position, centre).split(len(position))
-    found = torch.cat([_variances(potential, side) for side in sides])
-    return float(found.nan_to_num(nan=0.0, posinf=0.0).max())
+def _beyond(potential: Potential, position: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Places further from a centre than chains, and the variances of log estimates there.
 
-
-def _beyond(position: Tensor, centre: Tensor) -> Tensor:
-    """Positions so many times as far from a centre as chains, on their own and the other side."""
-    return torch.cat([centre + side * (position - centre) for side in (_OUT, -_OUT)])
+    They are so many times as far, on the chains' own and the other side; but for those that the
+    posterior hardly reaches by the mean of the estimates, which are about log-normal.
+    """
+    sides = [centre + side * (position - centre) for side in (_OUT, -_OUT)]
+    found = [_estimates(potential, places) for places in (position, *sides)]
+    here, *levels = (log.mean(0) + 0.5 * log.var(0) for log in found)
+    count = torch.cat([level - here > -_REACH for level in levels])
+    return torch.cat(sides)[count], torch.cat([log.var(0) for log in found[1:]])[count]
