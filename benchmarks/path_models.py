@@ -71,6 +71,22 @@ def joint_volatility(y: Any, *, centred: bool) -> None:
     numpyro.sample("y", ndist.Normal(0.0, jnp.exp(path / 2)), obs=y)
 
 
+def steps(y: Tensor) -> None:
+    """Counts of a random walk, as its steps."""
+    scale = pyro.sample("scale", dist.HalfNormal(0.5))
+    level = pyro.sample("level", dist.Normal(0.0, 2.0))
+    with pyro.plate("time", len(y)):
+        step = pyro.sample("step", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Poisson((level + step.cumsum(-1)).exp()), obs=y)
+
+
+def counts(length: int) -> Tensor:
+    """Counts whose log rate is a random walk about one."""
+    rng = np.random.default_rng(1)
+    walk = np.cumsum(0.2 * rng.standard_normal(length))
+    return torch.tensor(rng.poisson(np.exp(1.0 + 0.9 * walk / np.abs(walk).max())).astype(float))
+
+
 def simulated(length: int) -> Tensor:
     """Returns of a simulated price."""
     rng, path = np.random.default_rng(0), np.empty(length)

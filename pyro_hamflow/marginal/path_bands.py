@@ -19,6 +19,7 @@ from pyro_hamflow.programs import banded
 _WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 25, 32, 40, 53)
 _SHARE = 0.25  # of the length, from which on bands are no gain over all of the matrix
 _ROUNDING = 1e-7  # relative, in double precision
+_UNEVEN = 30.0  # times what sums of directions say of rounding
 _ASIDE = 0.1  # by which paths are moved that are looked at
 _LONGEST = 2_000  # of a path without bands, whose matrix is dense
 
@@ -111,12 +112,17 @@ def find_bands(looks: Sequence[tuple[Parts, Tensor]], group: Group, layout: Layo
 
 
 class _Sight(NamedTuple):
-    """Minus a log density's Hessian at a place: its products with some directions."""
+    """Minus a log density's Hessian at a place: its products with some directions.
+
+    Products add up as directions do, up to rounding: that of large terms that cancel, as in the
+    density of large counts, is much more than the products' own size says.
+    """
 
     density: Density
     place: Tensor
     directions: Tensor
     products: Tensor
+    rounding: Tensor
 
 
 def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
@@ -132,7 +138,9 @@ def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
             directions = torch.randn(2, *x.shape).to(x)
             found = products(moved, place, directions)
             if bool(found.isfinite().all()):
-                both.append(_Sight(moved, place, directions, found))
+                whole = products(moved, place, directions.sum(0, keepdim=True))
+                rounding = (whole - found.sum(0)).abs().amax()
+                both.append(_Sight(moved, place, directions, found, rounding))
         sights.append(both)
     return sights
 
@@ -155,6 +163,7 @@ def _agrees(sight: _Sight, width: int) -> bool:
     # Row by row: curvatures may differ by many orders of magnitude, as those of exponentials do.
     size = sight.products.abs().amax(0) + bands[..., 0].abs()
     allowed = max(_ROUNDING, 1e3 * eps) * size + 1e3 * eps * size.amax(-1, keepdim=True)
+    allowed = allowed + _UNEVEN * sight.rounding
     return bool((gap <= allowed + torch.finfo(gap.dtype).tiny).all())
 
 

@@ -412,6 +412,22 @@ def test_four_particles_are_enough_for_long_paths(length):
         assert found.var() < 1.0
 
 
+def large_counts(y):
+    _, s, _ = parameters()
+    x = y.new_zeros(())
+    for t in pyro.markov(range(len(y))):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, s))
+        pyro.sample(f"y_{t}", dist.Poisson(x.exp()), obs=y[t])
+
+
+def test_rounding_of_large_terms_is_no_band():
+    """That of counts of millions, far from where they are likely, is more than the curvature."""
+    marginal = marginalize(large_counts, ["x"], num_particles=1)
+    marginal.fit(1e7 + 1e4 * torch.arange(18.0).double(), pilot=at(PILOT | {"s": 2.5}))
+    (fit,) = marginal.proposal.fitted.values()
+    assert fit.bands[1:] == (2, 1)
+
+
 def test_pairs_of_opposite_noise_vary_less():
     """What is odd in the noise, as skewness is, cancels."""
     y, settled = returns(500, 0.97, 0.2), at({"phi": 0.97, "s": 0.2})
