@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import MCMC, AutoNeuralHamiltonianFlow, FlowMH, marginalize, to_inference_data
+from pyro_hamflow import (
+    MCMC,
+    AutoFlow,
+    AutoNeuralHamiltonianFlow,
+    FlowMH,
+    ForwardKL,
+    fit_guide,
+    marginalize,
+    to_inference_data,
+)
 from pyro_hamflow.mcmc.transitions import independence
 from pyro_hamflow.mcmc.transitions.base import metropolis
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
 from tests.helpers.exact_draws import (
+    CHAINS,
     HMC_TARGETS,
     check,
     check_known,
@@ -19,7 +31,9 @@ from tests.helpers.exact_draws import (
     potential_of,
 )
 from tests.helpers.guides import guide_of, untrained
+from tests.helpers.laws import assert_invariant
 from tests.helpers.targets import effects
+from tests.helpers.zuko_flows import FLOWS
 
 
 class Spoilt:
@@ -57,6 +71,56 @@ SETTINGS = {"plain": (), "reverse encoder": (("reverse_encoder", True),)}
 def test_invariance(name, settings, count):
     transition = IndependenceTransition(potential_of(name), guide_of(name, settings), count)
     check_known(name, "diagonal", transition, 1.0, 1, moves=3)
+
+
+@cache
+def frozen_flow(quality):
+    """Of zuko: fitted to the target, narrow and beside it, or anything at all."""
+    model, args, draw, _ = HMC_TARGETS["skewed"]
+    torch.manual_seed(5)
+    away = dist.Normal(torch.tensor([1.0, 3.5, 0.5]), 0.8).to_event(1)
+    guide = AutoFlow(model, FLOWS["NSF"], start=away if quality == "bad" else "laplace")
+    guide.prepare(*args)
+    if quality == "good":
+        log_rate, shift, logit = draw(4000).unbind(-1)
+        draws = {"rate": log_rate.exp(), "shift": shift, "share": logit.sigmoid()}
+        loss = ForwardKL(draws)
+        fit_guide(model, guide, *args, loss=loss, num_steps=150, disable_progbar=True)
+    elif quality == "random":
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return guide.requires_grad_(False)
+
+
+ACCEPTED = {"good": (0.7, 1.0), "bad": (0.002, 0.2), "random": (0.05, 0.7)}
+
+
+def jump(guide, count, moves=2):
+    """Exact draws of the target before and after jumps, and how many these are accepted."""
+    potential, draw = potential_of("skewed"), HMC_TARGETS["skewed"][2]
+    transition = IndependenceTransition(potential, guide, count)
+    position = draw(CHAINS)
+    state = transition.state_at(position, position.new_zeros(CHAINS, 0))
+    with torch.no_grad():
+        for _ in range(moves):
+            state, info = transition.step(state)
+    assert_invariant({"theta": position}, {"theta": state.position})
+    return float(info.accepted.double().mean())
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("quality", ACCEPTED)
+def test_invariance_by_flows_good_bad_and_random(quality, count):
+    low, high = ACCEPTED[quality]
+    rate = jump(frozen_flow(quality), count)
+    assert low < rate and (count > 1 or rate < high)
+
+
+@pytest.mark.parametrize("quality", ACCEPTED)
+def test_densities_of_another_flow_are_noticed(quality):
+    with pytest.raises(AssertionError, match="standard errors"):
+        jump(Spoilt(frozen_flow(quality), "other flow"), 1, moves=10)
 
 
 @pytest.mark.parametrize(
