@@ -7,15 +7,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.networks.training import BATCH
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.compilation import SelfCompiling
+from pyro_hamflow.programs.engines.choice import native_seconds_of
 from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.losses import GradientMatching, Points
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
@@ -44,15 +46,29 @@ def timed(function: Callable[..., Any], *inputs: Tensor) -> float:
     return best
 
 
+class Judge(Protocol):
+    """What computes true energies."""
+
+    def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
+        """As a target's."""
+
+
 class Clock:
     """The seconds that a potential's programs take, measured once.
 
     Arguments:
         potential: The potential.
+        native_draws: How many draws there will be, if machine code may follow true gradients.
+
+    Attributes:
+        potential: The same.
+        judge: What computes the energies that judge a surrogate.
     """
 
-    def __init__(self, potential: Potential) -> None:
+    def __init__(self, potential: Potential, native_draws: float | None = None) -> None:
         self.potential = potential
+        self.judge: Judge = potential
+        self._native_draws = native_draws
         self._seconds: dict[tuple[str, int, bool], float] = {}
 
     def seconds(self, kind: str, num_chains: int) -> float:
@@ -63,6 +79,25 @@ class Clock:
         """The same once the program is compiled, if that is asked for and not done yet: a guess."""
         seconds, waits = self._measured(kind, num_chains)
         return seconds * (COMPILED if waits else 1.0)
+
+    def true_seconds(self, num_chains: int, steps: float) -> float:
+        """Of a true gradient of so many chains in the draws: a guess, where it is not torch's.
+
+        Arguments:
+            num_chains: How many chains.
+            steps: How many each draw takes: in machine code they share its compilation.
+        """
+        seconds = self.seconds_later("gradient", num_chains)
+        graph = self.potential.programs.base("gradient")
+        if self._native_draws is None or graph is None:
+            return seconds
+        return min(seconds, native_seconds_of(graph, num_chains, steps * self._native_draws))
+
+    def seconds_of_judging(self, num_rows: int) -> float:
+        """Of the true energies of so many proposals."""
+        if self.judge is self.potential:
+            return self.seconds("evaluate", num_rows)
+        return timed(self.judge.evaluate, *self.potential.vectors(num_rows))
 
     def _measured(self, kind: str, num_chains: int) -> tuple[float, bool]:
         """The seconds, and whether the program is still to be compiled."""

@@ -84,6 +84,7 @@ class Learner:
         potential: The true one.
         settings: What is learned.
         warmup_steps: Iterations of the warm-up.
+        native_draws: As in :class:`~pyro_hamflow.surrogates.costs.Clock`.
 
     Attributes:
         potential: The true one.
@@ -96,10 +97,17 @@ class Learner:
         refits: After which iterations the network is fitted again.
     """
 
-    def __init__(self, potential: Potential, settings: TrainingSettings, warmup_steps: int) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        settings: TrainingSettings,
+        warmup_steps: int,
+        native_draws: float | None = None,
+    ) -> None:
         self.potential = potential
         self.log = GradientLog()
-        self.clock = Clock(potential)
+        self._native_draws = native_draws
+        self.clock = Clock(potential, self._native_draws)
         self.begun = 0
         self.settings = settings
         self.warmup_steps = warmup_steps
@@ -111,7 +119,7 @@ class Learner:
     def start_over(self, potential: Potential, iteration: int) -> None:
         """Forgets what gradients have found, for they were those of another potential."""
         self.potential, self.begun = potential, iteration
-        self.clock = Clock(potential)
+        self.clock = Clock(potential, self._native_draws)
         self.log.entries.clear()
 
     @property

@@ -16,6 +16,7 @@ from pyro_hamflow.mcmc.transitions.native_energy import NativeEnergy
 from pyro_hamflow.mcmc.transitions.nuts import NUTSTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.machine_code import compiler
+from pyro_hamflow.surrogates.costs import Clock
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import SurrogateDensity
 from tests.helpers.exact_draws import bent, make_target
@@ -170,3 +171,19 @@ def test_long_runs_are_native_where_nothing_is_said():
         while kernel.warming:
             state, _ = kernel.advance(state)
         assert kernel.settings["engine"] == engine, kernel.settings["engine_reason"]
+
+
+@pytest.mark.parametrize(("draws", "engine"), [(10**5, "native"), (20, "torch")])
+def test_true_gradients_are_followed_by_machine_code_where_a_network_does_not_pay(draws, engine):
+    kernel = HNNNUTS(eight_schools_noncentred)
+    kernel.planned_draws = draws
+    kernel.begin(4, 60)
+    assert kernel.report.following == "true gradients"
+    assert kernel.settings["engine"] == engine
+
+
+def test_what_a_network_has_to_beat_are_gradients_in_machine_code():
+    potential = Potential(eight_schools_noncentred)
+    torch_alone, few, many = (Clock(potential, draws) for draws in (None, 10.0, 1e6))
+    assert few.true_seconds(4, 8.0) == few.seconds_later("gradient", 4)
+    assert many.true_seconds(4, 8.0) < 0.2 * torch_alone.true_seconds(4, 8.0)

@@ -424,6 +424,8 @@ def test_a_trial_costs_what_draws_will(compiled, mine):
     clock = SimpleNamespace(
         potential=SimpleNamespace(programs=programs, noise_dimension=0),
         seconds=lambda kind, chains: 0.01,
+        seconds_of_judging=lambda rows: 0.01,
+        true_seconds=lambda chains, steps: 1.0,
         seconds_later=lambda kind, chains: 1.0 if kind == "gradient" else later * 0.01,
     )
     trial = Trial(known_steps=8.0)

@@ -113,6 +113,7 @@ class Learning:
         remaining, choices = run.plan.warmup_steps - run.iteration, run.choices
         density = SurrogateDensity(self.potential, network)
         engine = surrogate_engine(run, self.potential, density, state.position, state.noise)
+        self.learner.clock.judge = engine.energy or self.potential
         if remaining and (len(run.report.trainings) == 1 or not passing):
             rows = state.position.repeat_interleave(choices.num_proposals, 0)
             spread = self.learner.covariance
@@ -191,8 +192,9 @@ class Learning:
         """Why training would cost too much beside the draws' true gradients, if it would."""
         if not self.run.choices.fallback:
             return None
-        seconds = self.learner.clock.seconds_later("gradient", self.num_chains)
-        return self.learner.too_costly(seconds * self.trial.mean("n_steps") * self.run.draws_ahead)
+        steps = self.trial.mean("n_steps")
+        seconds = self.learner.clock.true_seconds(self.num_chains, steps)
+        return self.learner.too_costly(seconds * steps * self.run.draws_ahead)
 
     def _objection(self, hope: float = 1.0) -> str | None:
         """Why true gradients are worth more, by the trial that has ended; its verdict is stored.

@@ -56,7 +56,8 @@ def first_phase(run: SurrogateRun, position: Tensor, noise: Tensor) -> tuple[Pha
             f"the model's sites {[site.name for site in potential.sites]} have"
         )
     kinetic = _first_kinetic(run, potential)
-    learner = Learner(potential, run.choices.training, run.plan.warmup_steps)
+    steps = run.plan.warmup_steps
+    learner = Learner(potential, run.choices.training, steps, run.native_draws)
     with random_state_kept():  # so that a run that learns nothing is the plain kernel's
         reason = _hopeless(run, learner, len(position))
     if reason is not None:
@@ -107,5 +108,5 @@ def _hopeless(run: SurrogateRun, learner: Learner, chains: int) -> str | None:
         return f"nothing can be learned in {total} iterations of warm-up, below {_FEWEST_WARMUP}"
     if not choices.fallback or choices.surrogate is not None:
         return None
-    seconds = learner.clock.seconds_later("gradient", chains)
+    seconds = learner.clock.true_seconds(chains, GUESSED_STEPS)
     return learner.too_costly(GUESSED_STEPS * seconds * run.draws_ahead)

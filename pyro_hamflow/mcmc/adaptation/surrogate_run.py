@@ -14,6 +14,7 @@ from pyro_hamflow.mcmc.adaptation.engine import Engine
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.verdict import SurrogateReport
 from pyro_hamflow.mcmc.transitions.base import Transition
+from pyro_hamflow.programs.machine_code import compiler
 from pyro_hamflow.surrogates.amortized.surrogate import AmortizedSurrogate
 from pyro_hamflow.surrogates.learner import TrainingSettings
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
@@ -141,6 +142,14 @@ class SurrogateRun:
         """How many draws of each chain follow; twice the warm-up if that is not known."""
         planned = self.plan.num_draws
         return 2 * self.plan.warmup_steps if planned is None else planned
+
+    @property
+    def native_draws(self) -> float | None:
+        """How many draws there are, if machine code may follow true gradients; else none."""
+        on_cpu = self.source.potential.example.device.type == "cpu"
+        if self.engine.wanted == "torch" or not on_cpu or compiler.compiler() is None:
+            return None
+        return float(self.plan.warmup_steps + self.draws_ahead)
 
     def true_moves(self, position: Tensor) -> Transition:
         """What the kernel would be without a surrogate."""

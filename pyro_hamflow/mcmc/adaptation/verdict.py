@@ -169,7 +169,7 @@ def costs_of(trial: Trial, clock: Clock) -> Costs:
     length = 2 * trial.num_transitions * steps if trial.num_transitions else steps
     gradient = clock.seconds_later("gradient", chains)
     density = clock.seconds_later("evaluate", chains)
-    judging = clock.seconds("evaluate", chains * count)
+    judging = clock.seconds_of_judging(chains * count)
     gradients, densities = trial.mean("n_gradients") * gradient, trial.mean("n_densities")
     learned = max(trial.seconds - (gradients + densities * judging) / count, 0.0)
     each = learned * count / length  # of a step along the learned gradient
@@ -180,7 +180,8 @@ def costs_of(trial: Trial, clock: Clock) -> Costs:
     noisy = bool(potential.noise_dimension)  # which is then refreshed, the gradient computed again
     surrogate = learned + (gradients + densities * judging) / count
     per_leaf = steps * (density + each) + 3.0 * noisy * density
-    true = steps * (gradient + each) + noisy * (gradient + 2.0 * density)
+    followed = clock.true_seconds(chains, steps)
+    true = steps * (followed + each) + noisy * (followed + 2.0 * density)
     return Costs(surrogate + trial.true_share * true, per_leaf, true)
 
 

@@ -175,5 +175,20 @@ def _pays(graph: GraphModule, num_chains: int, iterations: float | None, steps: 
     if iterations is None:
         return False
     step = _BOOKKEEPING + seconds_of(graph, num_chains)
-    compilation = _COMPILER + _COMPILED_EACH * len(sizes_made(graph))
-    return iterations * steps * step > compilation
+    return iterations * steps * step > _seconds_to_compile(graph)
+
+
+def _seconds_to_compile(graph: GraphModule) -> float:
+    return _COMPILER + _COMPILED_EACH * len(sizes_made(graph))
+
+
+def native_seconds_of(graph: GraphModule, num_chains: int, calls: float) -> float:
+    """How long a gradient takes in machine code, roughly, with its share of the compilation.
+
+    Arguments:
+        graph: One chain's potential and gradient.
+        num_chains: How many chains.
+        calls: How many gradients share the compilation.
+    """
+    arithmetic = seconds_of(graph, num_chains) - seconds_of(graph, 0)
+    return arithmetic + _seconds_to_compile(graph) / calls
