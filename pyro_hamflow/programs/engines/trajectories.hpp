@@ -23,6 +23,23 @@ struct Outcome {
   bool diverging, limited, accepted;
 };
 
+// A square matrix of few numbers times a vector, its sums in registers: rows times the vector's
+// numbers, added up. What is written is as long as a row, with its gap.
+struct Square {
+  static const long LANES = 4, PARTS = (DIMENSION + LANES - 1) / LANES, ROW = PARTS * LANES;
+  static const bool FITS = DIMENSION <= 24;
+  typedef Real Lanes __attribute__((vector_size(LANES * sizeof(Real)), aligned(sizeof(Real))));
+  static void times(const Real* rows, const Real* x, Real* out) {
+    Lanes sums[PARTS ? PARTS : 1] = {};
+    for (long j = 0; j < DIMENSION; j++) {
+      const Lanes* row = reinterpret_cast<const Lanes*>(rows + j * ROW);
+#pragma GCC unroll 8
+      for (long part = 0; part < PARTS; part++) sums[part] += x[j] * row[part];
+    }
+    std::memcpy(out, sums, ROW * sizeof(Real));
+  }
+};
+
 // One thread's memory, and the chain that it holds at the time.
 struct Walker {
   static const long d = DIMENSION, n = DIMENSION + MOVING;
@@ -32,11 +49,13 @@ struct Walker {
   void** inputs;
   Point here, ends[2];
   Real *z, *gradient, *taken, *taken_gradient, *there, *last, *sum, *starts, *previous, *sums;
+  Real *rows, *columns;  // of the root, where it is a matrix of few numbers
   Real value, taken_value, step;
   const double* uniforms = nullptr;
 
   explicit Walker(const Call& call) : call(call) {
-    const size_t bytes = sizeof(Real) * (16 + 3 * call.slots) * (n + 16) + SCRATCH + 256;
+    const size_t bytes = sizeof(Real) * (16 + 3 * call.slots + 2 * Square::ROW) * (n + 16) +
+                         SCRATCH + 256;
     memory = free = static_cast<Real*>(aligned_alloc(64, (bytes + 63) / 64 * 64));
     inputs = static_cast<void**>(malloc(sizeof(void*) * NUM_INPUTS));
     std::memcpy(inputs, call.data, sizeof(void*) * NUM_INPUTS);
@@ -45,8 +64,14 @@ struct Walker {
     for (Real** part : {&z, &gradient, &taken, &taken_gradient, &there, &last, &sum})
       *part = vector(1);
     for (Real** part : {&starts, &previous, &sums}) *part = vector(call.slots);
+    for (Real** part : {&rows, &columns}) *part = vector(Square::ROW);
+    std::fill(rows, columns + Square::ROW * d, Real(0));
+    for (long i = 0; is_square() && i < d; i++)
+      for (long j = 0; j < d; j++)
+        rows[i * Square::ROW + j] = columns[j * Square::ROW + i] = call.root[i * d + j];
     scratch = reinterpret_cast<char*>(free);
   }
+  bool is_square() const { return Square::FITS && call.dense; }
   ~Walker() { ::free(memory), ::free(inputs); }
 
   Real* vector(long rows) {
@@ -65,7 +90,7 @@ struct Walker {
     void* results[3] = {value, slope, slope + d};
     gradient_program::call(inputs, scratch, results);
   }
-  static double half_squares(const Real* r, long count) {
+  static inline __attribute__((always_inline)) double half_squares(const Real* r, long count) {
     double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
     for (long i = 0; i < count; i++) sum += double(r[i]) * double(r[i]);
@@ -77,7 +102,9 @@ struct Walker {
   }
   // The gradient times the root, a lower triangle.
   void whiten(const Real* slope, Real* out) const {
+    if (is_square()) Square::times(rows, slope, out);
     for (long i = d; i < n; i++) out[i] = slope[i];
+    if (is_square()) return;
     if (!call.dense) {
       for (long i = 0; i < d; i++) out[i] = call.root[i] * slope[i];
       return;
@@ -95,7 +122,12 @@ struct Walker {
   void drift(const Point& p, Real time) const {
     if (!call.dense)
       for (long i = 0; i < d; i++) p.z[i] += time * (call.root[i] * p.r[i]);
-    for (long i = 0; call.dense && i < d; i += 4) {
+    if (is_square()) {
+      Real way[Square::ROW + 1];
+      Square::times(columns, p.r, way);
+      for (long i = 0; i < d; i++) p.z[i] += time * way[i];
+    }
+    for (long i = 0; call.dense && !is_square() && i < d; i += 4) {
       const long rows = std::min(4L, d - i);
       Real sums[4];
       products(call.root + i * d, d, rows, p.r, i + rows, sums);
