@@ -107,13 +107,41 @@ def bands(x):
     return both + draws.square().sum() + (forward * x).sum()
 
 
+def systems(x):
+    """Solutions, inverses and determinants of matrices of any kind, one and several at once."""
+    a = x.outer(x) + torch.diag(x.cos() + 2.0)[torch.arange(len(x)).roll(1)]
+    several = torch.stack([a, 2.0 * a.mT])
+    solved = torch.linalg.solve(several, x.outer(x)).sum() + torch.linalg.solve(a, x) @ x
+    solved = (
+        solved + torch.linalg.solve(a, several, left=False).sum() + torch.inverse(several).sum()
+    )
+    sizes = torch.linalg.slogdet(several)[1].sum() + torch.det(several[:, :4, :4]).sum()
+    sizes = sizes + torch.det(several[0]) + torch.linalg.slogdet(several.mT)[1].sum()
+    root = torch.linalg.cholesky(torch.eye(len(x)) * 3.0 + x.outer(x))
+    several = torch.stack([root, 2.0 * root])
+    known = torch.cholesky_solve(x[:, None], several).sum() + torch.cholesky_inverse(several).sum()
+    return solved + sizes + known + torch.cholesky_solve(x[:, None], root.mT, upper=True).sum()
+
+
+def orders(x):
+    """What follows the order of numbers; and their variance."""
+    rows = torch.outer(x + 0.1, x.cos())  # no two of them alike
+    parts = [
+        *(torch.cummax(rows, 0).values, torch.cummin(rows, 1).values, rows.logcumsumexp(0)),
+        *(rows.median(), rows.median(0).values, rows.median(1, keepdim=True).values),
+        *(rows.kthvalue(3, 0).values, rows.topk(2, 0).values, rows.topk(4, largest=False).values),
+        *(x.logcumsumexp(0), rows.var(), rows.std(1), *torch.var_mean(rows, 0, correction=0)),
+    ]
+    return sum((part * (1.0 + part)).sum() for part in parts)
+
+
 def special(x):
     """Functions whose code is in torch's headers."""
     return (torch.digamma(x.exp()) + torch.special.i0e(x) + torch.erfinv(x.tanh())).sum()
 
 
 @pytest.mark.parametrize(
-    "function", [matrices, bands, pytest.param(special, marks=pytest.mark.slow)]
+    "function", [matrices, bands, systems, orders, pytest.param(special, marks=pytest.mark.slow)]
 )
 def test_operations_of_libraries_are_right(function):
     both = gradient_functions(lambda x, noise: function(x))["gradient"]
@@ -123,6 +151,34 @@ def test_operations_of_libraries_are_right(function):
     expected = both(x, none)
     assert torch.allclose(value[0], expected[0], rtol=1e-12)
     assert torch.allclose(gradient[0], expected[1], rtol=1e-10)
+
+
+def test_orders_of_numbers_that_are_none_and_singular_matrices_are_those_of_torch():
+    def both(x, noise):
+        rows = torch.stack(
+            [x, x[:3].repeat(2), x[3:].repeat(2)]
+        )  # some, none, and some of them NaN
+        parts = [
+            *(rows.cummax(1).values, rows.cummin(1).values, rows.logcumsumexp(1)),
+            *(rows.median(1).values, rows.kthvalue(2, 1).values, rows.topk(2, 1).values),
+            *(rows.median(), rows[1].median(), torch.zeros(0).median()),
+            *torch.linalg.slogdet(x[:2].outer(x[:2])),
+            torch.det(torch.ones(3, 3) * x[0]),
+        ]
+        return torch.cat([part.reshape(-1) for part in parts]).nan_to_num(1e3, 2e3, 3e3)[0], (
+            torch.cat([part.reshape(-1) for part in parts]).nan_to_num(1e3, 2e3, 3e3)
+        )
+
+    torch.set_default_dtype(torch.float32)
+    x = torch.tensor([2.0, 1.0, -torch.inf, torch.inf, torch.nan, 1.0])
+    program = NativeProgram(capture(both, x, x[:0]), (x, x[:0]))
+    place = program.place(x[None], x[None, :0])
+    expected = both(x, x[:0])[1]
+    assert len(expected) > 40
+    found = torch.zeros(1, len(expected))
+    place = place._replace(gradient=found)
+    program._call("evaluate", place)
+    assert torch.allclose(found[0], expected, rtol=1e-5)
 
 
 def test_numbers_that_are_none_and_differences_that_are_zero_are_those_of_torch():

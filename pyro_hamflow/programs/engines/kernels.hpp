@@ -257,3 +257,68 @@ static void solve_triangular(const T* a, const T* b, T* o, long n, long m, long 
     }
   }
 }
+
+// The factors of a square matrix in one, its rows exchanged so that the largest number left in a
+// column divides the others; with which row each was exchanged, counted from one.
+template <class T>
+static void lu(const T* a, T* o, int32_t* pivots, long n, long ar, long ac, long orow, long oc) {
+  for (long i = 0; i < n; i++)
+    for (long j = 0; j < n; j++) o[i * orow + j * oc] = a[i * ar + j * ac];
+  for (long k = 0; k < n; k++) {
+    long largest = k;
+    for (long i = k + 1; i < n; i++)
+      if (std::abs(o[i * orow + k * oc]) > std::abs(o[largest * orow + k * oc])) largest = i;
+    pivots[k] = static_cast<int32_t>(largest + 1);
+    for (long j = 0; largest != k && j < n; j++)
+      std::swap(o[k * orow + j * oc], o[largest * orow + j * oc]);
+    T* column = o + k * oc;
+    if (column[k * orow] == 0) continue;
+    for (long i = k + 1; i < n; i++) column[i * orow] /= column[k * orow];
+    for (long j = k + 1; j < n; j++) {
+      const T factor = o[k * orow + j * oc];
+      for (long i = k + 1; i < n; i++) o[i * orow + j * oc] -= column[i * orow] * factor;
+    }
+  }
+}
+
+// X of a X = b, or of a' X = b, by the factors of a.
+template <class T>
+static void lu_solve(const T* a, const T* b, T* o, const int32_t* pivots, long n, long m, long ar,
+                     long ac, long br, long bc, long orow, long oc, bool adjoint) {
+  for (long i = 0; i < n; i++)
+    for (long j = 0; j < m; j++) o[i * orow + j * oc] = b[i * br + j * bc];
+  const auto exchange = [&](long k) {
+    const long other = pivots[k] - 1;
+    for (long j = 0; other != k && j < m; j++)
+      std::swap(o[k * orow + j * oc], o[other * orow + j * oc]);
+  };
+  for (long k = 0; !adjoint && k < n; k++) exchange(k);
+  const long sr = adjoint ? ac : ar, sc = adjoint ? ar : ac;  // of a', whose lower factor is u'
+  solve_triangular(a, o, o, n, m, sr, sc, orow, oc, orow, oc, false, !adjoint);
+  solve_triangular(a, o, o, n, m, sr, sc, orow, oc, orow, oc, true, adjoint);
+  for (long k = n - 1; adjoint && k >= 0; k--) exchange(k);
+}
+
+template <class T>
+static void determinant(const T* factors, const int32_t* pivots, long n, long step, T* value) {
+  *value = 1;
+  for (long k = 0; k < n; k++)
+    *value *= pivots[k] == k + 1 ? factors[k * step] : -factors[k * step];
+}
+template <class T>
+static void log_determinant(const T* factors, const int32_t* pivots, long n, long step, T* sign,
+                            T* value) {
+  *sign = 1, *value = 0;
+  for (long k = 0; k < n; k++) {
+    const T x = pivots[k] == k + 1 ? factors[k * step] : -factors[k * step];
+    *sign *= x > 0 ? T(1) : x < 0 ? T(-1) : x, *value += std::log(std::abs(x));
+  }
+}
+
+// The logarithm of a sum of exponentials.
+template <class T>
+static T log_sum(T a, T b) {
+  if (a != a || b != b) return a + b;
+  const T high = std::max(a, b), low = std::min(a, b);
+  return high == low && std::isinf(high) ? high : high + std::log1p(std::exp(low - high));
+}

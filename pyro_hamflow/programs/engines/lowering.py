@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from pyro_hamflow.programs.compilation import writing_to_copies
 from pyro_hamflow.programs.engines.buffers import NotSupported
+from pyro_hamflow.programs.engines.decompositions import DECOMPOSITIONS
 
 _OPTIONS: dict[str, Any] = {
     # Loops over numbers, which g++ makes vectors of: Inductor's own vectors need torch's headers,
@@ -71,6 +72,10 @@ def with_constants_as_arguments(graph: GraphModule) -> tuple[GraphModule, list[T
 
 def _copied(graph: Graph, node: Node, known: dict[Node, Node]) -> Node:
     """A node in another graph; products of matrices as the engine's own operation."""
+    if node.target in DECOMPOSITIONS:
+        made = graph.node_copy(node, known.__getitem__)
+        made.target = DECOMPOSITIONS[node.target]
+        return made
     rule = _PRODUCTS.get(node.target)
     if rule is None:
         return graph.node_copy(node, known.__getitem__)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, Writer, loops
+from pyro_hamflow.programs.engines.matrices import MATRICES, Rule
 
 Results = Buffer | tuple[Buffer, ...]
-Rule = Callable[..., None]
 
 
 def write_operation(
@@ -58,51 +59,6 @@ def _product(writer: Writer, out: Buffer, a: Buffer, b: Buffer) -> None:
     writer.emit(f"{head}product<{', '.join(map(str, numbers))}>({places});")
 
 
-def _cholesky(
-    writer: Writer,
-    out: tuple[Buffer, Buffer],
-    a: Buffer,
-    *,
-    upper: bool = False,
-    check_errors: bool = False,
-) -> None:
-    if upper or check_errors:
-        raise NotSupported("aten.linalg_cholesky_ex with `upper` or `check_errors`")
-    factor, failed = out
-    head, batch = loops(a.shape[:-2])
-    numbers = (a.shape[-1], *a.strides[-2:], *factor.strides[-2:])
-    places = f"{a.at(batch, last=2)}, {factor.at(batch, last=2)}"
-    writer.emit(f"{head}*{failed.at(batch)} = cholesky({places}, {', '.join(map(str, numbers))});")
-
-
-def _solve_triangular(
-    writer: Writer,
-    out: Buffer,
-    a: Buffer,
-    b: Buffer,
-    *,
-    upper: bool,
-    left: bool = True,
-    unitriangular: bool = False,
-) -> None:
-    head, batch = loops(out.shape[:-2])
-    shape, order = out.shape[-2:], 1
-    if not left:  # X a = b is a' X' = b'
-        upper, shape, order = not upper, shape[::-1], -1
-    matrices = [_expanded(part, out.shape[:-2]) for part in (a, b, out)]
-    strides = [stride for part in matrices for stride in part.strides[-2:][::order]]
-    places = ", ".join(part.at(batch, last=2) for part in matrices)
-    numbers = ", ".join(map(str, (*shape, *strides)))
-    flags = f"{str(upper).lower()}, {str(unitriangular).lower()}"
-    writer.emit(f"{head}solve_triangular({places}, {numbers}, {flags});")
-
-
-def _expanded(part: Buffer, batch: tuple[int, ...]) -> Buffer:
-    """A batch of matrices, repeated where there are more of them in another."""
-    shape = part.empty().expand(*batch, *part.shape[-2:])
-    return Buffer(part.dtype, part.place, tuple(shape.shape), shape.stride())
-
-
 def _cumulative(operation: str, start: str) -> Rule:
     def rule(writer: Writer, out: Buffer, a: Buffer, dim: int = 0, **keywords: Any) -> None:
         if not a.shape:
@@ -118,6 +74,132 @@ def _cumulative(operation: str, start: str) -> Rule:
         )
 
     return rule
+
+
+def _running(operation: str) -> Rule:
+    """The largest or smallest number so far and its place, the latest; NaN from the first on."""
+
+    def rule(writer: Writer, out: tuple[Buffer, Buffer], a: Buffer, dim: int) -> None:
+        values, places = out
+        if not a.shape:
+            writer.emit(f"*{values.place} = *{a.place}; *{places.place} = 0;")
+            return
+        sizes = list(a.shape)
+        length, sizes[dim] = sizes[dim], 1
+        head, indices = loops(sizes)
+        indices[dim] = "0"
+        first, indices[dim] = a.at(indices), "k"
+        writer.emit(
+            f"{head}{{ {a.kind} x = *{first}; int64_t j = 0; for (long k = 0; k < {length}; k++) "
+            f"{{ const {a.kind} y = *{a.at(indices)}; "
+            f"if (y != y || (x == x && y {operation} x)) x = y, j = k; "
+            f"*{values.at(indices)} = x; *{places.at(indices)} = j; }} }}"
+        )
+
+    return rule
+
+
+def _log_sums(writer: Writer, out: Buffer, a: Buffer, dim: int) -> None:
+    if not a.shape:
+        writer.emit(f"*{out.place} = *{a.place};")
+        return
+    sizes = list(a.shape)
+    length, sizes[dim] = sizes[dim], 1
+    head, indices = loops(sizes)
+    indices[dim] = "k"
+    writer.emit(
+        f"{head}{{ {a.kind} x = -INFINITY; for (long k = 0; k < {length}; k++) "
+        f"{{ x = log_sum(x, *{a.at(indices)}); *{out.at(indices)} = x; }} }}"
+    )
+
+
+def _ordered(writer: Writer, a: Buffer, dim: int, *, descending: bool) -> tuple[Buffer, Buffer]:
+    """A tensor sorted along a dimension, and where its numbers were."""
+    strides = torch.empty(a.shape, device="meta").movedim(dim, -1).contiguous()
+    shape = strides.movedim(-1, dim)
+    made = [writer.allocate(a.shape, shape.stride(), kind) for kind in (a.dtype, torch.int64)]
+    _sort(writer, (made[0], made[1]), a, dim, descending)
+    return made[0], made[1]
+
+
+def _one_of_each(
+    writer: Writer,
+    out: tuple[Buffer, Buffer],
+    a: Buffer,
+    dim: int,
+    number: int,
+    *,
+    kept: bool,
+    gaps_count: bool,
+) -> None:
+    """Of the numbers along a dimension, in order, the one of a place, and where it was.
+
+    With ``gaps_count`` it is NaN where one of them is.
+    """
+    if not a.shape:
+        raise NotSupported("a place in the order of a number")
+    dim %= len(a.shape)
+    ordered = _ordered(writer, a, dim, descending=False)
+    head, indices = loops([1 if i == dim else size for i, size in enumerate(a.shape)])
+    there, last = list(indices), list(indices)
+    there[dim], last[dim] = "k", str(a.shape[dim] - 1)
+    here = indices if kept else [*indices[:dim], *indices[dim + 1 :]]
+    greatest = ordered[0].at(last)
+    place = f"*{greatest} != *{greatest} ? {last[dim]} : {number}" if gaps_count else str(number)
+    moves = "".join(
+        f"*{to.at(here)} = *{source.at(there)}; " for to, source in zip(out, ordered, strict=True)
+    )
+    writer.emit(f"{head}{{ const long k = {place}; {moves}}}")
+
+
+def _median(writer: Writer, out: Buffer, a: Buffer) -> None:
+    count = math.prod(a.shape)
+    if not count:
+        writer.emit(f"*{out.place} = NAN;")
+        return
+    row = Buffer(a.dtype, _without_gaps(writer, a).place, (count,), (1,))
+    place = writer.allocate((), (), torch.int64)
+    middle = (count - 1) // 2
+    _one_of_each(writer, (out, place), row, 0, middle, kept=False, gaps_count=True)
+
+
+def _median_along(
+    writer: Writer,
+    out: tuple[Buffer, Buffer],
+    a: Buffer,
+    dim: int,
+    keepdim: bool = False,  # noqa: FBT001, FBT002  # torch's order
+) -> None:
+    middle = (a.shape[dim] - 1) // 2 if a.shape else 0
+    _one_of_each(writer, out, a, dim, middle, kept=keepdim, gaps_count=True)
+
+
+def _kth(
+    writer: Writer,
+    out: tuple[Buffer, Buffer],
+    a: Buffer,
+    k: int,
+    dim: int = -1,
+    keepdim: bool = False,  # noqa: FBT001, FBT002  # torch's order
+) -> None:
+    _one_of_each(writer, out, a, dim, k - 1, kept=keepdim, gaps_count=False)
+
+
+def _top(
+    writer: Writer,
+    out: tuple[Buffer, Buffer],
+    a: Buffer,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,  # noqa: FBT001, FBT002  # torch's order
+    sorted: bool = True,  # noqa: A002, FBT001, FBT002
+) -> None:
+    if not a.shape:
+        raise NotSupported("aten.topk of a number")
+    ordered = _ordered(writer, a, dim % len(a.shape), descending=largest)
+    head, indices = loops(out[0].shape)
+    for to, source in zip(out, ordered, strict=True):
+        writer.emit(f"{head}*{to.at(indices)} = *{source.at(indices)};")
 
 
 def _sort(
@@ -179,11 +261,17 @@ _RULES: dict[str, Rule] = {
         f"pyro_hamflow.banded_{name}": _banded(name)
         for name in ("factorise", "factorise_adjoint", "root", "root_adjoint", "solve", "outer")
     },
+    **MATRICES,
     "pyro_hamflow.product": _product,
-    "aten.linalg_cholesky_ex": _cholesky,
-    "aten.linalg_solve_triangular": _solve_triangular,
     "aten.cumsum": _cumulative("+=", "0"),
     "aten.cumprod": _cumulative("*=", "1"),
+    "aten.cummax": _running(">="),
+    "aten.cummin": _running("<="),
+    "aten.logcumsumexp": _log_sums,
+    "aten.median": _median,
+    "aten.median.dim": _median_along,
+    "aten.kthvalue": _kth,
+    "aten.topk": _top,
     "aten.sort": _sort,
     "aten.sort.stable": _sort,
 }
