@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import Program
 
 _STEPS = 100  # of each descent
 _ENDED = 1e-3  # nats that a step promises, below which a descent is over
@@ -40,15 +41,18 @@ class Descent:
         potential: What to descend.
         scale: The length of a step in each coordinate, of shape ``(dimension,)``.
         noise: Of shape ``(1, noise_dimension)``.
+        machine: Value and gradient of any number of positions by machine code, where there is any.
     """
 
-    def __init__(self, potential: Potential, scale: Tensor, noise: Tensor) -> None:
-        self.potential, self.noise = potential, noise
+    def __init__(
+        self, potential: Potential, scale: Tensor, noise: Tensor, machine: Program | None = None
+    ) -> None:
+        self.potential, self.noise, self._machine = potential, noise, machine
         self.scale = scale.clamp(min=torch.finfo(scale.dtype).eps)
 
     def value_and_gradient(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Potentials, infinite where they are no number, and gradients, zero there."""
-        program = self.potential.programs.program("gradient", len(position))
+        program = self._machine or self.potential.programs.program("gradient", len(position))
         value, gradient, *_ = program(position, self.noise.expand(len(position), -1))
         good = value.isfinite() & gradient.isfinite().all(-1)
         value, gradient = value.to(position), gradient.to(position)

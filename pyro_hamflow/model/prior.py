@@ -63,6 +63,7 @@ class Prior(Made):
                 _refuse_undrawable(name, site)
         self._evaluator = potential.runs.evaluator_of(_prior_part(trace))
         self.programs = ProgramCache(self, compile_graphs=potential.programs.compile_graphs)
+        self.programs.captured = potential.programs.captured.part("prior")
 
     def graph(self, kind: str, num_chains: int) -> Program:
         """Minus the log density and its gradients, of kinds as targets have them."""
@@ -70,7 +71,7 @@ class Prior(Made):
 
     def value(self, position: Tensor, noise: Tensor) -> Tensor:
         """Minus the log density at positions ``(chains, dimension)``, of shape ``(chains,)``."""
-        return self.programs.program("value", len(position))(position, noise)[0]
+        return self.programs.program("value", len(position))(position, noise, noise)[0]
 
     def draw(self, num_chains: int) -> tuple[Tensor, Tensor]:
         """Positions ``(chains, dimension)`` and noise, from runs of the model.
@@ -108,7 +109,7 @@ class Prior(Made):
     def function(self, kind: str) -> Program:
         """What a kind of program does for one chain: gradients, gradient, or value."""
 
-        def value(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        def value(position: Tensor, noise: Tensor, ignored: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
                 return (self._value_of_one(position, noise),)
 
@@ -116,23 +117,28 @@ class Prior(Made):
 
     def examples(self, kind: str, num_chains: int) -> tuple[Tensor, ...]:
         """Arguments to capture a kind's program with, chains first."""
-        return self.potential.vectors(num_chains)
+        position, noise = self.potential.vectors(num_chains)
+        return (position, noise, noise) if kind == "value" else (position, noise)
 
     def known_to_work(self, kind: str) -> tuple[Tensor, ...]:
         """Arguments of one chain at which the model has run."""
-        return self.potential.known_to_work("gradient")
+        position, noise = self.potential.known_to_work("gradient")
+        return (position, noise, noise) if kind == "value" else (position, noise)
 
     def from_middle(self, factor: float, position: Tensor) -> Tensor:
         """A position in this direction from the middle of those that the model is looked at."""
         return self.potential.from_middle(factor, position)
 
     def begins_gradient(self, kind: str) -> bool:
-        """Whether a kind's results are the first of the gradient's, of one argument more."""
-        return False
+        """Whether a kind computes the density alone, as the gradient does first.
+
+        It takes an argument more, and does nothing with it.
+        """
+        return kind == "value"
 
     def is_unchanged(self) -> bool:
-        """Programs of priors are shared with nobody."""
-        return True
+        """Whether the model still does what it did when its programs were captured first."""
+        return self.potential.is_unchanged()
 
 
 def _prior_part(trace: poutine.Trace) -> poutine.Trace:

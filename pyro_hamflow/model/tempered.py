@@ -139,6 +139,7 @@ class TemperedTarget:
     Arguments:
         reference: Where the path begins.
         potential: The posterior, where it ends.
+        end: Its value and gradient for any number of chains, by machine code, where there is any.
 
     Attributes:
         inverse_temperature: Where on the path this is, a scalar between 0 and 1. It is an argument
@@ -158,15 +159,17 @@ class TemperedTarget:
         tensor([[-0.5000]])
     """
 
-    def __init__(self, reference: Reference, potential: Potential) -> None:
-        self.reference, self.potential = reference, potential
+    def __init__(
+        self, reference: Reference, potential: Potential, end: Program | None = None
+    ) -> None:
+        self.reference, self.potential, self._end = reference, potential, end
         self.dimension, self.noise_dimension = potential.dimension, potential.noise_dimension
         self.example = potential.example
         self.inverse_temperature = torch.zeros_like(potential.example)
 
     def graph(self, kind: str, num_chains: int) -> Program:
         start = self.reference.graph(kind, num_chains)
-        end = self.potential.graph(kind, num_chains)
+        end = self._end or self.potential.graph(kind, num_chains)
 
         def program(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             pairs = zip(start(position, noise), end(position, noise), strict=True)
@@ -183,8 +186,8 @@ class TemperedTarget:
         return self.potential.vectors(num_chains)
 
     def accelerate(self, name: str, function: Program, *examples: Tensor) -> Program:
-        if isinstance(self.reference, GuideReference):  # networks of others' are not recorded
-            return function
+        if isinstance(self.reference, GuideReference) or self._end is not None:
+            return function  # networks of others' and machine code are not recorded
 
         def at(inverse_temperature: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             here, self.inverse_temperature = self.inverse_temperature, inverse_temperature
@@ -203,4 +206,13 @@ class TemperedTarget:
 
     def ends(self, position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The energies of the reference and of the posterior, each of shape ``(chains,)``."""
-        return self.reference.value(position, noise), self.potential.value(position, noise)
+        start = self.reference.value(position, noise)
+        if self._end is not None:
+            return start, self._end(position, noise)[0]
+        return start, self.potential.value(position, noise)
+
+    def rows_at_once(self, num_chains: int) -> int:
+        """For how many chains to run a program at once, of so many."""
+        if self._end is not None:
+            return num_chains
+        return self.potential.programs.rows_at_once("gradient", num_chains)

@@ -32,6 +32,7 @@ class Captured:
     bases: dict[str, GraphModule] = field(default_factory=dict)
     batched: dict[tuple[str, int], GraphModule] = field(default_factory=dict)
     fallible: set[str] = field(default_factory=set)
+    _parts: dict[str, Captured] = field(default_factory=dict, repr=False)
     _copies: Storages[torch.UntypedStorage] = field(default_factory=Storages, repr=False)
 
     def own(self, graph: GraphModule) -> GraphModule:
@@ -51,6 +52,10 @@ class Captured:
             self._copies.set(value, memory)
         empty = torch.empty(0, dtype=value.dtype, device=value.device)
         return empty.set_(memory, value.storage_offset(), value.shape, value.stride())
+
+    def part(self, name: str) -> Captured:
+        """The programs of a part of the same model."""
+        return self._parts.setdefault(name, Captured())
 
     def copy(self) -> Captured:
         """The same programs; what is added to one is not in the other."""

@@ -15,12 +15,14 @@ from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import Reference, TemperedTarget
+from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.smc.discovery import beginning_at, look_for_modes
 from pyro_hamflow.smc.particles import Drift, Particles, Passage, Rung
 from pyro_hamflow.smc.resampling import conditional_size, log_mean_exp
 from pyro_hamflow.smc.transport import AFT, CRAFT, flow_at, flow_to, train_in_passes
 
 _HALVINGS = 50  # of an interval of temperatures
+_PRECISION = 1e-3  # of a step, relative to it
 _SMALLEST = 1e-12  # step of the inverse temperature
 _REMEMBERED = 8  # particles at a temperature, of which one is
 
@@ -42,6 +44,7 @@ class Population:
         modes: Those that the path began at beside the prior; none if a population from the prior
             alone was found to have them all.
         num_missed: How many of these the first population had next to nothing of.
+        num_modes: How many modes descents have found that matter.
     """
 
     position: Tensor = field(repr=False)
@@ -55,6 +58,7 @@ class Population:
     drift: Drift | None = None
     modes: list[Mode] = field(default_factory=list, repr=False)
     num_missed: int = 0
+    num_modes: int = 0
 
     @property
     def log_evidence(self) -> float:
@@ -89,6 +93,7 @@ def anneal(
     transport: AFT | CRAFT | None = None,
     moves_on: bool = False,
     only_first: bool = False,
+    machine: Program | None = None,
     report: Report | None = None,
 ) -> Population:
     r"""Moves a population along a path of temperatures to the posterior.
@@ -113,6 +118,8 @@ def anneal(
         moves_on: Whether the population moves on at the end, half as often as until then, so that a
             drift shows whether it had arrived.
         only_first: Whether the first population will do, to look around.
+        machine: The posterior's value and gradient for any number of particles, by machine code,
+            where there is any.
         report: Is told of each temperature.
 
     Raises:
@@ -131,10 +138,10 @@ def anneal(
     shape = (num_replicates, -(-num_particles // num_replicates))
 
     def find(start: Reference) -> Course:
-        target = TemperedTarget(start, potential)
+        target = TemperedTarget(start, potential, machine)
         return find_schedule(target, shape, conditional_ess, num_moves, transport, report)
 
-    num_missed = 0
+    num_missed = num_modes = 0
     if reference is not None:
         course = find(reference)
         cost = course.num_gradients
@@ -142,7 +149,8 @@ def anneal(
         prior = Prior(potential)
         course = find(beginning_at(modes, prior))
         cost = course.num_gradients
-        found, num_missed = look_for_modes(potential, *course.end, course.visited, cost)
+        seen = (*course.end, course.visited, cost)
+        found, num_missed, num_modes = look_for_modes(potential, *seen, machine)
         others = [m for m in found if not any(mode.holds(m.position) for mode in modes)]
         if others:
             modes = [*modes, *others]
@@ -155,7 +163,7 @@ def anneal(
         if isinstance(transport, CRAFT):
             schedule = train_in_passes(transport, target, schedule, num_moves)
         population = follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
-    return replace(population, modes=list(modes), num_missed=num_missed)
+    return replace(population, modes=list(modes), num_missed=num_missed, num_modes=num_modes)
 
 
 class Course(NamedTuple):
@@ -178,8 +186,8 @@ class Course(NamedTuple):
 
     @property
     def end(self) -> tuple[Tensor, Tensor]:
-        """The particles' positions, and the logarithms of their weights."""
-        return self.particles.position, self.particles.all_log_weights.flatten()
+        """The particles' positions, and the logarithms of their weights, parts first."""
+        return self.particles.position, self.particles.all_log_weights
 
 
 def find_schedule(
@@ -269,6 +277,8 @@ def _next_step(log_weights: Tensor, log_ratio: Tensor, most: float, share: float
         middle = 0.5 * (low + high)
         enough = conditional_size(log_weights, middle * log_ratio) >= share
         low, high = (middle, high) if enough else (low, middle)
+        if high - low < _PRECISION * low:
+            break
     return max(low, _SMALLEST)
 
 

@@ -22,6 +22,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import PriorAndModes
 from pyro_hamflow.process import random_state_kept
+from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.smc.resampling import log_mean_exp
 
 _MOST_DIMENSIONS = 200  # of which descents keep a Hessian each
@@ -29,9 +30,11 @@ _PRIOR = 4  # draws of the prior for each particle, whose steepness is looked at
 _COST = 0.05  # of what the population took, that descents may take
 _LENGTH = 40  # gradients of a descent, about
 _FEWEST, _STARTS = 16, 256  # descents
+_OWN = 4  # of them, for each beside that begins where the population is
 _MOST_MODES = 32
 _MISSED = 0.2  # of what a mode holds, less of which a population has missed
-_WRONG = 0.1  # of the posterior, by which a mode's share may be wrong
+_WRONG = 0.1  # of the posterior, by which a mode's share may be too small
+_ERRORS = 2.0  # of the share, beyond that: they are those of a population in haste, too
 _COUNT = 10.0  # particles that it should have there, fewer of which may be missing by chance
 _LEAST = 0.005  # of the posterior, less of which is of no interest
 
@@ -42,10 +45,12 @@ class Discovery(NamedTuple):
     Attributes:
         modes: Where a path should begin as well; none if a population has them all.
         num_missed: How many of them the population has next to nothing of.
+        num_modes: How many modes there are that matter, as far as is seen.
     """
 
     modes: list[Mode]
     num_missed: int
+    num_modes: int
 
 
 @torch.no_grad()
@@ -55,6 +60,7 @@ def look_for_modes(
     log_weights: Tensor,
     visited: Tensor,
     num_gradients: int,
+    machine: Program | None = None,
 ) -> Discovery:
     """Modes, if the shares of a population are wrong at any of them.
 
@@ -65,38 +71,45 @@ def look_for_modes(
     Arguments:
         potential: The posterior.
         position: The population, of shape ``(particles, dimension)``.
-        log_weights: Its weights, whose exponentials have the evidence as mean, ``(particles,)``.
+        log_weights: Its weights, whose exponentials have the evidence as mean, in parts that follow
+            each other, ``(parts, particles of a part)``.
         visited: Where it was on its way, of shape ``(positions, dimension)``.
         num_gradients: How many gradients each particle has taken.
+        machine: Value and gradient by machine code, where there is any.
     """
-    nothing = Discovery([], 0)
+    nothing = Discovery([], 0, 0)
     if potential.dimension > _MOST_DIMENSIONS:
         return nothing
     with random_state_kept():
         torch.manual_seed(0)
-        weights = log_weights.softmax(0)
+        weights = log_weights.flatten().softmax(0)
         mean = weights.to(position) @ position
         scale = (weights.to(position) @ (position - mean).square()).sqrt()
-        descent = Descent(potential, scale, potential.draw_noise(1))
+        descent = Descent(potential, scale, potential.draw_noise(1), machine)
         budget = int(_COST * num_gradients * len(position) / _LENGTH)
         count = min(max(budget, _FEWEST), _STARTS)
         drawn = Prior(potential).draw(_PRIOR * len(position))[0]
         starts = _starts(descent, torch.cat([visited, drawn]), count, len(position))
+        picked = weights.multinomial(max(count // _OWN, _FEWEST), replacement=True)
+        starts = torch.cat([starts, position[picked]])
         modes = find_modes(descent, starts, _MOST_MODES)
         if not modes:
             return nothing
         held = _log_masses(potential, modes, len(position))
     level = log_weights.max()
     masses = (log_weights - level).exp() / len(position)
-    found = (_belongs(modes, position) * masses).sum(1)
+    in_parts = (_belongs(modes, position).reshape(-1, *masses.shape) * masses).sum(-1)
+    found, wholes = in_parts.sum(1), masses.sum(-1)
     outside = (masses.sum() - found.sum()).clamp(min=0.0)
     shares = torch.stack([part / (part.sum() + outside) for part in ((held - level).exp(), found)])
     matters = shares.amax(0) > max(_LEAST, _COUNT / len(position))
-    missed = matters & (shares[1] < _MISSED * shares[0])
-    if not bool((missed | (matters & (shares.diff(dim=0)[0].abs() > _WRONG))).any()):
-        return nothing
     large = [mode for mode, share in zip(modes, shares[0], strict=True) if share > _LEAST]
-    return Discovery(large, int(missed.sum()))
+    missed = matters & (shares[1] < _MISSED * shares[0])
+    chance = (in_parts - shares[1, :, None] * wholes).std(-1) / wholes.mean() / len(wholes) ** 0.5
+    wrong = shares[0] - shares[1] > _WRONG + _ERRORS * chance
+    if not bool((missed | (matters & wrong)).any()):
+        return nothing._replace(num_modes=len(large))
+    return Discovery(large, int(missed.sum()), len(large))
 
 
 def beginning_at(modes: Sequence[Mode], prior: Prior) -> Prior | PriorAndModes:

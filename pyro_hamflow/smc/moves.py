@@ -46,7 +46,7 @@ class PopulationMoves:
     def __init__(self, target: TemperedTarget, position: Tensor) -> None:
         self.target = target
         self.num_gradients = 0
-        self.rows = target.potential.programs.rows_at_once("gradient", len(position))
+        self.rows = target.rows_at_once(len(position))
         self.transition: Transition
         if target.noise_dimension:
             self.transition = JointTransition(target, self.rows)

@@ -20,6 +20,7 @@ from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.process import undisturbed
 from pyro_hamflow.smc.annealing import Population, anneal, recover
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
+from pyro_hamflow.smc.machine import machine_gradient
 from pyro_hamflow.smc.reach import extend_reach
 from pyro_hamflow.smc.resampling import effective_size, resample_systematically
 from pyro_hamflow.smc.shown import shown
@@ -172,6 +173,7 @@ class AnnealedSampler:
                 num_moves=self.num_moves,
                 transport=self.transport,
                 moves_on=True,
+                machine=machine_gradient(potential, self.num_particles),
                 report=report,
             )
         self._local = recover(potential, self.population)

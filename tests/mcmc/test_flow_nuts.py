@@ -335,6 +335,21 @@ def walkers_of(model, position, noise):
     return Walkers(potential, kernel.hamiltonian, move, position, noise, kinetic)
 
 
+@pytest.mark.parametrize("step_size", [0.02, None])
+def test_walkers_stop_once_they_have_forgotten_where_they_were(step_size):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    explorers = walkers_of(model, torch.randn(4000, 1), torch.zeros(4000, 0))
+    if step_size is None:  # moves that keep nothing
+        explorers.transition = IndependenceTransition(explorers.potential, Normals([0.0], 1.0, 1))
+    else:
+        explorers.tuning = explorers.tuning._replace(step_size=step_size)
+    persistence = explorers.persistence()
+    made = len(explorers.visited(10**6).position) // 4000
+    assert (made, persistence < 0.7) == ((2, True) if step_size is None else (10, False))
+
+
 @pytest.mark.parametrize(("scale", "suffices"), [(20.0, True), (200.0, False), (0.4, False)])
 def test_whether_proposals_make_up_for_a_poor_flow(scale, suffices):
     """Of a standard normal, by one that is as much wider; where it is narrower, tails are stuck."""

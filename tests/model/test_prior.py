@@ -149,3 +149,32 @@ def test_a_function_has_no_prior():
     potential = FunctionPotential(lambda z: z["x"].square(), {"x": torch.zeros(())})
     with pytest.raises(ValueError, match="`potential_fn` has no prior"):
         Prior(potential)
+
+
+def test_programs_of_a_prior_are_captured_once_for_a_model_and_its_data():
+    first = Prior(Potential(regression, (Y,)))
+    position, noise = torch.tensor([[0.3, -1.2], [-2.0, 0.4]]), torch.zeros(2, 0)
+    gradient = first.graph("gradient", 2)(position, noise)[1]
+    value = first.value(position, noise)
+    assert list(first.programs.captured.bases) == ["gradient"]
+    again = Prior(Potential(regression, (Y,)))
+    assert again.programs.captured.bases["gradient"] is first.programs.captured.bases["gradient"]
+    torch.testing.assert_close(again.value(position, noise), value)
+    torch.testing.assert_close(again.graph("gradient", 2)(position, noise)[1], gradient)
+    other = Prior(Potential(regression, (Y[:2],)))
+    assert other.programs.captured is not first.programs.captured
+
+
+def test_a_prior_that_has_changed_is_captured_anew():
+    centre = torch.zeros(())
+
+    def model():
+        pyro.sample("x", dist.Normal(centre, 1.0))
+
+    potential = Potential(model)
+    centre += 1.0
+    moved = Prior(Potential(model))
+    assert float(moved.value(torch.ones(1, 1), torch.zeros(1, 0))) == pytest.approx(
+        0.9189, abs=1e-4
+    )
+    assert potential.programs.captured is not moved.potential.programs.captured

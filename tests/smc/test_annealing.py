@@ -15,6 +15,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.smc import particles
 from pyro_hamflow.smc.annealing import anneal
+from pyro_hamflow.smc.machine import compiled_gradient, machine_gradient
 from tests.helpers.densities import POSITIVE, WELL, many_well, two_modes
 from tests.helpers.evidence import assert_evidence, share
 from tests.helpers.targets import effects
@@ -175,3 +176,26 @@ def test_a_flow_of_some_data_is_where_to_begin_for_all():
     from_flow = anneal(whole, reference=GuideReference(flow, whole))
     assert_evidence(from_flow, conjugate_evidence(Y), 0.02)
     assert len(from_flow.passages) < len(anneal(whole, 1000).passages)
+
+
+def test_machine_code_moves_a_population_as_the_graph_does():
+    potential = Potential(conjugate, (Y,))
+    machine = compiled_gradient(potential)
+    population = anneal(potential, machine=machine)
+    assert_evidence(population, conjugate_evidence(Y), 0.03)
+    _, gradient, _ = potential.gradients(population.position, population.noise)
+    torch.testing.assert_close(population.gradient, gradient)
+    torch.manual_seed(0)
+    first = anneal(potential, 200, machine=machine, only_first=True)
+    torch.manual_seed(0)
+    second = anneal(potential, 200, only_first=True)
+    torch.testing.assert_close(first.position, second.position)
+
+
+def test_machine_code_is_taken_where_it_pays():
+    assert machine_gradient(Potential(conjugate, (Y,)), 100) is None
+    assert machine_gradient(Potential(conjugate, (Y.repeat(100),)), 2000) is not None
+    marginal = marginalize(effects, ["x"], num_particles=4, proposal="prior")
+    assert (
+        machine_gradient(Potential(marginal, (Y.repeat(100),), separate_noise=True), 2000) is None
+    )

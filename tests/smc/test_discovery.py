@@ -51,7 +51,7 @@ def test_a_narrow_mode_has_its_share():
 
 
 def test_without_descents_it_has_not(monkeypatch):
-    monkeypatch.setattr(annealing, "look_for_modes", lambda *args: ([], 0))
+    monkeypatch.setattr(annealing, "look_for_modes", lambda *args: ([], 0, 0))
     assert all(abs(share_of_narrow(seed)[1] - 0.4) > 0.1 for seed in (1, 2))
 
 
@@ -77,6 +77,7 @@ def test_posteriors_that_the_prior_finds_begin_at_the_prior_and_pay_little(monke
         asked.clear()
         population = anneal(Potential(mixture(8, parts, 5.0)), 1000)
         assert population.modes == []
+        assert population.num_modes == len(parts)
         assert sum(asked) < 0.1 * population.num_gradients * len(population.position)
 
 

@@ -22,15 +22,17 @@ from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
 from pyro_hamflow.mcmc.transitions.native import NativeMoves
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.smc.annealing import Population, anneal
+from pyro_hamflow.smc.machine import machine_gradient
 from pyro_hamflow.smc.resampling import resample_systematically
 from pyro_hamflow.smc.shown import shown
 from pyro_hamflow.smc.verdict import describe_missed
 
 _WALKERS = 1000  # that explore
-_FEW, _HASTE = 500, 0.5  # particles that look first, and what their steps' weights are worth
-_MANY = 2000  # particles that look then, if they take no longer
+_FIRST, _HASTE = 250, 0.5  # particles that look first, and what their steps' weights are worth
+_FEW, _MANY = 500, 2000  # particles that look then, at least and if they take no longer
 _LONGEST, _GRADIENTS = 60.0, 500  # seconds than this; and gradients that each takes, mostly
 _TRIED = 4  # draws of a trained flow, of which each walker is one
 _SLOW = 0.7  # autocorrelation of local moves from which on jumps may pay
@@ -94,6 +96,7 @@ class FlowSearch:
         hamiltonian: How the local move's trajectories end, and what is tuned of them.
         make_transition: Makes the local move.
         plan: What the run is to be; is told what the user should know.
+        machine: Value and gradient by machine code, where the run has compiled it anyway.
     """
 
     def __init__(
@@ -103,7 +106,9 @@ class FlowSearch:
         hamiltonian: Hamiltonian,
         make_transition: Callable[[Potential, Tensor], Transition],
         plan: RunPlan,
+        machine: Program | None = None,
     ) -> None:
+        self.machine = machine
         self.choices = choices
         self.potential = potential
         self.hamiltonian = hamiltonian
@@ -118,7 +123,7 @@ class FlowSearch:
         first = self._hasty_population() if self.choices.learns else self._drawn()
         walkers = self._walkers(first)
         persistence = walkers.persistence()
-        if persistence >= _SLOW and isinstance(first, Population):
+        if isinstance(first, Population) and (persistence >= _SLOW or first.num_modes > 1):
             walkers = self._walkers(self._population(first))
             persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
@@ -169,13 +174,23 @@ class FlowSearch:
     # --- the population -------------------------------------------------------------------------
 
     def _hasty_population(self) -> Population:
-        count = min(self.choices.num_particles or _FEW, _FEW)
-        return anneal(self.potential, count, conditional_ess=_HASTE, num_moves=1, only_first=True)
+        count = min(self.choices.num_particles or _FIRST, _FIRST)
+        return anneal(
+            self.potential,
+            count,
+            conditional_ess=_HASTE,
+            num_moves=1,
+            only_first=True,
+            machine=self.machine,
+        )
 
     def _population(self, first: Population) -> Population:
         count = self.choices.num_particles or self._affordable()
+        machine = self.machine or machine_gradient(self.potential, count)
         with shown(hidden=self.plan.hidden) as report:
-            population = anneal(self.potential, count, modes=first.modes, report=report)
+            population = anneal(
+                self.potential, count, modes=first.modes, machine=machine, report=report
+            )
         said = describe_missed(population.num_missed)
         if said is not None:
             self.plan.say(said)

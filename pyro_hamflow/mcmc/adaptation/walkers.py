@@ -7,18 +7,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
-from pyro_hamflow.mcmc.transitions.base import Transition, judge
+from pyro_hamflow.mcmc.transitions.base import State, Transition, judge
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, choose
+from pyro_hamflow.mcmc.transitions.native import NativeMoves
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.smc.resampling import log_mean_exp
 
 _WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
-_APART = 10  # moves, after which a walker is compared with where it was
+# Walkers that do so alone, and for each dimension, where every walker's moves cost the same.
+_TUNERS, _TUNERS_EACH = 100, 4
+_APART = 10  # moves, after which a walker is compared with where it was, at most
+_FORGOTTEN = 0.03  # correlation, below which no more moves are needed
 MOST_STEPS = 127  # of a trajectory, as all walkers wait for the longest
 _NOISE = 3.5  # standard errors of a correlation, which the largest of many may reach by chance
 _COUNTS = (1, 2, 4, 8, 16, 32)  # of proposals that may be made for a jump
@@ -73,13 +78,20 @@ class Walkers:
     def warm_up(self) -> None:
         """Finds step size and mass, each walker's spread about its own mean."""
         step_and_mass = self.hamiltonian.step_and_mass
+        count = len(self.state.position)
+        if isinstance(self.transition, NativeMoves):
+            count = min(count, max(_TUNERS, _TUNERS_EACH * self.potential.dimension))
+        state: State = tree_map(lambda part: part[:count], self.state)
         if step_and_mass.adapt_step_size and step_and_mass.step_size is None:
-            size = step_and_mass.reasonable_step_size(self.transition, self.state, self.tuning)
+            size = step_and_mass.reasonable_step_size(self.transition, state, self.tuning)
             self.tuning = self.tuning._replace(step_size=size)
         warmup = step_and_mass.warm_up(self.potential, self.tuning, _WARM_UP)
         trajectories = self.hamiltonian.trajectories
-        for state, _ in warmed(warmup, self.transition, trajectories, self.state, MOST_STEPS):
-            self.state = state
+        for moved, _ in warmed(warmup, self.transition, trajectories, state, MOST_STEPS):
+            state = moved
+        self.state = tree_map(
+            lambda part, whole: torch.cat([part, whole[count:]]), state, self.state
+        )
         self.tuning = warmup.tuning._replace(step_scale=None)
 
     def move(self, count: int) -> None:
@@ -115,18 +127,28 @@ class Walkers:
         """The lag-one autocorrelation of local moves, of the slowest coordinate or the density.
 
         It is that of walkers that started from the posterior, so that modes between which no move
-        leads make it one. Of values, which a small mode far away shows in, or of ranks, whichever
-        is larger; what chance alone may give is taken off.
+        leads make it one, after however many moves. Of values, which a small mode far away shows
+        in, or of ranks, whichever is larger; what chance alone may give is taken off. Once next to
+        nothing is left, twice in a row, walkers need not go on.
         """
-        before = torch.cat([self.state.position, self.state.evaluation.value[:, None]], 1)
-        self.move(_APART)
-        after = torch.cat([self.state.position, self.state.evaluation.value[:, None]], 1)
+        before, last, excess, moves = self._places(), 1.0, 1.0, 0
+        while moves < _APART and max(last, excess) >= _FORGOTTEN:
+            self.move(1)
+            last, excess, moves = excess, self._excess(before), moves + 1
+        return excess ** (1.0 / moves)
+
+    def _places(self) -> Tensor:
+        """Positions and densities."""
+        return torch.cat([self.state.position, self.state.evaluation.value[:, None]], 1)
+
+    def _excess(self, before: Tensor) -> float:
+        """The correlation with earlier places, beyond what chance may give."""
+        after = self._places()
         correlation = max(
             float((_standard(first) * _standard(last)).mean(0).max())
             for first, last in ((before, after), (_ranks(before), _ranks(after)))
         )
-        excess = correlation - _NOISE / math.sqrt(len(before))
-        return max(excess, 0.0) ** (1.0 / _APART)
+        return max(correlation - _NOISE / math.sqrt(len(before)), 0.0)
 
     def visited(self, most: int) -> Visited:
         """The latest places where they have been, so many at most."""

@@ -26,6 +26,8 @@ from pyro_hamflow.mcmc.transitions.base import State
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import Program
+from pyro_hamflow.smc.machine import compiled_gradient
 from pyro_hamflow.smc.reach import extend_reach
 
 _LOCAL = (HMC, NUTS, MALA, RandomWalk, PseudoMarginalHMC, PseudoMarginalNUTS)
@@ -163,7 +165,12 @@ class FlowNUTS(Kernel):
             if said is not None:
                 self.plan.say(said, first=True)
         search = FlowSearch(
-            self._flow_choices, self.potential, self.hamiltonian, self.make_transition, self.plan
+            self._flow_choices,
+            self.potential,
+            self.hamiltonian,
+            self.make_transition,
+            self.plan,
+            self._machine(num_chains),
         )
         self._found = found = search.run()
         if initial_params is not None:
@@ -171,6 +178,16 @@ class FlowNUTS(Kernel):
         device = found.position.device
         picked = torch.randint(len(found.position), (num_chains,), device=device)
         return found.position[picked], found.noise[picked]
+
+    def _machine(self, num_chains: int) -> Program | None:
+        """The gradient by machine code, if the run's draws are to be made by it."""
+        potential = self.potential
+        if potential.noise_dimension:
+            return None
+        where = potential.vectors(num_chains)[0]
+        steps = self.hamiltonian.trajectories.expected_steps
+        native = self._engine.is_native(potential, where, self.plan, steps)
+        return compiled_gradient(potential) if native else None
 
     def first_phase(self, position: Tensor, noise: Tensor) -> tuple[Phase, State]:
         """Tunes the local move for so many chains, from what walkers have found of it."""
