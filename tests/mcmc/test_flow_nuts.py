@@ -387,10 +387,10 @@ def test_fewer_particles_of_a_model_that_takes_long(monkeypatch):
     for seconds, number in ((1e-6, 2000), (1e-4, 1200), (1.0, 500)):
         monkeypatch.setattr(flow, "seconds_of", lambda graph, rows, each=seconds: each * rows)
         messages = run_of(FlowNUTS(modes()), draws=5).messages
-        assert asked[-2:] == [500, number]
+        assert asked[-2:] == [250, number]
         assert any(f"{number} particles instead of 2000" in m for m in messages) == (number < 2000)
     run_of(FlowNUTS(modes(), num_particles=800), draws=5)
-    assert asked[-2:] == [500, 800]
+    assert asked[-2:] == [250, 800]
 
 
 def test_jumps_that_are_never_accepted_are_dropped():

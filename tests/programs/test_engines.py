@@ -48,6 +48,21 @@ def test_gradient_of_the_zoo_is_right(name):
         assert_gradient_right(potential)
 
 
+def oscillator(y):
+    """Steps of a differential equation, each of which uses the last position and speed twice."""
+    speed = pyro.sample("speed", dist.Normal(0.0, 1.5))
+    place = torch.full_like(speed, -1.0)
+    for _ in range(20):
+        speed = speed + 0.05 * (place - place**3)
+        place = place + 0.1 * speed
+        speed = speed + 0.05 * (place - place**3)
+    pyro.sample("y", dist.Normal(place, 0.1), obs=y)
+
+
+def test_recurrences_are_lowered_in_bounded_time():
+    assert_gradient_right(Potential(oscillator, (torch.tensor(0.6),)))
+
+
 def grouped(y, group):
     """Gradients that add up in many places of one vector."""
     effect = pyro.sample("effect", dist.Normal(0.0, 1.0).expand([3]).to_event(1))

@@ -34,6 +34,9 @@ _OPTIONS: dict[str, Any] = {
     # same loops were found as among the 64 that Inductor takes, and of a thousand operations in
     # three fifths of the time.
     "max_fusion_buffer_group_pairwise_attempts": 4,
+    # What a step of a recurrence uses twice, Inductor writes out twice, with all that went before,
+    # until that is 30 operations: ten steps took minutes so, and take a second.
+    "realize_opcount_threshold": 8,
     # Patterns of attention and of other networks' parts take a third of a second to prepare; loops
     # of ten posteriors are as fast without.
     "use_joint_graph_passes": False,
