@@ -152,16 +152,19 @@ def test_a_function_has_no_prior():
 
 
 def test_programs_of_a_prior_are_captured_once_for_a_model_and_its_data():
-    first = Prior(Potential(regression, (Y,)))
+    def model(y):
+        regression(y)
+
+    first = Prior(Potential(model, (Y,)))
     position, noise = torch.tensor([[0.3, -1.2], [-2.0, 0.4]]), torch.zeros(2, 0)
     gradient = first.graph("gradient", 2)(position, noise)[1]
     value = first.value(position, noise)
     assert list(first.programs.captured.bases) == ["gradient"]
-    again = Prior(Potential(regression, (Y,)))
+    again = Prior(Potential(model, (Y,)))
     assert again.programs.captured.bases["gradient"] is first.programs.captured.bases["gradient"]
     torch.testing.assert_close(again.value(position, noise), value)
     torch.testing.assert_close(again.graph("gradient", 2)(position, noise)[1], gradient)
-    other = Prior(Potential(regression, (Y[:2],)))
+    other = Prior(Potential(model, (Y[:2],)))
     assert other.programs.captured is not first.programs.captured
 
 
