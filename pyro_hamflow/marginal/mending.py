@@ -15,10 +15,9 @@ from torch import Tensor
 from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
-from pyro_hamflow.marginal.settle import WANTED_VARIANCE, repeated_estimates, settle_below
+from pyro_hamflow.marginal.settle import WANTED_VARIANCE, seconds_to_move, settle_below
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
-from pyro_hamflow.programs.work import numbers_made
 
 _PRIOR_VARIANCE = 4.0  # of estimates from the prior: twice as many particles gain little then
 _FEWEST, _MOST = 32, 512  # particles from the prior
@@ -26,7 +25,6 @@ _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than th
 _REPLICATES = 32  # estimates, for each of a few draws
 _EASED = 0.5  # of the wanted variance, at which fewer particles do: away from where more are taken
 _FAR = 2.0  # the variance with one particle, from which on a closer proposal is tried
-_RAREST = 1e-6  # acceptance rate: what is never accepted is no worse
 _WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at most
 
 
@@ -215,11 +213,9 @@ def refit_at(
         return seconds(model, found), found, model
 
     def seconds(model: TunedEstimator, found: list[float]) -> float:
-        """About how long a chain takes to move, in arbitrary units."""
         particles = model.settled_particles or count
         with model.hold(structure):
-            work = numbers_made(lambda: repeated_estimates(model, draws[0], 1, data))
-        return work * sum(_delay(variance / particles) for variance in found) / len(found)
+            return seconds_to_move(model, draws[0], [v / particles for v in found], data)
 
     with other.hold(structure):
         before = variances(marginal)
@@ -234,8 +230,3 @@ def refit_at(
             return other if best < _WORTH * seconds(marginal, before) else None
     gain = after[0] / (other.settled_particles or count) < _WORTH * before[0] / count
     return other if gain else None
-
-
-def _delay(variance: float) -> float:
-    """How often fresh noise is proposed until it is accepted as a whole, where chains rest."""
-    return 1.0 / max(math.erfc(0.5 * math.sqrt(variance)), _RAREST)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.process import random_state_kept
+from pyro_hamflow.programs.work import numbers_made
 
 WANTED_VARIANCE = 1.0  # of the log estimate
+_RAREST = 1e-6  # acceptance rate: what is never accepted is no worse
 _REPLICATES = 100  # estimates: their variance is then known to a seventh
 
 
@@ -47,7 +51,8 @@ def settle_particles(marginal: TunedEstimator, data: Arguments) -> None:
     """Finds the fewest particles that are enough at the pilot, doubling from two.
 
     No more than the proposal's own default are tried: beyond, more particles cost more than the
-    noise that they take away.
+    noise that they take away. Those of a path share all that its proposal takes, and as many are
+    taken as let chains move in the least time.
 
     Arguments:
         marginal: A model whose proposal has been fitted.
@@ -56,8 +61,46 @@ def settle_particles(marginal: TunedEstimator, data: Arguments) -> None:
     pilot = [marginal.prepared.pilot]
     with random_state_kept():
         torch.manual_seed(0)
-        if not settle_below(marginal, pilot, WANTED_VARIANCE, _REPLICATES, data):
+        if marginal.proposal.fades:
+            _settle_by_time(marginal, pilot[0], data)
+        elif not settle_below(marginal, pilot, WANTED_VARIANCE, _REPLICATES, data):
             marginal.settle(None)
+
+
+def _settle_by_time(marginal: TunedEstimator, pilot: dict[str, Tensor], data: Arguments) -> None:
+    structure = marginal.plan(*data.args, **data.kwargs).structure
+    most, tried = marginal.proposal.enough_particles, []
+    for count in (2**i for i in range(most.bit_length())):
+        marginal.settle(count)
+        found = repeated_estimates(marginal, pilot, _REPLICATES, data).sum(-1)
+        variance = float(found.var())
+        with marginal.hold(structure):
+            tried.append((seconds_to_move(marginal, pilot, [variance], data), count))
+        if variance <= WANTED_VARIANCE:
+            break
+    marginal.settle(min(tried)[1])
+
+
+def seconds_to_move(
+    marginal: TunedEstimator,
+    draw: dict[str, Tensor],
+    variances: list[float],
+    data: Arguments,
+) -> float:
+    """About how long chains take to move, in units of their own.
+
+    That is the work of an estimate, times how often fresh noise is proposed until it is accepted as
+    a whole.
+
+    Arguments:
+        marginal: A model whose proposal has been fitted, and whose structure is held.
+        draw: Constrained parameter values.
+        variances: Those of the log estimate in some places.
+        data: What the model is called with.
+    """
+    work = numbers_made(lambda: repeated_estimates(marginal, draw, 1, data))
+    accepted = (math.erfc(0.5 * math.sqrt(variance)) for variance in variances)
+    return work * sum(1.0 / max(rate, _RAREST) for rate in accepted) / len(variances)
 
 
 def settle_below(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
-from pyro_hamflow.marginal import mending, path_bands
+from pyro_hamflow.marginal import mending, path_bands, settle
 from pyro_hamflow.marginal.mending import refit_at
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.settle import repeated_estimates
@@ -326,6 +326,26 @@ def test_a_proposal_that_follows_more_closely_is_worth_its_time(variances, steps
     monkeypatch.setattr(mending, "look", look)
     found = refit_at(marginal, places[1], places, Arguments((y,), {}), beyond=True)
     assert (found and found.proposal.steps) == steps
+
+
+@pytest.mark.parametrize(
+    ("variances", "count"), [((3.6, 2.1, 1.2, 0.9), 4), ((8.0, 6.0, 4.0, 0.5), 8), ((0.4,), 1)]
+)
+def test_particles_of_a_path_are_as_many_as_serve_in_the_least_time(variances, count, monkeypatch):
+    """Sixteen take three times as long as one: most of the work is theirs together."""
+    y, pilot = returns(100), at({"phi": 0.95, "s": 0.2})
+    marginal = marginalize(volatility, ["x"])
+    marginal.fit(y, pilot=pilot)
+
+    def estimates(model, parameters, number, data):
+        variance = variances[int(math.log2(model.settled_particles))]
+        ends = torch.tensor([-1.0, 1.0]).repeat(50)
+        return (ends * math.sqrt(0.99 * variance))[:, None]
+
+    monkeypatch.setattr(settle, "repeated_estimates", estimates)
+    monkeypatch.setattr(settle, "numbers_made", lambda run: 6 + marginal.settled_particles)
+    settle.settle_particles(marginal, Arguments((y,), {}))
+    assert marginal.settled_particles == count
 
 
 def test_what_chains_do_not_reach_is_not_looked_at():

@@ -34,7 +34,7 @@ _REPLICATES = 32  # estimates: their variance is then known to a quarter
 _LARGEST_VARIANCE, _LARGEST_FACTORISED_VARIANCE = 3.0, 20.0
 # The same of one path, whose noise moves with the parameters at little cost; benchmarks/paths.py.
 # Effective draws per second, conditional and joint: 129 and 87 at .2 (stochastic volatility, 2,000
-# times, 4 particles), 395 and 511 at .3 (500 times, 1 particle), 91 and 148 at 1 (2,000, 1).
+# times, 4 particles), 395 and 511 at .3 (500, 1 particle), 91 and 148 at 1 (2,000, 1).
 _LARGEST_PATH_VARIANCE = 0.25
 _SLOW_VARIANCE = 10.0  # beyond which more particles are advised; nothing else hangs on it
 _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are for long
@@ -44,8 +44,7 @@ _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are
 _WANTED_FACTORISED_VARIANCE = 4.0
 _LAVISH_VARIANCE = 0.25  # below which half the particles would do
 _OUT = 1.5  # times as far as chains are from their middle, where estimates are looked at, too
-# By how much lower the log density may be there: chains that are r deviations from the middle lose
-# .6 r^2; where three parameters are volatility's, .1 to 4 but for places at zero (86).
+# By how much lower the log density may be there: by .6 r^2 for chains r deviations from the middle.
 _REACH = 5.0
 _LOOKS = 4  # draws of warm-up, of a chain each, at which the estimator is looked at
 _METHODS = ("auto", "joint", "conditional")
@@ -205,10 +204,10 @@ class EstimatorTuning:
         with random_state_kept():
             better = None
             variance = _variance(potential, state.position)
-            is_noisy = variance > (
-                _WANTED_FACTORISED_VARIANCE if potential.recovery.factorises else WANTED_VARIANCE
-            )
-            if is_noisy and not model.proposal.needs_fit:
+            wanted = _LARGEST_VARIANCE if model.proposal.fades else WANTED_VARIANCE
+            if potential.recovery.factorises:
+                wanted = _WANTED_FACTORISED_VARIANCE
+            if (is_noisy := variance > wanted) and not model.proposal.needs_fit:
                 better = more_particles(model, draws, data)
             elif is_noisy and may_move:
                 better = refit_at(model, potential.constrain(centre), draws, data)
