@@ -114,8 +114,8 @@ def phi_four(size: int = 100) -> Target:
     def belongs(values: dict[str, Tensor]) -> Tensor:
         return (values["x"].mean(-1, keepdim=True) > 0.0).double()
 
-    half = torch.tensor([0.5])
-    return Target(f"phi^4, N = {size}", model, -196.91222, belongs, half, f"phi4 {size}")
+    half, evidence = torch.tensor([0.5]), -196.91222 if size == 100 else math.nan
+    return Target(f"phi^4, N = {size}", model, evidence, belongs, half, f"phi4 {size}")
 
 
 def many_well(pairs: int = 16) -> Target:
