@@ -111,6 +111,14 @@ def matrices(x):
     return (right * left.mT).sum() + (sums @ x) + batch.square().sum() + torch.lgamma(x.exp()).sum()
 
 
+def products(x):
+    """Of matrices in every order of rows and columns, whole blocks of them and rests."""
+    a, b = x.outer(x.cos()) + x, x.exp().outer(x) + x[:, None]
+    wide = torch.cat([a, b, a.exp()], 1)
+    first, second = a @ b + a.mT @ b, (a @ b.mT).sin() + a.mT @ b.mT
+    return (first @ wide).square().sum() + (wide.mT @ second @ wide.tanh()).sum()
+
+
 def bands(x):
     """Factors of banded matrices, their solutions and what they draw, and their gradients."""
     matrix = torch.stack([4.0 + x.square(), x.tanh(), 0.3 * x], -1).expand(2, -1, -1)

@@ -26,7 +26,7 @@ from pyro_hamflow.programs.machine_code.libraries import library
 from pyro_hamflow.programs.machine_code.store import Store, key_of
 
 _HERE = Path(__file__).parent
-_NAMES = ("kernels", "banded", "call", "trajectories", "noise", "draws")
+_NAMES = ("kernels", "matrices", "banded", "call", "trajectories", "noise", "draws")
 HEADERS = {name: (_HERE / f"{name}.hpp").read_text() for name in _NAMES}
 
 _PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried
@@ -124,6 +124,7 @@ def _source(gradient: Part, evaluation: Part | None) -> tuple[str, bool]:
     source = [
         *first,
         HEADERS["kernels"],
+        HEADERS["matrices"],
         HEADERS["banded"],
         *memory,
         f"using Real = {kind_of(position.dtype)};",
