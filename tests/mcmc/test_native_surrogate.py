@@ -187,3 +187,10 @@ def test_what_a_network_has_to_beat_are_gradients_in_machine_code():
     torch_alone, few, many = (Clock(potential, draws) for draws in (None, 10.0, 1e6))
     assert few.true_seconds(4, 8.0) == few.seconds_later("gradient", 4)
     assert many.true_seconds(4, 8.0) < 0.2 * torch_alone.true_seconds(4, 8.0)
+
+
+def test_what_is_judged_at_every_point_is_left_to_torch():
+    mcmc = run(learner(HNNHMC, engine="native", correction="per leaf"), draws=10)
+    assert mcmc.kernel.settings["engine"] == "torch"
+    sentence = "HNNHMC: draws are made by torch, for every point of a trajectory is judged."
+    assert sentence in mcmc.messages

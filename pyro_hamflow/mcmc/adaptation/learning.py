@@ -14,7 +14,7 @@ from pyro_hamflow.mcmc.adaptation.attune import attuned
 from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, Sample
 from pyro_hamflow.mcmc.adaptation.metric import Covariance
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
-from pyro_hamflow.mcmc.adaptation.surrogate_engine import surrogate_engine
+from pyro_hamflow.mcmc.adaptation.surrogate_engine import leave_to_torch, surrogate_engine
 from pyro_hamflow.mcmc.adaptation.surrogate_moves import AlongSurrogate, SurrogateMoves
 from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
 from pyro_hamflow.mcmc.adaptation.tune import Tune
@@ -125,6 +125,7 @@ class Learning:
         if run.report.correction == "per leaf" and not passing:
             self.trial = Trial(known_steps=self.trial.trajectory_steps)
             self._transition = moves.per_leaf(network)
+            leave_to_torch(run)
         else:
             num_transitions = 1 if passing else choices.num_transitions
             true_share = 0.0 if passing else choices.true_share / choices.num_proposals

@@ -81,6 +81,14 @@ def surrogate_engine(
     )
 
 
+def leave_to_torch(run: SurrogateRun) -> None:
+    """Says that torch moves what is judged at every point of a trajectory."""
+    wanted = run.engine.wanted
+    if wanted != "torch":
+        reason = "every point of a trajectory is judged"
+        run.engine.take(Choice("torch", reason, declined=wanted == "native"), run.plan)
+
+
 def _joined(network: Choice, judge: Choice) -> Choice:
     """The network's engine; and, where it is another, why the true energies' is."""
     if judge.name == network.name:
