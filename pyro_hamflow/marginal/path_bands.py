@@ -59,7 +59,7 @@ def orders(group: Group, layout: Layout) -> Iterator[Order]:
             found[layout.dimension // shape[dim]] = natural.reshape(shape).movedim(dim, 0).flatten()
     for times in (0, 1, 2):
         for states, index in found.items():
-            if states < layout.dimension:
+            if not times or states < layout.dimension:
                 yield Order(index, states if times else 0, times)
         if not times and len(set(lengths)) > 1:
             for late in (0, 1):  # side by side from the first time on, or up to the last

@@ -432,6 +432,26 @@ def test_four_particles_are_enough_for_long_paths(length):
         assert found.var() < 1.0
 
 
+def path_beside_effects(y, z):
+    phi, s, r = parameters()
+    x = pyro.sample("x", Autoregression(0.0, phi, s, len(y)))
+    pyro.sample("y", dist.Normal(x, r).to_event(1), obs=y)
+    with pyro.plate("group", len(z)):
+        effect = pyro.sample("effect", dist.Normal(y.new_zeros(()), s))
+        pyro.sample("z", dist.Normal(effect, r), obs=z)
+
+
+def test_a_path_may_stand_beside_single_numbers():
+    """Each group's elements are paths then, of one number where they have no more."""
+    z = torch.tensor([0.3, -1.0, 0.6]).double()
+    marginal = marginalize(path_beside_effects, ["x", "effect"], num_particles=1)
+    marginal.fit(Y, z, pilot=at(PILOT))
+    found = repeated_estimates(marginal, at(AT), 2, Arguments((Y, z), {})).sum(-1)
+    spread = (AT["s"] ** 2 + AT["r"] ** 2) ** 0.5
+    expected = exact(vector, Y) + dist.Normal(0.0, spread).log_prob(z).sum()
+    assert (found - expected).abs().max() < 1e-9
+
+
 def large_counts(y):
     _, s, _ = parameters()
     x = y.new_zeros(())

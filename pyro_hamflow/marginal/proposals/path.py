@@ -207,7 +207,7 @@ class PathProposal(Proposal):
     def alternative(self, sites: Sequence[str], variance: float) -> str | None:
         fits = self.fitted.values()
         longest = max(fit.mode.shape[-1] for fit in fits)
-        is_dense = any(max(fit.bands[1:]) == fit.mode.shape[-1] for fit in fits)
+        is_dense = any(1 < max(fit.bands[1:]) == fit.mode.shape[-1] for fit in fits)
         is_quiet = longest > _SHORT and variance <= _LARGEST_VARIANCE and not is_dense
         if is_quiet or (all(fit.is_exact for fit in fits) and not is_dense):
             return None
