@@ -173,13 +173,14 @@ def test_long_runs_are_native_where_nothing_is_said():
         assert kernel.settings["engine"] == engine, kernel.settings["engine_reason"]
 
 
-@pytest.mark.parametrize(("draws", "engine"), [(10**5, "native"), (20, "torch")])
+@pytest.mark.parametrize(("draws", "engine"), [(10**5, "native"), (20, "torch"), (None, "torch")])
 def test_true_gradients_are_followed_by_machine_code_where_a_network_does_not_pay(draws, engine):
     kernel = HNNNUTS(eight_schools_noncentred)
     kernel.planned_draws = draws
     kernel.begin(4, 60)
     assert kernel.report.following == "true gradients"
     assert kernel.settings["engine"] == engine
+    assert draws is not None or kernel._surrogate_run.native_draws is None
 
 
 def test_what_a_network_has_to_beat_are_gradients_in_machine_code():

@@ -147,7 +147,10 @@ class SurrogateRun:
     def native_draws(self) -> float | None:
         """How many draws there are, if machine code may follow true gradients; else none."""
         on_cpu = self.source.potential.example.device.type == "cpu"
-        if self.engine.wanted == "torch" or not on_cpu or compiler.compiler() is None:
+        wanted, unknown = self.engine.wanted, self.plan.num_draws is None
+        if wanted == "torch" or not on_cpu or compiler.compiler() is None:
+            return None
+        if wanted == "auto" and unknown:  # then torch is taken
             return None
         return float(self.plan.warmup_steps + self.draws_ahead)
 
