@@ -130,7 +130,8 @@ def test_a_seed_repeats_a_run_whatever_the_calls(engine):
     assert followed.any() and not followed.all()
 
 
-def test_refits_and_other_models_compile_nothing_anew(monkeypatch):
+def test_refits_and_other_models_compile_nothing_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYRO_HAMFLOW_CACHE", str(tmp_path))
     compiled, honest = [], compiler.compiled
     monkeypatch.setattr(compiler, "compiled", lambda *a: compiled.append(a) or honest(*a))
 
