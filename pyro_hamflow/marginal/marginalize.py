@@ -102,8 +102,9 @@ def marginalize(
             the prior, but none where a component has only one. If N is not given, it is 32, for
             ``"prior"`` up to 512 once warm-up finds that the estimate varies much, and for
             ``"laplace"`` as many of 2, 4, 8 or 16 (of paths, one may do) as bring the variance of
-            the log estimate to one where the proposal is fitted; at least two for each component,
-            or one with ``"prior"``. See :func:`~pyro_hamflow.estimator_quality`.
+            the log estimate to one where the proposal is fitted (to three for a path under a
+            kernel, whose noise moves with the parameters); at least two for each component, or one
+            with ``"prior"``. See :func:`~pyro_hamflow.estimator_quality`.
         proposal: ``"prior"`` draws particles from the prior; ``"laplace"`` from the prior times a
             Gaussian approximation of the likelihood, fitted before sampling, and a few from the
             prior itself, so that no weight exceeds the likelihood a hundredfold; a function
@@ -217,6 +218,8 @@ class MarginalModel(TunedEstimator):
         args: Args,
         kwargs: Kwargs,
         start: dict[str, Tensor] | None = None,
+        *,
+        moves: bool = False,
     ) -> Prepared:
         """Fits the estimator to the data, unless it is fitted to the same model and data already.
 
@@ -224,6 +227,8 @@ class MarginalModel(TunedEstimator):
             args: The model's arguments.
             kwargs: The model's keyword arguments.
             start: Unconstrained values to begin the search for a pilot at.
+            moves: Whether the noise is to move together with the parameters: fewer particles of a
+                path do then.
 
         Returns:
             What was found.
@@ -232,7 +237,7 @@ class MarginalModel(TunedEstimator):
         if self.prepared.key != structure.key:
             draft = copy.copy(self)
             with draft.hold(structure):
-                prepare(draft, Arguments(args, kwargs), start)
+                prepare(draft, Arguments(args, kwargs), start, moves=moves)
             self.prepared, self._layouts = draft.prepared, draft._layouts
         return self.prepared
 

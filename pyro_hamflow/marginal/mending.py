@@ -15,7 +15,12 @@ from torch import Tensor
 from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
-from pyro_hamflow.marginal.settle import WANTED_VARIANCE, seconds_to_move, settle_below
+from pyro_hamflow.marginal.settle import (
+    WANTED_VARIANCE,
+    seconds_to_move,
+    settle_below,
+    wanted_variance,
+)
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
 
@@ -114,10 +119,15 @@ def number_from_prior(variance: float) -> int:
     return min(max(wanted, _FEWEST), _MOST)
 
 
-def _enough(least: int, variance: float) -> int:
-    """How many particles of Gaussian proposals bring the variance from that with one to one."""
-    wanted = 2 ** math.ceil(math.log2(max(2.0, least + variance)))
-    return min(wanted, max(_ENOUGH, 2 ** math.ceil(math.log2(least))))
+def _enough(least: int, ratio: float) -> int:
+    """How many particles of Gaussian proposals make the variance small enough.
+
+    Arguments:
+        least: Particles that hardly count.
+        ratio: The variance with one particle, over what is small enough.
+    """
+    wanted = 2 ** math.ceil(math.log2(max(1.0, least + ratio)))
+    return min(wanted, max(_ENOUGH, 2 ** math.ceil(math.log2(max(1, least)))))
 
 
 def fit_modes(
@@ -174,6 +184,7 @@ def refit_at(
     data: Arguments,
     *,
     beyond: bool = False,
+    moves: bool = True,
 ) -> TunedEstimator | None:
     """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
 
@@ -187,16 +198,19 @@ def refit_at(
         data: What the model is called with.
         beyond: Whether these are places where chains hardly go, which all count; else the middle
             one of the draws does.
+        moves: Whether the noise moves together with the parameters.
 
     Returns:
-        The copy, with as many particles as bring the variance to one where none were given, or as
-        before beyond the chains; none if its estimates vary about as much as before.
+        The copy, with as many particles as make the variance small enough where none were given, or
+        as before beyond the chains; none if its estimates vary about as much as before.
     """
     plan = marginal.plan(*data.args, **data.kwargs)  # a look at the model, which is run for it
     structure = plan.structure
     count = max(layout.num_particles for layout in plan.layouts.values())
     other = marginal.refined(count, "iid")
     other.num_particles, other.points = marginal.num_particles, marginal.points
+
+    wanted = wanted_variance(marginal.proposal, moves=moves)
 
     def variances(model: TunedEstimator) -> list[float]:
         found = sorted(look(model, draw, data).variance(1) for draw in draws)
@@ -209,13 +223,14 @@ def refit_at(
             # Those of the prior hardly count, and with one of the proposal's alone the logarithm
             # varies more than errors of many tell.
             layouts = model.plan(*data.args, **data.kwargs).layouts.values()
-            model.settle(_enough(max(len(layout.strata) for layout in layouts), found[0]))
+            least = 0 if model.proposal.fades else max(len(layout.strata) for layout in layouts)
+            model.settle(_enough(least, found[0] / wanted))
         return seconds(model, found), found, model
 
     def seconds(model: TunedEstimator, found: list[float]) -> float:
         particles = model.settled_particles or count
         with model.hold(structure):
-            return seconds_to_move(model, draws[0], [v / particles for v in found], data)
+            return seconds_to_move(model, draws[0], [v / particles / wanted for v in found], data)
 
     with other.hold(structure):
         before = variances(marginal)

@@ -107,7 +107,7 @@ class ModelTarget:
                 start = None
                 if initial_params is not None:
                     start = {name: value.mean(0) for name, value in initial_params.items()}
-                self._pilot = model.prepare(args, kwargs, start).pilot
+                self._pilot = model.prepare(args, kwargs, start, moves=True).pilot
         if self._potential is not None and self._potential.renew(args, kwargs):
             self._potential.programs.start_counting()
             return self._potential

@@ -26,6 +26,8 @@ def prepare(
     marginal: TunedEstimator,
     data: Arguments,
     start: dict[str, Tensor] | None,
+    *,
+    moves: bool,
 ) -> None:
     """Finds a pilot, fits the proposal there, and finds how many particles and modes it needs.
 
@@ -33,6 +35,7 @@ def prepare(
         marginal: The model, which is held at its structure for these arguments.
         data: What the model is called with.
         start: Unconstrained values to begin the search for the pilot at.
+        moves: Whether the noise is to move together with the parameters.
     """
     if marginal.num_particles is None:
         marginal.settle(None)
@@ -42,7 +45,7 @@ def prepare(
     if marginal.proposal.remark and not marginal.proposal.is_comparable:
         found = _higher(marginal, bare, found, data)
     if marginal.num_particles is None and marginal.proposal.needs_fit:
-        settle_particles(marginal, data)
+        settle_particles(marginal, data, moves=moves)
     remark = _told_of_ends(found.escaped) if found.escaped else None
     # A proposal fitted far away misses this and that, but for one that looks for it itself.
     if found.distance <= FAR or not marginal.proposal.is_comparable:

@@ -329,10 +329,16 @@ def test_a_proposal_that_follows_more_closely_is_worth_its_time(variances, steps
 
 
 @pytest.mark.parametrize(
-    ("variances", "count"), [((3.6, 2.1, 1.2, 0.9), 4), ((8.0, 6.0, 4.0, 0.5), 8), ((0.4,), 1)]
+    ("variances", "moves", "count"),
+    [
+        ((3.6, 2.1, 1.2, 0.9), True, 2),
+        ((3.6, 2.1, 1.2, 0.9), False, 8),
+        ((2.9, 1.4, 0.7), True, 1),
+        ((2.9, 1.4, 0.7), False, 4),
+        ((90.0, 60.0, 40.0, 30.0, 20.0), True, None),
+    ],
 )
-def test_particles_of_a_path_are_as_many_as_serve_in_the_least_time(variances, count, monkeypatch):
-    """Sixteen take three times as long as one: most of the work is theirs together."""
+def test_fewer_particles_do_where_the_noise_of_a_path_moves(variances, moves, count, monkeypatch):
     y, pilot = returns(100), at({"phi": 0.95, "s": 0.2})
     marginal = marginalize(volatility, ["x"])
     marginal.fit(y, pilot=pilot)
@@ -343,8 +349,7 @@ def test_particles_of_a_path_are_as_many_as_serve_in_the_least_time(variances, c
         return (ends * math.sqrt(0.99 * variance))[:, None]
 
     monkeypatch.setattr(settle, "repeated_estimates", estimates)
-    monkeypatch.setattr(settle, "numbers_made", lambda run: 6 + marginal.settled_particles)
-    settle.settle_particles(marginal, Arguments((y,), {}))
+    settle.settle_particles(marginal, Arguments((y,), {}), moves=moves)
     assert marginal.settled_particles == count
 
 

@@ -261,7 +261,7 @@ def test_modes_of_a_marginal_model():
 def test_an_estimator_is_not_fitted_between_modes(monkeypatch):
     """There it would serve none; where chains are in one mode, it is."""
 
-    def fit(*args):
+    def fit(*args, **settings):
         raise AssertionError("fitted anew")
 
     monkeypatch.setattr(estimator, "refit_at", fit)

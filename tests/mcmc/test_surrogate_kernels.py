@@ -128,10 +128,10 @@ def fit_anew_at(iterations, monkeypatch):
     """Has a kernel's estimator fitted anew at the end of windows, whatever its variance."""
     calls = itertools.count()
 
-    def refit(model, *rest):
+    def refit(model, *rest, **settings):
         return copy.copy(model) if next(calls) in iterations else None
 
-    monkeypatch.setattr(estimator_module, "WANTED_VARIANCE", -1.0)
+    monkeypatch.setattr(estimator_module, "wanted_variance", lambda *given, **settings: -1.0)
     monkeypatch.setattr(estimator_module, "_WANTED_FACTORISED_VARIANCE", -1.0)
     monkeypatch.setattr(estimator_module, "refit_at", refit)
     monkeypatch.setattr(estimator_module, "mend_proposal", lambda *arguments: None)

@@ -53,7 +53,7 @@ _SEARCHES = 4  # for other modes
 # places took 14 ms and .6 ms.
 _SHORT = 100
 _LONG_FOR_NOISE = 30  # numbers, from which on it is said
-_LARGEST_VARIANCE = 3.0  # where chains with the estimate's noise held begin to stick
+_LARGEST_VARIANCE = 4.0  # somewhat above the one for which particles are taken
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pyro_hamflow.marginal.mending import fewer_particles, mend_proposal, more_p
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.marginal.preparation import FAR
 from pyro_hamflow.marginal.scrutiny import look, misses
-from pyro_hamflow.marginal.settle import WANTED_VARIANCE
+from pyro_hamflow.marginal.settle import wanted_variance
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.engine import Engine
 from pyro_hamflow.mcmc.transitions.base import State, Transition
@@ -202,18 +202,19 @@ class EstimatorTuning:
         draws = [potential.constrain(row) for row in state.position[:_LOOKS]]
         centre = torch.cat(window[len(window) // 2 :]).mean(0)
         with random_state_kept():
-            better = None
+            better, middle = None, potential.constrain(centre)
             variance = _variance(potential, state.position)
-            wanted = _LARGEST_VARIANCE if model.proposal.fades else WANTED_VARIANCE
+            moves = self.chosen_method == "joint"
+            wanted = wanted_variance(model.proposal, moves=moves)
             if potential.recovery.factorises:
                 wanted = _WANTED_FACTORISED_VARIANCE
             if (is_noisy := variance > wanted) and not model.proposal.needs_fit:
                 better = more_particles(model, draws, data)
             elif is_noisy and may_move:
-                better = refit_at(model, potential.constrain(centre), draws, data)
+                better = refit_at(model, middle, draws, data, moves=moves)
             elif may_move and len(beyond := self._noisy_beyond(model, state.position, centre)):
                 far = [potential.constrain(row) for row in beyond]
-                better = refit_at(model, potential.constrain(centre), far, data, beyond=True)
+                better = refit_at(model, middle, far, data, beyond=True, moves=moves)
             elif variance < _LAVISH_VARIANCE and model.proposal.needs_fit:
                 better = fewer_particles(model, draws, data)
             candidate = better or copy.copy(model)
