@@ -107,7 +107,10 @@ def look_for_modes(
     missed = matters & (shares[1] < _MISSED * shares[0])
     chance = (in_parts - shares[1, :, None] * wholes).std(-1) / wholes.mean() / len(wholes) ** 0.5
     wrong = shares[0] - shares[1] > _WRONG + _ERRORS * chance
-    if not bool((missed | (matters & wrong)).any()):
+    # Of very many modes a population lacks some by chance, and a path from few would lack more.
+    lacking = ((shares[0] - shares[1]) * missed).sum()
+    is_whole = lacking <= _WRONG + _ERRORS * chance.norm()
+    if is_whole and not bool((matters & wrong).any()):
         return nothing._replace(num_modes=len(large))
     return Discovery(large, int(missed.sum()), len(large))
 
