@@ -35,6 +35,7 @@ from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
 from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.smc.annealing import anneal
 from tests.helpers.calibration import CHAINS, check_uniform
+from tests.helpers.densities import POSITIVE, many_well
 from tests.helpers.laws import scores
 
 SHARE, CENTRE, VARIANCE = 0.25, 2.5, 0.5
@@ -166,6 +167,16 @@ def test_a_flow_is_trained_on_what_the_population_finds():
     check_shares(mcmc)
     assert kernel.flow is guide
     assert guide.shift.abs().max() < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2])
+def test_of_very_many_modes_none_is_begun_at(seed):
+    """A population of 2,000 lacks some of 65,536 modes by chance."""
+    mcmc = run_of(FlowNUTS(many_well(16)), draws=1000, chains=10, seed=seed)
+    above = (mcmc.get_samples()["x"][:, :16] > 0.0).double().mean(0)
+    assert float((above - POSITIVE).abs().max()) < 0.03
+    assert not any("descents" in said for said in mcmc.messages)
 
 
 @pytest.mark.slow
