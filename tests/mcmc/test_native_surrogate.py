@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import arviz
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import HNNHMC, HNNNUTS, MCMC
+from pyro_hamflow import HNNHMC, HNNNUTS, MCMC, marginalize
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
@@ -117,6 +120,47 @@ def test_runs_have_the_statistics_of_torch(kind):
     position = found.draws.position.flatten(0, 1)
     lp = -found.kernel.potential.value(position, position[:, :0])
     assert torch.allclose(found.draws.stats["lp"].flatten(), lp)
+
+
+def walk(y):
+    step = pyro.sample("step", dist.LogNormal(-1.0, 0.5))
+    x = torch.zeros(())
+    for t in pyro.markov(range(len(y))):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, step))
+        pyro.sample(f"y_{t}", dist.Poisson(x.exp()), obs=y[t])
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_a_path_is_integrated_out_along_a_learned_energy(engine):
+    """All of a path is one estimate, and its true gradients are followed by the same engine."""
+    y = torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0, 7.0])
+    kernel = learner(HNNNUTS, marginalize(walk, ["x"]), engine=engine, true_share=0.5)
+    mcmc = MCMC(kernel, 400, 100, num_chains=4, disable_progbar=True, seed=2)
+    mcmc.run(y)
+    assert kernel.report.following == "surrogate"
+    stats, step = mcmc.draws.stats, mcmc.draws.position[..., 0]
+    assert stats["surrogate_error"].isnan().any() and not stats["surrogate_error"].isnan().all()
+    estimates = stats["log_likelihood_estimate"]
+    assert estimates.shape == step.shape and len(estimates.unique()) > step.numel() / 4
+    expected, spread = moments_by_quadrature(y)
+    error = spread / math.sqrt(float(arviz.ess(step.numpy())))
+    assert abs(float(step.mean()) - expected) < 4.0 * error
+
+
+def moments_by_quadrature(y):
+    """Mean and standard deviation of the logarithm of the walk's step, by a grid."""
+    steps, x = torch.linspace(-3.5, 1.5, 60), torch.linspace(-6.0, 6.0, 800)
+    log_density = dist.Normal(-1.0, 0.5).log_prob(steps)
+    for i, step in enumerate(steps.exp()):
+        moves = dist.Normal(x[:, None], step).log_prob(x).softmax(-1)
+        level = dist.Normal(0.0, step).log_prob(x).softmax(-1)
+        for t, count in enumerate(y):
+            level = level if t == 0 else level @ moves
+            level = level * dist.Poisson(x.exp()).log_prob(count).exp()
+        log_density[i] += level.sum().log()
+    weights = log_density.softmax(-1)
+    mean = (weights * steps).sum()
+    return float(mean), float((weights * (steps - mean).square()).sum().sqrt())
 
 
 @pytest.mark.parametrize("engine", ["torch", "native"])

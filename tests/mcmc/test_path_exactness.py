@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -9,12 +11,14 @@ from pyro_hamflow import StretchRefresh
 from pyro_hamflow.marginal.proposals.path import PathParticle
 from pyro_hamflow.mcmc.transitions import noise_refresh as refresh_module
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.multiple_proposal import MultipleProposalTransition
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition, JointTransition
 from pyro_hamflow.programs import banded
 from tests.helpers.exact_draws import CHAINS, DEPTH, check
 from tests.helpers.exact_paths import ExtendedPath, path_target
+from tests.helpers.learned import check_along, endpoint, network_beside
 
 
 def splitting(target):
@@ -44,6 +48,35 @@ def test_paths_keep_their_target(make):
 @pytest.mark.parametrize("num_particles", [1, 8])
 def test_paths_of_more_particles_keep_their_target(make, num_particles):
     check(path_target(num_particles), make(path_target(num_particles)))
+
+
+@cache
+def network():
+    return network_beside(path_target(2))
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=pytest.mark.slow)])
+def test_paths_judged_along_a_learned_energy_keep_their_target(engine):
+    target = path_target(2)
+    check_along(target, endpoint(target.potential, network(), "nuts", engine=engine))
+
+
+@pytest.mark.parametrize("spoilt", ["log_weights", "_refreshed"])
+def test_paths_that_are_not_judged_are_found_out(spoilt, monkeypatch):
+    """Where the true estimate has no say, and where noise is renewed without being judged."""
+
+    def ignore(self, value, learned):
+        return 0.0 * learned
+
+    def renew(self, state):
+        noise = torch.randn_like(state.noise)
+        return noise, self.energy.evaluate(state.position, noise), None, 1
+
+    changed = {"log_weights": ignore, "_refreshed": renew}[spoilt]
+    monkeypatch.setattr(MultipleProposalTransition, spoilt, changed)
+    target = path_target(2)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_along(target, endpoint(target.potential, network(), "nuts"))
 
 
 def halve_the_determinant(monkeypatch):

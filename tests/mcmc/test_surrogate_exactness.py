@@ -31,7 +31,16 @@ from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import SurrogateDensity, TrustRegion
 from tests.helpers.exact_draws import CHAINS, MOST_POINTS, make_target, skewed, skewed_draws
 from tests.helpers.laws import assert_invariant
-from tests.helpers.learned import EVERYWHERE, FRESH, KINDS, PROPOSALS, endpoint, per_leaf
+from tests.helpers.learned import (
+    EVERYWHERE,
+    FRESH,
+    KINDS,
+    PROPOSALS,
+    check_along,
+    endpoint,
+    network_beside,
+    per_leaf,
+)
 from tests.helpers.native import spoil_line
 
 NEARBY = TrustRegion(1.0, 2.0)
@@ -279,33 +288,11 @@ def test_invariance_per_leaf(quality, kind, trust):
 
 @cache
 def latent_network(name):
-    target = make_target(name)
-    position, noise, _ = target.draws()
-    torch.manual_seed(4)
-    value, slope, _ = target.potential.gradients(position, noise)
-    network = PotentialNetwork(2, hidden=(16,))
-    network.whiten_by(position)
-    usual = (value - value.median()).abs() < 20.0  # weights of a Gaussian site are unbounded
-    points = Points(position, value, slope, position[:, :0]).pick(usual)
-    fit_energy(network, points, num_steps=300, learning_rate=1e-2)
-    with torch.no_grad():
-        network.linear += 0.5  # too good a network would hide what a correction is for
-    return network
+    return network_beside(make_target(name))
 
 
 def check_latent(name, transition):
-    """Moves exact draws of an extended target, and compares parameters, noise and local sites."""
-    target = make_target(name)
-    position, noise, x = target.draws()
-    torch.manual_seed(6)
-    state = transition.state_at(position, noise)
-    tuning = Tuning(0.8, GaussianKinetic(torch.tensor([0.7, 0.4])))
-    for _ in range(PROPOSALS + 1):  # into the next set, where the noise is refreshed once more
-        state, info = transition.step(state, tuning, 4)
-    local = state.evaluation.local.get("x")
-    before = target.quantities(position, noise, None if local is None else x)
-    assert_invariant(before, target.quantities(state.position, state.noise, local))
-    assert 0.1 < info.acceptance_rate.mean().item() < 0.98
+    check_along(make_target(name), transition)
 
 
 @pytest.mark.parametrize("refresh", [CorrelatedRefresh(0.8), EllipticalSliceRefresh()], ids=repr)

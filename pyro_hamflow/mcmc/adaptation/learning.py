@@ -112,7 +112,9 @@ class Learning:
             raise RuntimeError("there is no surrogate yet: learn one first")
         remaining, choices = run.plan.warmup_steps - run.iteration, run.choices
         density = SurrogateDensity(self.potential, network)
-        engine = surrogate_engine(run, self.potential, density, state.position, state.noise)
+        engine = surrogate_engine(
+            run, self.potential, density, state.position, state.noise, moves.refresh
+        )
         self.learner.clock.judge = engine.energy or self.potential
         if remaining and (len(run.report.trainings) == 1 or not passing):
             rows = state.position.repeat_interleave(choices.num_proposals, 0)

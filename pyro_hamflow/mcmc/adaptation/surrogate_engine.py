@@ -12,8 +12,9 @@ from pyro_hamflow.mcmc.adaptation.surrogate_run import SurrogateRun
 from pyro_hamflow.mcmc.transitions.base import Transition
 from pyro_hamflow.mcmc.transitions.native import NativeTransition, Stream
 from pyro_hamflow.mcmc.transitions.native_energy import NativeEnergy
-from pyro_hamflow.mcmc.transitions.native_estimate import parts_of
-from pyro_hamflow.mcmc.transitions.trajectories import NUTSTrajectories
+from pyro_hamflow.mcmc.transitions.native_estimate import looks_of
+from pyro_hamflow.mcmc.transitions.noise_refresh import Refresh
+from pyro_hamflow.mcmc.transitions.trajectories import NUTSTrajectories, Trajectories
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.engines.choice import Choice, choose_engine
 from pyro_hamflow.surrogates.targets import SurrogateDensity
@@ -30,7 +31,7 @@ class SurrogateEngine(NamedTuple):
 
     make_inner: Callable[[int], Transition]
     energy: NativeEnergy | None = None
-    truth: NativeTransition | None = None
+    truth: Transition | None = None
 
 
 def surrogate_engine(
@@ -39,6 +40,7 @@ def surrogate_engine(
     density: SurrogateDensity,
     position: Tensor,
     noise: Tensor,
+    refresh: Refresh,
 ) -> SurrogateEngine:
     """Chooses all of it, and keeps why for the run's settings.
 
@@ -48,6 +50,7 @@ def surrogate_engine(
         density: The learned one.
         position: Where chains are, of shape ``(chains, dimension)``.
         noise: Their noise.
+        refresh: How it moves.
     """
     wanted, trajectories, choices = run.engine.wanted, run.hamiltonian.trajectories, run.choices
     make_inner: Callable[[int], Transition] = partial(trajectories.parameter_transition, density)
@@ -64,21 +67,30 @@ def surrogate_engine(
         sets,
         steps=2 * choices.num_transitions * trajectories.expected_steps,
     )
-    looks = (lambda: parts_of(potential).looks) if potential.recovery.estimates else None
-    judge = choose_engine(wanted, graph, rows, noise[0], sets, looks, gradient=False, steps=1)
-    steps = choices.true_share * trajectories.expected_steps
-    truth = choose_engine(wanted, graph, position, noise[0], sets, steps=steps)
+    estimated = bool(potential.recovery.estimates)
+    looks = partial(looks_of, potential, refresh) if estimated else None
+    # An estimate's true gradients are in the library of its energies.
+    judge = choose_engine(wanted, graph, rows, noise[0], sets, looks, gradient=estimated, steps=1)
+    truth, steps = judge, choices.true_share * trajectories.expected_steps
+    if not estimated:
+        truth = choose_engine(wanted, graph, position, noise[0], sets, steps=steps)
     run.engine.take(_joined(network, judge), run.plan)
     if network.name == "native":
         depth = trajectories.max_tree_depth if isinstance(trajectories, NUTSTrajectories) else None
         stream = Stream()
         make_inner = lambda _: NativeTransition(density, depth, stream)  # noqa: E731
-    is_known = truth.name == "native" and not potential.noise_sites
     return SurrogateEngine(
         make_inner,
         NativeEnergy(potential) if judge.name == "native" else None,
-        trajectories.native_transition(potential) if is_known else None,
+        _truth(trajectories, potential, refresh) if truth.name == "native" else None,
     )
+
+
+def _truth(trajectories: Trajectories, potential: Potential, refresh: Refresh) -> Transition | None:
+    """The move along true gradients in machine code."""
+    if potential.recovery.estimates:
+        return trajectories.native_estimate_transition(potential, refresh)
+    return None if potential.noise_sites else trajectories.native_transition(potential)
 
 
 def leave_to_torch(run: SurrogateRun) -> None:

@@ -42,6 +42,9 @@ class SurrogateMoves:
         potential: The true target.
         run: What was chosen, and how trajectories end.
         num_chains: How many chains.
+
+    Attributes:
+        refresh: How the noise of an estimate moves, if there is any.
     """
 
     def __init__(self, potential: Potential, run: SurrogateRun, num_chains: int) -> None:
@@ -50,7 +53,7 @@ class SurrogateMoves:
         self.trajectories = run.hamiltonian.trajectories
         self.num_chains = num_chains
         estimator = run.hamiltonian.estimator
-        self._refresh: Refresh = CorrelatedRefresh() if estimator is None else estimator.refresh
+        self.refresh: Refresh = CorrelatedRefresh() if estimator is None else estimator.refresh
         self._true: Transition = self._with_refresh(
             self.trajectories.parameter_transition(potential, num_chains)
         )
@@ -76,7 +79,7 @@ class SurrogateMoves:
             density,
             engine.make_inner,
             self.num_chains,
-            self._refresh,
+            self.refresh,
             Blocks(self.potential),
             num_transitions=num_transitions,
             num_proposals=self.choices.num_proposals,
@@ -92,7 +95,7 @@ class SurrogateMoves:
         leaf = PerLeafTransition(judged, inner)
         if not self.potential.noise_sites:
             return leaf
-        return PerLeafConditionalTransition(leaf, self._refresh, Blocks(self.potential))
+        return PerLeafConditionalTransition(leaf, self.refresh, Blocks(self.potential))
 
     def step_along_truth(self, state: State, tuning: Tuning) -> tuple[State, Info]:
         """One transition along true gradients, among those of the surrogate at the endpoint."""
@@ -111,7 +114,7 @@ class SurrogateMoves:
         """
         evaluate = partial(self.potential.evaluate, position)
         blocks = Blocks(self.potential)
-        noise, *_, count = self._refresh(blocks, noise, evaluate(noise), evaluate)
+        noise, *_, count = self.refresh(blocks, noise, evaluate(noise), evaluate)
         return noise, count + 1
 
     def rehearse(self, transition: Transition, state: State, tuning: Tuning) -> None:
@@ -125,7 +128,7 @@ class SurrogateMoves:
         """A move of the parameters, and of the noise if there is any."""
         if not self.potential.noise_sites:
             return inner
-        return ConditionalTransition(inner, self._refresh, Blocks(self.potential))
+        return ConditionalTransition(inner, self.refresh, Blocks(self.potential))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class NativeEnergy(Made):
         self._choices = target.recovery.num_choices
         looks = None if self._parts is None else self._parts.looks
         examples = [part[0] for part in target.vectors(1)]
-        self._program = native_program(graph, examples, looks, gradient=False)
+        # An estimate's gradient is in its library, for trajectories that follow it now and then.
+        self._program = native_program(graph, examples, looks, gradient=looks is not None)
 
     def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
         """As a target's, at the same random numbers."""

@@ -43,7 +43,7 @@ class ProposalSet(NamedTuple):
     def block(self) -> Block:
         """All of them."""
         value, factors, local = self.evaluation
-        sums = [part.double().flatten(2).sum(-1) for part in factors.values()]
+        sums = [part.double().reshape(*value.shape, -1).sum(-1) for part in factors.values()]
         estimate = torch.stack(sums).sum(0) if sums else None
         return Block(self.position, value, padded(self.info), local, estimate)
 
