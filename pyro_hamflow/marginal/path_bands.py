@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 
 from pyro_hamflow.marginal.grouping import describe_plates
 from pyro_hamflow.marginal.noise_layout import Layout
-from pyro_hamflow.marginal.path_density import Density, Order, Parts, expand, products
+from pyro_hamflow.marginal.path_density import (
+    Density,
+    Order,
+    Parts,
+    expand,
+    gradient,
+    products,
+)
+from pyro_hamflow.marginal.path_kinks import reaches
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
@@ -21,6 +30,9 @@ _SHARE = 0.25  # of the length, from which on bands are no gain over all of the 
 _ROUNDING = 1e-7  # relative, in double precision
 _UNEVEN = 30.0  # times what sums of directions say of rounding
 _ASIDE = 0.1  # by which paths are moved that are looked at
+_PLACES = 3  # at which paths are looked at: the last is the first's mirror image
+_FAR = 6.0  # times the size of a path's states: kinks may be anywhere
+_FLAT = 1e-6  # of how gradients differ, below which there is no curvature
 _LONGEST = 2_000  # of a path without bands, whose matrix is dense
 
 
@@ -114,6 +126,8 @@ def find_bands(looks: Sequence[tuple[Parts, Tensor]], group: Group, layout: Layo
 class _Sight(NamedTuple):
     """Minus a log density's Hessian at a place: its products with some directions.
 
+    Where it has kinks it says nothing: another place tells which states meet, by gradients.
+
     Products add up as directions do, up to rounding: that of large terms that cancel, as in the
     density of large counts, is much more than the products' own size says.
     """
@@ -123,6 +137,7 @@ class _Sight(NamedTuple):
     directions: Tensor
     products: Tensor
     rounding: Tensor
+    beyond_kinks: Tensor | None
 
 
 def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
@@ -133,16 +148,32 @@ def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
         def moved(x: Tensor, density: Density = density) -> Tensor:
             return density(order.to_sites(x))
 
-        both = []
-        for place in (path, path + _ASIDE * torch.randn_like(path)):
+        both: list[_Sight] = []
+        mirrored = -path
+        for place in (path, path + _ASIDE * torch.randn_like(path), mirrored):
             directions = torch.randn(2, *x.shape).to(x)
             found = products(moved, place, directions)
             if bool(found.isfinite().all()):
                 whole = products(moved, place, directions.sum(0, keepdim=True))
                 rounding = (whole - found.sum(0)).abs().amax()
-                both.append(_Sight(moved, place, directions, found, rounding))
+                both.append(_Sight(moved, place, directions, found, rounding, None))
+        if len(both) == _PLACES:
+            first, *_, last = both
+            if _is_flat(first, last):
+                far = _FAR * path.square().mean().sqrt() * torch.randn_like(path)
+                both[0] = first._replace(beyond_kinks=path + far)
         sights.append(both)
     return sights
+
+
+def _is_flat(first: _Sight, last: _Sight) -> bool:
+    """Whether gradients differ between two places at both of which there is no curvature."""
+    slopes = torch.stack([gradient(sight.density, sight.place) for sight in (first, last)])
+    change = (slopes[0] - slopes[1]).abs()
+    curvature = torch.stack([first.products, last.products]).abs().amax((0, 1))
+    size = (first.place - last.place).abs().amax()
+    matters = change > _FLAT * slopes.abs().amax()
+    return bool((matters & (curvature * size < _FLAT * change)).any())
 
 
 def _width(seen: list[list[_Sight]], n: int) -> int:
@@ -164,7 +195,10 @@ def _agrees(sight: _Sight, width: int) -> bool:
     size = sight.products.abs().amax(0) + bands[..., 0].abs()
     allowed = max(_ROUNDING, 1e3 * eps) * size + 1e3 * eps * size.amax(-1, keepdim=True)
     allowed = allowed + _UNEVEN * sight.rounding
-    return bool((gap <= allowed + torch.finfo(gap.dtype).tiny).all())
+    if not bool((gap <= allowed + torch.finfo(gap.dtype).tiny).all()):
+        return False
+    other = sight.beyond_kinks
+    return other is None or not reaches(partial(gradient, sight.density), sight.place, other, width)
 
 
 def _names(layout: Layout) -> str:

@@ -11,11 +11,15 @@ Where the expansion is made, it may
 
 A curvature is clamped where the likelihood is not concave. A likelihood that looks at each state
 alone is averaged over the state's posterior, at three points of it, in place of being expanded at
-the mode: the tails count as far as they matter.
+the mode: the tails count as far as they matter. A density with kinks
+(:mod:`~pyro_hamflow.marginal.path_kinks`) is always averaged, about a path that stays: there, means
+of gradients are smooth in the parameters.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +28,15 @@ from torch import Tensor
 from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.path_bands import Bands
 from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand
+from pyro_hamflow.marginal.path_kinks import Cells, Kinks
 from pyro_hamflow.marginal.path_modes import (
     Look,
     LookAt,
     added,
     climb,
     deviations_of,
+    expand_about,
+    find_kinks,
     site_at,
 )
 from pyro_hamflow.process import random_state_kept
@@ -37,6 +44,10 @@ from pyro_hamflow.programs import banded
 
 _LARGEST_GROWTH = 1.0  # of a log standard deviation, which moves to first order only
 _STEP = 1e-4  # of differences, relative to the size of a parameter
+_FAR_STEP = 0.05  # the same, of means that come to rest by rounds
+_ROUNDS = 50  # of means and deviations at most, where these are all that tells of curvature
+_RATE = 0.5  # of what a round finds: all of it may lead to and fro
+_REST = 0.05  # posterior standard deviations
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class PathFit:
         growth: How the logarithms of the standard deviations move, of the same shape.
         steps: How many expansions of the likelihood a parameter value takes.
         is_exact: Whether the joint density is Gaussian, so that all paths have the same weight.
+        kinks: Which of the log densities have kinks.
+        cells: Where gradients of these are taken; none without kinks.
     """
 
     anchor: Anchor
@@ -64,6 +77,8 @@ class PathFit:
     growth: Tensor | None
     steps: int
     is_exact: bool
+    kinks: Kinks = Kinks(prior=False, likelihood=False)
+    cells: Cells | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +112,11 @@ def gaussian_at(fit: PathFit, parts: Parts, parameters: dict[str, Tensor]) -> Pa
         grown = (fit.growth @ shift.to(place)).clamp(-_LARGEST_GROWTH, _LARGEST_GROWTH)
         deviations = deviations * grown.exp()
     for step in range(fit.steps):
-        prior = expand(parts.prior, place, fit.bands.prior)
-        site = site_at(parts, place, fit.bands.likelihood, deviations)
+        if fit.cells is not None and deviations is not None:
+            prior, site = expand_about(parts, place, deviations, fit.bands, fit.kinks, fit.cells)
+        else:
+            prior = expand(parts.prior, place, fit.bands.prior)
+            site = site_at(parts, place, fit.bands.likelihood, deviations)
         found = _gaussian(place, prior, site)
         if step < fit.steps - 1:
             place = found.draw(torch.zeros_like(place))
@@ -117,6 +135,7 @@ def fit_path(
     bands: Bands,
     x: Tensor,
     steps: int,
+    near: PathFit | None = None,
 ) -> PathFit:
     """Fits the Gaussian approximation of a path at a pilot value of the parameters.
 
@@ -127,14 +146,24 @@ def fit_path(
         bands: How many bands the densities have.
         x: Where to begin the search for the mode.
         steps: How many expansions of the likelihood each parameter value takes.
+        near: What was found at parameter values close by.
     """
+    if near is not None and near.cells is not None:
+        return _fit_about(parts_at, anchor, bands, near.cells, max(steps, 1), near.kinks)
     parts = parts_at(anchor.values)
     mode = climb(look_at(anchor.values), x)
+    mode = torch.where(mode.isfinite(), mode, x)  # where nothing tells of curvature
     prior = expand(parts.prior, mode, bands.prior)
     site = site_at(parts, mode, bands.likelihood, None)
     if _is_exact(parts, _gaussian(mode, prior, site)):
         held = Expansion(site.gradient.detach(), site.bands.detach())
         return PathFit(anchor, bands, mode, held, None, None, None, max(steps, 1), True)
+    farthest = torch.maximum((x - mode).abs().max(), x.square().mean().sqrt())
+    spread = deviations_of(added(prior.bands, site.bands)).nan_to_num(nan=math.inf)
+    cells = Cells(mode, torch.minimum(spread, farthest))
+    kinks = find_kinks(parts, cells, bands)
+    if kinks.any:
+        return _fit_about(parts_at, anchor, bands, cells, max(steps, 1), kinks)
     deviations = None
     if bands.likelihood == 1:
         deviations = deviations_of(added(prior.bands, site.bands))
@@ -144,6 +173,58 @@ def fit_path(
     if steps and anchor.followed:
         slopes, growth = _slopes(look_at, anchor, mode)
     return PathFit(anchor, bands, mode, held, deviations, slopes, growth, steps, False)
+
+
+def _fit_about(
+    parts_at: PartsAt, anchor: Anchor, bands: Bands, start: Cells, steps: int, kinks: Kinks
+) -> PathFit:
+    """What :func:`fit_path` finds of densities with kinks, where gradients are taken at first."""
+
+    def expanded(
+        parameters: dict[str, Tensor], place: Cells, cells: Cells
+    ) -> tuple[Expansion, Expansion]:
+        return expand_about(parts_at(parameters), *place, bands, kinks, cells)
+
+    place = _rest(lambda place: expanded(anchor.values, place, place), start)
+    _, site = expanded(anchor.values, place, place)
+    slopes, growth = None, None
+    # Where several states move, gradients at the others' own places would be needed.
+    if anchor.followed and bands.likelihood == 1 and not kinks.prior:
+
+        def at(shift: Tensor) -> tuple[Tensor, Tensor]:
+            values = anchor.at(shift)
+            moved = _rest(lambda moved: expanded(values, moved, place), place)
+            return moved.centre, moved.spread.log()
+
+        slopes, growth = _differences(at, anchor, _FAR_STEP)
+    held = Expansion(site.gradient.detach(), site.bands.detach())
+    return PathFit(
+        anchor, bands, place.centre, held, place.spread, slopes, growth, steps, False, kinks, place
+    )
+
+
+def _rest(expanded: Callable[[Cells], tuple[Expansion, Expansion]], place: Cells) -> Cells:
+    """The mean and deviations of a path about which its densities agree with a Gaussian.
+
+    Arguments:
+        expanded: Prior and likelihood to second order, about a mean with deviations.
+        place: These at first.
+    """
+    precision = linear = None
+    for _ in range(_ROUNDS):
+        x, spread = place
+        prior, site = expanded(place)
+        bands = added(prior.bands, site.bands)
+        pull = prior.gradient + site.gradient + banded.multiply(bands, x)
+        precision = bands if precision is None else torch.lerp(precision, bands, _RATE)
+        linear = pull if linear is None else torch.lerp(linear, pull, _RATE)
+        step = banded.solve_both(banded.nearest_root(precision), linear) - x
+        step = step.clamp(-spread, spread)  # as far as gradients were taken
+        new = torch.maximum(deviations_of(precision), 0.5 * spread)
+        place = Cells((x + step).detach(), new.detach())
+        if bool((torch.maximum(step.abs(), (new - spread).abs()) <= _REST * new).all()):
+            break
+    return place
 
 
 def _is_exact(parts: Parts, found: PathGaussian) -> bool:
@@ -167,12 +248,19 @@ def _slopes(look_at: LookAt, anchor: Anchor, mode: Tensor) -> tuple[Tensor, Tens
         step = banded.solve_both(banded.nearest_root(look.precision), look.slope)
         return step, deviations_of(look.precision).log()
 
+    return _differences(lambda shift: newton(look_at(anchor.at(shift))(mode)), anchor, _STEP)
+
+
+def _differences(
+    at: Callable[[Tensor], tuple[Tensor, Tensor]], anchor: Anchor, step: float
+) -> tuple[Tensor, Tensor]:
+    """The slopes of two results in the followed parameters, as their last dimension."""
     sizes = torch.cat([anchor.values[name].abs().reshape(-1) for name in anchor.followed])
     columns = []
     for i, size in enumerate(sizes.tolist()):
         shift = torch.zeros_like(sizes)
-        shift[i] = _STEP * max(size, _STEP)
-        up, down = (newton(look_at(anchor.at(side))(mode)) for side in (shift, -shift))
-        columns.append([(u - d) / (2.0 * shift[i]) for u, d in zip(up, down, strict=True)])
+        shift[i] = step * max(size, step)
+        pairs = zip(at(shift), at(-shift), strict=True)
+        columns.append([(up - down) / (2.0 * shift[i]) for up, down in pairs])
     moves, growths = zip(*columns, strict=True)
     return torch.stack(moves, -1), torch.stack(growths, -1)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.path_bands import Bands
-from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand
+from pyro_hamflow.marginal.path_density import (
+    Density,
+    Expansion,
+    Parts,
+    PartsAt,
+    expand,
+    gradient,
+)
+from pyro_hamflow.marginal.path_kinks import Cells, Kinks, about, has_kinks, is_flat
 from pyro_hamflow.programs import banded
 from pyro_hamflow.programs.capture import capture
 
@@ -18,6 +27,7 @@ _STEPS = 100  # of Newton at most
 _DAMPED = 1e-2  # of the precision's diagonal, that is added after a step that has failed
 _REST = 1e-9  # of the Newton decrement, squared standard deviations for each coordinate
 _LIGHTEST = 3.0  # by how much the log mass of another mode may be lower that is told of
+_LEAST = 1e-2  # of the precision of where gradients are taken: it has to be positive
 _SPREAD = math.sqrt(3.0)  # of the points of Gauss and Hermite, in standard deviations
 _CENTRE, _SIDE = 2.0 / 3.0, 1.0 / 6.0  # their weights
 
@@ -49,6 +59,43 @@ def site_at(parts: Parts, x: Tensor, width: int, deviations: Tensor | None) -> E
     at_places = torch.func.vmap(lambda place: tuple(expand(parts.likelihood, place, 1)))(places)
     slope, bands = (_CENTRE * at[0] + _SIDE * (at[1] + at[2]) for at in at_places)
     return Expansion(slope, bands.clamp(min=0.0))
+
+
+def find_kinks(parts: Parts, cells: Cells, bands: Bands) -> Kinks:
+    """Which log densities have kinks about a path."""
+    x, deviations = cells
+
+    def found(density: Density, width: int) -> bool:
+        exact = expand(density, x, width).bands
+        is_dense = 1 < width == x.shape[-1]  # as many gradients would be needed
+        if is_dense or not bool(is_flat(exact, deviations).any()):
+            return False
+        _, told = about(torch.func.vmap(partial(gradient, density)), cells, *cells, width)
+        return has_kinks(exact, told, deviations)
+
+    return Kinks(found(parts.prior, bands.prior), found(parts.likelihood, bands.likelihood))
+
+
+def expand_about(
+    parts: Parts, x: Tensor, deviations: Tensor, bands: Bands, kinks: Kinks, cells: Cells
+) -> tuple[Expansion, Expansion]:
+    """Expansions of prior and likelihood, means of gradients where there are kinks."""
+
+    def mean(density: Density, width: int) -> Expansion:
+        return Expansion(
+            *about(torch.func.vmap(partial(gradient, density)), cells, x, deviations, width)
+        )
+
+    if kinks.prior:
+        slope, told = mean(parts.prior, bands.prior)
+        least = _LEAST * cells.spread.square().reciprocal()
+        prior = Expansion(slope, torch.cat([told[..., :1] + least[..., None], told[..., 1:]], -1))
+    else:
+        prior = expand(parts.prior, x, bands.prior)
+    if not kinks.likelihood:
+        return prior, site_at(parts, x, bands.likelihood, deviations)
+    site = mean(parts.likelihood, bands.likelihood)
+    return prior, site._replace(bands=site.bands.clamp(min=0.0)) if bands.likelihood == 1 else site
 
 
 def added(first: Tensor, second: Tensor) -> Tensor:

@@ -236,9 +236,9 @@ class PathProposal(Proposal):
                 start = _somewhere(plan, path, values)
                 looks = [(of_values(v), _somewhere(plan, path, v)) for v in (values, drawn)]
                 bands = find_bands(looks, group, layout)
-                start = bands.order.from_sites(start)
+                start, near = bands.order.from_sites(start), None
             else:
-                bands, start = before.bands, before.mode
+                bands, start, near = before.bands, before.mode, before
             parts_at = partial(_ordered, of_values, bands.order)
             if programs is None or programs.bands is not bands:
                 look_at = captured_looks(parts_at, bands, start, values)
@@ -250,7 +250,7 @@ class PathProposal(Proposal):
             least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
             steps = max(self.steps, least) if followed else 0
             fitted[name] = fit_path(
-                parts_at, programs.look_at, Anchor(values, followed), bands, start, steps
+                parts_at, programs.look_at, Anchor(values, followed), bands, start, steps, near
             )
         return replace(self, fitted=fitted, programs=known)
 
