@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_hamflow.programs import banded, banded_source
 from pyro_hamflow.programs.capture import batch, capture
 
-SIZES = [(1, 0), (7, 0), (7, 1), (9, 2), (6, 3), (5, 4), (3, 5), (24, 20)]
+SIZES = [(1, 0), (7, 0), (7, 1), (41, 1), (9, 2), (6, 3), (5, 4), (3, 5), (24, 20)]
 
 
 def some_bands(n: int, p: int, *shape: int) -> Tensor:
@@ -140,6 +140,35 @@ def test_single_precision(way):
     root = banded.cholesky(bands.float())
     assert root.dtype == torch.float32
     torch.testing.assert_close(root.double(), banded.cholesky(bands), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_long_roots_of_two_bands_are_true_to_every_entry(way, dtype):
+    """Whatever the sizes of entries, and where the matrix is next to singular."""
+    n = 203 if way == "torch" else 5003
+    torch.manual_seed(0)
+    walk = torch.tensor([2.0 + 1e-6, -1.0], dtype=torch.float64).repeat(n, 1)
+    root = torch.stack([0.5 + torch.rand(n), torch.randn(n)], -1).double()
+    root[0, 1] = walk[0, 1] = 0.0
+    product = torch.stack([root.square().sum(-1), root[:, 1] * root[:, 0].roll(1)], -1)
+    size = 10.0 ** torch.randn(n, dtype=torch.float64).mul(4.0).clamp(-9.0, 9.0)
+    uneven = product * torch.stack([size.square(), size * size.roll(1)], -1)
+    eps = torch.finfo(dtype).eps
+    for bands in (walk.to(dtype), uneven.to(dtype)):
+        found = banded.cholesky(bands)
+        diagonal = found.square().sum(-1)
+        beside = found[1:, 1] * found[:-1, 0]
+        assert ((diagonal - bands[:, 0]).abs() <= 8 * eps * bands[:, 0]).all()
+        largest = (bands[1:, 0] * bands[:-1, 0]).sqrt()
+        assert ((beside - bands[1:, 1]).abs() <= 8 * eps * largest).all()
+
+
+def test_the_first_pivot_that_is_not_positive_is_seen(way):
+    for low in (0.3, 0.0, -1.0):
+        bands = torch.tensor([2.0, -1.0], dtype=torch.float64).repeat(50, 1)
+        bands[0, 1], bands[20, 0] = 0.0, low
+        assert not bool(banded.cholesky(bands)[20, 0] > 0)
+        assert bool((banded.cholesky(bands)[:20, 0] > 0).all())
 
 
 def test_time_is_in_proportion_to_length():

@@ -5,11 +5,58 @@
 namespace banded {
 static const long WIDE = 8;  // entries that are multiplied one by one, without vectors of them
 
+// x_i += f_i x_{i-1}, in place, from the first number on or, for STEP -1, from the last. Each waits
+// for the fourth before it alone: what lies between does not hang on it.
+template <long STEP, class T>
+static void recur(long n, const T *factor, T *x) {
+  if (STEP < 0) factor += n - 1, x += n - 1;
+  T before = 0;
+  long i = 0;
+  for (; i + 4 <= n; i += 4, factor += 4 * STEP, x += 4 * STEP) {
+    const T f0 = factor[0], f1 = factor[STEP], f2 = factor[2 * STEP], f3 = factor[3 * STEP];
+    const T x0 = x[0], x1 = x[STEP] + f1 * x0, x2 = x[2 * STEP] + f2 * x1, x3 = x[3 * STEP] + f3 * x2;
+    const T g1 = f1 * f0, g2 = f2 * g1, g3 = f3 * g2;
+    x[0] = x0 + f0 * before, x[STEP] = x1 + g1 * before, x[2 * STEP] = x2 + g2 * before;
+    x[3 * STEP] = before = x3 + g3 * before;
+  }
+  for (; i < n; i++, factor += STEP, x += STEP) *x = before = *x + *factor * before;
+}
+// With two bands. Pivots are quotients of the leading minors of the matrix with ones on its
+// diagonal, which take no division one after the other: d_i = d_{i-1} - c_i d_{i-2}.
+template <class T>
+static void factorise_pairs(long n, const T *matrix, T *root) {
+  const long ALIKE = sizeof(T) == 8 ? 16 : 4;  // minors that lie within the range of numbers
+  T *inverse = new T[3 * n], *square = inverse + n, *share = square + n;
+  for (long i = 0; i < n; i++) inverse[i] = 1 / matrix[i * 2];
+  square[0] = 0;
+  for (long i = 1; i < n; i++) {
+    const T beside = matrix[i * 2 + 1];
+    square[i] = beside * inverse[i] * (beside * inverse[i - 1]);
+  }
+  T before = 1, minor = 1;
+  for (long i = 0; i < n;) {
+    for (const long end = std::min(n, i + ALIKE); i < end; i++) {
+      const T next = minor - square[i] * before;
+      share[i] = next / minor;
+      before = minor, minor = next;
+    }
+    before /= minor, minor = 1;
+  }
+  for (long i = 0; i < n; i++) inverse[i] = 1 / (share[i] = std::sqrt(matrix[i * 2] * share[i]));
+  root[0] = share[0], root[1] = 0;
+  for (long i = 1; i < n; i++)
+    root[i * 2] = share[i], root[i * 2 + 1] = matrix[i * 2 + 1] * inverse[i - 1];
+  delete[] inverse;
+}
 // Pivots first, so that one division alone lies between rows, which wait for each other.
 template <class T>
 static void factorise(long batch, long n, long q, const T *matrix, T *root) {
   T *inverse = new T[n + q], *row = inverse + n;
   for (long r = 0; r < batch; r++, matrix += n * q, root += n * q) {
+    if (q == 2) {
+      factorise_pairs(n, matrix, root);
+      continue;
+    }
     for (long i = 0; i < n; i++) {
       const long m = i < q - 1 ? i : q - 1;
       T pivot = matrix[i * q];
@@ -39,9 +86,32 @@ static void factorise(long batch, long n, long q, const T *matrix, T *root) {
   delete[] inverse;
 }
 template <class T>
+static void factorise_adjoint_pairs(long n, const T *root, const T *slope, T *result) {
+  T *inverse = new T[3 * n], *factor = inverse + n, *whole = factor + n;
+  for (long i = 0; i < n; i++) inverse[i] = 1 / root[i * 2];
+  for (long i = 0; i < n - 1; i++) {
+    const T beside = root[i * 2 + 3], scaled = beside * inverse[i];
+    factor[i] = scaled * beside * inverse[i + 1];
+    whole[i] = slope[i * 2] - slope[i * 2 + 3] * scaled;
+  }
+  factor[n - 1] = 0, whole[n - 1] = slope[n * 2 - 2];
+  recur<-1>(n, factor, whole);
+  result[0] = whole[0] * inverse[0] / 2, result[1] = 0;
+  for (long i = 1; i < n; i++) {
+    const T twice = whole[i] * inverse[i];
+    result[i * 2] = twice / 2;
+    result[i * 2 + 1] = (slope[i * 2 + 1] - twice * root[i * 2 + 1]) * inverse[i - 1];
+  }
+  delete[] inverse;
+}
+template <class T>
 static void factorise_adjoint(long batch, long n, long q, const T *root, T *slope, T *result) {
   T *inverse = new T[n];
   for (long r = 0; r < batch; r++, root += n * q, slope += n * q, result += n * q) {
+    if (q == 2) {
+      factorise_adjoint_pairs(n, root, slope, result);
+      continue;
+    }
     for (long i = 0; i < n; i++) inverse[i] = 1 / root[i * q];
     for (long i = n - 1; i >= 0; i--) {
       const long m = i < q - 1 ? i : q - 1;
@@ -145,24 +215,35 @@ static void root_adjoint(long batch, long n, long q, const T *matrix, const T *r
   for (long r = 0; r < batch; r++, matrix += n * q, result += n * q)
     if (mended[r] != 0) dominate_adjoint(n, q, matrix, result);
 }
-// With two bands, so many vectors at once: each waits for its own last number.
-template <long COUNT, class T>
-static void solve_pairs(long n, long transposed, const T *root, const T *vectors, T *result) {
-  T x[COUNT] = {};
+// With two bands, four vectors at once: each waits for its own last number.
+template <class T>
+static void solve_four(long n, long transposed, const T *root, const T *vectors, T *result) {
+  T x[4] = {};
   if (transposed) {
     T next = 0;
     for (long i = n - 1; i >= 0; i--) {
       const T inverse = 1 / root[i * 2], factor = next * inverse;
-      for (long w = 0; w < COUNT; w++)
+      for (long w = 0; w < 4; w++)
         result[w * n + i] = x[w] = vectors[w * n + i] * inverse - factor * x[w];
       next = root[i * 2 + 1];
     }
   } else
     for (long i = 0; i < n; i++) {
       const T inverse = 1 / root[i * 2], factor = i ? root[i * 2 + 1] * inverse : 0;
-      for (long w = 0; w < COUNT; w++)
+      for (long w = 0; w < 4; w++)
         result[w * n + i] = x[w] = vectors[w * n + i] * inverse - factor * x[w];
     }
+}
+template <class T>
+static void solve_pair(long n, long transposed, const T *root, const T *vector, T *result) {
+  T *factor = new T[n];
+  for (long i = 0; i < n; i++) {
+    const T inverse = 1 / root[i * 2];
+    const T beside = !transposed ? root[i * 2 + 1] : i < n - 1 ? root[i * 2 + 3] : 0;
+    factor[i] = -beside * inverse, result[i] = vector[i] * inverse;
+  }
+  transposed ? recur<-1>(n, factor, result) : recur<1>(n, factor, result);
+  delete[] factor;
 }
 template <class T>
 static void solve(long batch, long count, long n, long q, long transposed, const T *root,
@@ -170,10 +251,10 @@ static void solve(long batch, long count, long n, long q, long transposed, const
   for (long r = 0; r < batch; r++, root += n * q) {
     long w = 0;
     for (; q == 2 && w + 4 <= count; w += 4, vectors += 4 * n, result += 4 * n)
-      solve_pairs<4>(n, transposed, root, vectors, result);
+      solve_four(n, transposed, root, vectors, result);
     for (; w < count; w++, vectors += n, result += n) {
       if (q == 2)
-        solve_pairs<1>(n, transposed, root, vectors, result);
+        solve_pair(n, transposed, root, vectors, result);
       else if (transposed) {
         for (long i = 0; i < n; i++) result[i] = vectors[i];
         for (long i = n - 1; i >= 0; i--) {
