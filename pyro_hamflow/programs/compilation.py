@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,7 +107,7 @@ def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
 
         dense: list[Any] = [example.contiguous() for example in examples]
         with torch.no_grad():
-            with inductor.config.patch(_OPTIONS):
+            with inductor.config.patch(_OPTIONS), writing_before_reading():
                 compiled = inductor.compile(writing_to_copies(graph), dense)
             results = [tree_leaves(program(*dense)) for program in (compiled, graph)]
         if not same_but_for_order(*results):
@@ -123,6 +125,30 @@ def compile_graph(graph: GraphModule, *examples: Tensor) -> Program:
         return compiled(*[tensor.contiguous() for tensor in inputs])
 
     return run
+
+
+@contextmanager
+def writing_before_reading() -> Iterator[None]:
+    """Keeps what Inductor writes in place before what reads it.
+
+    Where it joins loops of different shapes, it finds anew what they read, and takes what was
+    written in place for what was there before: gradients of groups were read before they were added
+    up.
+    """
+    from torch._inductor.scheduler import SchedulerNode  # here, for it takes a second to import
+
+    find_anew = SchedulerNode.recompute_size_and_body
+
+    def find_what_is_written(node: Any, *args: Any, **keywords: Any) -> None:
+        find_anew(node, *args, **keywords)
+        names = getattr(node, "mutation_renames", {})  # not known to versions of long ago
+        node.set_read_writes(node.read_writes.rename(names))
+
+    SchedulerNode.recompute_size_and_body = find_what_is_written
+    try:
+        yield
+    finally:
+        SchedulerNode.recompute_size_and_body = find_anew
 
 
 def writing_to_copies(graph: GraphModule) -> GraphModule:

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import OrderedTransform
 
 from benchmarks.coverage_models import ZOO
 from pyro_hamflow.model.gradients import gradient_functions
@@ -75,6 +76,19 @@ def test_sums_over_groups_are_right():
     y = torch.randn(70)
     group = torch.arange(70) % 3
     assert_gradient_right(Potential(grouped, (y, group)))
+
+
+def ordered(y, x):
+    """A gradient that is added up in groups and then read by a loop of another shape."""
+    base = dist.Normal(torch.zeros(3), 2.0).to_event(1)
+    cuts = pyro.sample("cuts", dist.TransformedDistribution(base, [OrderedTransform()]))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.OrderedLogistic(slope * x, cuts), obs=y)
+
+
+def test_sums_are_complete_where_they_are_read():
+    assert_gradient_right(Potential(ordered, (torch.arange(60) % 4, torch.randn(60))))
 
 
 def visits(y, group, flag):

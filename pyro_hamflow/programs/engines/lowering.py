@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from pyro_hamflow.programs.compilation import writing_to_copies
+from pyro_hamflow.programs.compilation import writing_before_reading, writing_to_copies
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.decompositions import DECOMPOSITIONS
 
@@ -169,7 +169,8 @@ def source_of(graph: GraphModule, examples: list[Tensor]) -> ast.Module:
             GraphLowering.save_output_code = staticmethod(keep)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of torch's own code
-                inductor.compile(graph, list(examples))
+                with writing_before_reading():
+                    inductor.compile(graph, list(examples))
         except Exception as error:  # ours, in a wrapping of Inductor's; or any of its own
             if not written:
                 raise NotSupported(_reason(error)) from error
