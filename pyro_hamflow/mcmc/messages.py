@@ -25,6 +25,7 @@ _WORTH = 0.2  # of explored places, which were moved apart from few: of independ
 _ERRORS = 4.5  # of a difference between both; looked at in many places
 _SMALLEST_BFMI = 0.3  # as Stan's
 _SMALLEST_RATE = 0.3  # of proposals accepted, and of noise renewed; not tuned
+_SMALLEST_SHARE = 0.5  # of the rate that was aimed for, where that is low: a random walk's
 
 
 @dataclass
@@ -40,7 +41,9 @@ class Report:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def report(draws: Draws, sites: Sequence[Site], explored: Tensor | None = None) -> Report:
+def report(
+    draws: Draws, sites: Sequence[Site], explored: Tensor | None = None, aim: float = 1.0
+) -> Report:
     """Looks at the draws of a run, and at their statistics.
 
     R-hat, effective sample sizes and BFMI are ArviZ's, of parameters on the real line. Where there
@@ -53,6 +56,7 @@ def report(draws: Draws, sites: Sequence[Site], explored: Tensor | None = None) 
         sites: Of the model.
         explored: Draws about from the posterior, ``(places, dimension)``, that were found before
             chains began, if any were: all chains together may have lost what these have.
+        aim: The share of proposals that warm-up wanted to be accepted.
     """
     result = Report()
     if draws.extent[1] >= FEWEST:
@@ -60,7 +64,7 @@ def report(draws: Draws, sites: Sequence[Site], explored: Tensor | None = None) 
         _look_at_energies(result, draws.stats)
         if explored is not None and draws.position.shape[2]:
             _compare(result, draws.position, explored, sites)
-    _look_at_trajectories(result, draws.stats)
+    _look_at_trajectories(result, draws.stats, aim)
     return result
 
 
@@ -179,7 +183,7 @@ def _look_at_energies(result: Report, stats: Mapping[str, Tensor]) -> None:
             )
 
 
-def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor]) -> None:
+def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor], aim: float) -> None:
     total = stats["diverging"].numel()
     result.values["divergences"] = diverging = int(stats["diverging"].sum())
     if diverging:
@@ -195,7 +199,7 @@ def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor]) -> None:
                 "warm up for longer, or reparametrise the model."
             )
     result.values["acceptance_rate"] = accepted = float(stats["acceptance_rate"].mean())
-    if accepted < _SMALLEST_RATE:
+    if accepted < min(_SMALLEST_RATE, _SMALLEST_SHARE * aim):
         result.messages.append(
             f"Only {accepted:.0%} of the proposals were accepted: warm up for longer, or take more "
             "particles."

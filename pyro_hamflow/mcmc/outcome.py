@@ -142,7 +142,8 @@ class Outcome:
             left_out: How many bytes the draws of recovered sites take, if they are too many.
         """
         potential = self.kernel.potential
-        found = report(self.draws, potential.sites, self.kernel.explored)
+        aim = self.kernel.settings.get("target_accept_prob", 1.0)
+        found = report(self.draws, potential.sites, self.kernel.explored, aim)
         if left_out:
             heard.append(
                 f"recovered sites were not kept, for their draws take {left_out / 2**30:.3g} "

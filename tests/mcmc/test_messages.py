@@ -299,3 +299,13 @@ def test_what_is_said_again_is_said_once():
     for sentence, first in (("one.", False), ("two.", False), ("two.", True), ("one.", False)):
         plan.say(sentence, first=first)
     assert plan.messages == ["NUTS: two.", "NUTS: one."]
+
+
+@pytest.mark.parametrize(
+    ("rate", "aim", "few"), [(0.25, 0.234, False), (0.1, 0.234, True), (0.25, 0.8, True)]
+)
+def test_few_are_accepted_beside_what_was_wanted(rate, aim, few):
+    """A random walk wants a quarter of its proposals accepted."""
+    position = independent()
+    draws = draws_of(position, acceptance_rate=torch.full(position.shape[:2], rate))
+    assert any("were accepted" in text for text in report(draws, SITES, aim=aim).messages) == few
