@@ -20,6 +20,15 @@ def tolerance_of(graph: GraphModule) -> float:
     return 1e-11 if {k for k in kinds if k.is_floating_point} <= {torch.float64} else 1e-3
 
 
+def coarsest_of(graph: GraphModule, kind: torch.dtype) -> torch.dtype:
+    """Of the types that a graph works in, and this one, that of the fewest digits."""
+    kinds = {
+        n.meta["kind"][1] for n in graph.graph.nodes if n.op.startswith("call") and "kind" in n.meta
+    }
+    known = [k for k in kinds if k in _ROUNDING]
+    return max([kind, *known], key=lambda k: torch.finfo(k).eps)
+
+
 def all_equal(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
     """Whether results are as near to each other as that, gaps included."""
     return all(

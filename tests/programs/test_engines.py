@@ -167,9 +167,40 @@ def orders(x):
         *(torch.cummax(rows, 0).values, torch.cummin(rows, 1).values, rows.logcumsumexp(0)),
         *(rows.median(), rows.median(0).values, rows.median(1, keepdim=True).values),
         *(rows.kthvalue(3, 0).values, rows.topk(2, 0).values, rows.topk(4, largest=False).values),
-        *(x.logcumsumexp(0), rows.var(), rows.std(1), *torch.var_mean(rows, 0, correction=0)),
+        *(
+            torch.nn.functional.layer_norm(rows, (11,), x),
+            x.logcumsumexp(0),
+            rows.var(),
+            rows.std(1),
+            *torch.var_mean(rows, 0, correction=0),
+        ),
     ]
     return sum((part * (1.0 + part)).sum() for part in parts)
+
+
+def distances(x):
+    """Between points, some of them the same, by every norm; and numbers' places among others."""
+    points, others = x[:10].reshape(2, 5, 1).expand(2, 5, 2) * x[:2], x[1:9].reshape(4, 2)
+    parts = [torch.cdist(points, others, p) * x[3] for p in (1.0, 2.0, 2.5, torch.inf)]
+    parts += [(1.0 + torch.cdist(points[0], points[0])).log()]
+    edges = x.sort().values
+    wide = torch.searchsorted(torch.stack([edges, edges + 0.1]), x[None].repeat(2, 1), right=True)
+    narrow = torch.bucketize(x.cos(), edges) + torch.searchsorted(edges, x[2] * 1.1, side="right")
+    return sum(part.sum() for part in parts) + (wide.sum(0) * x + narrow * x.exp()).sum()
+
+
+def convolutions(x):
+    """Sums over neighbours in every form, and exponentials of matrices small and large."""
+    series, kernels = torch.stack([x, x.cos(), x.sin(), x.exp()])[None], x[:8].reshape(4, 1, 2)
+    conv = torch.nn.functional.conv1d
+    several = conv(series.expand(2, -1, -1).sin(), x.exp().outer(x[:8]).reshape(11, 4, 2), x)
+    parts = [conv(series, kernels, groups=4, padding=1, dilation=3), several]
+    parts += [
+        conv(series, kernels.reshape(2, 2, 2), groups=2),
+        conv(x[None, None], x[None, None, :4]),
+    ]
+    rates = torch.stack([x[:9].reshape(3, 3), 30.0 * x[2:].reshape(3, 3) - 20.0 * torch.eye(3)])
+    return sum(part.square().sum() for part in parts) + torch.linalg.matrix_exp(rates).sum()
 
 
 def special(x):
@@ -178,7 +209,16 @@ def special(x):
 
 
 @pytest.mark.parametrize(
-    "function", [matrices, bands, systems, orders, pytest.param(special, marks=pytest.mark.slow)]
+    "function",
+    [
+        matrices,
+        bands,
+        systems,
+        orders,
+        distances,
+        convolutions,
+        pytest.param(special, marks=pytest.mark.slow),
+    ],
 )
 def test_operations_of_libraries_are_right(function):
     both = gradient_functions(lambda x, noise: function(x))["gradient"]
@@ -342,6 +382,19 @@ def nearly_singular(y):
 
 def test_machine_code_is_right_as_far_as_the_graph_is():
     potential = Potential(nearly_singular, (torch.linspace(-1.0, 1.0, 60).double().sin(),))
+    graph = potential.programs.base("gradient")
+    assert choose_engine("native", graph, *starts(potential, 4), None).name == "native"
+
+
+def coarse(y):
+    """Parameters in double precision, and on the way to data numbers in single."""
+    mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean.float(), 0.7), obs=y)
+
+
+def test_machine_code_is_right_to_the_digits_that_a_model_keeps():
+    potential = Potential(coarse, (torch.arange(60).float().sin(),))
     graph = potential.programs.base("gradient")
     assert choose_engine("native", graph, *starts(potential, 4), None).name == "native"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.programs.agreement import is_near, is_near_as, rounding_of
+from pyro_hamflow.programs.agreement import coarsest_of, is_near, is_near_as, rounding_of
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
@@ -108,13 +108,14 @@ def _agree(
     """Whether machine code gives the graphs' results at positions and about them."""
     position = torch.cat([position + shift for shift in (0.0, *_SHIFTS)])
     rows = noise.expand(len(position), -1)
+    kind = coarsest_of(graph, position.dtype)
 
     def right(row: Tensor) -> list[Tensor]:
         value, *gradients = graph(row, noise)[: 3 if program.moves_noise else 2]
         return [value, torch.cat(gradients)] if gradient else [value]
 
     for row, *found in zip(position, *program.gradient(position, rows), strict=True):
-        if not _same(found if gradient else found[:1], right, row):
+        if not _same(found if gradient else found[:1], right, row, kind):
             return False
     if (looks := program.looks) is None:
         return True
@@ -125,12 +126,14 @@ def _agree(
         return [value, *looks.rows(results)]
 
     for row, *found in zip(position, seen.value, seen.likelihoods, seen.local, strict=True):
-        if not _same(found, seen_rightly, row):
+        if not _same(found, seen_rightly, row, kind):
             return False
     return True
 
 
-def _same(found: list[Tensor], right: Callable[[Tensor], list[Tensor]], row: Tensor) -> bool:
+def _same(
+    found: list[Tensor], right: Callable[[Tensor], list[Tensor]], row: Tensor, kind: torch.dtype
+) -> bool:
     """Whether results are the same but for rounding: a potential, and what belongs to it.
 
     Rounding is what the graph's own results show where its place is moved by as much: that of the
@@ -140,6 +143,7 @@ def _same(found: list[Tensor], right: Callable[[Tensor], list[Tensor]], row: Ten
         found: What machine code gives.
         right: What the graph gives at a place.
         row: The place.
+        kind: The coarsest type of the numbers on the way.
     """
     kinds = [result.dtype for result in found]
 
@@ -150,14 +154,14 @@ def _same(found: list[Tensor], right: Callable[[Tensor], list[Tensor]], row: Ten
     expected = known(row)
     if not expected[0].isfinite():
         return not found[0].isfinite()  # all else means nothing
-    eps = torch.finfo(row.dtype).eps
+    eps = torch.finfo(kind).eps
     if expected[0].abs() * eps > 1.0:  # nor where rounding decides on moves
         return bool(found[0].abs() * eps > 1.0)
-    tolerance = rounding_of(expected)
+    tolerance = rounding_of([*expected, row.to(kind)])
     pairs = list(zip(found, expected, strict=True))
     if all(is_near(*pair, tolerance) for pair in pairs):
         return True
-    rounding = torch.finfo(row.dtype).eps * (1.0 + row.abs())
+    rounding = eps * (1.0 + row.abs())
     moved = [known(row + side * rounding) for side in _NUDGES]
     return all(
         is_near(*pair, tolerance) or is_near_as(*pair, [results[i] for results in moved])

@@ -252,3 +252,33 @@ static T log_sum(T a, T b) {
   const T high = std::max(a, b), low = std::min(a, b);
   return high == low && std::isinf(high) ? high : high + std::log1p(std::exp(low - high));
 }
+
+template <class T>
+static void dense_product(const T* a, const T* b, T* o, long n) {
+  std::fill(o, o + n * n, T(0));
+  for (long i = 0; i < n; i++)
+    for (long k = 0; k < n; k++)
+      for (long j = 0; j < n; j++) o[i * n + j] += a[i * n + k] * b[k * n + j];
+}
+// The exponential of a matrix: its series where it is halved until it is small, and squares of that.
+template <class T>
+static void exponential(const T* a, T* o, T* power, T* next, long n, long ar, long ac) {
+  T largest = 0;  // sum of a row
+  for (long i = 0; i < n; i++) {
+    T sum = 0;
+    for (long j = 0; j < n; j++) sum += std::abs(a[i * ar + j * ac]);
+    largest = sum > largest || sum != sum ? sum : largest;
+  }
+  int halvings = 0;
+  while (halvings < 1000 && std::ldexp(largest, -halvings) > T(0.5)) halvings++;
+  for (long i = 0; i < n * n; i++)
+    power[i] = std::ldexp(a[i / n * ar + i % n * ac], -halvings), o[i] = i / n == i % n;
+  for (long term = 14; term > 0; term--) {  // 1 + a (1 + a / 2 (1 + ...)), from within
+    dense_product(power, o, next, n);
+    for (long i = 0; i < n * n; i++) o[i] = next[i] / T(term) + T(i / n == i % n);
+  }
+  for (; halvings > 0; halvings--) {
+    dense_product(o, o, next, n);
+    std::memcpy(o, next, n * n * sizeof(T));
+  }
+}

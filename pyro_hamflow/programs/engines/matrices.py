@@ -184,6 +184,19 @@ def _inverse(
     _lu_solution(writer, result, factors, pivots, result)
 
 
+def _exponential(writer: Writer, out: Buffer, a: Buffer) -> None:
+    size = a.shape[-1]
+    room = [writer.allocate((size, size), (size, 1), a.dtype) for _ in range(3)]
+    head, batch = loops(a.shape[:-2])
+    names = ", ".join([a.at(batch, last=2), *(part.place for part in room)])
+    numbers = ", ".join(map(str, (size, *a.strides[-2:])))
+    source = room[0].at(["j0", "j1"])
+    rows, columns = out.strides[-2:]
+    target = f"{out.at(batch, last=2)}[j0 * {rows} + j1 * {columns}]"
+    each = f"for (long j0 = 0; j0 < {size}; j0++) for (long j1 = 0; j1 < {size}; j1++) "
+    writer.emit(f"{head}{{ exponential({names}, {numbers}); {each}{target} = *{source}; }}")
+
+
 MATRICES: dict[str, Rule] = {
     "aten.linalg_cholesky_ex": _cholesky,
     "aten.linalg_solve_triangular": _solve_triangular,
@@ -193,4 +206,5 @@ MATRICES: dict[str, Rule] = {
     "aten.linalg_lu_solve": _lu_solve,
     "aten._linalg_solve_ex": _solve,
     "aten.linalg_inv_ex": _inverse,
+    "aten.linalg_matrix_exp": _exponential,
 }
