@@ -137,18 +137,19 @@ def writing_before_reading() -> Iterator[None]:
     """
     from torch._inductor.scheduler import SchedulerNode  # here, for it takes a second to import
 
-    find_anew = SchedulerNode.recompute_size_and_body
+    loop: Any = SchedulerNode
+    find_anew = loop.recompute_size_and_body
 
     def find_what_is_written(node: Any, *args: Any, **keywords: Any) -> None:
         find_anew(node, *args, **keywords)
         names = getattr(node, "mutation_renames", {})  # not known to versions of long ago
         node.set_read_writes(node.read_writes.rename(names))
 
-    SchedulerNode.recompute_size_and_body = find_what_is_written
+    loop.recompute_size_and_body = find_what_is_written
     try:
         yield
     finally:
-        SchedulerNode.recompute_size_and_body = find_anew
+        loop.recompute_size_and_body = find_anew
 
 
 def writing_to_copies(graph: GraphModule) -> GraphModule:
