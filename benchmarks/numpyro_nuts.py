@@ -49,6 +49,7 @@ def numpyro_run(
     dense: bool,
     potential: Callable[..., Any] | None = None,
     start: Any = None,
+    seed: int = 0,
 ) -> Run:
     """NumPyro's NUTS, all chains vectorised; compiled ahead, in blocks of draws.
 
@@ -61,10 +62,11 @@ def numpyro_run(
         dense: Whether the mass is dense.
         potential: An energy of a flat vector.
         start: Where chains start, chains first; found by NumPyro if not given.
+        seed: Of all random numbers.
     """
     began = time.perf_counter()
     kernel = NumPyroNUTS(model=model, potential_fn=potential, dense_mass=dense)
-    keys = jax.random.split(jax.random.PRNGKey(0), chains)
+    keys = jax.random.split(jax.random.PRNGKey(seed), chains)
     state = kernel.init(keys, warmup, start, arguments, {})
 
     def step(state: Any, _: None) -> tuple[Any, Any]:
