@@ -19,7 +19,7 @@ from pyro_hamflow.marginal.path_density import (
     gradient,
     products,
 )
-from pyro_hamflow.marginal.path_kinks import reaches
+from pyro_hamflow.marginal.path_kinks import differ_without_curvature, elsewhere, reaches
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
@@ -31,8 +31,6 @@ _ROUNDING = 1e-7  # relative, in double precision
 _UNEVEN = 30.0  # times what sums of directions say of rounding
 _ASIDE = 0.1  # by which paths are moved that are looked at
 _PLACES = 3  # at which paths are looked at: the last is the first's mirror image
-_FAR = 6.0  # times the size of a path's states: kinks may be anywhere
-_FLAT = 1e-6  # of how gradients differ, below which there is no curvature
 _LONGEST = 2_000  # of a path without bands, whose matrix is dense
 
 
@@ -159,21 +157,13 @@ def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
                 both.append(_Sight(moved, place, directions, found, rounding, None))
         if len(both) == _PLACES:
             first, *_, last = both
-            if _is_flat(first, last):
-                far = _FAR * path.square().mean().sqrt() * torch.randn_like(path)
-                both[0] = first._replace(beyond_kinks=path + far)
+            slopes = torch.stack([gradient(moved, sight.place) for sight in (first, last)])
+            curvatures = torch.cat([first.products, last.products])
+            size = (first.place - last.place).abs().amax()
+            if differ_without_curvature(slopes, curvatures, size):
+                both[0] = first._replace(beyond_kinks=elsewhere(path))
         sights.append(both)
     return sights
-
-
-def _is_flat(first: _Sight, last: _Sight) -> bool:
-    """Whether gradients differ between two places at both of which there is no curvature."""
-    slopes = torch.stack([gradient(sight.density, sight.place) for sight in (first, last)])
-    change = (slopes[0] - slopes[1]).abs()
-    curvature = torch.stack([first.products, last.products]).abs().amax((0, 1))
-    size = (first.place - last.place).abs().amax()
-    matters = change > _FLAT * slopes.abs().amax()
-    return bool((matters & (curvature * size < _FLAT * change)).any())
 
 
 def _width(seen: list[list[_Sight]], n: int) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.path_bands import Bands
 from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand
-from pyro_hamflow.marginal.path_kinks import Cells, Kinks
+from pyro_hamflow.marginal.path_kinks import CLOSELY, COARSELY, Cells, Kinks, come_to_rest
 from pyro_hamflow.marginal.path_modes import (
     Look,
     LookAt,
@@ -45,9 +45,6 @@ from pyro_hamflow.programs import banded
 _LARGEST_GROWTH = 1.0  # of a log standard deviation, which moves to first order only
 _STEP = 1e-4  # of differences, relative to the size of a parameter
 _FAR_STEP = 0.05  # the same, of means that come to rest by rounds
-_ROUNDS = 50  # of means and deviations at most, where these are all that tells of curvature
-_RATE = 0.5  # of what a round finds: all of it may lead to and fro
-_REST = 0.05  # posterior standard deviations
 
 
 @dataclass(frozen=True)
@@ -180,20 +177,26 @@ def _fit_about(
 ) -> PathFit:
     """What :func:`fit_path` finds of densities with kinks, where gradients are taken at first."""
 
-    def expanded(
-        parameters: dict[str, Tensor], place: Cells, cells: Cells
-    ) -> tuple[Expansion, Expansion]:
-        return expand_about(parts_at(parameters), *place, bands, kinks, cells)
+    def rest(parameters: dict[str, Tensor], place: Cells, cells: Cells | None = None) -> Cells:
+        """Where the path's Gaussian comes to rest, with cells there or where they are."""
+        parts = parts_at(parameters)
 
-    place = _rest(lambda place: expanded(anchor.values, place, place), start)
-    _, site = expanded(anchor.values, place, place)
+        def site(place: Cells) -> tuple[Tensor, Tensor]:
+            prior, site = expand_about(parts, *place, bands, kinks, cells or place)
+            matrix = added(prior.bands, site.bands)
+            pull = prior.gradient + site.gradient
+            return matrix, pull + banded.multiply(matrix, place.centre)
+
+        return come_to_rest(site, _moments, place, CLOSELY if cells else COARSELY)
+
+    place = rest(anchor.values, start)
+    _, site = expand_about(parts_at(anchor.values), *place, bands, kinks, place)
     slopes, growth = None, None
     # Where several states move, gradients at the others' own places would be needed.
     if anchor.followed and bands.likelihood == 1 and not kinks.prior:
 
         def at(shift: Tensor) -> tuple[Tensor, Tensor]:
-            values = anchor.at(shift)
-            moved = _rest(lambda moved: expanded(values, moved, place), place)
+            moved = rest(anchor.at(shift), place, place)
             return moved.centre, moved.spread.log()
 
         slopes, growth = _differences(at, anchor, _FAR_STEP)
@@ -203,28 +206,10 @@ def _fit_about(
     )
 
 
-def _rest(expanded: Callable[[Cells], tuple[Expansion, Expansion]], place: Cells) -> Cells:
-    """The mean and deviations of a path about which its densities agree with a Gaussian.
-
-    Arguments:
-        expanded: Prior and likelihood to second order, about a mean with deviations.
-        place: These at first.
-    """
-    precision = linear = None
-    for _ in range(_ROUNDS):
-        x, spread = place
-        prior, site = expanded(place)
-        bands = added(prior.bands, site.bands)
-        pull = prior.gradient + site.gradient + banded.multiply(bands, x)
-        precision = bands if precision is None else torch.lerp(precision, bands, _RATE)
-        linear = pull if linear is None else torch.lerp(linear, pull, _RATE)
-        step = banded.solve_both(banded.nearest_root(precision), linear) - x
-        step = step.clamp(-spread, spread)  # as far as gradients were taken
-        new = torch.maximum(deviations_of(precision), 0.5 * spread)
-        place = Cells((x + step).detach(), new.detach())
-        if bool((torch.maximum(step.abs(), (new - spread).abs()) <= _REST * new).all()):
-            break
-    return place
+def _moments(precision: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the deviations of a Gaussian."""
+    mean = banded.solve_both(banded.nearest_root(precision), linear)
+    return mean, deviations_of(precision)
 
 
 def _is_exact(parts: Parts, found: PathGaussian) -> bool:

@@ -27,6 +27,11 @@ from pyro_hamflow.programs import banded
 _CELLS, _FARTHEST = 13, 1.85  # to 3.1 deviations, wider spaced far out, where mean may move
 _NOTHING = 1e-6  # of the posterior's precision: a second derivative that says nothing
 _FELT = 1e-2  # of the posterior's precision: a curvature that matters
+_ROUNDS = 50  # of means and deviations at most
+_RATE = 0.5  # of what a round finds: all of it may lead to and fro
+_FLAT = 1e-6  # of how gradients differ, below which there is no curvature
+_FAR = 6.0  # times the size of a path's states: kinks may be anywhere
+COARSELY, CLOSELY = 0.05, 1e-4  # deviations, where cells move and where they stay
 _DRAWS = 32  # sets of coordinates that are moved
 
 Slope = Callable[[Tensor], Tensor]  # from a path to the gradient of its log density
@@ -91,6 +96,35 @@ def about(
     return (seen[..., 0] * shares).sum(0), bands
 
 
+def come_to_rest(
+    site: Callable[[Cells], tuple[Tensor, Tensor]],
+    moments: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    place: Cells,
+    within: float,
+) -> Cells:
+    """The mean and deviations of a path about which its density agrees with a Gaussian.
+
+    Arguments:
+        site: The precision and the linear term that the density has about a mean with deviations.
+        moments: The mean and the deviations of the Gaussian with these.
+        place: Where to begin.
+        within: How many deviations the last step may have; where cells move, steps do not get
+            much smaller than these are.
+    """
+    precision, linear = site(place)
+    for _ in range(_ROUNDS):
+        (x, spread), (mean, deviations) = place, moments(precision, linear)
+        step = (mean - x).clamp(-spread, spread)  # as far as gradients were taken
+        deviations = torch.maximum(deviations, 0.5 * spread)
+        place = Cells((x + step).detach(), deviations.detach())
+        change = torch.maximum(step.abs(), (deviations - spread).abs())
+        if bool((change <= within * deviations).all()):
+            break
+        terms = zip((precision, linear), site(place), strict=True)
+        precision, linear = (torch.lerp(old, new, _RATE) for old, new in terms)
+    return place
+
+
 class Kinks(NamedTuple):
     """Which log densities of a path have kinks."""
 
@@ -120,13 +154,31 @@ def has_kinks(bands: Tensor, told: Tensor, deviations: Tensor) -> bool:
     return bool((felt & is_flat(bands, deviations)).any())
 
 
+def differ_without_curvature(slopes: Tensor, products: Tensor, size: Tensor) -> bool:
+    """Whether gradients differ between two places at both of which there is no curvature.
+
+    Arguments:
+        slopes: The gradients there, ``(2, *batch, n)``.
+        products: The second derivatives' products with some directions, ``(count, *batch, n)``.
+        size: How far apart the places are.
+    """
+    change, curvature = (slopes[0] - slopes[1]).abs(), products.abs().amax(0)
+    matters = change > _FLAT * slopes.abs().amax()
+    return bool((matters & (curvature * size < _FLAT * change)).any())
+
+
+def elsewhere(x: Tensor) -> Tensor:
+    """A path far from another one, so that many kinks lie between the two."""
+    return x + _FAR * x.square().mean().sqrt() * torch.randn_like(x)
+
+
 def reaches(slope: Slope, x: Tensor, other: Tensor, width: int) -> bool:
     """Whether a state's gradient changes with states that lie so many places from it, or more.
 
     Arguments:
         slope: The density's gradient.
         x: A path, ``(*batch, n)``.
-        other: Another one; some states far apart are moved to it.
+        other: Another one, :func:`elsewhere`; some states far apart are moved to it.
         width: How many places.
     """
     n, here = x.shape[-1], slope(x)

@@ -9,10 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import marginalize
+from pyro_hamflow import marginalize, whiten
 from pyro_hamflow.marginal import path_modes
 from pyro_hamflow.marginal.path_kinks import Cells, Kinks, about, reaches
 from pyro_hamflow.marginal.settle import repeated_estimates
+from pyro_hamflow.marginal.whitening.fit import log_prob_of
 from pyro_hamflow.model.kinds import Arguments
 
 T = 20
@@ -140,3 +141,37 @@ def test_gradients_tell_which_states_share_a_kink():
     x, other = torch.randn(2, 200).double()
     assert not reaches(slope, x, 3.0 * other, 4)
     assert reaches(slope, x, 3.0 * other, 3)
+
+
+def process_with_kinks(y):
+    s = pyro.sample("s", dist.HalfNormal(y.new_ones(())))
+    r = pyro.sample("r", dist.HalfNormal(y.new_ones(())))
+    times = torch.arange(len(y)).to(y) / 10.0
+    matrix = s**2 * (-(times[:, None] - times).square()).exp() + 1e-4 * torch.eye(len(y)).to(y)
+    x = pyro.sample("x", dist.MultivariateNormal(torch.zeros_like(y), matrix))
+    pyro.sample("y", dist.Laplace(x, r).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "site"), [(steps(laplace, dist.Normal), "step"), (process_with_kinks, "x")]
+)
+def test_noise_of_a_path_with_kinks_is_about_white(model, site):
+    torch.manual_seed(0)
+
+    def spread(fit, shift):
+        theta = fit.centre + shift
+        values = fit.split.values(theta)
+        path = fit.map(values)
+        found = []
+        for _ in range(200):
+            z = torch.randn_like(fit.u)
+            rest = fit.split.log_rest(theta, path.forward(z))
+            found.append(log_prob_of(fit.prior, path, z, values) + rest + 0.5 * z @ z)
+        return float(torch.stack(found).var().detach())
+
+    fit = whiten(model, [site]).fit(Y)
+    for shift in ([0.0, 0.0], [0.2, -0.2]):
+        assert spread(fit, torch.tensor(shift).double()) < 4.0
+    held = fit.sites.held
+    blind = fit.sites._replace(held=held._replace(precision=torch.zeros_like(held.precision)))
+    assert spread(fit._replace(sites=blind), torch.zeros(2).double()) > 20.0

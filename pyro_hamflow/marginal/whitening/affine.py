@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from pyro_hamflow.marginal.path_modes import added, deviations_of
 from pyro_hamflow.programs import banded
 
 
@@ -44,6 +44,12 @@ class PriorForm(Protocol):
             linear: Their linear terms, of shape ``(n,)``.
         """
 
+    def about(self, precision: Tensor, mean: Tensor, /) -> AffineMap:
+        """The map of the prior times sites of some precision with which it has a given mean."""
+
+    def deviations(self, precision: Tensor, /) -> Tensor:
+        """The standard deviations of the prior times sites, of shape ``(n,)``."""
+
 
 class BandedPrior(NamedTuple):
     """A Gaussian by its precision.
@@ -66,9 +72,15 @@ class BandedPrior(NamedTuple):
         return cls(bands, gradient + banded.multiply(bands, u))
 
     def times(self, precision: Tensor, linear: Tensor) -> BandedMap:
-        width = max(self.bands.shape[-1], precision.shape[-1])
-        parts = [pad(part, (0, width - part.shape[-1])) for part in (self.bands, precision)]
-        return BandedMap(banded.cholesky(parts[0] + parts[1]), self.linear + linear)
+        root = banded.cholesky(added(self.bands, precision))
+        return BandedMap(root, self.linear + linear)
+
+    def about(self, precision: Tensor, mean: Tensor) -> BandedMap:
+        whole = added(self.bands, precision)
+        return BandedMap(banded.cholesky(whole), banded.multiply(whole, mean))
+
+    def deviations(self, precision: Tensor) -> Tensor:
+        return deviations_of(added(self.bands, precision))
 
 
 class BandedMap(NamedTuple):
@@ -109,15 +121,26 @@ class CovariancePrior(NamedTuple):
         return self.loc, self.root
 
     def times(self, precision: Tensor, linear: Tensor) -> CovarianceMap:
-        n = len(self.loc)
+        root = self._root(precision)
+        pull = self.root.mT @ (linear - banded.multiply(precision, self.loc))
+        return CovarianceMap(self, root, _solve(root, pull))
+
+    def about(self, precision: Tensor, mean: Tensor) -> CovarianceMap:
+        root = self._root(precision)
+        return CovarianceMap(self, root, root.mT @ _solve(self.root, mean - self.loc))
+
+    def deviations(self, precision: Tensor) -> Tensor:
+        root = self._root(precision)
+        return torch.linalg.solve_triangular(root, self.root.mT, upper=False).norm(dim=0)
+
+    def _root(self, precision: Tensor) -> Tensor:
+        """Of the precision of prior times sites, in the prior's own standard normal noise."""
         if precision.shape[-1] == 1:
             weighted = precision * self.root
         else:
             weighted = banded.dense(precision) @ self.root
-        eye = torch.eye(n, dtype=self.loc.dtype, device=self.loc.device)
-        root = torch.linalg.cholesky(eye + self.root.mT @ weighted)
-        pull = self.root.mT @ (linear - banded.multiply(precision, self.loc))
-        return CovarianceMap(self, root, _solve(root, pull))
+        eye = torch.eye(len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        return torch.linalg.cholesky(eye + self.root.mT @ weighted)
 
 
 class CovarianceMap(NamedTuple):

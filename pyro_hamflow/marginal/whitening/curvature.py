@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.path_kinks import differ_without_curvature, elsewhere, reaches
+from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
 
 _TRIED = (0, 1, 2, 3, 5, 7, 11)  # numbers of bands
@@ -63,7 +65,8 @@ def _products(gradient: Tensor, u: Tensor, vectors: Tensor) -> Tensor:
 def find_width(function: Callable[[Tensor], Tensor], u: Tensor) -> int:
     """How many lower bands the Hessian of a function has; all of them where these are many.
 
-    Whether so many are enough is told by a product with a random vector.
+    Whether so many are enough is told by a product with a random vector; and by gradients where
+    there are kinks, which have no second derivative.
 
     Arguments:
         function: From variables to a scalar.
@@ -75,11 +78,42 @@ def find_width(function: Callable[[Tensor], Tensor], u: Tensor) -> int:
     vector = torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu").to(u)
     product = -_products(_gradient(value, u), u, vector[None])[0]
     tolerance = _tolerance(u) * float(product.detach().abs().max())
+    reaches_beyond = _kinks_of(function, u.detach(), vector)
     for width in (count + 1 for count in _TRIED if count + 1 <= max(1, int(_SPARE * n))):
         _, bands = gradient_and_bands(value, u, width)
         if float((banded.multiply(bands, vector) - product).detach().abs().max()) <= tolerance:
-            return width
+            if not reaches_beyond(width):
+                return width
     return n
+
+
+def _kinks_of(
+    function: Callable[[Tensor], Tensor], u: Tensor, vector: Tensor
+) -> Callable[[int], bool]:
+    """Whether variables meet others in kinks that lie so many places from them, or more."""
+
+    def slope(v: Tensor) -> Tensor:
+        v = v.detach().requires_grad_()
+        return _gradient(function(v), v).detach()
+
+    def curvature(v: Tensor) -> Tensor:
+        v = v.detach().requires_grad_()
+        return _products(_gradient(function(v), v), v, vector[None]).detach()
+
+    places = u, -u
+    slopes, products = (torch.stack([f(v) for v in places]) for f in (slope, curvature))
+    if not differ_without_curvature(slopes, products[:, 0], 2.0 * u.abs().max()):
+        return lambda width: False
+    with random_state_kept():
+        torch.manual_seed(0)
+        other = elsewhere(u)
+
+    def reaches_beyond(width: int) -> bool:
+        with random_state_kept():
+            torch.manual_seed(0)
+            return reaches(slope, u, other, width)
+
+    return reaches_beyond
 
 
 def full_pattern(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
