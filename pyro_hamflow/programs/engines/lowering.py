@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from pyro_hamflow.programs.compilation import writing_before_reading, writing_to_copies
+from pyro_hamflow.programs.engines import factors
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.decompositions import DECOMPOSITIONS
 
@@ -74,11 +75,14 @@ def with_constants_as_arguments(graph: GraphModule) -> tuple[GraphModule, list[T
 
 
 def _copied(graph: Graph, node: Node, known: dict[Node, Node]) -> Node:
-    """A node in another graph; products of matrices as the engine's own operation."""
+    """A node in another graph; products and slopes of matrices as the engine's own operations."""
     if node.target in DECOMPOSITIONS:
         made = graph.node_copy(node, known.__getitem__)
         made.target = DECOMPOSITIONS[node.target]
         return made
+    if (found := factors.slope_in_factor(node)) is not None:
+        adjoint = torch.ops.pyro_hamflow.cholesky_adjoint.default
+        return graph.call_function(adjoint, tuple(known[part] for part in found))
     rule = _PRODUCTS.get(node.target)
     if rule is None:
         return graph.node_copy(node, known.__getitem__)
@@ -91,6 +95,15 @@ def _copied(graph: Graph, node: Node, known: dict[Node, Node]) -> Node:
 _own = torch.library.Library("pyro_hamflow", "DEF")
 _own.define("product(Tensor a, Tensor b) -> Tensor")
 _own.impl("product", lambda a, b: torch.matmul(a, b).contiguous(), "CompositeExplicitAutograd")
+
+
+_own.define("cholesky_adjoint(Tensor factor, Tensor slope) -> Tensor")
+_own.impl("cholesky_adjoint", factors.formula, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pyro_hamflow::cholesky_adjoint")
+def _shape_of_adjoint(factor: Tensor, slope: Tensor) -> Tensor:
+    return factor.new_empty(factor.shape)
 
 
 @torch.library.register_fake("pyro_hamflow::product")

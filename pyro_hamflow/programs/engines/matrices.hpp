@@ -147,6 +147,29 @@ static int32_t cholesky(const T* a, T* o, long n, long ar, long ac, long orow, l
   return failed;
 }
 
+// The slope in a symmetric matrix, of which both triangles have a part, from that in its lower
+// factor l: columns are taken back one after the other, the last first. Rows of o lie together.
+template <class T>
+static void cholesky_adjoint(const T* l, const T* slope, T* o, long n, long lr, long lc, long sr,
+                             long sc) {
+  T *column = new T[2 * n], *sums = column + n;
+  for (long j = n - 1; j >= 0; j--) {
+    const long rest = n - j - 1;
+    const T corner = l[j * (lr + lc)];
+    for (long i = 0; i < rest; i++) column[i] = l[(j + 1 + i) * lr + j * lc];
+    products(o + (j + 1) * (n + 1), n, rest, column, rest, sums);
+    T own = slope[j * (sr + sc)];
+    for (long i = 0; i < rest; i++) {
+      const long row = j + 1 + i;
+      const T found = (slope[row * sr + j * sc] - 2 * sums[i]) / corner;
+      own -= found * column[i];
+      o[row * n + j] = o[j * n + row] = found / 2;
+    }
+    o[j * (n + 1)] = own / (2 * corner);
+  }
+  delete[] column;
+}
+
 // X of a X = b, for a triangular matrix of n rows and m columns of b; four unknown rows at a time.
 template <class T>
 static void solve_triangular(const T* a, const T* b, T* o, long n, long m, long ar, long ac, long br,

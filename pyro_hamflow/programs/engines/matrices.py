@@ -28,6 +28,12 @@ def _cholesky(
     writer.emit(f"{head}*{failed.at(batch)} = cholesky({places}, {', '.join(map(str, numbers))});")
 
 
+def _cholesky_adjoint(writer: Writer, out: Buffer, factor: Buffer, slope: Buffer) -> None:
+    places = ", ".join(part.place for part in (factor, slope, out))
+    numbers = ", ".join(map(str, (factor.shape[-1], *factor.strides, *slope.strides)))
+    writer.emit(f"cholesky_adjoint({places}, {numbers});")
+
+
 def _solve_triangular(
     writer: Writer,
     out: Buffer,
@@ -199,6 +205,7 @@ def _exponential(writer: Writer, out: Buffer, a: Buffer) -> None:
 
 MATRICES: dict[str, Rule] = {
     "aten.linalg_cholesky_ex": _cholesky,
+    "pyro_hamflow.cholesky_adjoint": _cholesky_adjoint,
     "aten.linalg_solve_triangular": _solve_triangular,
     "aten._linalg_slogdet": _of_determinant("log_determinant"),
     "aten._linalg_det": _of_determinant("determinant"),
