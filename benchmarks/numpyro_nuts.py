@@ -39,7 +39,12 @@ class Run:
     steps: float
 
 
-def numpyro_run(
+def numpyro_run(model: Callable[..., Any] | None, arguments: tuple[Any, ...], **how: Any) -> Run:
+    """The first run of :func:`numpyro_runs`."""
+    return numpyro_runs(model, arguments, **how)(0)
+
+
+def numpyro_runs(
     model: Callable[..., Any] | None,
     arguments: tuple[Any, ...],
     *,
@@ -50,7 +55,7 @@ def numpyro_run(
     potential: Callable[..., Any] | None = None,
     start: Any = None,
     seed: int = 0,
-) -> Run:
+) -> Callable[[int], Run]:
     """NumPyro's NUTS, all chains vectorised; compiled ahead, in blocks of draws.
 
     Arguments:
@@ -62,28 +67,37 @@ def numpyro_run(
         dense: Whether the mass is dense.
         potential: An energy of a flat vector.
         start: Where chains start, chains first; found by NumPyro if not given.
-        seed: Of all random numbers.
+        seed: Of the places where chains start.
+
+    Returns:
+        A run by a number: the first has the seed's random numbers; all start at the same places.
     """
     began = time.perf_counter()
     kernel = NumPyroNUTS(model=model, potential_fn=potential, dense_mass=dense)
     keys = jax.random.split(jax.random.PRNGKey(seed), chains)
-    state = kernel.init(keys, warmup, start, arguments, {})
+    first = kernel.init(keys, warmup, start, arguments, {})
 
     def step(state: Any, _: None) -> tuple[Any, Any]:
         state = kernel.sample(state, arguments, {})
         return state, (state.z, state.num_steps)
 
     scan = jax.jit(lambda state: jax.lax.scan(step, state, None, length=_BLOCK))
-    advance = scan.lower(state).compile()
+    advance = scan.lower(first).compile()
     preparing = time.perf_counter() - began
-    seconds, kept, steps = [0.0, 0.0], [], []
-    for block in range((warmup + draws) // _BLOCK):
-        began = time.perf_counter()
-        state, (z, num_steps) = jax.block_until_ready(advance(state))
-        sampling = block >= warmup // _BLOCK
-        seconds[sampling] += time.perf_counter() - began
-        if sampling:
-            parts = [np.asarray(v).reshape(_BLOCK, chains, -1) for v in jax.tree.leaves(z)]
-            kept.append(np.concatenate(parts, -1).swapaxes(0, 1))
-            steps.append(np.asarray(num_steps).mean())
-    return Run(np.concatenate(kept, 1), preparing, *seconds, float(np.mean(steps)))
+
+    def run(other: int) -> Run:
+        state, seconds, kept, steps = first, [0.0, 0.0], [], []
+        if other:
+            state = state._replace(rng_key=jax.random.split(jax.random.PRNGKey(other), chains))
+        for block in range((warmup + draws) // _BLOCK):
+            began = time.perf_counter()
+            state, (z, num_steps) = jax.block_until_ready(advance(state))
+            sampling = block >= warmup // _BLOCK
+            seconds[sampling] += time.perf_counter() - began
+            if sampling:
+                parts = [np.asarray(v).reshape(_BLOCK, chains, -1) for v in jax.tree.leaves(z)]
+                kept.append(np.concatenate(parts, -1).swapaxes(0, 1))
+                steps.append(np.asarray(num_steps).mean())
+        return Run(np.concatenate(kept, 1), preparing, *seconds, float(np.mean(steps)))
+
+    return run

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions
 
-from benchmarks.engine_runs.told import asked, tell
-from benchmarks.numpyro_nuts import numpyro_run
+from benchmarks import numpyro_nuts
+from benchmarks.engine_runs.told import Run, asked, tell
+from benchmarks.numpyro_nuts import numpyro_runs
 from benchmarks.posteriors import POSTERIORS, Library
+
+
+def _told(run: numpyro_nuts.Run) -> Run:
+    return Run(run.draws, run.sampling, run.steps)
+
 
 if __name__ == "__main__":
     told = asked()
@@ -18,5 +24,5 @@ if __name__ == "__main__":
     model = partial(POSTERIORS[told.posterior].model, library)
     settings = {"warmup": told.iterations, "draws": told.iterations, "dense": True}
     arguments = tuple(told.data.values())
-    run = numpyro_run(model, arguments, chains=told.chains, **settings)
-    tell(told, run.draws, run.sampling, run.steps)
+    run = numpyro_runs(model, arguments, chains=told.chains, **settings)
+    tell(told, lambda seed: _told(run(seed)))

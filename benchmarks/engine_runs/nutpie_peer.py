@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import nutpie
 import pymc
 
-from benchmarks.engine_runs.told import Asked, asked, tell
+from benchmarks.engine_runs.told import Asked, Run, asked, tell
 
 
 def _schools(sigma: np.ndarray, y: np.ndarray) -> None:
@@ -36,25 +38,24 @@ _MODELS: dict[str, Callable[..., None]] = {
 }
 
 
-def _run(told: Asked) -> None:
-    with pymc.Model() as model:
-        _MODELS[told.posterior](**told.data)
-    compiled = nutpie.compile_pymc_model(model)
-    settings = {"chains": told.chains, "cores": 1, "seed": 1, "progress_bar": False}
+def _run(told: Asked, compiled: nutpie.CompiledModel, names: list[str], seed: int) -> Run:
+    settings = {"chains": told.chains, "cores": 1, "seed": 1 + seed, "progress_bar": False}
 
-    def seconds(draws: int) -> tuple[float, object]:
+    def seconds(draws: int) -> tuple[float, Any]:
         began = time.perf_counter()
         trace = nutpie.sample(compiled, draws=draws, tune=told.iterations, **settings)
         return time.perf_counter() - began, trace
 
     whole, trace = seconds(told.iterations)
-    parts = [np.asarray(trace.posterior[v.name]) for v in model.free_RVs]
+    parts = [np.asarray(trace.posterior[name]) for name in names]
     draws = np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], -1)
     steps = float(np.asarray(trace.sample_stats["n_steps"]).mean())
-    began = time.process_time()
-    less, _ = seconds(1)  # the same seed makes the same warm-up
-    tell(told, draws, max(whole - less, 1e-9), steps, uncounted=time.process_time() - began)
+    return Run(draws, whole - seconds(1)[0], steps)  # the same seed makes the same warm-up
 
 
 if __name__ == "__main__":
-    _run(asked())
+    told = asked()
+    with pymc.Model() as model:
+        _MODELS[told.posterior](**told.data)
+    names = [variable.name for variable in model.free_RVs]
+    tell(told, partial(_run, told, nutpie.compile_pymc_model(model), names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,12 +39,37 @@ def latent():
 
 @pytest.mark.parametrize("target", [0.6, 0.8, 0.95])
 @pytest.mark.parametrize("start", [1e-3, 0.5, 30.0])
-def test_dual_averaging_solves_for_target(target, start):
+@pytest.mark.parametrize("gently", [False, True])
+def test_dual_averaging_solves_for_target(target, start, gently):
     """At an acceptance of exp(-step size) the answer is -log(target)."""
-    averaging = DualAveraging(start, target)
+    averaging = DualAveraging(start, target, gently=gently)
     for _ in range(3000):
         averaging.update(math.exp(-averaging.step_size))
     assert abs(math.exp(-averaging.final()) - target) < 0.01
+
+
+@pytest.mark.parametrize(("gently", "low", "high"), [(False, 0.61, 0.75), (True, 0.55, 0.60)])
+def test_what_is_sought_gently_is_found_soon(gently, low, high):
+    """Of single steps along the gradient of a normal in so many dimensions as limits the error.
+
+    Fifty iterations of four chains, from twice the size that is sought.
+    """
+    normal = NormalDist()
+    best = -2.0 * normal.inv_cdf(0.574 / 2.0)  # the spread of the energy error, as the size's cube
+
+    def mean(log_size):
+        return 2.0 * normal.cdf(-0.5 * best * math.exp(3.0 * log_size))
+
+    torch.manual_seed(0)
+    found = []
+    for _ in range(200):
+        averaging = DualAveraging(2.0, 0.574, gently=gently)
+        for _ in range(50):
+            spread = best * averaging.step_size**3
+            error = 0.5 * spread**2 + spread * torch.randn(4, dtype=torch.float64)
+            averaging.update(float(torch.exp(-error).clamp(max=1.0).mean()))
+        found.append(mean(math.log(averaging.final())))
+    assert low < sum(found) / len(found) < high
 
 
 def test_dual_averaging_before_any_update():

@@ -48,6 +48,7 @@ class StepAndMass:
         target_accept_prob: The mean acceptance probability that warm-up aims for.
         min_stepsize: The least step size that is tried out.
         max_stepsize: The largest.
+        single_steps: Whether moves are single steps.
 
     Attributes:
         adapter: Pyro's object of the mass's structure, if one was set.
@@ -64,6 +65,7 @@ class StepAndMass:
         target_accept_prob: float,
         min_stepsize: float = 1e-10,
         max_stepsize: float = 1e10,
+        single_steps: bool = False,
     ) -> None:
         if step_size is not None:
             positive("step_size", step_size)
@@ -85,6 +87,7 @@ class StepAndMass:
         self.full_mass = full_mass
         self.inverse_mass_matrix = inverse_mass_matrix
         self.target_accept_prob = target_accept_prob
+        self.single_steps = single_steps
         self.min_stepsize, self.max_stepsize = min_stepsize, max_stepsize
         self.adapter: Adapter | None = None
 
@@ -171,6 +174,7 @@ class StepAndMass:
             most_steps=most_steps,
             shaped=self.form(potential).shaped,
             pools=pools,
+            single_steps=self.single_steps,
         )
 
     def reasonable_step_size(self, transition: Transition, state: State, tuning: Tuning) -> float:

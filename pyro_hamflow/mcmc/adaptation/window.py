@@ -19,24 +19,30 @@ from pyro_hamflow.mcmc.adaptation.watch import Watch
 from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
 
 _BEFORE, _FIRST_WINDOW = 5, 5  # iterations; windows double, so that these matter little
+_GAIN = 20.0  # of the step size's logarithm, by the gap of acceptance
 _LARGEST_STEP = 1e3  # where a density is so flat that all steps are accepted
 
 
 class DualAveraging:
     """Finds the step size at which the acceptance probability has a given mean.
 
+    It seeks with large moves about ten times the size where it starts, which brings it far soon, and
+    leaves it swinging: its average is then too small, the more so the more acceptance varies.
+
     Arguments:
         step_size: Where to start.
         target: The mean acceptance probability wanted.
+        gently: Whether it starts near its end, and seeks there with moves a third as large.
 
     References:
         | The No-U-Turn Sampler (Hoffman and Gelman, 2014), section 3.2
         | https://arxiv.org/abs/1111.4246
     """
 
-    def __init__(self, step_size: float, target: float) -> None:
+    def __init__(self, step_size: float, target: float, *, gently: bool = False) -> None:
         self.target = target
-        self._centre = math.log(10.0 * step_size)
+        self._centre = math.log(step_size if gently else 10.0 * step_size)
+        self._gain = _GAIN / 3.0 if gently else _GAIN
         self._count = 0
         self._gap = 0.0
         self._average = 0.0
@@ -47,7 +53,7 @@ class DualAveraging:
         self._count += 1
         weight = 1.0 / (self._count + 10.0)
         self._gap = (1 - weight) * self._gap + weight * (self.target - acceptance_rate)
-        log_size = self._centre - math.sqrt(self._count) / 0.05 * self._gap
+        log_size = self._centre - self._gain * math.sqrt(self._count) * self._gap
         decay = self._count**-0.75
         self._average = decay * log_size + (1 - decay) * self._average
         self.step_size = min(math.exp(log_size), _LARGEST_STEP)
@@ -133,6 +139,8 @@ class WarmUp:
         shaped: Gives a covariance the structure that the inverse mass is to have.
         pools: Whether it waits, at the end of each window and of the warm-up, for what others have
             found.
+        single_steps: Whether moves are single steps, whose acceptance varies much more than the mean
+            along a trajectory: once the mass is found, their size is sought gently.
 
     Attributes:
         tuning: What is found so far.
@@ -155,6 +163,7 @@ class WarmUp:
         most_steps: int | None = None,
         shaped: Callable[[Tensor], Tensor] | None = None,
         pools: bool = False,
+        single_steps: bool = False,
     ) -> None:
         self.tuning = Tuning(step_size, kinetic)
         self.warmup_steps = warmup_steps
@@ -163,6 +172,7 @@ class WarmUp:
         self.adapt_mass = adapt_mass
         self._shaped = shaped
         self.pools = pools
+        self._single_steps = single_steps
         self.waits = False
         self.doubts: list[str] = []
         self.has_gone_on = False
@@ -191,7 +201,8 @@ class WarmUp:
 
     def restart(self, step_size: float) -> None:
         """Begins the search for the step size anew, from a reasonable one."""
-        self._averaging = DualAveraging(step_size, self.target)
+        gently = self._single_steps and not self._windows
+        self._averaging = DualAveraging(step_size, self.target, gently=gently)
         self.tuning = self.tuning._replace(step_size=step_size)
 
     def update(self, state: State, info: Info) -> bool:

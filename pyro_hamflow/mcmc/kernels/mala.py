@@ -105,6 +105,7 @@ class MALA(Kernel):
                     full_mass=full_mass,
                     inverse_mass_matrix=inverse_mass_matrix,
                     target_accept_prob=target_accept_prob,
+                    single_steps=True,
                 ),
                 EstimatorTuning("auto", refresh, one_step, required=False),
             ),

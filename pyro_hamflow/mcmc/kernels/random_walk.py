@@ -109,6 +109,7 @@ class RandomWalk(Kernel):
                     target_accept_prob=_BEST_RATE
                     if target_accept_prob is None
                     else target_accept_prob,
+                    single_steps=True,
                 ),
                 EstimatorTuning("conditional", refresh, RandomSteps(), required=False),
             ),
