@@ -19,20 +19,19 @@ from pyro_hamflow.mcmc.adaptation.watch import Watch
 from pyro_hamflow.mcmc.transitions.base import Info, State, Tuning
 
 _BEFORE, _FIRST_WINDOW = 5, 5  # iterations; windows double, so that these matter little
-_GAIN = 20.0  # of the step size's logarithm, by the gap of acceptance
-_LARGEST_STEP = 1e3  # where a density is so flat that all steps are accepted
+_GAIN, _LARGEST_STEP = 20.0, 1e3  # the latter where a density is so flat that all is accepted
 
 
 class DualAveraging:
     """Finds the step size at which the acceptance probability has a given mean.
 
-    It seeks with large moves about ten times the size where it starts, which brings it far soon, and
-    leaves it swinging: its average is then too small, the more so the more acceptance varies.
+    It seeks with large moves about ten times the first size, which brings it far soon and leaves it
+    swinging: its average is then too small, the more so the more acceptance varies.
 
     Arguments:
         step_size: Where to start.
         target: The mean acceptance probability wanted.
-        gently: Whether it starts near its end, and seeks there with moves a third as large.
+        gently: Whether it seeks where it starts, with moves a third as large.
 
     References:
         | The No-U-Turn Sampler (Hoffman and Gelman, 2014), section 3.2
@@ -139,8 +138,8 @@ class WarmUp:
         shaped: Gives a covariance the structure that the inverse mass is to have.
         pools: Whether it waits, at the end of each window and of the warm-up, for what others have
             found.
-        single_steps: Whether moves are single steps, whose acceptance varies much more than the mean
-            along a trajectory: once the mass is found, their size is sought gently.
+        single_steps: Whether moves are single steps, whose acceptance varies more than the mean of
+            a trajectory: once the mass is found, their size is sought gently.
 
     Attributes:
         tuning: What is found so far.
