@@ -46,8 +46,8 @@ def measure(*, quick: bool) -> list[Table]:
         f"{iterations} iterations of warm-up and as many draws of each chain, a dense mass (of "
         "nutpie its own, a diagonal), one thread. A leaf is a step of the integrator with its "
         "share of the tree. In all counts a processor's seconds from the start of Python on. With "
-        f"4 chains ESS, steps and time of sampling are means of {_SEEDS[4]} seeds (of torch one's), "
-        "and R-hat is the largest of them; in all is the first's time.",
+        f"4 chains ESS, steps and time of sampling are means of {_SEEDS[4]} seeds (of torch's "
+        "one), and R-hat is the largest of them; in all is the first's time.",
         "in sampling 20 times NumPyro's effective draws per second on eight schools, three times "
         "on breast cancer and the normal, 1.5 times elsewhere; in all 1.5 times at first use, "
         f"three times from what is kept: {met(all(map(_reached, _groups(rows))))}.",
