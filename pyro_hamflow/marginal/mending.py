@@ -1,7 +1,7 @@
 """What is done about an estimator that misses something, or varies too much.
 
 A single Gaussian for each element may give way to several, and these to the prior; more particles
-may be taken; and the proposal may be fitted anew at the posterior's centre.
+may be taken.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.proposals.mixture import MixtureProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.scrutiny import find_misses, look, misses
-from pyro_hamflow.marginal.settle import (
-    WANTED_VARIANCE,
-    seconds_to_move,
-    settle_below,
-    wanted_variance,
-)
+from pyro_hamflow.marginal.settle import WANTED_VARIANCE, settle_below
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
 
@@ -29,8 +24,6 @@ _FEWEST, _MOST = 32, 512  # particles from the prior
 _ENOUGH = 16  # particles of a Gaussian proposal: beyond, they cost more than they gain
 _REPLICATES = 32  # estimates, for each of a few draws
 _EASED = 0.5  # of the wanted variance, at which fewer particles do: away from where more are taken
-_FAR = 2.0  # the variance with one particle, from which on a closer proposal is tried
-_WORTH = 0.5  # of the variance of the estimate: what a finer fit may leave at most
 
 
 def mend_proposal(
@@ -60,7 +53,7 @@ def mend_proposal(
                 len(p.strata) for p in several.plan(*data.args, **data.kwargs).layouts.values()
             )
             marginal.take_over(several.prepared)
-            marginal.take(several.proposal, _enough(2 * least, own))
+            marginal.take(several.proposal, enough_particles(2 * least, own))
             return (
                 f"{said}; Gaussians about several modes of each are fitted instead, with "
                 f"{marginal.settled_particles} particles."
@@ -119,7 +112,7 @@ def number_from_prior(variance: float) -> int:
     return min(max(wanted, _FEWEST), _MOST)
 
 
-def _enough(least: int, ratio: float) -> int:
+def enough_particles(least: int, ratio: float) -> int:
     """How many particles of Gaussian proposals make the variance small enough.
 
     Arguments:
@@ -175,73 +168,3 @@ def fit_at(
     best = one.new_tensor(tails)[torch.stack(errors).argmin(0)]
     parts = zip(groups, best.split(sizes), strict=True)
     marginal.stretch({group.name: part.reshape(group.shape) for group, part in parts})
-
-
-def refit_at(
-    marginal: TunedEstimator,
-    centre: dict[str, Tensor],
-    draws: list[dict[str, Tensor]],
-    data: Arguments,
-    *,
-    beyond: bool = False,
-    moves: bool = True,
-) -> TunedEstimator | None:
-    """A copy of a marginal model, fitted at the posterior's centre, if it is worth having.
-
-    Of proposals that follow the parameters more closely that one is taken by which chains take the
-    least time.
-
-    Arguments:
-        marginal: The model.
-        centre: Constrained parameter values at the middle of the draws.
-        draws: Some draws.
-        data: What the model is called with.
-        beyond: Whether these are places where chains hardly go, which all count; else the middle
-            one of the draws does.
-        moves: Whether the noise moves together with the parameters.
-
-    Returns:
-        The copy, with as many particles as make the variance small enough where none were given, or
-        as before beyond the chains; none if its estimates vary about as much as before.
-    """
-    plan = marginal.plan(*data.args, **data.kwargs)  # a look at the model, which is run for it
-    structure = plan.structure
-    count = max(layout.num_particles for layout in plan.layouts.values())
-    other = marginal.refined(count, "iid")
-    other.num_particles, other.points = marginal.num_particles, marginal.points
-
-    wanted = wanted_variance(marginal.proposal, moves=moves)
-
-    def variances(model: TunedEstimator) -> list[float]:
-        found = sorted(look(model, draw, data).variance(1) for draw in draws)
-        return found if beyond else [found[len(found) // 2]]
-
-    def fitted(model: TunedEstimator) -> tuple[float, list[float], TunedEstimator]:
-        fit_at(model, centre, data)
-        found = variances(model)
-        if model.num_particles is None and not beyond:
-            # Those of the prior hardly count, and with one of the proposal's alone the logarithm
-            # varies more than errors of many tell.
-            layouts = model.plan(*data.args, **data.kwargs).layouts.values()
-            least = 0 if model.proposal.fades else max(len(layout.strata) for layout in layouts)
-            model.settle(_enough(least, found[0] / wanted))
-        return seconds(model, found), found, model
-
-    def seconds(model: TunedEstimator, found: list[float]) -> float:
-        particles = model.settled_particles or count
-        with model.hold(structure):
-            return seconds_to_move(model, draws[0], [v / particles / wanted for v in found], data)
-
-    with other.hold(structure):
-        before = variances(marginal)
-        best, after, other = fitted(other)
-        closer, farthest = other.proposal.closer(), max(after)
-        while closer is not None and farthest > _FAR:
-            candidate = copy.copy(other)
-            candidate.take(closer)
-            best, after, other = min((best, after, other), fitted(candidate), key=lambda f: f[0])
-            closer = candidate.proposal.closer()
-        if beyond:
-            return other if best < _WORTH * seconds(marginal, before) else None
-    gain = after[0] / (other.settled_particles or count) < _WORTH * before[0] / count
-    return other if gain else None

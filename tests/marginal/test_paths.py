@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
-from pyro_hamflow.marginal import mending, path_bands, settle
-from pyro_hamflow.marginal.mending import refit_at
+from pyro_hamflow.marginal import path_bands, refit, settle
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
+from pyro_hamflow.marginal.refit import refit_at
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.mcmc.adaptation import estimator
 from pyro_hamflow.model.kinds import Arguments
@@ -323,7 +323,7 @@ def test_a_proposal_that_follows_more_closely_is_worth_its_time(variances, steps
     def look(model, parameters, data):
         return SimpleNamespace(variance=lambda count: variances[model.proposal.steps])
 
-    monkeypatch.setattr(mending, "look", look)
+    monkeypatch.setattr(refit, "look", look)
     found = refit_at(marginal, places[1], places, Arguments((y,), {}), beyond=True)
     assert (found and found.proposal.steps) == steps
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.marginalize import MarginalModel
-from pyro_hamflow.marginal.mending import fewer_particles, mend_proposal, more_particles, refit_at
+from pyro_hamflow.marginal.mending import fewer_particles, mend_proposal, more_particles
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.marginal.preparation import FAR
+from pyro_hamflow.marginal.refit import refit_at
 from pyro_hamflow.marginal.scrutiny import look, misses
 from pyro_hamflow.marginal.settle import wanted_variance
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
@@ -272,12 +273,7 @@ class EstimatorTuning:
 
 def _variance(potential: Potential, position: Tensor) -> float:
     """That of the log estimate, the median over chains, at their positions."""
-    return float(_variances(potential, position).median())
-
-
-def _variances(potential: Potential, position: Tensor) -> Tensor:
-    """Those of the log estimate at the chains' positions, of shape ``(chains,)``."""
-    return _estimates(potential, position).var(0)
+    return float(_estimates(potential, position).var(0).median())
 
 
 def _estimates(potential: Potential, position: Tensor) -> Tensor:

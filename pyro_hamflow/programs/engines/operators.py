@@ -59,15 +59,27 @@ def _product(writer: Writer, out: Buffer, a: Buffer, b: Buffer) -> None:
     writer.emit(f"{head}product<{', '.join(map(str, numbers))}>({places});")
 
 
+def _along(a: Buffer, dim: int, index: str = "k") -> tuple[str, list[str], int]:
+    """Loops over all dimensions but one, the indices there, and the length of that dimension.
+
+    Arguments:
+        a: What is gone through.
+        dim: The dimension that is left out.
+        index: Its index.
+    """
+    sizes = list(a.shape)
+    length, sizes[dim] = sizes[dim], 1
+    head, indices = loops(sizes)
+    indices[dim] = index
+    return head, indices, length
+
+
 def _cumulative(operation: str, start: str) -> Rule:
     def rule(writer: Writer, out: Buffer, a: Buffer, dim: int = 0, **keywords: Any) -> None:
         if not a.shape:
             writer.emit(f"*{out.place} = *{a.place};")
             return
-        sizes = list(a.shape)
-        length, sizes[dim] = sizes[dim], 1
-        head, indices = loops(sizes)
-        indices[dim] = "k"
+        head, indices, length = _along(a, dim)
         writer.emit(
             f"{head}{{ {out.kind} x = {start}; for (long k = 0; k < {length}; k++) "
             f"{{ x {operation} *{a.at(indices)}; *{out.at(indices)} = x; }} }}"
@@ -84,11 +96,8 @@ def _running(operation: str) -> Rule:
         if not a.shape:
             writer.emit(f"*{values.place} = *{a.place}; *{places.place} = 0;")
             return
-        sizes = list(a.shape)
-        length, sizes[dim] = sizes[dim], 1
-        head, indices = loops(sizes)
-        indices[dim] = "0"
-        first, indices[dim] = a.at(indices), "k"
+        first = a.at(_along(a, dim, "0")[1])
+        head, indices, length = _along(a, dim)
         writer.emit(
             f"{head}{{ {a.kind} x = *{first}; int64_t j = 0; for (long k = 0; k < {length}; k++) "
             f"{{ const {a.kind} y = *{a.at(indices)}; "
@@ -103,10 +112,7 @@ def _log_sums(writer: Writer, out: Buffer, a: Buffer, dim: int) -> None:
     if not a.shape:
         writer.emit(f"*{out.place} = *{a.place};")
         return
-    sizes = list(a.shape)
-    length, sizes[dim] = sizes[dim], 1
-    head, indices = loops(sizes)
-    indices[dim] = "k"
+    head, indices, length = _along(a, dim)
     writer.emit(
         f"{head}{{ {a.kind} x = -INFINITY; for (long k = 0; k < {length}; k++) "
         f"{{ x = log_sum(x, *{a.at(indices)}); *{out.at(indices)} = x; }} }}"
@@ -212,10 +218,7 @@ def _sort(
     stable: bool = False,
 ) -> None:
     values, places = out
-    sizes = list(a.shape)
-    length, sizes[dim] = sizes[dim], 1
-    head, indices = loops(sizes)
-    indices[dim] = "0"
+    head, indices, length = _along(a, dim, "0")
     step, to = a.strides[dim], values.strides[dim]
     if places.strides[dim] != 1:
         raise NotSupported("aten.sort along strides")
