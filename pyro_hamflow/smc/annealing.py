@@ -43,7 +43,7 @@ class Population:
         drift: What changed as the population moved on at the end, if it did.
         modes: Those that the path began at beside the prior; none if a population from the prior
             alone was found to have them all.
-        num_missed: How many of these the first population had next to nothing of.
+        num_missed: How many of these the first population had next to nothing of, but for luck.
         num_modes: How many modes descents have found that matter.
     """
 

@@ -35,6 +35,9 @@ _MOST_MODES = 32
 _MISSED = 0.2  # of what a mode holds, less of which a population has missed
 _WRONG = 0.1  # of the posterior, by which a mode's share may be too small
 _ERRORS = 2.0  # of the share, beyond that: they are those of a population in haste, too
+# By how many times the error of independent particles a share differs between parts where luck has
+# found it: 20 times where one part of sixteen has a mode, 2 to 4 times where all parts know it.
+_LUCK = 5.0
 _COUNT = 10.0  # particles that it should have there, fewer of which may be missing by chance
 _LEAST = 0.005  # of the posterior, less of which is of no interest
 
@@ -44,7 +47,7 @@ class Discovery(NamedTuple):
 
     Attributes:
         modes: Where a path should begin as well; none if a population has them all.
-        num_missed: How many of them the population has next to nothing of.
+        num_missed: How many of them the population has next to nothing of, but for luck.
         num_modes: How many modes there are that matter, as far as is seen.
     """
 
@@ -107,11 +110,16 @@ def look_for_modes(
     missed = matters & (shares[1] < _MISSED * shares[0])
     chance = (in_parts - shares[1, :, None] * wholes).std(-1) / wholes.mean() / len(wholes) ** 0.5
     wrong = shares[0] - shares[1] > _WRONG + _ERRORS * chance
+    # Where a few particles have found a mode, a second population may well find it no more.
+    independent = (shares[0] * (1.0 - shares[0])).clamp(min=0.0).sqrt() / len(position) ** 0.5
+    lucky = (shares[0] > _WRONG) & (chance > (_LUCK * independent).clamp(min=0.5 * _WRONG))
     # Of very many modes a population lacks some by chance, and a path from few would lack more.
     lacking = ((shares[0] - shares[1]) * missed).sum()
     is_whole = lacking <= _WRONG + _ERRORS * chance.norm()
-    if is_whole and not bool((matters & wrong).any()):
+    if is_whole and not bool((matters & (wrong | lucky)).any()):
         return nothing._replace(num_modes=len(large))
+    typical = (in_parts / wholes).nanmedian(-1).values
+    missed |= matters & lucky & (typical < _MISSED * shares[0])
     return Discovery(large, int(missed.sum()), len(large))
 
 

@@ -14,12 +14,12 @@ _LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
 
 
 def describe_missed(number: int) -> str | None:
-    """That a population from the prior alone would have missed so many modes, in a sentence."""
+    """That a population from the prior alone misses so many modes but for luck, in a sentence."""
     if number == 0:
         return None
     return (
-        f"descents found {number} mode{'s' * (number > 1)} of which a population from the prior "
-        "had next to nothing, as it is with narrow ones: it began there, too. Modes narrower "
+        f"descents found {number} mode{'s' * (number > 1)} that a population from the prior "
+        "misses but for luck, as it does narrow ones: it began there, too. Modes narrower "
         "still, which no descent begins above, may be missed all the same."
     )
 

@@ -43,11 +43,11 @@ def share_of_narrow(seed):
 
 
 def test_a_narrow_mode_has_its_share():
-    for seed in (1, 2):
+    for seed in range(1, 13):  # a few particles find it with one in five
         sampler, share = share_of_narrow(seed)
         assert abs(share - 0.4) < 0.05
         assert abs(sampler.log_evidence) < 4.0 * sampler.log_evidence_error < 0.4
-        assert "Descents found 1 mode of" in sampler.message
+        assert "Descents found 1 mode that" in sampler.message
 
 
 def test_without_descents_it_has_not(monkeypatch):
