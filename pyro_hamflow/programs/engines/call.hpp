@@ -2,10 +2,11 @@
 #include <cstddef>
 
 // Counter-based random numbers: Salmon et al. (2011), Philox4x32 with ten rounds. A stream is a
-// function of seed, chain and draw alone.
+// function of seed, chain and draw alone. Several places of it are filled at once, as vectors.
 struct Random {
+  static const int BLOCKS = 8, READY = 2 * BLOCKS, PAIRS = 16;
   uint32_t key[2], place[4];
-  uint64_t ready[2];
+  uint64_t bits[READY];
   int left = 0;
   const double* tape = nullptr;  // numbers to take in place of random ones
 
@@ -15,28 +16,51 @@ struct Random {
     place[2] = uint32_t(draw), place[3] = uint32_t(draw >> 32);
   }
   void fill() {
-    uint32_t c[4] = {place[0]++, place[1], place[2], place[3]}, k0 = key[0], k1 = key[1];
-    for (int round = 0; round < 10; round++) {
-      const uint64_t first = uint64_t(0xD2511F53u) * c[0], second = uint64_t(0xCD9E8D57u) * c[2];
-      const uint32_t c1 = c[1], c3 = c[3];
-      c[0] = uint32_t(second >> 32) ^ c1 ^ k0, c[1] = uint32_t(second);
-      c[2] = uint32_t(first >> 32) ^ c3 ^ k1, c[3] = uint32_t(first);
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+#pragma omp simd
+    for (int i = 0; i < BLOCKS; i++) {
+      uint32_t c0 = place[0] + i, c1 = place[1], c2 = place[2], c3 = place[3];
+      uint32_t k0 = key[0], k1 = key[1];
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; round++) {
+        const uint64_t first = uint64_t(0xD2511F53u) * c0, second = uint64_t(0xCD9E8D57u) * c2;
+        c0 = uint32_t(second >> 32) ^ c1 ^ k0, c1 = uint32_t(second);
+        c2 = uint32_t(first >> 32) ^ c3 ^ k1, c3 = uint32_t(first);
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+      }
+      bits[i] = uint64_t(c1) << 32 | c0, bits[BLOCKS + i] = uint64_t(c3) << 32 | c2;
     }
-    ready[0] = uint64_t(c[1]) << 32 | c[0], ready[1] = uint64_t(c[3]) << 32 | c[2];
-    left = 2;
+    place[0] += BLOCKS, left = READY;
   }
-  double uniform() {  // between zero and one, neither included
+  // Between zero and one, neither included: 52 bits behind the point, and a half of the last.
+  static inline double between(uint64_t bits) {
+    const uint64_t one = bits >> 12 | 0x3FF0000000000000u;
+    double number;
+    std::memcpy(&number, &one, sizeof number);
+    return number - (1.0 - 0x1.0p-53);
+  }
+  double uniform() {
     if (tape) return *tape++;
     if (!left) fill();
-    return (double(ready[2 - left--] >> 12) + 0.5) * 0x1.0p-52;
+    const int number = READY - left--;
+    return between(bits[number % 2 * BLOCKS + number / 2]);
   }
   void normals(Real* out, long n) {
     for (long i = 0; tape && i < n; i++) out[i] = Real(*tape++);
-    for (long i = 0; !tape && i < n; i += 2) {
-      const double radius = std::sqrt(-2.0 * std::log(uniform())), angle = 2.0 * M_PI * uniform();
-      out[i] = Real(radius * std::cos(angle));
-      if (i + 1 < n) out[i + 1] = Real(radius * std::sin(angle));
+    for (long i = 0; !tape && i < n; i += 2 * PAIRS) {
+      const long pairs = std::min(long(PAIRS), (n - i + 1) / 2);
+      double radius[PAIRS] = {}, angle[PAIRS] = {}, along[PAIRS], across[PAIRS], made[2 * PAIRS];
+      for (long k = 0; k < pairs; k++) radius[k] = uniform(), angle[k] = 2.0 * M_PI * uniform();
+      for (long k = pairs; k < (pairs + 3) / 4 * 4; k++) radius[k] = 1.0;
+      const long whole = (pairs + 3) / 4 * 4;
+#pragma omp simd
+      for (long k = 0; k < whole; k++) radius[k] = std::sqrt(-2.0 * std::log(radius[k]));
+#pragma omp simd
+      for (long k = 0; k < whole; k++) along[k] = std::cos(angle[k]);
+#pragma omp simd
+      for (long k = 0; k < whole; k++) across[k] = std::sin(angle[k]);
+      for (long k = 0; k < pairs; k++)
+        made[2 * k] = radius[k] * along[k], made[2 * k + 1] = radius[k] * across[k];
+      for (long k = 0; k < std::min(2 * pairs, n - i); k++) out[i + k] = Real(made[k]);
     }
   }
 };

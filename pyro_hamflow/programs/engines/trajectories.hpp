@@ -40,6 +40,12 @@ struct Square {
   }
 };
 
+// Adds numbers times a factor; what is read and what is written lie apart, so that both are vectors.
+static inline __attribute__((always_inline)) void add_times(
+    Real* __restrict to, Real factor, const Real* __restrict from, long count) {
+  for (long i = 0; i < count; i++) to[i] += factor * from[i];
+}
+
 // One thread's memory, and the chain that it holds at the time.
 struct Walker {
   static const long d = DIMENSION, n = DIMENSION + MOVING;
@@ -96,17 +102,18 @@ struct Walker {
     for (long i = 0; i < count; i++) sum += double(r[i]) * double(r[i]);
     return 0.5 * sum;
   }
-  Energy energy(Real potential, const Point& p) const {
+  inline __attribute__((always_inline)) Energy energy(Real potential, const Point& p) const {
     const double own = double(potential) + half_squares(p.r, d);
     return {own + half_squares(p.z + d, MOVING) + half_squares(p.r + d, MOVING), own};
   }
   // The gradient times the root, a lower triangle.
-  void whiten(const Real* slope, Real* out) const {
+  void whiten(const Real* __restrict slope, Real* __restrict out) const {
     if (is_square()) Square::times(rows, slope, out);
     for (long i = d; i < n; i++) out[i] = slope[i];
     if (is_square()) return;
     if (!call.dense) {
-      for (long i = 0; i < d; i++) out[i] = call.root[i] * slope[i];
+      const Real* __restrict root = call.root;
+      for (long i = 0; i < d; i++) out[i] = root[i] * slope[i];
       return;
     }
     for (long j = 0; j < d; j++) out[j] = 0;
@@ -116,16 +123,19 @@ struct Walker {
     }
   }
   void kick(const Point& p, Real time) const {
-    for (long i = 0; i < n; i++) p.r[i] -= time * p.s[i];
+    add_times(p.r, -time, p.s, n);
+  }
+  static void scale_into(
+      Real* __restrict z, Real time, const Real* __restrict root, const Real* __restrict r) {
+    for (long i = 0; i < d; i++) z[i] += time * (root[i] * r[i]);
   }
   // Positions move with their momenta, and the noise turns about the origin.
   void drift(const Point& p, Real time) const {
-    if (!call.dense)
-      for (long i = 0; i < d; i++) p.z[i] += time * (call.root[i] * p.r[i]);
+    if (!call.dense) scale_into(p.z, time, call.root, p.r);
     if (is_square()) {
       Real way[Square::ROW + 1];
       Square::times(columns, p.r, way);
-      for (long i = 0; i < d; i++) p.z[i] += time * way[i];
+      add_times(p.z, time, way, d);
     }
     for (long i = 0; call.dense && !is_square() && i < d; i += 4) {
       const long rows = std::min(4L, d - i);
@@ -256,7 +266,7 @@ struct Walker {
       note(starts + ones * d, here.r);
       note(previous + ones * d, last);
       note(sums + ones * d, sum);
-      for (long i = 0; i < d; i++) sum[i] += here.r[i];
+      add_times(sum, Real(1), here.r, d);
       const bool complete = (number & (number + 1)) == 0;
       bool broken = diverging, back = false;
       for (long mark = ones - 1; mark >= ones - trailing && !broken; mark--)
