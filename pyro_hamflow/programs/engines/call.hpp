@@ -50,8 +50,8 @@ struct Random {
       const long pairs = std::min(long(PAIRS), (n - i + 1) / 2);
       double radius[PAIRS] = {}, angle[PAIRS] = {}, along[PAIRS], across[PAIRS], made[2 * PAIRS];
       for (long k = 0; k < pairs; k++) radius[k] = uniform(), angle[k] = 2.0 * M_PI * uniform();
-      for (long k = pairs; k < (pairs + 3) / 4 * 4; k++) radius[k] = 1.0;
-      const long whole = (pairs + 3) / 4 * 4;
+      const long whole = (pairs + 3) / 4 * 4;  // vectors
+      for (long k = pairs; k < whole; k++) radius[k] = 1.0;
 #pragma omp simd
       for (long k = 0; k < whole; k++) radius[k] = std::sqrt(-2.0 * std::log(radius[k]));
 #pragma omp simd

@@ -40,7 +40,7 @@ struct Square {
   }
 };
 
-// Adds numbers times a factor; what is read and what is written lie apart, so that both are vectors.
+// Adds numbers times a factor. What is read and what is written lie apart: both are vectors.
 static inline __attribute__((always_inline)) void add_times(
     Real* __restrict to, Real factor, const Real* __restrict from, long count) {
   for (long i = 0; i < count; i++) to[i] += factor * from[i];
