@@ -18,8 +18,8 @@ from pyro_hamflow.mcmc.adaptation.walkers import MOST_STEPS, Jumps, Walkers
 from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
 from pyro_hamflow.mcmc.transitions.in_blocks import InBlocks
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, Proposals
-from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
 from pyro_hamflow.mcmc.transitions.native import NativeMoves
+from pyro_hamflow.mcmc.transitions.native_cycle import beside_jumps
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import Program
@@ -293,5 +293,4 @@ class TuneBesideJumps(Tune):
         if self.guide is None:
             return local
         target = cast(Potential, local.target)
-        jumps = IndependenceTransition(target, self.guide, self.num_proposals)
-        return CycleTransition({"local": local, "global": jumps})
+        return beside_jumps(local, target, self.guide, self.num_proposals, self.plan.num_draws)

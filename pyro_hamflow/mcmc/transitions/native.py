@@ -131,8 +131,7 @@ class NativeMoves:
 
     def draws_at_once(self) -> int:
         """How many draws the next call should make; they do not depend on it."""
-        most = _GROWTH * self._size
-        return max(1, min(most, int(self._size * _CALL / max(self._last_call, 1e-6))))
+        return draws_within(self._size, self._last_call)
 
     def info(self, made: calls.Made) -> Info:
         """The statistics of draws, of the shape of their parts."""
@@ -152,6 +151,11 @@ class NativeMoves:
             n_densities=made.n_densities,
             further=further,
         )
+
+
+def draws_within(size: int, seconds: float) -> int:
+    """How many draws a call should make, by how long the latest took for how many."""
+    return max(1, min(_GROWTH * size, int(size * _CALL / max(seconds, 1e-6))))
 
 
 def _graph_of(target: Potential | SurrogateDensity, kind: str) -> GraphModule | None:
