@@ -30,6 +30,7 @@ from pyro_hamflow.mcmc.transitions.native import NativeTransition, draws_within
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.target import Target
 from pyro_hamflow.process import undisturbed
 from pyro_hamflow.programs.capture import ELEMENTS, capture
 from pyro_hamflow.programs.engines.buffers import NotSupported
@@ -94,7 +95,8 @@ class NativeCycle(Made):
     def __init__(self, local: NativeTransition, guide: DensityGuide, num_proposals: int) -> None:
         if not isinstance(local.target, Potential):
             raise NotSupported("a learned density")
-        self.target = local.target
+        self.target: Target = local.target
+        self._potential = local.target
         self.local, self.guide, self.num_proposals = local, guide, num_proposals
         self._density = _density_of(guide, local.target, local.stream.seed)
         self._known: tuple[tuple[int, int], Pool] | None = None
@@ -182,7 +184,7 @@ class NativeCycle(Made):
     def _pool(self, moves: int, chains: int) -> Pool:
         """Proposals of so many jumps of each chain."""
         shape = moves, chains, self.num_proposals
-        position, _ = draw_from(self.guide, self.target, moves * chains * self.num_proposals)
+        position, _ = draw_from(self.guide, self._potential, moves * chains * self.num_proposals)
         state = self.local.state_at(position, position[:, :0])
         value = state.evaluation.value
         weights = self._log_weights(position, state.noise, value, refused=-torch.inf)
