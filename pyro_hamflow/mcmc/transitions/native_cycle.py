@@ -42,7 +42,7 @@ from pyro_hamflow.programs.validation import no_validation
 _ROWS = 4096  # of proposals made together
 _TRIED = 64  # draws, at which both ways to a flow's density are compared
 _WORTH_CODE = 500  # draws, from which on code of a flow's density is worth the time it takes
-_SEEDS = 2**32
+_SEEDS = 2**32  # that random states may be set to
 _TOLERANCE = 1e-6  # of densities in double precision
 
 
