@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 _FEWEST = 4  # draws of a chain
-_TAILS = (0.05, 0.95)
+_TAILS = (0.05, 0.95)  # shares of the draws below their bounds: a twentieth on either side
 
 
 def rhat(rows: np.ndarray) -> np.ndarray:
