@@ -23,6 +23,11 @@ def ess(values: np.ndarray, method: str = "bulk") -> np.ndarray:
     return _of_each("ess", values, method=method)
 
 
+def bfmi(energy: np.ndarray) -> np.ndarray:
+    """The fraction of missing information of energies ``(chains, draws)``, of each chain."""
+    return np.asarray(_arviz().bfmi(energy))
+
+
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed log weights, and the shape k of their tail."""
     if has_trees():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc import mixing
+from pyro_hamflow import arviz_bridge
 from pyro_hamflow.mcmc.draws import Draws
 
 _MOST = 40  # parameters that are looked at closely for each of two screens
@@ -61,7 +61,7 @@ def _screens(draws: Draws) -> tuple[Tensor, Tensor]:
 
 
 def judged(draws: Draws, columns: Sequence[int]) -> dict[str, np.ndarray]:
-    """R-hat and effective sample sizes of some coordinates.
+    """R-hat and effective sample sizes of some coordinates, by ArviZ.
 
     R-hat of what never moved is infinite. A few coordinates are read at a time.
     """
@@ -79,9 +79,9 @@ def _judge(rows: np.ndarray) -> dict[str, np.ndarray]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # chains that never moved
         warnings.simplefilter("ignore")
         found = {
-            "rhat": mixing.rhat(halved(rows)),
-            "ess_bulk": mixing.ess_bulk(rows),
-            "ess_tail": mixing.ess_tail(rows),
+            "rhat": arviz_bridge.rhat(halved(rows)),
+            "ess_bulk": arviz_bridge.ess(rows),
+            "ess_tail": arviz_bridge.ess(rows, "tail"),
         }
     moved = (np.ptp(rows, 1) > 0.0).any(0)
     found["rhat"] = np.where(moved & np.isfinite(found["rhat"]), found["rhat"], np.inf)

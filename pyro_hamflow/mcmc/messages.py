@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_hamflow.mcmc import mixing
+from pyro_hamflow import arviz_bridge
 from pyro_hamflow.mcmc.diagnosis import halved, judged, worst
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.sites import Site
@@ -138,7 +138,7 @@ def _compare(result: Report, position: Tensor, explored: Tensor, sites: Sequence
     is_below = (position[..., column].double() <= limit).double().cpu().numpy()
     error = float(variance.flatten()[place])
     if is_below.std() > 0.0:
-        error += float(is_below.var() / mixing.ess_bulk(is_below[..., None])[0])
+        error += float(is_below.var() / arviz_bridge.ess(is_below[..., None])[0])
     shares = float(before[place % number]), float(is_below.mean())
     result.values["explored_gap"] = abs(shares[1] - shares[0]) / error**0.5
     if result.values["explored_gap"] > _ERRORS:
@@ -164,7 +164,7 @@ def _look_at_energies(result: Report, stats: Mapping[str, Tensor]) -> None:
         )
     if bool(stats["n_steps"].any()):  # else no momentum gives it energy
         with np.errstate(all="ignore"):  # no energy varies of a model without parameters
-            bfmi = mixing.bfmi(stats["energy"].double().numpy())
+            bfmi = arviz_bridge.bfmi(stats["energy"].double().numpy())
         result.values["min_bfmi"] = float(bfmi.min())
         if bfmi.min() < _SMALLEST_BFMI:
             result.messages.append(
@@ -214,7 +214,7 @@ def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor], aim: floa
 
 def _rhat(values: np.ndarray) -> float:
     with np.errstate(all="ignore"):
-        return float(mixing.rhat(halved(values)[..., None])[0])
+        return float(arviz_bridge.rhat(halved(values)))
 
 
 def _name(sites: Sequence[Site], column: int) -> str:
