@@ -28,6 +28,7 @@ WANTED_ERROR = 0.05
 MOST_POINTS = 1024
 _POINTS = 8  # of the first lattice
 _REPLICATES = 4  # of each
+_DOUBT = 5.0  # of four estimates, the error looks so many times too small once in a hundred draws
 _DRAWS = 250  # whose errors are looked at together
 _NUMBERS = 2**26  # of noise, made at once: half a GiB
 _STREAM = 0x9E3779B97F4A7C15  # added to a run's seed, whose own stream the chain has seen
@@ -56,11 +57,11 @@ class Pointwise:
 def pointwise(source: Potential, model: Model, position: Tensor, seed: int | None) -> Pointwise:
     """The log-likelihood of every term at every draw, estimates from noise of their own.
 
-    Where the likelihood is estimated, the estimates are averaged over fresh noise, until the
-    standard error of each element, a root mean square over the draws, is below ``WANTED_ERROR``:
-    where it is not, the elements at fault are estimated again, first by points that are moved to
-    where their weights are (:mod:`~pyro_hamflow.results.moved`), then, at draws where one of them
-    is still at fault, from four times as many, up to ``MOST_POINTS``. The logarithm of an average
+    Estimates are averaged over fresh noise, until the standard error of each element, a root mean
+    square over the draws, is below ``WANTED_ERROR``: where it is not, elements at fault are
+    estimated again, first by points moved to where their weights are, then from four times as many,
+    up to ``MOST_POINTS``. Only draws beyond doubt are left out: to leave out all whose error looks
+    small would keep those that do by chance, which are mostly too low. The logarithm of an average
     is low by half its variance, which is about .001 at that error.
 
     Arguments:
@@ -164,7 +165,7 @@ class _Estimator:
         level = 1
         while self._count(level) <= MOST_POINTS:
             by_element = error.square().mean(0).sqrt()
-            bad = (by_element > WANTED_ERROR) & (error > WANTED_ERROR)
+            bad = (by_element > WANTED_ERROR) & (error > WANTED_ERROR / _DOUBT)
             if not bool(bad.any()):
                 break
             # Where a proposal fits badly, errors are found too small at single draws. So points are
@@ -172,7 +173,6 @@ class _Estimator:
             moves = bool(self._models) and level == 1
             todo = (bad.any(-1) | moves).nonzero().flatten()
             found = self._replicate(level, draws[todo], [p[todo] for p in places], generator)
-            # Whatever their own errors are: estimates that look good by chance are mostly too low.
             new = by_element > WANTED_ERROR / 2
             value[todo] = torch.where(new, found[0], value[todo])
             error[todo] = torch.where(new, found[1], error[todo])

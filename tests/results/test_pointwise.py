@@ -14,6 +14,7 @@ import torch
 import xarray
 
 import pyro_hamflow as phf
+from pyro_hamflow.results import pointwise as pointwise_module
 from pyro_hamflow.results.pointwise import WANTED_ERROR
 from tests.helpers.arviz_versions import TREES
 
@@ -139,6 +140,21 @@ def by_quadrature(mean):
 def worst_element(found, truth):
     """The largest error of an element, as a root mean square over the draws."""
     return np.sqrt(np.square(found.to_numpy() - truth).mean((0, 1))).max()
+
+
+def test_errors_are_as_small_as_they_are_said_to_be(monkeypatch):
+    """Over ten noises: draws kept for an error that is small by chance alone have a larger one."""
+    marginal = phf.marginalize(poisson, ["x"], num_particles=3, proposal="prior")
+    mcmc = phf.MCMC(phf.PseudoMarginalHMC(marginal), 30, 40, num_chains=2, seed=0)
+    mcmc.run(COUNTS.double())
+    first, errors, said = pointwise_module._STREAM, [], []
+    for stream in range(10):
+        monkeypatch.setattr(pointwise_module, "_STREAM", first + stream)
+        found = phf.to_inference_data(mcmc)
+        truth = by_quadrature(found.posterior["mean"].to_numpy())
+        errors.append(worst_element(found.log_likelihood["y"], truth))
+        said.append(found.log_likelihood.attrs["log_likelihood_error"])
+    assert np.square(errors).mean() < 1.3**2 * np.square(said).mean()
 
 
 @pytest.mark.parametrize("points", ["iid", "rqmc"])
