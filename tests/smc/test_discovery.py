@@ -75,6 +75,24 @@ def test_a_lottery_is_no_share(monkeypatch):
     assert lottery_of(potential, everywhere, torch.zeros(shape)) == (0, 0)
 
 
+def found_beyond(mean, width):
+    """Modes that descents find in fifty dimensions beside one that the population has."""
+    torch.manual_seed(0)
+    there = mixture(50, [(0.5, 4.0 - mean, 1.0), (0.5, mean, width)], 4.0)
+    position = 4.0 - mean + torch.randn(2000, 50)
+    visited = 4.0 * torch.randn(5000, 50)
+    found = look_for_modes(Potential(there), position, torch.zeros(16, 125), visited, 1000)
+    return found.num_missed
+
+
+def test_descents_begin_nearer_and_farther_than_draws_of_many_dimensions(monkeypatch):
+    asked = (0.0, 0.5), (4.0, 1.0)  # narrow in the middle, and as wide far from it
+    assert [found_beyond(*each) for each in asked] == [1, 1]
+    monkeypatch.setattr(discovery, "_NEAREST", 1.0)
+    monkeypatch.setattr(discovery, "_FARTHEST", 1.0)
+    assert [found_beyond(*each) for each in asked] == [0, 0]
+
+
 def test_without_descents_it_has_not(monkeypatch):
     monkeypatch.setattr(annealing, "look_for_modes", lambda *args: ([], 0, 0))
     assert all(abs(share_of_narrow(seed)[1] - 0.4) > 0.1 for seed in (1, 2))
