@@ -4,7 +4,8 @@ Along a path of temperatures a mode much narrower than others holds next to noth
 so that a population of any size one can pay may have no particle there. Descents find what they
 begin above. They begin at draws of the prior and where the population was on its way: at some
 picked at random, which find what many of them lie above, and at some where the potential is steep
-for how high it is, as it is above narrow modes.
+for how high it is, as it is above narrow modes. In many dimensions all draws lie at about the same
+distance from the middle, and above one mode: so descents begin nearer to it and farther, too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _PRIOR = 4  # draws of the prior for each particle, whose steepness is looked at
 _COST = 0.05  # of what the population took, that descents may take
 _LENGTH = 40  # gradients of a descent, about
 _FEWEST, _STARTS = 16, 256  # descents
+_STRETCHED = 2  # of them, for each beside that begins nearer to the prior's middle, or farther
+_NEAREST, _FARTHEST = 0.2, 3.0  # times the distance of a draw
 _OWN = 4  # of them, for each beside that begins where the population is
 _MOST_MODES = 32
 _MISSED = 0.2  # of what a mode holds, less of which a population has missed
@@ -94,7 +97,8 @@ def look_for_modes(
         drawn = Prior(potential).draw(_PRIOR * len(position))[0]
         starts = _starts(descent, torch.cat([visited, drawn]), count, len(position))
         picked = weights.multinomial(max(count // _OWN, _FEWEST), replacement=True)
-        starts = torch.cat([starts, position[picked]])
+        stretched = _stretched(drawn, max(count // _STRETCHED, _FEWEST))
+        starts = torch.cat([starts, position[picked], stretched])
         modes = find_modes(descent, starts, _MOST_MODES)
         if not modes:
             return nothing
@@ -149,6 +153,14 @@ def _starts(descent: Descent, pool: Tensor, count: int, rows: int) -> Tensor:
     ranks = torch.logspace(0.0, math.log10(len(pool)), steep).long().clamp(max=len(pool)) - 1
     ranks = torch.maximum(ranks, torch.arange(steep))  # no rank twice
     return torch.cat([pool[order[ranks]], pool[torch.randperm(len(pool))[: count - steep]]])
+
+
+def _stretched(drawn: Tensor, count: int) -> Tensor:
+    """So many draws, nearer to their middle or farther, evenly in the logarithm of how much."""
+    middle = drawn.median(0).values
+    factor = torch.logspace(math.log10(_NEAREST), math.log10(_FARTHEST), count).to(drawn)
+    picked = drawn[torch.randint(len(drawn), (count,), device=drawn.device)]
+    return middle + factor[:, None] * (picked - middle)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

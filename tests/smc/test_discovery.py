@@ -13,8 +13,9 @@ from pyro_hamflow.flows.descent import Descent
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import PriorAndModes
-from pyro_hamflow.smc import annealing
+from pyro_hamflow.smc import annealing, discovery
 from pyro_hamflow.smc.annealing import anneal
+from pyro_hamflow.smc.discovery import look_for_modes
 
 
 def mixture(dimension, parts, scale):
@@ -48,6 +49,48 @@ def test_a_narrow_mode_has_its_share():
         assert abs(share - 0.4) < 0.05
         assert abs(sampler.log_evidence) < 4.0 * sampler.log_evidence_error < 0.4
         assert "Descents found 1 mode that" in sampler.message
+
+
+def lottery_of(potential, position, log_weights):
+    """How many modes count as missed by a population, and how many a path should begin at."""
+    found = look_for_modes(potential, position, log_weights, position[::8], 1000)
+    return found.num_missed, len(found.modes)
+
+
+def test_a_lottery_is_no_share(monkeypatch):
+    """Of one part in sixteen that holds the mode alone, the mean is right and says nothing."""
+    torch.manual_seed(0)
+    potential = Potential(NARROW)
+    shape = (16, 125)
+    narrow, wide = 0.4 * torch.randn(2000, 8), 4.0 + 1.5 * torch.randn(2000, 8)
+    in_one = (torch.arange(2000) < 125)[:, None]
+    position = torch.where(in_one, narrow, wide)
+    log_weights = torch.zeros(shape)
+    log_weights[0] = math.log(10.0)  # of 25 in all: the share is right
+    assert lottery_of(potential, position, log_weights) == (1, 2)
+    with monkeypatch.context() as spoilt:
+        spoilt.setattr(discovery, "_LUCK", math.inf)
+        assert lottery_of(potential, position, log_weights) == (0, 0)
+    everywhere = torch.where(torch.rand(2000, 1) < 0.4, narrow, wide)
+    assert lottery_of(potential, everywhere, torch.zeros(shape)) == (0, 0)
+
+
+def found_beyond(mean, width):
+    """Modes that descents find in fifty dimensions beside one that the population has."""
+    torch.manual_seed(0)
+    there = mixture(50, [(0.5, 4.0 - mean, 1.0), (0.5, mean, width)], 4.0)
+    position = 4.0 - mean + torch.randn(2000, 50)
+    visited = 4.0 * torch.randn(5000, 50)
+    found = look_for_modes(Potential(there), position, torch.zeros(16, 125), visited, 1000)
+    return found.num_missed
+
+
+def test_descents_begin_nearer_and_farther_than_draws_of_many_dimensions(monkeypatch):
+    asked = (0.0, 0.5), (4.0, 1.0)  # narrow in the middle, and as wide far from it
+    assert [found_beyond(*each) for each in asked] == [1, 1]
+    monkeypatch.setattr(discovery, "_NEAREST", 1.0)
+    monkeypatch.setattr(discovery, "_FARTHEST", 1.0)
+    assert [found_beyond(*each) for each in asked] == [0, 0]
 
 
 def test_without_descents_it_has_not(monkeypatch):
