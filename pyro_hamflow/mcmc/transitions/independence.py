@@ -96,7 +96,7 @@ class IndependenceTransition:
     def log_weight_at(self, state: State) -> Tensor:
         """The logarithm of the weight of where chains are, infinite where they have to stay."""
         log_ratio = log_ratio_at(self.guide, state.position)
-        here = _log_weight(state.evaluation.value, log_ratio)
+        here = log_weight(state.evaluation.value, log_ratio)
         return here.masked_fill(~log_ratio.isfinite(), torch.inf)
 
     def propose(self, count: int) -> Proposals:
@@ -104,7 +104,7 @@ class IndependenceTransition:
         position, log_ratio = draw_from(self.guide, self._potential, count)
         noise = self._potential.draw_noise(count)
         evaluation = self.target.evaluate(position, noise)
-        log_weights = _log_weight(evaluation.value, log_ratio)
+        log_weights = log_weight(evaluation.value, log_ratio)
         log_weights = log_weights.masked_fill(~log_weights.isfinite(), -torch.inf)
         return Proposals(position, noise, evaluation, log_weights)
 
@@ -148,12 +148,17 @@ def choose(here: Tensor, log_weights: Tensor) -> tuple[Tensor, Decision]:
     Returns:
         Which proposal was picked, of shape ``(chains,)``, and the decision.
     """
-    pick = (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(1)
+    pick = pick_by_weight(log_weights)
     others = log_weights.scatter(1, pick[:, None], here[:, None])
     error = others.logsumexp(1) - log_weights.logsumexp(1)
     return pick, metropolis_of_point(error, draw_uniform(len(here), error.device))
 
 
-def _log_weight(value: Tensor, log_ratio: Tensor) -> Tensor:
+def pick_by_weight(log_weights: Tensor) -> Tensor:
+    """Which of the last dimension is picked, at random by the weights."""
+    return (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(-1)
+
+
+def log_weight(value: Tensor, log_ratio: Tensor) -> Tensor:
     """The logarithm of the importance weight, up to a constant, in float64."""
     return -(value.double() + log_ratio.double())

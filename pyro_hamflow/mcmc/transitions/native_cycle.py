@@ -24,7 +24,11 @@ from pyro_hamflow.mcmc.transitions.base import (
     judge,
     select,
 )
-from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition
+from pyro_hamflow.mcmc.transitions.independence import (
+    IndependenceTransition,
+    log_weight,
+    pick_by_weight,
+)
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
 from pyro_hamflow.mcmc.transitions.native import NativeTransition, draws_within
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
@@ -167,7 +171,7 @@ class NativeCycle(Made):
             refused: What stands where the flow's density is no finite number.
         """
         log_ratio, _ = self._density.gradient(position, noise)
-        found = -(value.double() + log_ratio.double())
+        found = log_weight(value, log_ratio)
         return found.masked_fill(~log_ratio.isfinite(), refused)
 
     def _proposals(self, number: int, state: State) -> Pool:
@@ -189,7 +193,7 @@ class NativeCycle(Made):
         value = state.evaluation.value
         weights = self._log_weights(position, state.noise, value, refused=-torch.inf)
         weights = weights.masked_fill(~weights.isfinite(), -torch.inf).reshape(shape)
-        pick = (weights - torch.empty_like(weights).exponential_().log()).argmax(-1, keepdim=True)
+        pick = pick_by_weight(weights)[..., None]
 
         def picked(part: Tensor) -> Tensor:
             rows = part.reshape(*shape, *part.shape[1:])

@@ -96,8 +96,8 @@ def _running(operation: str) -> Rule:
         if not a.shape:
             writer.emit(f"*{values.place} = *{a.place}; *{places.place} = 0;")
             return
-        first = a.at(_along(a, dim, "0")[1])
-        head, indices, length = _along(a, dim)
+        head, indices, length = _along(a, dim, "0")
+        first, indices[dim] = a.at(indices), "k"
         writer.emit(
             f"{head}{{ {a.kind} x = *{first}; int64_t j = 0; for (long k = 0; k < {length}; k++) "
             f"{{ const {a.kind} y = *{a.at(indices)}; "
