@@ -11,9 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pyro_hamflow.mcmc.transitions.base import Block, Info, State, Transition, Tuning
-from pyro_hamflow.mcmc.transitions.native import NativeMoves
-from pyro_hamflow.mcmc.transitions.native_cycle import NativeCycle
+from pyro_hamflow.mcmc.transitions.base import (
+    Block,
+    Info,
+    ManyAtOnce,
+    State,
+    Transition,
+    Tuning,
+)
 from pyro_hamflow.mcmc.transitions.trajectories import Trajectories
 
 
@@ -102,7 +107,7 @@ class Moves:
 
     def many(self, state: State, most: int) -> tuple[State, Block] | None:
         """Moves all chains up to so many times in one call; none if the move cannot do that."""
-        if not isinstance(self.transition, NativeMoves | NativeCycle):
+        if not isinstance(self.transition, ManyAtOnce):
             return None
         count = min(most, self.transition.draws_at_once())
         steps = [self.trajectories.draw_num_steps(self.tuning.step_size) for _ in range(count)]

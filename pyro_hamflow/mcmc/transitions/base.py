@@ -8,7 +8,7 @@ what warm-up adapts, in the :class:`Tuning`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -150,6 +150,17 @@ class ParameterTransition(Transition, Protocol):
 
     def refreshed(self, state: State, tuning: Tuning) -> State:
         """The state with potential and gradient computed anew, after its noise has changed."""
+
+
+@runtime_checkable
+class ManyAtOnce(Transition, Protocol):
+    """A move that makes many draws of all chains in one call."""
+
+    def draws_at_once(self) -> int:
+        """How many draws the next call should make; they do not depend on it."""
+
+    def block(self, state: State, tuning: Tuning, num_steps: list[int]) -> tuple[State, Block]:
+        """As many draws as numbers of steps, with all that is kept of them."""
 
 
 class Observe(Protocol):

@@ -73,22 +73,11 @@ class CycleTransition(_Parts):
     def step(self, state: State, tuning: Tuning, num_steps: int) -> tuple[State, Info]:
         first, *others = self.parts
         state, info = self._step(first, state, tuning, num_steps)
-        whole = info.adding(**{f"{first}_acceptance_rate": info.acceptance_rate})
+        whole = beginning(first, info)
         for name in others:
             before = state.evaluation.value
             state, info = self._step(name, state, tuning, num_steps)
-            whole = whole._replace(
-                accepted=whole.accepted | info.accepted,
-                energy=whole.energy + (state.evaluation.value.double() - before.double()),
-                n_steps=whole.n_steps + info.n_steps,
-                n_gradients=whole.n_gradients + info.n_gradients,
-                n_densities=whole.n_densities + info.n_densities,
-            ).adding(
-                **{
-                    f"{name}_acceptance_rate": info.acceptance_rate,
-                    f"{name}_accepted": info.accepted,
-                }
-            )
+            whole = followed_by(whole, name, info, state.evaluation.value.double() - before)
         return state, whole
 
 
@@ -125,3 +114,31 @@ class MixtureTransition(_Parts):
             further[f"{name}_acceptance_rate"] = rate if made else torch.full_like(rate, torch.nan)
             further[f"{name}_accepted"] = accepted & made
         return state, info._replace(further=further)
+
+
+def beginning(name: str, info: Info) -> Info:
+    """What happened in the first move of a cycle, with its acceptance rate by its name."""
+    return info.adding(**{f"{name}_acceptance_rate": info.acceptance_rate})
+
+
+def followed_by(whole: Info, name: str, info: Info, gained: Tensor) -> Info:
+    """What happened in a cycle so far, and in the next of its moves.
+
+    Arguments:
+        whole: The moves before.
+        name: The next move's.
+        info: What happened in it.
+        gained: By how much it raised the potential of each chain, in float64.
+    """
+    return whole._replace(
+        accepted=whole.accepted | info.accepted,
+        energy=whole.energy + gained,
+        n_steps=whole.n_steps + info.n_steps,
+        n_gradients=whole.n_gradients + info.n_gradients,
+        n_densities=whole.n_densities + info.n_densities,
+    ).adding(
+        **{
+            f"{name}_acceptance_rate": info.acceptance_rate,
+            f"{name}_accepted": info.accepted,
+        }
+    )

@@ -21,7 +21,7 @@ from pyro_hamflow.mcmc.transitions.base import (
     State,
     Transition,
     Tuning,
-    judge,
+    metropolis_of_point,
     select,
 )
 from pyro_hamflow.mcmc.transitions.independence import (
@@ -29,7 +29,7 @@ from pyro_hamflow.mcmc.transitions.independence import (
     log_weight,
     pick_by_weight,
 )
-from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
+from pyro_hamflow.mcmc.transitions.mixture import CycleTransition, beginning, followed_by
 from pyro_hamflow.mcmc.transitions.native import NativeTransition, draws_within
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
@@ -135,8 +135,7 @@ class NativeCycle(Made):
         here = self._log_weights(state.position, state.noise, old, refused=torch.inf)
         to = self._proposals(number, state)
         error = torch.logaddexp(to.others, here) - to.all
-        rate, _, _ = judge(error)
-        accepted = to.uniform < rate
+        accepted, rate, error, diverging = metropolis_of_point(error, to.uniform)
         value = select(accepted, to.value, old)
         moved = State(
             select(accepted, to.position, state.position),
@@ -146,18 +145,17 @@ class NativeCycle(Made):
         )
         # Of each proposal the energy comes with its gradient, but for walkers that follow none.
         walks, count = self.local.walks, self.num_proposals
-        return moved, info._replace(
-            accepted=info.accepted | accepted,
-            energy=info.energy + (value.double() - old.double()),
-            n_gradients=info.n_gradients if walks else info.n_gradients + count,
-            n_densities=info.n_densities + count if walks else info.n_densities,
-            further={
-                **info.further,
-                "local_acceptance_rate": info.acceptance_rate,
-                "global_acceptance_rate": rate,
-                "global_accepted": accepted,
-            },
+        jump = Info(
+            accepted=accepted,
+            acceptance_rate=rate,
+            energy_error=error,
+            diverging=diverging,
+            energy=value,
+            n_steps=0,
+            n_gradients=0 if walks else count,
+            n_densities=count if walks else 0,
         )
+        return moved, followed_by(beginning("local", info), "global", jump, value.double() - old)
 
     def _log_weights(
         self, position: Tensor, noise: Tensor, value: Tensor, *, refused: float
