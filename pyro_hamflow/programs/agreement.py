@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-_FAR = 30.0  # of results, in moves of them
-_KNOWN = 1e-5  # by how much results may move, relative to the largest, that tell anything
 # Relative to a tensor's largest number: sums in another order differ by 1e-9 in double precision.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 
@@ -63,21 +61,3 @@ def is_near(one: Tensor, other: Tensor, tolerance: float) -> bool:
     finite = other.abs().nan_to_num(nan=0.0, posinf=0.0)
     scale = tolerance * (1.0 + float(finite.max()))
     return torch.allclose(one, other, rtol=tolerance, atol=scale, equal_nan=True)
-
-
-def is_near_as(one: Tensor, other: Tensor, moved: Sequence[Tensor]) -> bool:
-    """Whether two tensors are as near to each other, by far, as the second to itself when moved.
-
-    So they are no nearer than the second is known; but it has to be known to some digits.
-    """
-    if not other.is_floating_point() or not other.numel():
-        return torch.equal(one, other)
-    spread = max(float((result - other).abs().max()) for result in moved)
-    known = spread <= _KNOWN * (1.0 + float(other.abs().max()))
-    return known and bool((one - other).abs().max() <= _FAR * spread)
-
-
-def lies_about(captured: Tensor, low: Tensor, high: Tensor) -> bool:
-    """Whether a result is no further from two others than they are from each other, by far."""
-    spread = (high - low).abs().max()
-    return bool(((captured - low).abs().max() <= _FAR * spread).all())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.programs.agreement import all_equal, lies_about, tolerance_of
+from pyro_hamflow.programs.agreement import all_equal, tolerance_of
 from pyro_hamflow.programs.capture import (
     Program,
     batch,
@@ -31,10 +32,10 @@ from pyro_hamflow.programs.captured import Captured
 from pyro_hamflow.programs.compilation import SelfCompiling
 from pyro_hamflow.programs.failures import Failures, first_line
 from pyro_hamflow.programs.gaps import without_gaps_in_constants
+from pyro_hamflow.programs.rounding import moves_by_rounding, same_but_for_rounding
 from pyro_hamflow.programs.validation import no_validation
 
 _CHECKS = (-1.0, 0.3, 2.0)  # times the point of capture
-_ROUNDING = 1e-4  # of a position, in tolerances
 _CACHED = 2**16  # numbers in a tensor
 _MOST_PROGRAMS = 128  # of one owner, beyond which its oldest are forgotten
 
@@ -242,18 +243,19 @@ class ProgramCache:
     def _check(self, kind: str, graph: GraphModule) -> None:
         """Compares a graph with the model at a few points, on all sides of zero.
 
-        They may differ by rounding, which is judged by moving the point by as much. Where the model
-        fails, the graph may give any value but a finite one.
+        They may differ by rounding, which is told by what either gives where it rounds worse. Where
+        the model fails, the graph may give any value but a finite one.
         """
         tolerance, one = tolerance_of(graph), self.functions.function(kind)
-        for position, *others in self._points(kind):
-            captured = graph(position, *others)
+        for point in self._points(kind):
+            captured = graph(*point)
             try:
-                same = all_equal(captured, one(position, *others), tolerance)
+                right = one(*point)
+                same = all_equal(captured, right, tolerance)
                 if not same:
-                    moves = (1.0 - _ROUNDING * tolerance, 1.0 + _ROUNDING * tolerance)
-                    near = [one(move * position, *others) for move in moves]
-                    same = all(map(lies_about, captured, *near))
+                    ways = [moves_by_rounding(partial(way, *point)) for way in (graph, one)]
+                    moves = list(map(torch.maximum, *ways))
+                    same = same_but_for_rounding(captured, right, moves, tolerance)
             except Exception:  # whatever a model's own code may raise
                 same = not bool(captured[0].isfinite())
             if not same:

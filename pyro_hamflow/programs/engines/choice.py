@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.programs.agreement import coarsest_of, is_near, is_near_as, rounding_of
+from pyro_hamflow.programs.agreement import coarsest_of, is_near, rounding_of
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.native import Looks, NativeProgram, native_program
+from pyro_hamflow.programs.rounding import moves_by_rounding, same_but_for_rounding
 
 ENGINES = ("auto", "torch", "native")
 
@@ -31,7 +32,6 @@ _OUT_OF_CACHE, _MANY_CHAINS = 2**21, 16
 # How many chains' starts machine code is compared with the graph at, and by how much it is compared
 # on either side of them.
 _CHECKED, _SHIFTS = 4, (-0.5, 0.7)
-_NUDGES = (-2.0, 2.0, 4.0)  # of the place, in roundings
 
 
 class Choice(NamedTuple):
@@ -136,7 +136,7 @@ def _same(
 ) -> bool:
     """Whether results are the same but for rounding: a potential, and what belongs to it.
 
-    Rounding is what the graph's own results show where its place is moved by as much: that of the
+    Rounding is what the graph's own results show where its operations round worse: that of the
     inverse of a nearly singular matrix is far larger than that of a sum.
 
     Arguments:
@@ -161,11 +161,10 @@ def _same(
     pairs = list(zip(found, expected, strict=True))
     if all(is_near(*pair, tolerance) for pair in pairs):
         return True
-    rounding = eps * (1.0 + row.abs())
-    moved = [known(row + side * rounding) for side in _NUDGES]
+    moves = moves_by_rounding(lambda: known(row))
     return all(
-        is_near(*pair, tolerance) or is_near_as(*pair, [results[i] for results in moved])
-        for i, pair in enumerate(pairs)
+        is_near(one, other, tolerance) or same_but_for_rounding([one], [other], [move], 0.0)
+        for (one, other), move in zip(pairs, moves, strict=True)
     )
 
 
