@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from contextlib import nullcontext
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
@@ -50,11 +51,23 @@ from tests.helpers.targets import effects
 SMALL = {"hidden": (8, 8), "num_steps": 3}
 
 
+@cache
+def _begun():
+    guide = AutoNeuralHamiltonianFlow(mixed, **SMALL)
+    guide.prepare(Y)
+    return guide
+
+
+def begun():
+    """A guide that has found where it starts, which takes longer than to train it a little."""
+    return copy.deepcopy(_begun())
+
+
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
 @pytest.mark.parametrize("name", ELBOS)
 @pytest.mark.parametrize("model", [conjugate, mixed])
 def test_trains_under_every_bound(name, model):
-    guide = AutoNeuralHamiltonianFlow(model, **SMALL)
+    guide = begun() if model is mixed else AutoNeuralHamiltonianFlow(model, **SMALL)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), ELBOS[name]())
     before = None
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 
 import pyro_hamflow as phf
 from pyro_hamflow.model.potential import Potential
+from tests.helpers.kinds import long_but
 from tests.helpers.laws import LIMIT, assert_invariant, scores
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 DATA = (1.9, -0.4, 0.7, 2.2, 0.3, 1.5)
-CHAINS, WARMUP, DRAWS = 16, 150, 150
+CHAINS, WARMUP, DRAWS = 16, 100, 100
 
 
 class Place(NamedTuple):
@@ -159,7 +161,19 @@ def assert_right(values, mean, spread):
     assert np.abs(found).max() < LIMIT
 
 
-@pytest.mark.parametrize("name", KERNELS)
+# On the CPU these stay, for other tests run all kernels there in double precision.
+ON_THE_CPU_TOO = {"HMC", "NUTS", "HNNHMC", "joint HMC", "auto NUTS", "lattice"}
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    long_but(
+        lambda case: case[0].device != "cpu" or case[1] in ON_THE_CPU_TOO,
+        itertools.product(PLACES, KERNELS),
+    ),
+    indirect=["place"],
+    ids=str,
+)
 def test_kernels(place, name):
     kernel = KERNELS[name]()
     mcmc = sampled(kernel, place)
