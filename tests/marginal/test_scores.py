@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pyro
@@ -15,6 +16,7 @@ from pyro_hamflow.marginal import joint_density
 from pyro_hamflow.marginal.normal_transform import normal_transform
 from pyro_hamflow.marginal.proposals import laplace
 from pyro_hamflow.marginal.scores import reference, score_form
+from tests.helpers.kinds import long_but
 from tests.mixed_models import MIXED_MODELS
 
 GRID = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)  # unconstrained
@@ -53,7 +55,6 @@ FAMILIES = {
     "student t": (lambda a, b: dist.StudentT(3.0, a, b), normal, REAL),
     "mixture of gammas": (gammas, poisson, COUNTS),
 }
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 def at(a, b):
@@ -109,9 +110,15 @@ def estimates(family, values, num_particles, proposal="laplace", replicates=4000
         return torch.func.vmap(one, chunk_size=1000)(noise)
 
 
-@families
-@pytest.mark.parametrize("num_particles", [2, 8])
-def test_estimate_is_unbiased_where_it_was_not_fitted(family, num_particles):
+@pytest.mark.parametrize(
+    ("name", "num_particles"),
+    long_but(
+        lambda case: (list(FAMILIES).index(case[0]) % 2 == 0) == (case[1] == 8),
+        itertools.product(FAMILIES, [2, 8]),
+    ),
+)
+def test_estimate_is_unbiased_where_it_was_not_fitted(name, num_particles):
+    family = FAMILIES[name]
     ratio = (estimates(family, THERE, num_particles) - exact(family, THERE)).exp()
     error = ratio.std(0) / math.sqrt(len(ratio))
     assert error.max() < 0.1, "the test has no power"
@@ -133,9 +140,12 @@ def test_a_coordinate_that_moves_otherwise_is_noticed(monkeypatch):
     assert ((ratio.mean(0) - 1.0).abs() / error).max() > 8.0
 
 
-@families
-def test_few_particles_do_where_many_of_the_prior_would_not(family):
+@pytest.mark.parametrize(
+    "name", long_but(["gamma", "uniform", "laplace", "student t", "mixture of gammas"], FAMILIES)
+)
+def test_few_particles_do_where_many_of_the_prior_would_not(name):
     """Eight vary less than four times as many of the prior, fitted where they are used or not."""
+    family = FAMILIES[name]
     for values in (HERE, THERE):
         own = estimates(family, values, 8, replicates=1000).var(0).sum()
         assert own < 0.5 * estimates(family, values, 32, "prior", 1000).var(0).sum()

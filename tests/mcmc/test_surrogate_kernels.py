@@ -46,6 +46,7 @@ from pyro_hamflow.surrogates.fit import fit_energy
 from pyro_hamflow.surrogates.gradient_log import GradientLog, LeapfrogSettings
 from pyro_hamflow.surrogates.losses import Points
 from tests.helpers.exact_draws import SLOPE, Y, latent, make_target
+from tests.helpers.kinds import long_but
 from tests.helpers.laws import assert_invariant, scores
 from tests.helpers.learned import endpoint, per_leaf
 
@@ -526,8 +527,13 @@ def rosenbrock_draws(dimension, count, particles=400_000):
     return x[torch.randperm(particles)[:count]]
 
 
-@pytest.mark.parametrize("correction", ["endpoint", "per leaf"])
-@pytest.mark.parametrize("dimension", [3, 10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dimension", "correction"),
+    long_but(
+        [(3, "endpoint"), (10, "per leaf")],
+        itertools.product([3, 10, 100], ["endpoint", "per leaf"]),
+    ),
+)
 def test_moments_of_rosenbrock(dimension, correction):
     """Chains begun at draws of the density keep the moments that quadrature gives.
 
@@ -577,7 +583,8 @@ def test_few_trajectories_in_many_dimensions_are_no_plane_to_stay_in():
     def normals():
         pyro.sample("x", dist.Normal(torch.zeros(60), 1.0).to_event(1))
 
-    kernel = learner(HNNHMC, normals, rounds=0, num_proposals=4, training_steps=50)
+    settings = {"rounds": 0, "num_proposals": 4, "training_steps": 50, "max_num_steps": 50}
+    kernel = learner(HNNHMC, normals, **settings)
     mcmc = run(kernel, draws=20, warmup=100, chains=1)
     assert mcmc.draws.position.isfinite().all()
 
