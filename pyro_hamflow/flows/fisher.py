@@ -8,6 +8,7 @@ N(0, I), whose gradient is z. Each draw gives as many equations as it has coordi
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -30,6 +31,19 @@ def divergences(coordinates: Tensor, gradient: Tensor) -> Tensor:
         gradient: The potential's gradient there.
     """
     return torch.log1p((gradient - coordinates).square().mean(-1))
+
+
+@torch.no_grad()
+def mean_divergence(points: tuple[Tensor, Tensor], held_out: Tensor) -> float:
+    """The mean of points held out, of coordinates and gradients; infinite if it is no number."""
+    value = float(divergences(*points)[held_out].mean())
+    return value if math.isfinite(value) else math.inf
+
+
+def worst_divergence(points: tuple[Tensor, Tensor], held_out: Tensor) -> float:
+    """That of the one coordinate that is furthest from normal."""
+    each = zip(*(part.split(1, -1) for part in points), strict=True)
+    return max(mean_divergence(one, held_out) for one in each)
 
 
 def fit_transport(

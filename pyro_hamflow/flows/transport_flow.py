@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from pyro_hamflow.model.transported import Transport
 
 _WIDTH = 32  # of a conditioner's hidden layer: 64 learned no more of a funnel of 101 dimensions
 _HALVES = 4  # layers that move half of all coordinates by the others
-_STRETCH = 8.0  # the largest logarithm of a scale: unbounded, layers overflow one upon the other
+# Logarithms of scales are linear up to the first, and bounded by the sum: without bounds, layers
+# overflow one upon the other, and bent ones make a funnel's neck too wide.
+_LINEAR, _BEYOND = 8.0, 2.0
 _MOST_CUTS = 3  # of the coordinates in order, about which layers are made
 
 
@@ -34,7 +36,8 @@ class TransportFlow(nn.Module):
     logarithms of local scales are often linear in global parameters, and so are extrapolated
     rightly from few points. Which coordinates a layer holds fixed follows the sites: those of few
     elements first, for what is global has fewer than what is local. Layers that halve the
-    coordinates at random do the rest. It begins as a shift and a scale.
+    coordinates at random do the rest. It begins as a shift and a scale;
+    :func:`~pyro_hamflow.flows.transport_start.begin` finds the linear parts by least squares.
 
     :meth:`pull` takes a potential's gradients to the map's coordinates, without automatic
     differentiation, so that the Fisher divergence is trained on at little more than the cost of a
@@ -65,7 +68,7 @@ class TransportFlow(nn.Module):
             layers.append(Coupling(first, second))
             first, second = second, first
         for first, second in _cuts(sizes):
-            layers += [Coupling(second, first), Coupling(first, second)]
+            layers += [Coupling(second, first, "globals"), Coupling(first, second, "locals")]
         self._layers = nn.ModuleList([*layers, Bend(dimension)])
         self.register_buffer("loc", torch.zeros(dimension))
         self.register_buffer("scale", torch.ones(dimension))
@@ -114,14 +117,21 @@ class Coupling(nn.Module):
     Arguments:
         fixed: The coordinates that stay, of shape ``(fixed,)``.
         moved: Those that move, ``(moved,)``; together they are all.
+        moves: Which these are: any, or those of the sites before a cut, or after it.
     """
 
     fixed: Tensor
     moved: Tensor
     back: Tensor
 
-    def __init__(self, fixed: Tensor, moved: Tensor) -> None:
+    def __init__(
+        self,
+        fixed: Tensor,
+        moved: Tensor,
+        moves: Literal["halves", "globals", "locals"] = "halves",
+    ) -> None:
         super().__init__()
+        self.moves = moves
         self.register_buffer("fixed", fixed)
         self.register_buffer("moved", moved)
         self.register_buffer("back", torch.cat([fixed, moved]).argsort())
@@ -132,6 +142,17 @@ class Coupling(nn.Module):
         self.linear = nn.Parameter(torch.zeros(outputs, inputs))
         self.constant = nn.Parameter(torch.zeros(outputs))
 
+    @torch.no_grad()
+    def add_linear(self, constants: Tensor, slopes: Tensor) -> None:
+        """Adds a linear part to the shifts and the logarithms of the scales.
+
+        Arguments:
+            constants: Of shifts, then of logarithms, ``(2 moved,)``.
+            slopes: Of both, along as many of the coordinates that stay, ``(some, 2 moved)``.
+        """
+        self.constant.add_(constants.to(self.constant))
+        self.linear[:, : len(slopes)] += slopes.mT.to(self.linear) * math.sqrt(len(self.fixed))
+
     # Weights are counted in units of what many inputs add up to: learning rates suit all widths.
     @property
     def _last(self) -> Tensor:
@@ -141,8 +162,8 @@ class Coupling(nn.Module):
     def _linear(self) -> Tensor:
         return self.linear / math.sqrt(len(self.fixed))
 
-    def _condition(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The hidden layer's slope, the shift, and the logarithm of the scale over its bound.
+    def _condition(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The hidden layer's slope, the shift, the logarithm of the scale and its slope.
 
         Hidden units grow linearly both ways, so that shifts are extrapolated as well as scales.
         """
@@ -150,30 +171,30 @@ class Coupling(nn.Module):
         hidden = torch.sqrt(1.0 + inner.square())
         output = hidden @ self._last.mT + a @ self._linear.mT + self.constant
         shift, stretch = output.tensor_split(2, -1)
-        return inner / hidden, shift, torch.tanh(stretch / _STRETCH)
+        within = stretch.clamp(-_LINEAR, _LINEAR)
+        beyond = torch.tanh((stretch - within) / _BEYOND)
+        return inner / hidden, shift, within + _BEYOND * beyond, 1.0 - beyond.square()
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], -1)[..., self.back]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x[..., self.fixed], x[..., self.moved]
-        _, shift, share = self._condition(a)
-        log_scale = _STRETCH * share
+        _, shift, log_scale, _ = self._condition(a)
         return self._join(a, b * log_scale.exp() + shift), log_scale.sum(-1)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         a, b = y[..., self.fixed], y[..., self.moved]
-        _, shift, share = self._condition(a)
-        log_scale = _STRETCH * share
+        _, shift, log_scale, _ = self._condition(a)
         return self._join(a, (b - shift) * (-log_scale).exp()), -log_scale.sum(-1)
 
     def pull(self, y: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         a, b = y[..., self.fixed], y[..., self.moved]
         of_a, of_b = gradient[..., self.fixed], gradient[..., self.moved]
-        slope, shift, share = self._condition(a)
-        scale = (_STRETCH * share).exp()
+        slope, shift, log_scale, growth = self._condition(a)
+        scale = log_scale.exp()
         before, of_before = (b - shift) / scale, of_b * scale
-        of_stretch = (of_before * before - 1.0) * (1.0 - share.square())
+        of_stretch = (of_before * before - 1.0) * growth
         of_output = torch.cat([of_b, of_stretch], -1)
         of_a = of_a + ((of_output @ self._last) * slope) @ self.first
         of_a = of_a + of_output @ self._linear

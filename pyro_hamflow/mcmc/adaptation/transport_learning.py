@@ -1,8 +1,8 @@
 """Phases that learn a map of the parameters while a run warms up.
 
-The map is fitted to gradients that the chains' trajectories find: along plain ones first, then
-along those in the coordinates of the map so far, which lead further. After the last fit it is
-frozen, or dropped where plain coordinates are as good.
+The map is fitted to gradients of the chains' trajectories: along plain ones first, then along those
+in the coordinates of the map so far, which lead further; by an optimiser unless least squares leave
+nothing to gain. After the last fit it is frozen, or dropped where plain coordinates are as good.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.flows.fisher import FIRST_RATE, LATER_RATE, divergences, fit_transport
+from pyro_hamflow.flows.fisher import (
+    FIRST_RATE,
+    LATER_RATE,
+    fit_transport,
+    mean_divergence,
+    worst_divergence,
+)
 from pyro_hamflow.flows.transport_flow import TransportFlow
+from pyro_hamflow.flows.transport_start import begin
 from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.metric import inverse_mass_of
@@ -38,6 +45,8 @@ _FEWEST_WARMUP = 50  # iterations
 # The divergence of the worst plain coordinate, below which all are about normal: a logistic
 # regression at .11 gained nothing, eight schools without a funnel at .73 two and a half times.
 _NORMAL = 0.15
+# That of the worst coordinate, below which steps of the optimiser only add their noise.
+_STRAIGHT = 0.05
 _WORTH = 0.5  # of the divergence in plain coordinates, below which a map's has to be
 
 
@@ -190,9 +199,8 @@ class TransportLearning:
         change = torch.atleast_2d(change)
         dense = inverse_mass_of(spread, change, count, torch.diag(ones))
         z, slope = _whitened(x, g, dense)
-        self.plain = _divergence((z, slope), held_out)
-        each = zip(z.split(1, -1), slope.split(1, -1), strict=True)
-        self.worst = max(_divergence(one, held_out) for one in each)
+        self.plain = mean_divergence((z, slope), held_out)
+        self.worst = worst_divergence((z, slope), held_out)
         if len(moved) == potential.dimension:
             step_and_mass = self.hamiltonian.step_and_mass
             like = step_and_mass.first_kinetic(potential)
@@ -201,8 +209,14 @@ class TransportLearning:
         fresh = TransportFlow(self._sizes).to(x)
         fresh.loc.copy_(x.mean(0) - scale * g.mean(0))
         fresh.scale.copy_(scale.sqrt())
-        known = [fresh] if self._flow is None else [fresh, self._flow]
-        flow = min(known, key=lambda flow: _divergence(flow.pull(x, g), held_out))
+        begun = copy.deepcopy(fresh)
+        begin(begun, x, g, held_out)
+        steps = _STEPS if self.refits else _LAST_STEPS
+        if worst_divergence(begun.pull(x, g), held_out) < _STRAIGHT:
+            flow, steps = begun, 0
+        else:
+            known = [fresh] if self._flow is None else [fresh, self._flow]
+            flow = min(known, key=lambda flow: mean_divergence(flow.pull(x, g), held_out))
         self._flow = flow.requires_grad_(True)
         self.trainings.append(
             fit_transport(
@@ -210,7 +224,7 @@ class TransportLearning:
                 x,
                 g,
                 held_out,
-                num_steps=_STEPS if self.refits else _LAST_STEPS,
+                num_steps=steps,
                 learning_rate=FIRST_RATE if flow is fresh else LATER_RATE,
             )
         )
@@ -239,13 +253,6 @@ def _whitened(x: Tensor, g: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]
     centred = x.double() - x.double().mean(0) + g.double().mean(0) @ covariance.double()
     z = torch.linalg.solve_triangular(root, centred.mT, upper=False).mT
     return z, g.double() @ root
-
-
-@torch.no_grad()
-def _divergence(points: tuple[Tensor, Tensor], held_out: Tensor) -> float:
-    """The mean divergence of points held out, as a number; infinite if it is none."""
-    value = float(divergences(*points)[held_out].mean())
-    return value if math.isfinite(value) else math.inf
 
 
 class Learn(Tune):

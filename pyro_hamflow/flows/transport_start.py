@@ -1,0 +1,87 @@
+"""What a map may begin with: local centres and scales by least squares on global coordinates."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.flows.fisher import mean_divergence
+from pyro_hamflow.flows.transport_flow import Coupling, TransportFlow
+
+_RIDGE = 1e-6  # of the points, on slopes of coordinates of unit variance: more would move necks
+_POINTS_EACH = 10  # that a slope wants
+_MOST_GLOBALS = 20  # the equations of each local coordinate are as many
+_ROUNDS = 4  # of scales given centres, and of centres given scales
+
+
+@torch.no_grad()
+def begin(flow: TransportFlow, position: Tensor, gradient: Tensor, held_out: Tensor) -> None:
+    r"""Starts a fresh flow where locals' centres and log scales are linear in the globals.
+
+    Where :math:`b` is normal given :math:`a`, with mean :math:`m(a)` and standard deviation
+    :math:`\sigma(a)`, the potential's gradient is :math:`g = (b - m) / \sigma^2` at every point,
+    whatever the points are drawn from. Both follow by linear least squares in turn:
+    :math:`2 \log \sigma` is the logarithm of :math:`|(b - m) / g|`, and m is
+    :math:`b - \sigma^2 g`, in units of :math:`\sigma`. Of a funnel they are exact, where steps of
+    an optimiser are many until they have found slopes of several units.
+
+    A layer begins so where points held out are nearer to a normal density for it.
+
+    Arguments:
+        flow: The flow, in place; its shift and scale are kept.
+        position: Of shape ``(points, dimension)``.
+        gradient: The potential's gradient there.
+        held_out: Which points are held out, of shape ``(points,)``.
+    """
+    x, g = (position - flow.loc) / flow.scale, gradient * flow.scale
+    for layer in reversed(flow.layers):
+        if isinstance(layer, Coupling) and layer.moves != "halves":
+            _start(layer, x, g, held_out)
+        x, g = layer.pull(x, g)
+
+
+def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> None:
+    old, before = copy.deepcopy(layer.state_dict()), _divergence(layer, x, g, held_out)
+    a, b = (x[:, part][~held_out].double() for part in (layer.fixed, layer.moved))
+    of_b = g[:, layer.moved][~held_out].double()
+    if layer.moves == "globals":
+        a = a[:, :0]  # a centre and a scale for all
+    elif a.shape[1] > min(_MOST_GLOBALS, len(a) / _POINTS_EACH):
+        return
+    try:
+        layer.add_linear(*_linear(a, b, of_b))
+    except torch.linalg.LinAlgError:
+        return
+    if not _divergence(layer, x, g, held_out) < before:
+        layer.load_state_dict(old)
+
+
+def _divergence(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> float:
+    """How far the coordinates that a layer moves are from normal ones."""
+    z, slope = layer.pull(x, g)
+    return mean_divergence((z[:, layer.moved], slope[:, layer.moved]), held_out)
+
+
+def _linear(a: Tensor, b: Tensor, of_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and log scales of *b*, linear in *a*: constants, and slopes ``(of_a, 2 of_b)``."""
+    mean = a.mean(0)
+    size = (a - mean).square().mean(0).sqrt().clamp(min=1e-12)
+    inputs = torch.cat([torch.ones_like(b[:, :1]), (a - mean) / size], -1)
+    ridge = _RIDGE * len(a) * torch.eye(inputs.shape[1]).to(inputs)
+    ridge[0, 0] = 0.0
+    least = torch.finfo(torch.float32).tiny
+    centre = torch.zeros_like(b)
+    for _ in range(_ROUNDS):
+        ratio = (b - centre).abs().clamp(min=least).log() - of_b.abs().clamp(min=least).log()
+        of_scale = torch.linalg.solve(inputs.mT @ inputs + ridge, inputs.mT @ (0.5 * ratio))
+        square = (2.0 * inputs @ of_scale).exp()
+        weight = (1.0 / square) / (1.0 / square).mean(0)
+        grams = torch.stack([(inputs * w[:, None]).mT @ inputs for w in weight.mT]) + ridge
+        targets = inputs.mT @ (weight * (b - square * of_b))
+        of_centre = torch.linalg.solve(grams, targets.mT[..., None])[..., 0].mT
+        centre = inputs @ of_centre
+    found = torch.cat([of_centre, of_scale], -1)
+    slopes = found[1:] / size[:, None]
+    return found[0] - mean @ slopes, slopes
