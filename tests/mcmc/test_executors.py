@@ -95,10 +95,11 @@ def test_loky_gives_the_same_draws(expected):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(request):
+    count = 2 if request.config.getoption("--slow") else 1  # each takes ten seconds to begin
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with LocalCluster(count, threads_per_worker=1, dashboard_address=None) as cluster:
             yield cluster
 
 
@@ -130,7 +131,7 @@ def test_loky_loses_a_worker(expected, tmp_path):
 def test_segments_of_other_kernels(kernel):
     def draws(seconds):
         with short_segments(seconds):
-            return run(Inline(), 12, kernel=kernel(), num_warm=30, save_warmup=True)
+            return run(Inline(), 6, kernel=kernel(), num_warm=20, save_warmup=True)
 
     whole, cut = draws(1000.0), draws(0.05)
     assert torch.equal(whole.draws.position, cut.draws.position)

@@ -36,6 +36,7 @@ from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.smc.annealing import anneal
 from tests.helpers.calibration import CHAINS, check_uniform
 from tests.helpers.densities import POSITIVE, many_well
+from tests.helpers.kinds import long_but
 from tests.helpers.laws import scores
 
 SHARE, CENTRE, VARIANCE = 0.25, 2.5, 0.5
@@ -97,7 +98,7 @@ def check_shares(mcmc):
     assert (abs(scores((x - mean).square().numpy(), VARIANCE + CENTRE**2 - mean**2)) < 4.5).all()
 
 
-@pytest.mark.parametrize("local", [None, HMC, MALA, RandomWalk])
+@pytest.mark.parametrize("local", long_but([None, RandomWalk], [None, HMC, MALA, RandomWalk]))
 def test_shares_of_modes_by_a_trained_guide(local):
     model = modes()
     guide = Normals([-CENTRE, CENTRE])
@@ -113,7 +114,7 @@ def test_shares_of_modes_by_a_trained_guide(local):
     assert "global_accepted" not in to_inference_data(run_of(NUTS(model), draws=5)).sample_stats
 
 
-@pytest.mark.parametrize("dimension", [2, 16])
+@pytest.mark.parametrize("dimension", long_but([2], [2, 16]))
 def test_modes_are_found(dimension):
     mcmc = run_of(FlowNUTS(modes(dimension), num_particles=600))
     check_shares(mcmc)

@@ -36,6 +36,7 @@ from tests.helpers.exact_draws import (
     potential_of,
 )
 from tests.helpers.guides import guide_of
+from tests.helpers.kinds import long_but
 from tests.helpers.laws import scores
 from tests.helpers.native import native_estimate_transition, native_walk, spoil_line
 from tests.helpers.targets import effects
@@ -55,7 +56,7 @@ def test_invariance_of_random_walk(name, mass):
     check_known(name, mass, native_walk(potential_of(name)), 1.0, 1, moves=4)
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", long_but(["prior-8", "by_hand-1"], NOISY))
 def test_invariance_of_random_walk_with_noise(name):
     target = make_target(name)
     check(target, conditional(target, RandomWalkTransition(target.potential)))
@@ -186,7 +187,7 @@ def test_invariance_of_several(name, make):
     check_known(name, "diagonal", make(parts_of(name)), 0.7, MOST_POINTS, moves=4)
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", long_but(["prior-8", "by_hand-1"], NOISY))
 def test_invariance_of_several_with_noise(name):
     target = make_target(name)
     transition = CycleTransition(noisy_parts(target, name))

@@ -12,6 +12,7 @@ from pyro.infer.reparam import LocScaleReparam
 
 import pyro_hamflow as phf
 from pyro_hamflow.mcmc.transitions import trajectory as tree
+from tests.helpers.kinds import long_but
 from tests.helpers.laws import scores
 from tests.helpers.zoo import SCHOOLS_SIGMA, SCHOOLS_Y
 
@@ -41,19 +42,22 @@ def truth() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 CASES = [(1, "prior"), (4, "prior"), (2, "laplace")]
-RUNS = [(phf.PseudoMarginalHMC, *case, method) for case in CASES for method in METHODS]
-NUTS_RUNS = [(phf.PseudoMarginalNUTS, *case, method) for case in CASES for method in METHODS]
-FAST_RUNS = [run for run in NUTS_RUNS if run[1] == 4]
-SLOW_RUNS = [pytest.param(*run, marks=pytest.mark.slow) for run in NUTS_RUNS if run[1] != 4]
+KERNELS = (phf.PseudoMarginalHMC, phf.PseudoMarginalNUTS)
+RUNS = [(kernel, *case, method) for kernel in KERNELS for case in CASES for method in METHODS]
+# Each kernel by each method, for each number and each proposal.
+QUICK = [
+    (phf.PseudoMarginalHMC, 1, "prior", "conditional"),
+    (phf.PseudoMarginalHMC, 2, "laplace", "joint"),
+    (phf.PseudoMarginalNUTS, 4, "prior", "joint"),
+    (phf.PseudoMarginalNUTS, 2, "laplace", "conditional"),
+]
 
 
-@pytest.mark.parametrize(
-    ("kernel", "num_particles", "proposal", "method"), [*RUNS, *FAST_RUNS, *SLOW_RUNS]
-)
+@pytest.mark.parametrize(("kernel", "num_particles", "proposal", "method"), long_but(QUICK, RUNS))
 def test_run_agrees_with_closed_form(kernel, num_particles, proposal, method):
     marginal = phf.marginalize(gaussian, ["x"], num_particles=num_particles, proposal=proposal)
     mcmc = phf.MCMC(
-        kernel(marginal, method=method), num_samples=400, warmup_steps=150, num_chains=100, seed=1
+        kernel(marginal, method=method), num_samples=200, warmup_steps=150, num_chains=100, seed=1
     )
     mcmc.run(Y)
     posterior = phf.to_inference_data(mcmc).posterior
@@ -150,7 +154,7 @@ def test_quadrature_of_schools():
             assert np.abs(moved.mean(0) / error).max() < 4.0, (name, power)
 
 
-def run_schools_noncentred(num_samples=300):
+def run_schools_noncentred(num_samples=200):
     model = poutine.reparam(schools, {"theta": LocScaleReparam(0.0)})
     mcmc = phf.MCMC(phf.NUTS(model), num_samples, 200, num_chains=100, seed=1)
     mcmc.run(*SCHOOLS_DATA)
@@ -234,7 +238,7 @@ def check_funnel(mcmc, spread):
 
 def test_funnel_noncentred():
     model = poutine.reparam(funnel, {"x": LocScaleReparam(0.0)})
-    mcmc = phf.MCMC(phf.NUTS(model), 300, 150, num_chains=100, seed=1)
+    mcmc = phf.MCMC(phf.NUTS(model), 200, 150, num_chains=100, seed=1)
     mcmc.run(3.0)
     check_funnel(mcmc, 3.0)
 

@@ -281,7 +281,7 @@ def test_pyro_trains_a_guide_and_predicts(place):
     svi = SVI(plain, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(num_particles=16))
     losses = [svi.step(place.data()) for _ in range(20)]
     assert np.mean(losses) == pytest.approx(-float(EVIDENCE), abs=0.2)
-    predictive = Predictive(plain, guide=guide, num_samples=2000)
+    predictive = Predictive(plain, guide=guide, num_samples=400)
     found = predictive(place.data())["mean"]
     assert found.device.type == place.device
     assert float(found.mean()) == pytest.approx(MEAN, abs=0.1)
