@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_hamflow.programs.forced_failure import FailAt
 from pyro_hamflow.programs.graph_recorder import Recorder
+from pyro_hamflow.programs.joining import joined
 from pyro_hamflow.programs.pure_recorder import PureRecorder
 from pyro_hamflow.programs.recording import PART, Recording
 from pyro_hamflow.programs.rules import BATCHED, PURE, UNFAILING
@@ -103,7 +104,7 @@ def capture(
         simple.record(torch.func.functionalize(recorder.replay), *examples)
     graph = simple.module()
     graph.meta["fallible"] = set(recorder.fallible.values())
-    return graph
+    return graph if live else joined(graph, *examples)
 
 
 def _goes_on(function: Program, examples: tuple[Tensor, ...], number: int) -> bool:

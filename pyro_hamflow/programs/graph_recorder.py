@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -218,8 +219,12 @@ class Recorder(TorchDispatchMode):
         return bool(self._written) and any(map(self._varies, _tensors(arguments)))
 
 
+@cache
 def nan_where_failed(factorise: Callable[..., Any]) -> Callable[..., Any]:
-    """A factorisation whose results are NaN where the last of them says that it has failed."""
+    """A factorisation whose results are NaN where the last of them says that it has failed.
+
+    It is the same function each time, so that alike operations are seen to be alike.
+    """
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         *results, info = factorise(*args, **kwargs)
