@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from pyro_hamflow.programs.engines.buffers import NotSupported, kind_of
 from pyro_hamflow.programs.engines.lowering import source_of
 from pyro_hamflow.programs.engines.translation import Function
+from pyro_hamflow.programs.engines.unrolled import Unrolled
 from pyro_hamflow.programs.machine_code import compiler
 from pyro_hamflow.programs.machine_code.libraries import library
 from pyro_hamflow.programs.machine_code.store import Store, key_of
@@ -28,6 +29,11 @@ from pyro_hamflow.programs.machine_code.store import Store, key_of
 _HERE = Path(__file__).parent
 _NAMES = ("kernels", "matrices", "banded", "call", "trajectories", "noise", "draws")
 HEADERS = {name: (_HERE / f"{name}.hpp").read_text() for name in _NAMES}
+
+# Operations from which on a graph is written number by number, if it has no more lines for each of
+# them. Inductor takes a hundredth of a second for an operation, and g++ .0003 seconds for a line:
+# twelve steps of an equation of two species took minutes, and take five seconds.
+_MANY, _EACH = 300, 20
 
 _PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried
 
@@ -100,7 +106,7 @@ def _own_code() -> str:
 def _source(gradient: Part, evaluation: Part | None) -> tuple[str, bool]:
     """A library's source, and whether it includes headers of torch's."""
     parts = [gradient] if evaluation is None else [gradient, evaluation]
-    functions = [Function(source_of(part.graph, part.inputs), part.inputs) for part in parts]
+    functions = list(map(_function, parts))
     names = ("gradient_program", "evaluation_program")
     bodies = [function.text(name) for function, name in zip(functions, names, strict=False)]
     special = any(function.needs_torch_headers for function in functions)
@@ -134,6 +140,15 @@ def _source(gradient: Part, evaluation: Part | None) -> tuple[str, bool]:
         *headers,
     ]
     return "\n".join(source), special
+
+
+def _function(part: Part) -> Function | Unrolled:
+    """A graph in C++: of many operations on few numbers each by number, else by Inductor."""
+    count = sum(node.op == "call_function" for node in part.graph.graph.nodes)
+    if count >= _MANY:
+        with suppress(NotSupported):
+            return Unrolled(part.graph, part.inputs, _EACH * count)
+    return Function(source_of(part.graph, part.inputs), part.inputs)
 
 
 def _room(evaluation: Part) -> dict[str, int]:

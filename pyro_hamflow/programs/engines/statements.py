@@ -1,0 +1,227 @@
+"""Numbers as variables of C++: each operation on one number is a statement.
+
+Statements are written in functions of a few hundred each, which g++ goes through in as much time as
+there are statements; of one long function it takes many times that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of
+
+_IN_A_FUNCTION = 300
+_LINE = 64  # bytes that each buffer's place is a multiple of
+
+ZERO = 0  # the number that is zero, of every type
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number: a text in C++ of other numbers.
+
+    Attributes:
+        dtype: Its type.
+        text: The expression.
+        needs: The numbers in it.
+        step: Which statement has to come before it; none where memory is read that does not change.
+        is_constant: Whether the text is a literal.
+    """
+
+    dtype: torch.dtype
+    text: str
+    needs: tuple[int, ...] = ()
+    step: int | None = None
+    is_constant: bool = False
+
+
+@dataclass
+class _Step:
+    """A statement, or several that belong together.
+
+    Attributes:
+        makes: The number that it defines, if it is one.
+        needs: The numbers that it reads.
+        after: Steps that have to come before.
+        lines: Its text.
+    """
+
+    makes: int | None
+    needs: tuple[int, ...]
+    after: tuple[int, ...]
+    lines: list[str]
+
+
+class Statements:
+    """Statements as they are written, each number once.
+
+    Arguments:
+        most: How many lines there may be.
+
+    Attributes:
+        scratch: How many bytes of memory they use.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.scratch = 0
+        self._room = most
+        self.numbers = [_Number(torch.float64, "0", is_constant=True)]
+        self._steps: list[_Step] = []
+        self._known: dict[tuple[str, torch.dtype], int] = {}
+        self._made_by: dict[int, int] = {}
+        self._lines: list[str] = []
+
+    def constant(self, value: float, dtype: torch.dtype) -> int:
+        """A number that is known."""
+        if value == 0 and math.copysign(1.0, value) > 0:
+            return ZERO
+        if dtype == torch.bool:
+            text = "true"
+        elif math.isfinite(value):
+            text = f"{kind_of(dtype)}({value!r})"
+        else:
+            text = "NAN" if math.isnan(value) else f"({'-' * (value < 0)}INFINITY)"
+        return self._number(_Number(dtype, text, is_constant=True))
+
+    def read(self, text: str, dtype: torch.dtype, step: int | None = None) -> int:
+        """A number in memory, from some step on."""
+        return self._number(_Number(dtype, text, step=step))
+
+    def made(self, text: str, needs: Sequence[int], dtype: torch.dtype, *after: int) -> int:
+        """A number that is worked out of others, whose names are in a text."""
+        known = self._known.get((text, dtype))
+        if known is not None:
+            return known
+        number = self._number(_Number(dtype, text, tuple(needs)))
+        kind = kind_of(dtype)
+        self._made_by[number] = self.step(needs, [f"const {kind} v{number} = {text};"], after)
+        self._steps[-1].makes = number
+        return number
+
+    def step(self, needs: Sequence[int], lines: list[str], after: Sequence[int] = ()) -> int:
+        """Adds statements that are kept together; gives their number."""
+        self._room -= len(lines)
+        if self._room < 0:
+            raise NotSupported("so many numbers")
+        self._steps.append(_Step(None, tuple(needs), tuple(after), lines))
+        return len(self._steps) - 1
+
+    def name(self, number: int) -> str:
+        """What a number is called in a statement."""
+        known = self.numbers[number]
+        return known.text if known.is_constant else f"v{number}"
+
+    def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
+        """A buffer of its own in scratch memory."""
+        spans = ((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        count = 0 if 0 in shape else 1 + sum(spans)
+        place = f"(({kind_of(dtype)}*)(w + {self.scratch}))"
+        self.scratch += -(-count * dtype.itemsize // _LINE) * _LINE
+        return Buffer(dtype, place, tuple(shape), tuple(strides))
+
+    def stored(self, numbers: Sequence[int], dtype: torch.dtype) -> tuple[Buffer, int]:
+        """Memory in which numbers lie in a row, and the step that writes them there."""
+        buffer = self.allocate((len(numbers),), (1,), dtype)
+        lines = [f"{buffer.place}[{k}] = {self.name(n)};" for k, n in enumerate(numbers)]
+        return buffer, self.step(numbers, lines)
+
+    def text(self, name: str, results: Sequence[Sequence[int]]) -> str:
+        """A namespace with the function ``call``, that writes numbers to where they are wanted.
+
+        Arguments:
+            name: The namespace's.
+            results: Of each result its numbers, in order.
+        """
+        for r, numbers in enumerate(results):
+            for k, number in enumerate(numbers):
+                line = f"((Real*)r[{r}])[{k}] = {self.name(number)};"
+                self.step([number], [line])
+        wanted = self._wanted(sum(map(len, results)))
+        chunks = _cut(wanted, lambda step: len(self._steps[step].lines))
+        self._share(chunks)
+        arguments = "void* const* a, char* w, void* const* r"
+        parts = [
+            "\n".join(
+                [f"static __attribute__((noinline)) void part{i}({arguments}) {{", *lines, "}"]
+            )
+            for i, lines in enumerate(map(self._chunk_text, chunks))
+        ]
+        calls = [f"  part{i}(a, w, r);" for i in range(len(parts))]
+        head = f"static void call({arguments}) {{"
+        return "\n".join([f"namespace {name} {{", *parts, head, *calls, "}", "}"])
+
+    def _number(self, number: _Number) -> int:
+        key = number.text, number.dtype
+        if key not in self._known:
+            self._known[key] = len(self.numbers)
+            self.numbers.append(number)
+        return self._known[key]
+
+    def _wanted(self, last: int) -> list[int]:
+        """The steps that the last ones need, in order."""
+        wanted = [False] * len(self._steps)
+        for step in reversed(range(len(self._steps))):
+            if step >= len(self._steps) - last:
+                wanted[step] = True
+            if wanted[step]:
+                for before in self._before(self._steps[step]):
+                    wanted[before] = True
+        return [step for step, is_wanted in enumerate(wanted) if is_wanted]
+
+    def _before(self, step: _Step) -> list[int]:
+        found = list(step.after)
+        for number in step.needs:
+            maker = self._made_by.get(number, self.numbers[number].step)
+            if maker is not None:
+                found.append(maker)
+        return found
+
+    def _share(self, chunks: list[list[int]]) -> None:
+        """Gives each number a place in memory that is used by a later function than its own."""
+        self._chunk_of = {step: i for i, chunk in enumerate(chunks) for step in chunk}
+        self._places: dict[int, str] = {}
+        for i, chunk in enumerate(chunks):
+            for step in chunk:
+                for number in self._steps[step].needs:
+                    maker = self._made_by.get(number)
+                    if maker is None or self._chunk_of[maker] == i or number in self._places:
+                        continue
+                    kind = kind_of(self.numbers[number].dtype)
+                    self._places[number] = f"*({kind}*)(w + {self.scratch})"
+                    self.scratch += 8
+        self.scratch = -(-self.scratch // _LINE) * _LINE
+
+    def _chunk_text(self, chunk: list[int]) -> list[str]:
+        """The lines of a function; what is not made there is read where it is first needed."""
+        lines: list[str] = []
+        here: set[int] = set()
+        for step in map(self._steps.__getitem__, chunk):
+            for number in step.needs:
+                known = self.numbers[number]
+                if number not in here and not known.is_constant:
+                    here.add(number)
+                    text = self._places.get(number, known.text)
+                    lines.append(f"const {kind_of(known.dtype)} v{number} = {text};")
+            lines += step.lines
+            if step.makes is not None:
+                here.add(step.makes)
+                if step.makes in self._places:
+                    lines.append(f"{self._places[step.makes]} = v{step.makes};")
+        return lines
+
+
+def _cut(steps: list[int], size: Callable[[int], int]) -> list[list[int]]:
+    """Steps in rows of a few hundred lines."""
+    chunks: list[list[int]] = [[]]
+    lines = 0
+    for step in steps:
+        if lines > _IN_A_FUNCTION:
+            chunks.append([])
+            lines = 0
+        chunks[-1].append(step)
+        lines += size(step)
+    return chunks

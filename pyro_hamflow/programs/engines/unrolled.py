@@ -1,0 +1,125 @@
+"""Graphs of many operations on few numbers each, as statements on single numbers.
+
+A recurrence or the steps of a differential equation are thousands of operations on a number or
+three. Inductor goes through each of them in hundredths of a second; here they are written down as
+they are. What only moves numbers, as a selection or a stack, is done when the program is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch.fx import GraphModule, Interpreter
+from torch.utils._pytree import tree_map
+
+from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of
+from pyro_hamflow.programs.engines.numbers import Numbers, known
+from pyro_hamflow.programs.engines.operators import write_operation
+from pyro_hamflow.programs.engines.picks import PICKS
+from pyro_hamflow.programs.engines.statements import Statements
+from pyro_hamflow.programs.engines.unrolled_rules import RULES
+
+
+class Unrolled:
+    """A function in C++ that does what a graph does, number by number.
+
+    Arguments:
+        graph: The graph, without constants.
+        examples: Arguments of the shapes it will be called with.
+        most: How many lines of C++ there may be.
+
+    Attributes:
+        needs_torch_headers: Whether it calls special functions of torch's.
+
+    Raises:
+        NotSupported: If an operation has no rule here, or there are too many numbers.
+    """
+
+    needs_torch_headers = False
+
+    def __init__(self, graph: GraphModule, examples: Sequence[Tensor], most: int) -> None:
+        writer = self._writer = Statements(most)
+        given = []
+        for i, example in enumerate(examples):
+            kind, count = kind_of(example.dtype), example.numel()
+            ids = [writer.read(f"(({kind}*)a[{i}])[{k}]", example.dtype) for k in range(count)]
+            given.append(Numbers(writer, ids, example.dtype, example.shape))
+        with torch.no_grad():
+            self._results = [known(writer, part) for part in Interpreter(graph).run(*given)]
+
+    @property
+    def scratch(self) -> int:
+        """How many bytes its numbers take, once its text is written."""
+        return self._writer.scratch
+
+    def text(self, name: str) -> str:
+        """A namespace with the function ``call``, as that of Inductor's kernels."""
+        return self._writer.text(name, [part.row for part in self._results])
+
+
+def _apply(writer: Statements, func: Any, args: Any, kwargs: Any) -> Any:
+    name = func._schema.name.removeprefix("aten::")
+    rule: Any = PICKS.get(name) or RULES.get(name)
+    if rule is not None:
+        return rule(writer, func, *args, **kwargs)
+    found = _written_as_loops(writer, func, args, kwargs)
+    if found is NotImplemented and (other := decomposition_table.get(func)) is not None:
+        found = other(*args, **kwargs)
+    if found is NotImplemented:
+        found = func.decompose(*args, **kwargs)
+    if found is NotImplemented:
+        raise NotSupported(name)
+    return found
+
+
+Numbers.apply = staticmethod(_apply)
+
+
+def _written_as_loops(writer: Statements, func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation that the engine has loops for, on numbers in a row in memory."""
+    loops = _Loops(writer)
+    try:
+        args, kwargs = tree_map(loops.buffer, (args, kwargs))
+        made = write_operation(loops, f"torch.ops.{func}", list(args), kwargs)
+    except NotSupported:
+        return NotImplemented
+    step = writer.step([], loops.lines, loops.steps)
+
+    def read(part: Buffer) -> Numbers:
+        places = torch.zeros(part.shape, dtype=torch.int64, device="cpu")
+        for dim, (size, stride) in enumerate(zip(part.shape, part.strides, strict=True)):
+            shape = [-1 if d == dim else 1 for d in range(len(part.shape))]
+            places += (torch.arange(size, device="cpu") * stride).reshape(shape)
+        texts = [f"{part.place}[{place}]" for place in places.reshape(-1).tolist()]
+        ids = [writer.read(text, part.dtype, step) for text in texts]
+        return Numbers(writer, ids, part.dtype, part.shape)
+
+    return tuple(map(read, made)) if isinstance(made, tuple) else read(made)
+
+
+class _Loops:
+    """Loops in memory, as operations write them."""
+
+    def __init__(self, writer: Statements) -> None:
+        self._writer = writer
+        self.lines: list[str] = []
+        self.steps: list[int] = []
+
+    def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
+        return self._writer.allocate(shape, strides, dtype)
+
+    def emit(self, line: str) -> None:
+        self.lines.append(line)
+
+    def buffer(self, part: Any) -> Any:
+        """A tensor's numbers in memory; of what is none, itself."""
+        if not isinstance(part, Tensor):
+            return part
+        whole = known(self._writer, part)
+        row, step = self._writer.stored(whole.row, whole.dtype)
+        self.steps.append(step)
+        return Buffer(whole.dtype, row.place, tuple(whole.shape), whole.ids.stride())

@@ -1,0 +1,203 @@
+"""Graphs written number by number: they give what the graph gives, and are taken where they pay."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks.coverage_models import ZOO
+from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import capture
+from pyro_hamflow.programs.engines import model_library, statements, unrolled_rules
+from pyro_hamflow.programs.engines.model_library import Function, Unrolled
+from pyro_hamflow.programs.engines.native import NativeProgram, _part
+from pyro_hamflow.programs.machine_code.store import Store
+
+PLACES = torch.tensor([[2, 0, -1], [1, 1, 0]])
+GROUPS = torch.tensor([0, 2, 2, 1])
+
+
+@pytest.fixture
+def by_number(monkeypatch):
+    """All graphs are written number by number, or none at all."""
+    write = lambda part: Unrolled(part.graph, part.inputs, 30_000)  # noqa: E731
+    monkeypatch.setattr(model_library, "_function", write)
+
+
+def elementwise(x):
+    y = x.square() + 0.5
+    whole = (3.0 * x).round().long()
+    return [
+        *(x.exp(), x.expm1(), y.log(), y.log1p(), x.sin(), x.cos(), x.tanh(), x.atan(), x.erf()),
+        *(x.sigmoid(), y.lgamma(), y.digamma(), y.sqrt(), y.rsqrt(), y.reciprocal(), x.abs()),
+        *(x.sign(), x.floor(), x.ceil(), x**3, x**2, y**0.5, y**-1, y**x, 2.0 - x, x / y),
+        *(functional.softplus(x), functional.logsigmoid(x), torch.xlogy(x.relu(), y)),
+        *(torch.maximum(x, y), torch.minimum(x, y), x.clamp(min=0.1), x.clamp(-0.2, 0.3)),
+        *(torch.where(x > 0.0, x, 2.0 * y), x.masked_fill(x < 0.0, 7.0), torch.add(x, y, alpha=3)),
+        *(whole, whole + 1, whole / 2, whole == 1, ~(x > 0) | (y > 1), (x > 0) & (y > 1)),
+        *(torch.full_like(x, 2.0), torch.ones_like(x), x.new_zeros(2), x.float().double()),
+    ]
+
+
+def reductions(x):
+    y = x[:12].reshape(3, 4)
+    return [
+        *(
+            y.sum(),
+            y.sum(0),
+            y.sum((0, 1)),
+            y.mean(1, keepdim=True),
+            y.prod(1),
+            y.amax(0),
+            y.amin(),
+        ),
+        *(*y.max(1), *y.min(0), y.max(), y.logsumexp(0), y.softmax(1), y.log_softmax(0)),
+        *(y.cumsum(1), y.logcumsumexp(0), y.cumprod(0), (y > 0).any(1), (y > -9).all(), y.var(1)),
+        *(y @ y.mT, y[0] @ y.mT, y @ y[0], y[0] @ y[1], (y > 0).sum(), y.norm()),
+    ]
+
+
+def moves(x):
+    y = x[:12].reshape(3, 4)
+    return [
+        *(y.mT, y[1], y[:, 2], y[::2], y.flip(0), y.roll(1, 1), y.expand(2, 3, 4), y.repeat(2, 1)),
+        *(torch.stack([y, 2 * y], 1), torch.cat([y, y[:1]]), y.diagonal(), y[0].diag_embed()),
+        *(y.tril(), y.triu(1), functional.pad(y, (1, 2), value=3.0), *y.split([1, 3], 1)),
+        *(y[PLACES], y[PLACES, PLACES + 1], y[:, PLACES], y.gather(0, PLACES.abs())),
+        *(y.index_add(1, GROUPS, 2 * y), y.scatter_add(1, PLACES.abs(), y[:2, :3]), *y.unbind()),
+        *(y.index_put((GROUPS[:2], GROUPS[:2]), x[:2]), y.scatter(1, PLACES.abs(), 5.0)),
+    ]
+
+
+def matrices(x):
+    a = x[:9].reshape(3, 3)
+    a = a @ a.mT + torch.eye(3)
+    factor = torch.linalg.cholesky(a)
+    solved = torch.linalg.solve_triangular(factor, x[:3, None], upper=False)
+    return [factor, solved, torch.cholesky_solve(x[:3, None], factor), a.sort(1)[0], a.inverse()]
+
+
+GAPS = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1.0, -1.0] * 2)
+
+
+def with_gaps(x):
+    y = x[:12] + GAPS
+    return [
+        *(y.exp(), y.log(), y.relu(), y.clamp(max=0.5), y.sigmoid(), y.sign(), 0.0 * y, y + 0.0),
+        *(torch.where(y > 0, y, 0.0), torch.maximum(y, x[0]), y.amax(), *y.reshape(3, 4).max(1)),
+        *(y[3:6].logsumexp(0), torch.xlogy(y, y), y.isnan(), y.isinf(), -y, y / 0.0, y == y),
+    ]
+
+
+@pytest.mark.parametrize("operations", [elementwise, reductions, moves, matrices, with_gaps])
+def test_operations_give_what_torch_gives(operations, by_number, tmp_path):
+    x = torch.linspace(-1.6, 1.4, 12)
+    shapes = [part.shape for part in operations(x)]
+
+    def row(position, noise):
+        found = operations(position)
+        row = torch.cat([part.double().reshape(-1) for part in found])
+        return position.sum(), row
+
+    graph = capture(row, x, x[:0])
+    graph = _as_wide(graph, x, row)
+    program = NativeProgram(graph, [graph.start, x[:0]], None, Store(tmp_path))
+    found = program.gradient(graph.start[None], torch.zeros(1, 0))[1][0]
+    expected = row(x, x[:0])[1]
+    begin = 0
+    for number, shape in enumerate(shapes):
+        parts = [part[begin : begin + shape.numel()] for part in (found, expected)]
+        torch.testing.assert_close(*parts, equal_nan=True, msg=partial("{1}: {0}".format, number))
+        begin += shape.numel()
+
+
+def _as_wide(graph, x, row):
+    """The same function of as many numbers as it has results, of which it takes the first."""
+    count = len(row(x, x[:0])[1])
+    start = torch.cat([x, torch.zeros(count)])[: max(count, len(x))]
+    wide = capture(lambda p, noise: row(p[: len(x)], noise), start, x[:0])
+    wide.start = start
+    return wide
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The model could not be captured")
+@pytest.mark.parametrize("name", ZOO)
+def test_gradient_of_the_zoo_is_right(name, by_number, tmp_path):
+    model, data = ZOO[name].make()
+    potential = Potential(model, (), data)
+    graph = potential.programs.base("gradient")
+    if graph is None:
+        pytest.skip("not captured")
+    try:
+        program = NativeProgram(graph, [p[0] for p in potential.vectors(1)], None, Store(tmp_path))
+    except model_library.NotSupported as error:
+        pytest.skip(str(error).splitlines()[0])
+    torch.manual_seed(1)
+    position = 0.5 * torch.randn(4, potential.dimension).to(potential.example)
+    value, gradient = program.gradient(position, torch.zeros(4, 0))
+    for i in range(4):
+        expected = graph(position[i], torch.zeros(0))
+        scale = 1.0 + expected[1].abs().max()
+        assert torch.allclose(value[i], expected[0], rtol=1e-9, equal_nan=True)
+        assert torch.allclose(gradient[i] / scale, expected[1] / scale, atol=1e-9, equal_nan=True)
+
+
+def predators(y):
+    """Steps of a differential equation: thousands of operations on one number or two."""
+    rates = pyro.sample("rates", dist.LogNormal(torch.full((4,), -1.0), 0.3).to_event(1))
+    state, states = torch.tensor([1.0, 0.5]), []
+    slope = lambda z: torch.stack(  # noqa: E731
+        [(rates[0] - rates[1] * z[1]) * z[0], (rates[3] * z[0] - rates[2]) * z[1]]
+    )
+    for _ in range(30):
+        half = state + 0.1 * slope(state)
+        state = state + 0.2 * slope(half)
+        states.append(state)
+    pyro.sample("y", dist.Normal(torch.stack(states), 0.1).to_event(2), obs=y)
+
+
+@pytest.fixture
+def potential():
+    return Potential(predators, (torch.ones(30, 2),))
+
+
+def made(potential, path):
+    graph = potential.programs.base("gradient")
+    return NativeProgram(graph, [part[0] for part in potential.vectors(1)], None, Store(path))
+
+
+@pytest.mark.parametrize("lines", [statements._IN_A_FUNCTION, 7])
+def test_a_recurrence_is_written_number_by_number(lines, potential, monkeypatch, tmp_path):
+    """In functions of any length: what one makes, later ones read."""
+    monkeypatch.setattr(statements, "_IN_A_FUNCTION", lines)
+    monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked
+    program, graph = made(potential, tmp_path), potential.programs.base("gradient")
+    position = 0.3 * torch.randn(3, 4) - 1.0
+    value, gradient = program.gradient(position, torch.zeros(3, 0))
+    for i in range(3):
+        expected = graph(position[i], torch.zeros(0))
+        torch.testing.assert_close(value[i], expected[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient[i], expected[1], rtol=1e-12, atol=1e-12)
+
+
+def test_what_has_no_rule_is_left_to_inductor(potential, monkeypatch):
+    graph = potential.programs.base("gradient")
+    part = _part(graph, [p[0] for p in potential.vectors(1)])
+    assert isinstance(model_library._function(part), Unrolled)
+    monkeypatch.delitem(unrolled_rules.RULES, "mul")
+    assert isinstance(model_library._function(part), Function)
+
+
+def test_a_few_operations_and_many_numbers_are_left_to_inductor(potential, monkeypatch):
+    part = _part(potential.programs.base("gradient"), [p[0] for p in potential.vectors(1)])
+    monkeypatch.setattr(model_library, "_EACH", 1)
+    assert isinstance(model_library._function(part), Function)
+    monkeypatch.setattr(model_library, "_EACH", 20)
+    monkeypatch.setattr(model_library, "_MANY", 10**6)
+    assert isinstance(model_library._function(part), Function)
