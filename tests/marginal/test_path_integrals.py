@@ -6,7 +6,9 @@ posterior means: all to the digits of a fine grid, in place of a Monte Carlo err
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +20,7 @@ from pyro_hamflow import marginalize
 from pyro_hamflow.marginal.path_fit import PathGaussian
 from pyro_hamflow.marginal.proposals import path
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
+from tests.helpers.kinds import long_but
 
 Y, COUNTS = torch.tensor([0.3, -1.4, 0.8]).double(), torch.tensor([2.0, 0.0, 5.0]).double()
 PILOT, AT, STEP = {"phi": 0.7, "s": 0.6}, {"phi": 0.4, "s": 0.9}, 1e-4
@@ -124,10 +127,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-@pytest.mark.parametrize(("kind", "y"), CASES.values(), ids=CASES)
-def test_estimates_integrate_to_the_likelihood(kind, y, steps):
-    check(kind, y, steps)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    long_but(
+        [*(("volatility", steps) for steps in range(3)), ("heavy", 1), ("sums", 2)],
+        itertools.product(CASES, range(3)),
+    ),
+)
+def test_estimates_integrate_to_the_likelihood(name, steps):
+    check(*CASES[name], steps)
 
 
 def cells(count: int) -> Tensor:
@@ -155,17 +163,23 @@ def over_cells(y, points, num_particles) -> Tensor:
     return logs.logsumexp(0) - math.log(len(noise))
 
 
+@cache
+def alone() -> Tensor:
+    """Of one particle, to which all are compared."""
+    return over_cells(Y, "iid", 1)
+
+
 @pytest.mark.parametrize(("points", "num_particles"), [("antithetic", 2), ("rqmc", 3), ("rqmc", 4)])
 def test_pairs_and_lattices_fall_into_each_cell_alike(points, num_particles):
     """A mirror image, or a shift by some cells, only changes their order."""
-    alone = over_cells(Y, "iid", 1)
-    assert (over_cells(Y, points, num_particles) - alone).abs() < 1e-9
-    assert (alone - integral(volatility, Y, **AT)[0]).abs() < 0.02  # a coarse grid
+    assert (over_cells(Y, points, num_particles) - alone()).abs() < 1e-9
+    assert (alone() - integral(volatility, Y, **AT)[0]).abs() < 0.02  # a coarse grid
 
 
 def test_a_lattice_that_does_not_wrap_round_is_found_out(monkeypatch):
+    right = alone()
     monkeypatch.setattr(torch.Tensor, "floor", lambda shifted: 0.0 * shifted)
-    assert (over_cells(Y, "rqmc", 3) - over_cells(Y, "iid", 1)).abs() > 1e-6
+    assert (over_cells(Y, "rqmc", 3) - right).abs() > 1e-6
 
 
 def without_stretch(monkeypatch):

@@ -15,6 +15,7 @@ from pyro_hamflow.marginal.path_kinks import Cells, Kinks, about, reaches
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.marginal.whitening.fit import log_prob_of
 from pyro_hamflow.model.kinds import Arguments
+from tests.helpers.kinds import long_but
 
 T = 20
 generator = torch.Generator().manual_seed(4)
@@ -69,8 +70,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(("observed", "move", "kinks"), FORMS.values(), ids=FORMS)
-def test_one_particle_tells_the_likelihood_of_a_path_with_kinks(observed, move, kinks):
+@pytest.mark.parametrize("name", long_but(["hinge", "both"], FORMS))
+def test_one_particle_tells_the_likelihood_of_a_path_with_kinks(name):
+    observed, move, kinks = FORMS[name]
     marginal = marginalize(steps(observed, move), ["step"], num_particles=1)
     marginal.fit(Y, pilot=PILOT)
     (fit,) = marginal.proposal.fitted.values()

@@ -6,6 +6,7 @@ samplers spoilt in one point.
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,7 @@ from tests.helpers.exact_draws import (
     make_target,
     potential_of,
 )
+from tests.helpers.kinds import long_but
 from tests.helpers.native import native_estimate_transition, native_transition, spoil_line
 
 # --- checks -------------------------------------------------------------------------------------
@@ -98,16 +100,14 @@ NATIVE_MOVES = {  # of each, how noise moves after the parameters, and the deepe
     "joint": (None, None),
     "joint NUTS": (None, DEPTH),
 }
-QUICK_NATIVE = ("prior-8", "by_hand-1")
 
 
-@pytest.mark.parametrize("moves", NATIVE_MOVES)
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK_NATIVE else pytest.param(name, marks=pytest.mark.slow)
-        for name in TARGETS | MORE_TARGETS
-    ],
+    ("name", "moves"),
+    long_but(
+        [*(("prior-8", moves) for moves in NATIVE_MOVES), ("by_hand-1", "fresh")],
+        itertools.product(TARGETS | MORE_TARGETS, NATIVE_MOVES),
+    ),
 )
 def test_invariance_native_estimate(name, moves):
     target = make_target(name)

@@ -113,8 +113,10 @@ def test_per_leaf_run():
     assert stats["n_gradients"].double().mean() < 0.2 * stats["n_steps"].double().mean()
 
 
-@pytest.mark.parametrize("correction", ["endpoint", "per leaf"])
-@pytest.mark.parametrize("kind", [pytest.param(HNNHMC, marks=pytest.mark.slow), HNNNUTS])
+@pytest.mark.parametrize(
+    ("kind", "correction"),
+    long_but([(HNNNUTS, "endpoint")], itertools.product(KERNELS, ["endpoint", "per leaf"])),
+)
 def test_pseudo_marginal_run(kind, correction):
     kernel = learner(kind, marginalize(latent, ["x"], num_particles=4), correction=correction)
     mcmc = run(kernel, Y)
@@ -189,11 +191,12 @@ def test_energies_are_learned_unless_they_are_noisy():
 
 
 def test_same_seed_same_draws():
-    first, second = (run(learner(HNNNUTS)).draws.position for _ in range(2))
+    settings = {"training_steps": 50, "rounds": 1}
+    first, second = (run(learner(HNNNUTS, **settings)).draws.position for _ in range(2))
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("chains", [1, 4])
+@pytest.mark.parametrize("chains", long_but([4], [1, 4]))
 def test_what_is_held_out_is_so_in_every_training(chains, monkeypatch):
     """A network does not forget at once what it has learned: tested on that, it would look good."""
     seen, honest = [], learning.fit_energy
