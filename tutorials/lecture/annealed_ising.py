@@ -4,8 +4,9 @@
 # An Ising magnet of 4 x 4 spins below its critical temperature has two phases. Each spin gets a
 # continuous field such that spins are independent given the fields (Hubbard and Stratonovich); the
 # evidence of the fields is the magnet's partition function, which can be enumerated. A flow trained
-# cold loses a phase. Two remedies of the lecture: train on a hot magnet first and cool the loss; or
-# cool the data: a flow trained at one temperature proposes at the next.
+# cold loses a phase from most beginnings, and can be relied on from none. Two remedies of the
+# lecture: train on a hot magnet first and cool the loss; or cool the data: a flow trained at one
+# temperature proposes at the next.
 
 # %%
 from __future__ import annotations
@@ -29,6 +30,7 @@ torch.set_default_dtype(torch.float64)
 SMOKE = "SMOKE" in os.environ
 SIDE, COLD = 4, 0.5
 STEPS = 150 if SMOKE else 800
+SEEDS = range(1) if SMOKE else range(4)  # whether a flow keeps both phases is luck
 
 # %% [markdown]
 # ## The magnet: fields with covariance links + c, and spins that follow them
@@ -66,12 +68,13 @@ print(f"enumerated: log Z {log_z:.4f}, E|m| {truth:.4f}, and both signs alike")
 
 # %% [markdown]
 # ## Annealed loss
-# The posterior to the power 1 / T, from T = 4 down to 1 in the first half of training.
+# The posterior to the power 1 / T, from T = 4 down to 1 in the first half of training. Either loss
+# trains four flows, which begin elsewhere each.
 
 
 # %%
-def realnvp():
-    torch.manual_seed(2)
+def realnvp(seed=2):
+    torch.manual_seed(seed)
     flow = partial(zuko.flows.RealNVP, transforms=4, hidden_features=(32, 32))
     return phf.AutoFlow(magnet, flow, start="prior")
 
@@ -95,8 +98,13 @@ def fitted(guide, beta, loss, seed=0):
     return guide
 
 
-cold = told("cold loss", fitted(realnvp(), COLD, phf.ReverseKL()))
-cooled = told("cooled loss", fitted(realnvp(), COLD, phf.ReverseKL(hottest=4.0)))
+def trained(name, loss):
+    guides = [fitted(realnvp(seed), COLD, loss, seed) for seed in SEEDS]
+    return [told(f"{name}, seed {seed}", guide) for seed, guide in zip(SEEDS, guides, strict=True)]
+
+
+cold = trained("cold loss", phf.ReverseKL())
+cooled = trained("cooled loss", phf.ReverseKL(hottest=4.0))
 
 # %% [markdown]
 # ## Annealed data
@@ -117,26 +125,47 @@ for beta in ladder:
     guide = fitted(guide, beta, phf.ForwardKL({"field": fields}))
     size = float(magnetisation(fields, beta).abs().mean())
     print(f"beta {beta}: jumps accepted {accepted[-1]:.2f}, E|m| {size:.4f}")
-chained = told("cooled data", guide)
+chained = [told("cooled data", guide)]
 
 # %% [markdown]
 # ## The picture, and the check
-# A flow that has lost a phase has half of the partition function: log Z is short by log 2.
+# A flow that has lost a phase has half of the partition function: log Z is short by log 2. Cooling
+# the loss keeps both, but reverse KL leaves out what lies between them, more than weights can mend:
+# E|m| is too high by some .03, and a single draw from there may weigh more than all others, as k
+# tells. Draws of cooled data have what lies between.
 
 # %%
-guides = {"cold loss": cold, "cooled loss": cooled, "cooled data": chained}
+fits = {"cold loss": cold, "cooled loss": cooled, "cooled data": chained}
 figure, panels = plt.subplots(1, 4, figsize=(16, 3), layout="constrained")
-for panel, (name, found) in zip(panels[:3], guides.items(), strict=True):
-    drawn = found.resample(5000)["field"]
-    panel.hist(magnetisation(drawn, COLD).numpy(), bins=17, range=(-1.06, 1.06), density=True)
-    panel.set(title=f"{name}: log Z {found.log_evidence - log_z:+.2f}", xlabel="magnetisation")
+for panel, (name, several) in zip(panels[:3], fits.items(), strict=True):
+    for found in several:
+        drawn = magnetisation(found.resample(5000)["field"], COLD).numpy()
+        short = f"log Z {found.log_evidence - log_z:+.2f}"
+        panel.hist(drawn, 17, range=(-1.06, 1.06), density=True, histtype="step", label=short)
+    panel.legend()
+    kind = f"{len(several)} flows" if len(several) > 1 else "one flow"
+    panel.set(title=f"{name}, {kind}", xlabel="magnetisation")
 panels[3].plot(ladder, accepted, "o-")
 panels[3].set(title="jumps accepted", xlabel="inverse temperature", ylim=(0, 1))
 figure.savefig("annealed_ising.png", dpi=120)
 
+
+def lost_phase(found):
+    up = (
+        (magnetisation(found.samples["field"], COLD) > 0).double().mean()
+    )  # of the flow's own draws
+    return bool(abs(up - 0.5) > 0.45)
+
+
 if not SMOKE:
-    assert abs(cold.log_evidence + math.log(2.0) - log_z) < 0.15  # one phase of two
-    for found in (cooled, chained):
+    lost = [found for found in cold if lost_phase(found)]
+    assert lost
+    for found in lost:  # nearer to half of the partition function than to all of it
+        assert log_z - found.log_evidence > 0.5 * math.log(2.0)
+    for found in cold:  # each says that it cannot be relied on
+        assert found.pareto_k > 0.7 or "lost modes" in found.message
+    assert not any(lost_phase(found) for found in [*cooled, *chained])
+    for found in chained:
         plus, size = phases(found)
         assert abs(found.log_evidence - log_z) < 4 * found.log_evidence_error
         assert abs(plus - 0.5) < 4 * 0.5 / found.ess**0.5
