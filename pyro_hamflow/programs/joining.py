@@ -7,7 +7,7 @@ to be done one after the other, stays so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,7 +43,10 @@ def joined(graph: GraphModule, *examples: Tensor) -> GraphModule:
     if len(likeness.steps) > _SHARE * len(calls):
         return graph
     recorder = PureRecorder(PURE)
-    run: Callable[..., Any] = _Performer(graph, likeness).run
+
+    def run(*inputs: Tensor) -> Any:
+        return _Performer(graph, likeness).run(*inputs)
+
     try:
         with torch.no_grad():
             recorder.record(torch.func.functionalize(run), *examples)
@@ -58,7 +61,7 @@ def joined(graph: GraphModule, *examples: Tensor) -> GraphModule:
 
 
 class _Performer:
-    """Performs a graph's operations, those that are alike together.
+    """Performs a graph's operations once, those that are alike together.
 
     Arguments:
         graph: The graph.
@@ -74,7 +77,6 @@ class _Performer:
 
     def run(self, *inputs: Tensor) -> Any:
         """The graph's results."""
-        self.__init__(self.graph, self.likeness)  # type: ignore[misc]  # each run has its own
         nodes = self.graph.graph
         for node, value in zip(nodes.find_nodes(op="placeholder"), inputs, strict=True):
             self._known[Slot(node)] = value
