@@ -85,7 +85,8 @@ figure.savefig("neutra.png", dpi=100)
 
 # %% [markdown]
 # ## What would look wrong
-# Many divergences, or R-hat above 1.01: the map has not learned the tails; raise
+# Divergences, even a few, or R-hat above 1.01: the map has not learned the tails. Of eight schools
+# with 18 in 4000 draws, tau was below .05 in .002 of them, where .010 is right. Raise
 # `target_accept_prob`, warm up for longer, or train a guide beforehand and pass it:
 # `transport=guide` takes Pyro's `AutoIAFNormal` and its kin, and `AutoFlow`. A map does not join
 # modes that lie apart: for these there is `FlowNUTS`.
