@@ -13,6 +13,7 @@ from pyro_hamflow.flows.population import flow_for
 from pyro_hamflow.mcmc.transitions import native_cycle
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition
+from pyro_hamflow.mcmc.transitions.native import NativeMoves
 from pyro_hamflow.mcmc.transitions.native_cycle import NativeCycle, beside_jumps
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from tests.helpers.exact_draws import HMC_TARGETS, check_known, potential_of
@@ -182,9 +183,37 @@ def test_a_density_that_is_drawn_is_refused():
         NativeCycle(local, guide_of("skewed"), 1)
 
 
+def test_what_is_not_machine_code_says_why():
+    said = []
+    cycle, drawn = cycle_of("skewed"), guide_of("skewed")
+    for local, guide in ((cycle.local, cycle.guide), (cycle.local, drawn)):
+        beside_jumps(local, cycle.target, guide, 3, 10, said.append)
+    assert len(said) == 1 and said[0].startswith("jumps are made by torch, for the native engine")
+    assert "random" in said[0]
+    estimate = object.__new__(type("Moves", (NativeMoves,), {"target": cycle.target}))
+    beside_jumps(estimate, cycle.target, drawn, 3, 10, said.append)
+    assert "noise moves" in said[1]
+    beside_jumps(cycle.local, cycle.target, drawn, 3, 1000)
+    assert len(said) == 2
+
+
 def two_signs():
     x = pyro.sample("x", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
     pyro.sample("y", dist.Normal(x.square(), 1.0).to_event(1), obs=torch.tensor([4.0, 4.0]))
+
+
+def test_a_run_that_asks_for_machine_code_is_told(monkeypatch):
+    """Also where it is too short for code to be worth its time otherwise."""
+
+    def no_code(*args):
+        raise NotSupported("such a density")
+
+    monkeypatch.setattr(native_cycle, "_density_of", no_code)
+    local = NUTS(two_signs, engine="native")
+    mcmc = MCMC(FlowNUTS(two_signs, local=local, num_particles=200), 20, num_chains=2, seed=0)
+    mcmc.run()
+    said = [text for text in mcmc.messages if "jumps are made by torch" in text]
+    assert len(said) == 1 and "for such a density" in said[0]
 
 
 @pytest.mark.parametrize("local", [NUTS, HMC])

@@ -280,17 +280,21 @@ class TuneBesideJumps(Tune):
         args: As :class:`~pyro_hamflow.mcmc.adaptation.tune.Tune` has them.
         guide: What makes jumps; without one, draws are made by the local move.
         num_proposals: How many proposals are made for each.
+        asked: Whether the user asked for machine code.
     """
 
-    def __init__(self, *args: Any, guide: DensityGuide | None, num_proposals: int) -> None:
+    def __init__(
+        self, *args: Any, guide: DensityGuide | None, num_proposals: int, asked: bool
+    ) -> None:
         super().__init__(*args)
+        self.asked = asked
         self.guide = guide
         self.num_proposals = num_proposals
         self.is_local = guide is None
 
     def final_transition(self) -> Transition:
-        local = self.transition
+        local, plan = self.transition, self.plan
         if self.guide is None:
             return local
-        target = cast(Potential, local.target)
-        return beside_jumps(local, target, self.guide, self.num_proposals, self.plan.num_draws)
+        target, say = cast(Potential, local.target), plan.say if self.asked else None
+        return beside_jumps(local, target, self.guide, self.num_proposals, plan.num_draws, say)

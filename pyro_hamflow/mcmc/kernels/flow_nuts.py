@@ -211,6 +211,7 @@ class FlowNUTS(Kernel):
             estimator,
             guide=found.guide,
             num_proposals=self._flow_choices.num_proposals or jumps.num_proposals,
+            asked=self.engine == "native",
         )
         return phase, transition.state_at(position, noise)
 

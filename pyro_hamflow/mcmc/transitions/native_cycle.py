@@ -8,7 +8,7 @@ both in machine code, and one comparison.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from pyro_hamflow.mcmc.transitions.independence import (
     pick_by_weight,
 )
 from pyro_hamflow.mcmc.transitions.mixture import CycleTransition, beginning, followed_by
-from pyro_hamflow.mcmc.transitions.native import NativeTransition, draws_within
+from pyro_hamflow.mcmc.transitions.native import NativeMoves, NativeTransition, draws_within
 from pyro_hamflow.model.guides import DensityGuide, draw_from, log_ratio_at
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.recovery import Evaluation
@@ -214,6 +214,7 @@ def beside_jumps(
     guide: DensityGuide,
     num_proposals: int,
     num_draws: int | None,
+    say: Callable[[str], None] | None = None,
 ) -> Transition:
     """A local move and a jump in turn: in machine code, where there is some and it is worth it.
 
@@ -223,10 +224,19 @@ def beside_jumps(
         guide: What makes the jumps.
         num_proposals: How many proposals are made for each.
         num_draws: How many draws are to be made, if that is known.
+        say: Tells the user why it is not machine code, where that was asked for: then it is taken
+            for any number of draws.
     """
-    if isinstance(local, NativeTransition) and (num_draws or 0) >= _WORTH_CODE:
-        with suppress(NotSupported):
+    reason = None
+    if isinstance(local, NativeTransition) and (say or (num_draws or 0) >= _WORTH_CODE):
+        try:
             return NativeCycle(local, guide, num_proposals)
+        except NotSupported as error:
+            reason = f"the native engine has no code for {error}"
+    elif isinstance(local, NativeMoves):
+        reason = "noise moves with the parameters"
+    if say is not None and reason is not None:
+        say(f"jumps are made by torch, for {reason}.")
     jumps = IndependenceTransition(target, guide, num_proposals)
     return CycleTransition({"local": local, "global": jumps})
 
