@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_hamflow.marginal.mending import mend_proposal
 from pyro_hamflow.marginal.pilot import Pilot, find_pilot
@@ -40,7 +42,7 @@ def prepare(
     if marginal.num_particles is None:
         marginal.settle(None)
     bare = copy.copy(marginal)
-    found = find_pilot(marginal, data, start)
+    found = _find(marginal, data, start)
     marginal.fit(*data.args, pilot=found.values, **data.kwargs)
     if marginal.proposal.remark and not marginal.proposal.is_comparable:
         found = _higher(marginal, bare, found, data)
@@ -53,6 +55,41 @@ def prepare(
     marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
 
 
+def _find(marginal: TunedEstimator, data: Arguments, start: dict[str, Tensor] | None) -> Pilot:
+    """Searches for a pilot, in double precision if the model runs in it.
+
+    In single precision the slopes of thousands of counts are rounding, by which a search comes to
+    rest nowhere, or far off.
+    """
+    layouts = marginal.plan(*data.args, **data.kwargs).layouts.values()
+    if all(layout.example.dtype == torch.float64 for layout in layouts):
+        return find_pilot(marginal, data, start)
+    wide, known = copy.copy(marginal), _in_double(data)
+    before, found = torch.get_default_dtype(), None
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = find_pilot(wide, known, _in_double(start))
+    except Exception:  # whatever a model's own code may raise, as for tensors of two types
+        pass
+    finally:
+        torch.set_default_dtype(before)
+    if found is None:
+        return find_pilot(marginal, data, start)
+    with random_state_kept():
+        trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
+    values = {name: v.to(trace.nodes[name]["value"].dtype) for name, v in found.values.items()}
+    return found._replace(values=values)
+
+
+def _in_double(nested: Any) -> Any:
+    """Tensors of numbers with a point in double precision, and all else as it is."""
+
+    def wide(part: Any) -> Any:
+        return part.double() if isinstance(part, Tensor) and part.is_floating_point() else part
+
+    return tree_map(wide, nested)
+
+
 def _higher(
     marginal: TunedEstimator, other: TunedEstimator, found: Pilot, data: Arguments
 ) -> Pilot:
@@ -61,7 +98,7 @@ def _higher(
     Where a proposal misses other modes, estimates may rise towards parameters at which it serves,
     and not towards those of the posterior; but none of many estimates is far too high.
     """
-    second = find_pilot(other, data, _typical(marginal, data))
+    second = _find(other, data, _typical(marginal, data))
     other.fit(*data.args, pilot=second.values, **data.kwargs)
     with random_state_kept():
         torch.manual_seed(0)

@@ -71,6 +71,43 @@ def test_pilot_of_counts_is_the_top_by_quadrature(level, near, seed):
     assert marginal.prepared.distance < 0.1
 
 
+def test_pilot_of_counts_in_single_precision_is_as_near():
+    """Slopes of counts of thousands are rounding there, and the search is made in double."""
+    pyro.set_rng_seed(1)
+    x, y = count_data(9.0)
+    before = torch.get_default_dtype()
+    marginal = phf.marginalize(counts, ["u"])
+    try:
+        torch.set_default_dtype(torch.float32)
+        pilot = marginal.pilot((x.float(), y.float()), {})
+        assert {value.dtype for value in pilot.values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)
+    point = torch.cat([pilot["beta"], pilot["s"].log()[None]]).double()
+    assert distance_from_top(count_posterior(x, y), point) < 0.3
+    assert marginal.prepared.distance < 0.1
+
+
+def test_models_that_do_not_run_in_double_have_a_pilot():
+    covariates = torch.randn(6, 2).float()
+
+    def model(y):
+        beta = pyro.sample("beta", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("subject", 6):
+            u = pyro.sample("u", dist.Normal(covariates @ beta, 1.0))
+            pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+
+    before = torch.get_default_dtype()
+    marginal = phf.marginalize(model, ["u"])
+    try:
+        torch.set_default_dtype(torch.float32)
+        pilot = marginal.pilot((torch.ones(6),), {})
+    finally:
+        torch.set_default_dtype(before)
+    assert pilot["beta"].dtype == torch.float32
+    assert marginal.prepared.distance < 0.1
+
+
 @pytest.mark.parametrize(("proposal", "noise"), [("laplace", 0.01), ("prior", 1.0)])
 def test_pilot_far_from_zero(proposal, noise):
     """Effects around 40, in one case known to a hundredth: the marginal has a closed form."""
