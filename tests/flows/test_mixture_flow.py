@@ -17,6 +17,7 @@ from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.flows.product_mixture import ProductMixture, independent
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
+from tests.helpers.kinds import long_but
 
 SHARE = 0.25
 
@@ -167,7 +168,7 @@ def test_gradients_in_positions_are_those_of_all_shares():
         torch.testing.assert_close(gradient[0], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dimension", [2, 16, 64])
+@pytest.mark.parametrize("dimension", long_but([2, 16], [2, 16, 64]))
 def test_two_modes_are_two_gaussians(dimension):
     potential, flow = built(two_modes(dimension), two_modes_draws(1000, dimension), num_steps=50)
     assert flow.flow.mixture.num_components == 2 and not len(flow.flow.layers)

@@ -25,7 +25,7 @@ PROMISED = {
     "neutra": {"neutra.png"},
     "stochastic_volatility": {"stochastic_volatility.png"},
 }
-LONG = {"comparing_models", "many_patients", "stochastic_volatility"}
+LONG = {"comparing_models", "many_patients", "pseudo_marginal", "stochastic_volatility"}
 # Reproductions of figures of a paper: `make paper`.
 PAPER = {
     "nine_modes": {f"nine_modes_{part}.png" for part in ("samples", "potentials", "momenta")},
