@@ -83,12 +83,13 @@ def check(mcmc) -> None:
     assert effect_bias_p_value(mcmc) > 0.002
 
 
-@pytest.mark.parametrize("method", ["joint", "conditional"])
+@pytest.mark.parametrize("method", [pytest.param("joint", marks=pytest.mark.slow), "conditional"])
 def test_posterior_agrees_with_quadrature(method):
     check(run(8, method, num_samples=120))
 
 
-@pytest.mark.parametrize("method", ["joint", pytest.param("conditional", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["joint", "conditional"])
 def test_posterior_of_nuts_agrees_with_quadrature(method):
     check(run(8, method, num_samples=100, kernel=phf.PseudoMarginalNUTS))
 

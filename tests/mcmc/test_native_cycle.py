@@ -50,15 +50,21 @@ LOCAL = {
 }
 
 
-@pytest.mark.parametrize("proposals", [1, 3])
-@pytest.mark.parametrize("local", LOCAL)
+@pytest.mark.parametrize(
+    ("local", "proposals"),
+    [
+        *(("tree", 3), ("line", 1), ("walk", 3)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tree", 1), ("line", 3))),
+        pytest.param("walk", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_invariance(local, proposals):
     cycle = cycle_of("skewed", proposals, LOCAL[local])
     steps = 31 if local == "tree" else 3
     check_known("skewed", "diagonal", cycle, 0.7, steps, moves=4)
 
 
-@pytest.mark.parametrize("name", HMC_TARGETS)
+@pytest.mark.parametrize("name", ["skewed", pytest.param("conjugate", marks=pytest.mark.slow)])
 def test_invariance_of_many(name):
     check_known(name, "dense", cycle_of(name), 0.7, 31, moves=4)
 
