@@ -25,6 +25,7 @@ _HALVINGS = 50  # of an interval of temperatures
 _PRECISION = 1e-3  # of a step, relative to it
 _SMALLEST = 1e-12  # step of the inverse temperature
 _REMEMBERED = 8  # particles at a temperature, of which one is
+_ACCEPTED, _TRIES = 0.2, 4  # moves at a temperature, below which they are tried anew, so often
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ def find_schedule(
 ) -> Course:
     """Temperatures, step sizes, masses and flows, learned from a population as it goes.
 
+    Where hardly a move is accepted, as may be at first, moves are tried anew by what that has
+    taught, so that the second population never goes by steps that are known to be too long.
     Flows of :class:`CRAFT` are not trained.
     """
     particles = Particles(target, shape)
@@ -214,12 +217,15 @@ def find_schedule(
             flow = flow_to(transport, here, particles)
         elif transport is not None:
             flow = flow_at(transport, particles)
-        schedule.append(Rung(here, particles.moves.tuning, flow))
         visited.append(particles.position[len(visited) % _REMEMBERED :: _REMEMBERED])
-        passage = particles.pass_on(schedule[-1], num_moves)
-        particles.moves.tune_step(passage.acceptance_rate)
-        scores = particles.moves.scores(particles.position, particles.noise)
-        particles.moves.tune_mass(scores, particles.weights)
+        rung = Rung(here, particles.moves.tuning, flow)
+        passage = particles.pass_and_learn(rung, num_moves)
+        for _ in range(_TRIES):  # by the step and mass just learned; flows have carried it
+            if passage.acceptance_rate >= _ACCEPTED:
+                break
+            rung = Rung(here, particles.moves.tuning)
+            passage = particles.pass_and_learn(rung, num_moves)
+        schedule.append(Rung(here, rung.tuning, flow))
         if report is not None:
             report(passage)
     return Course(schedule, particles, torch.cat(visited))

@@ -149,6 +149,13 @@ class Particles:
         acceptance = float((self.weights * rate).sum())
         return Passage(rung.inverse_temperature, float(size.mean()), acceptance)
 
+    def pass_and_learn(self, rung: Rung, num_moves: int) -> Passage:
+        """Takes the population to a temperature, and learns step and mass from what it did."""
+        passage = self.pass_on(rung, num_moves)
+        self.moves.tune_step(passage.acceptance_rate)
+        self.moves.tune_mass(self.moves.scores(self.position, self.noise), self.weights)
+        return passage
+
     def move_on(self, tuning: Tuning, num_moves: int) -> Drift:
         """Moves the population at its temperature, and tells what that changes."""
         weights, before = self.weights, self.log_ratio().flatten()

@@ -13,7 +13,7 @@ from pyro_hamflow import marginalize
 from pyro_hamflow.flows.population import flow_for
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
-from pyro_hamflow.smc import particles
+from pyro_hamflow.smc import annealing, particles
 from pyro_hamflow.smc.annealing import anneal
 from pyro_hamflow.smc.machine import compiled_gradient, machine_gradient
 from tests.helpers.densities import POSITIVE, WELL, many_well, two_modes
@@ -54,6 +54,33 @@ def test_conjugate_posterior():
     assert abs(mean - expected) < 4.0 * error
     variance = float((weights * (position - expected).square()).sum())
     assert abs(variance * precision - 1.0) < 4.0 * math.sqrt(2.0 / len(position))
+
+
+@pytest.mark.parametrize("tries", [4, 0])
+def test_first_steps_that_are_too_long_are_tried_anew(monkeypatch, tries):
+    """A spike in the prior is thirty times narrower than the slab, by which the first steps go."""
+    monkeypatch.setattr(annealing, "_TRIES", tries)
+    generator = torch.Generator().manual_seed(11)
+    x, noise = torch.randn(2, 25, 8, generator=generator).double()
+    y = 0.9 * x[:, 0] + 0.5 * x[:, 2] + 0.8 * noise[:, 0]
+    widths = torch.tensor([0.05, 1.5]).double()
+    mixing = torch.tensor([0.75, 0.25]).double()
+
+    def model():
+        parts = dist.Normal(torch.zeros(2), widths)
+        prior = dist.MixtureSameFamily(dist.Categorical(mixing), parts)
+        b = pyro.sample("b", prior.expand([8]).to_event(1))
+        pyro.sample("y", dist.Normal(x @ b, 0.8).to_event(1), obs=y)
+
+    torch.manual_seed(0)
+    population = anneal(Potential(model), 800)
+    slab = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    covariance = x * widths[slab].square()[:, None] @ x.mT + 0.64 * torch.eye(25)
+    each = dist.MultivariateNormal(torch.zeros(25).double(), covariance).log_prob(y)
+    truth = float((each + mixing[slab].log().sum(1)).logsumexp(0))
+    assert abs(population.log_evidence - truth) < 4.0 * population.log_evidence_error
+    worst = min(passage.acceptance_rate for passage in population.passages)
+    assert (worst > 0.2) == (tries > 0)
 
 
 def test_data_may_be_of_a_finer_type_than_the_prior():
