@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 _RUNS = 8
 _WORSE = 2.0  # than a rounding, in its places
 _FAR = 30.0  # of results, in moves of them
-_KNOWN = 1e-2  # by how much results may move, relative to the largest, that tell anything
+_KNOWN = 1e-2  # by how much results may differ for rounding, relative to the largest
 
 
 class _Worse(TorchDispatchMode):
@@ -86,14 +86,14 @@ def same_but_for_rounding(
     Arguments:
         one: Results.
         other: Results of another function, which may be the same.
-        moves: By how much rounding moves either, by :func:`moves_by_rounding`. Where it leaves
-            little of a number's digits, in the measure of the largest beside it, nothing is told.
+        moves: By how much rounding moves either, by :func:`moves_by_rounding`. However far that
+            is, or unknown, results are apart by no more than little of the largest beside them.
         tolerance: How near results are in any case, relative to each number.
     """
     for a, b, move in zip(one, other, moves, strict=True):
         size = b.double().abs().nan_to_num(nan=0.0, posinf=0.0)
         largest = size.max() if size.numel() else 0.0
-        told = _FAR * move <= _KNOWN * (1.0 + largest)
-        if bool((told & (_gaps(a, b) > tolerance * (1.0 + size) + _FAR * move)).any()):
+        lost = (_FAR * move).clamp(max=_KNOWN * (1.0 + largest))
+        if bool((_gaps(a, b) > tolerance * (1.0 + size) + lost).any()):
             return False
     return True

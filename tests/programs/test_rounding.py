@@ -66,6 +66,15 @@ def test_gaps_and_infinities_are_the_same_or_not():
     assert not same(lambda x: [torch.log(x).nan_to_num(nan=7.0)], plain, x)
 
 
+def test_another_function_is_told_where_rounding_leaves_nothing():
+    """Where a number may be none for rounding, how far it moves is unknown."""
+    sharp = lambda x: [torch.where(torch.exp(x.clone()) >= torch.exp(x), x, torch.nan)]  # noqa: E731
+    x = torch.tensor([0.3, 0.7])
+    assert moves_by_rounding(lambda: sharp(x))[0].isinf().all()
+    assert same(sharp, lambda x: [1.0 * x], x)
+    assert not same(sharp, lambda x: [2.0 * x], x)
+
+
 def guesses():
     """A model of answers of which some are guessed: probabilities are next to one far out.
 
