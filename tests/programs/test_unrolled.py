@@ -194,6 +194,13 @@ def test_what_has_no_rule_is_left_to_inductor(potential, monkeypatch):
     assert isinstance(model_library._function(part), Function)
 
 
+def test_arguments_of_an_unknown_form_are_left_to_inductor(potential, monkeypatch):
+    """A rule that does not know them is no reason for a run to fail."""
+    part = _part(potential.programs.base("gradient"), [p[0] for p in potential.vectors(1)])
+    monkeypatch.setitem(unrolled_rules.RULES, "mul", lambda writer, func, a: a)
+    assert isinstance(model_library._function(part), Function)
+
+
 def test_a_few_operations_and_many_numbers_are_left_to_inductor(potential, monkeypatch):
     part = _part(potential.programs.base("gradient"), [p[0] for p in potential.vectors(1)])
     monkeypatch.setattr(model_library, "_EACH", 1)

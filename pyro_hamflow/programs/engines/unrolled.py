@@ -22,6 +22,7 @@ from pyro_hamflow.programs.engines.operators import write_operation
 from pyro_hamflow.programs.engines.picks import PICKS
 from pyro_hamflow.programs.engines.statements import Statements
 from pyro_hamflow.programs.engines.unrolled_rules import RULES
+from pyro_hamflow.programs.failures import first_line
 
 
 class Unrolled:
@@ -48,8 +49,13 @@ class Unrolled:
             kind, count = kind_of(example.dtype), example.numel()
             ids = [writer.read(f"(({kind}*)a[{i}])[{k}]", example.dtype) for k in range(count)]
             given.append(Numbers(writer, ids, example.dtype, example.shape))
-        with torch.no_grad():
-            self._results = [known(writer, part) for part in Interpreter(graph).run(*given)]
+        try:
+            with torch.no_grad():
+                self._results = [known(writer, part) for part in Interpreter(graph).run(*given)]
+        except NotSupported:
+            raise
+        except Exception as error:  # a rule's, or torch's, for arguments of an unknown form
+            raise NotSupported(first_line(error)) from error
 
     @property
     def scratch(self) -> int:
