@@ -18,6 +18,8 @@ KINDS = {
     torch.bool: "bool",
 }
 
+_LINE = 64  # bytes of a line of the cache
+
 
 class NotSupported(Exception):
     """An operator that the engine has no code for, by its name."""
@@ -53,6 +55,29 @@ class Buffer:
     def empty(self) -> Tensor:
         """A tensor of this kind without any memory."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+class UsesScratch:
+    """A function in C++ that works in scratch memory, which its text calls ``w``.
+
+    Attributes:
+        scratch: How many bytes of it are given away.
+    """
+
+    def __init__(self) -> None:
+        self.scratch = 0
+
+    def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
+        """A buffer of its own."""
+        spans = ((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        numbers = 1 if 0 in shape else 1 + sum(spans)
+        place = f"(({kind_of(dtype)}*)(w + {self.scratch}))"
+        self.give_away(numbers * dtype.itemsize)
+        return Buffer(dtype, place, tuple(shape), tuple(strides))
+
+    def give_away(self, size: int) -> None:
+        """Counts so many bytes, in whole lines of the cache."""
+        self.scratch += -(-size // _LINE) * _LINE
 
 
 class Writer(Protocol):

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of
+from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, UsesScratch, kind_of
 
 _IN_A_FUNCTION = 300
-_LINE = 64  # bytes that each buffer's place is a multiple of
 
 ZERO = 0  # the number that is zero, of every type
 
@@ -56,7 +55,7 @@ class _Step:
     lines: list[str]
 
 
-class Statements:
+class Statements(UsesScratch):
     """Statements as they are written, each number once.
 
     Arguments:
@@ -67,7 +66,7 @@ class Statements:
     """
 
     def __init__(self, most: int) -> None:
-        self.scratch = 0
+        super().__init__()
         self._room = most
         self.numbers = [_Number(torch.float64, "0", is_constant=True)]
         self._steps: list[_Step] = []
@@ -114,14 +113,6 @@ class Statements:
         """What a number is called in a statement."""
         known = self.numbers[number]
         return known.text if known.is_constant else f"v{number}"
-
-    def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
-        """A buffer of its own in scratch memory."""
-        spans = ((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        count = 0 if 0 in shape else 1 + sum(spans)
-        place = f"(({kind_of(dtype)}*)(w + {self.scratch}))"
-        self.scratch += -(-count * dtype.itemsize // _LINE) * _LINE
-        return Buffer(dtype, place, tuple(shape), tuple(strides))
 
     def stored(self, numbers: Sequence[int], dtype: torch.dtype) -> tuple[Buffer, int]:
         """Memory in which numbers lie in a row, and the step that writes them there."""
@@ -191,9 +182,9 @@ class Statements:
                     if maker is None or self._chunk_of[maker] == i or number in self._places:
                         continue
                     kind = kind_of(self.numbers[number].dtype)
-                    self._places[number] = f"*({kind}*)(w + {self.scratch})"
-                    self.scratch += 8
-        self.scratch = -(-self.scratch // _LINE) * _LINE
+                    place = self.scratch + 8 * len(self._places)
+                    self._places[number] = f"*({kind}*)(w + {place})"
+        self.give_away(8 * len(self._places))
 
     def _chunk_text(self, chunk: list[int]) -> list[str]:
         """The lines of a function; what is not made there is read where it is first needed."""

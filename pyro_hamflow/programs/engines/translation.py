@@ -13,19 +13,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyro_hamflow.programs.engines.buffers import KINDS, Buffer, NotSupported, kind_of, loops
+from pyro_hamflow.programs.engines.buffers import KINDS, Buffer, NotSupported, UsesScratch, loops
 from pyro_hamflow.programs.engines.operators import write_operation
 from pyro_hamflow.programs.engines.vectors import kernel_text
 
-_LINE = 64  # bytes that each buffer's place is a multiple of: a line of the cache
 _TYPES = {str(dtype): dtype for dtype in KINDS}
 _SPECIAL = re.compile(r"\bcalc_(?!digamma\b)\w+|\bzeta<|\btrigamma\b")
 
 
-class Function:
+class Function(UsesScratch):
     """A function in C++ that does what a program of Inductor's does.
 
     Arguments:
@@ -41,7 +39,7 @@ class Function:
     """
 
     def __init__(self, source: ast.Module, examples: Sequence[Tensor]) -> None:
-        self.scratch = 0
+        super().__init__()
         self._examples = examples
         self._known: dict[str, Any] = {}
         self._kernels = _kernels(source)
@@ -69,13 +67,6 @@ class Function:
     def emit(self, line: str) -> None:
         self._lines.append(line)
 
-    def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
-        spans = ((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        numbers = 1 if 0 in shape else 1 + sum(spans)
-        place = f"(({kind_of(dtype)}*)(w + {self.scratch}))"
-        self.scratch += -(-numbers * dtype.itemsize // _LINE) * _LINE
-        return Buffer(dtype, place, tuple(shape), tuple(strides))
-
     def _take(self, statement: ast.stmt) -> None:
         match statement:
             case ast.Delete() | ast.Assert() | ast.Pass():
@@ -95,7 +86,7 @@ class Function:
         if len(names) != len(self._examples):
             raise NotSupported("a program that leaves arguments out")
         for i, (name, example) in enumerate(zip(names, self._examples, strict=True)):
-            place, shape = f"(({kind_of(example.dtype)}*)a[{i}])", tuple(example.shape)
+            place, shape = f"(({KINDS[example.dtype]}*)a[{i}])", tuple(example.shape)
             self._known[name] = Buffer(example.dtype, place, shape, example.stride())
 
     def _value(self, value: ast.expr) -> Any:
