@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,53 +49,55 @@ _NOTE = (
 )
 
 
-def measure(*, quick: bool) -> list[Table]:
-    """Effective draws per second of each sampler, and what an estimate costs by length."""
+def measure(*, quick: bool) -> Iterator[Table]:
+    """Effective draws per second of each sampler, and what an estimate costs by length.
+
+    A table comes whenever a row of it is finished: a run of half an hour that is cut keeps them.
+    """
     torch.set_default_dtype(torch.float64)
     lengths = (100,) if quick else (500, 2000)
-    return [
-        speed("simulated", lengths),
-        speed("S&P 500", lengths),
-        process(30 if quick else 100),
-        cost((100, 200) if quick else (500, 2000, 8000, _LONGEST)),
-        memory(200 if quick else _LONGEST),
-    ]
+    yield from speed("simulated", lengths)
+    yield from speed("S&P 500", lengths)
+    yield from process(30 if quick else 100)
+    yield cost((100, 200) if quick else (500, 2000, 8000, _LONGEST))
+    yield memory(200 if quick else _LONGEST)
 
 
-def speed(name: str, lengths: tuple[int, ...]) -> Table:
-    """Stochastic volatility of one kind of data."""
+def speed(name: str, lengths: tuple[int, ...]) -> Iterator[Table]:
+    """Stochastic volatility of one kind of data, with more rows each time."""
     rows: list[Row] = []
-    for length in lengths:
-        y = (simulated if name == "simulated" else stocks)(length)
-        if y is not None:
-            joint = partial(_volatility_of_numpyro, y)
-            seeds = _SEEDS if length == lengths[-1] else 1
-            names = ("mean", "phi", "scale")
-            found = _beside(volatility, "path", names, (y,), joint, seeds=seeds)
-            rows += [{"length": length} | row for row in found]
-    times = _times([row for row in rows if row["length"] == lengths[-1]])
-    return Table(
+    table = Table(
         f"Stochastic volatility, {name}",
         rows,
         f"{_NOTE} Joint samplers have the path among their parameters, centred or as noise. "
         f"{_LEARNED} follows a network in machine code, judged by estimates of four particles in "
         f"pairs. Of the longest series {', '.join(_MANY_SEEDS)} are the mean of {_SEEDS} seeds, "
         "and R-hat is the largest.",
-        _reach(name, f"T = {lengths[-1]}", times),
     )
+    for length in lengths:
+        y = (simulated if name == "simulated" else stocks)(length)
+        if y is not None:
+            joint = partial(_volatility_of_numpyro, y)
+            seeds = _SEEDS if length == lengths[-1] else 1
+            names = ("mean", "phi", "scale")
+            for row in _beside(volatility, "path", names, (y,), joint, seeds=seeds):
+                rows.append({"length": length} | row)
+                yield table
+    if rows:
+        times = _times([row for row in rows if row["length"] == lengths[-1]])
+        yield replace(table, reach=_reach(name, f"T = {lengths[-1]}", times))
 
 
-def process(count: int) -> Table:
-    """Binary data of a latent Gaussian process."""
+def process(count: int) -> Iterator[Table]:
+    """Binary data of a latent Gaussian process, with more rows each time."""
     x, y = binary(count)
     joint = {"standard noise": partial(_process_of_numpyro, x, y)}
-    rows = _beside(classification, "f", ("length", "size"), (x, y), lambda: joint)
-    return Table(
-        f"Gaussian process classification, {count} places",
-        rows,
-        _NOTE,
-        _reach("Gaussian process", f"{count} places", _times(rows)),
-    )
+    rows: list[Row] = []
+    table = Table(f"Gaussian process classification, {count} places", rows, _NOTE)
+    for row in _beside(classification, "f", ("length", "size"), (x, y), lambda: joint):
+        rows.append(row)
+        yield table
+    yield replace(table, reach=_reach("Gaussian process", f"{count} places", _times(rows)))
 
 
 def _reach(name: str, where: str, times: float) -> str:
@@ -135,7 +138,7 @@ def _beside(
     joint: Callable[[], dict[str, Callable[[int], Found]]],
     *,
     seeds: int = 1,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Ours, then NumPyro's."""
     kernels: dict[str, Callable[[], Any]] = {
         f"marginalize, {method}": partial(_pseudo_marginal, method, model, site)
@@ -145,11 +148,9 @@ def _beside(
     kernels |= {"whiten": lambda: NUTS(whiten(model, [site]))}
     samplers = {name: partial(_ours, made, names, data) for name, made in kernels.items()}
     samplers |= {f"{_NUMPYRO}, {way}": run for way, run in joint().items()}
-    return [
-        {"sampler": sampler}
-        | _row([run(seed) for seed in range(seeds if sampler.endswith(_MANY_SEEDS) else 1)])
-        for sampler, run in samplers.items()
-    ]
+    for sampler, run in samplers.items():
+        some = range(seeds if sampler.endswith(_MANY_SEEDS) else 1)
+        yield {"sampler": sampler} | _row([run(seed) for seed in some])
 
 
 def _pseudo_marginal(method: str, model: Callable[..., Any], site: str) -> Any:

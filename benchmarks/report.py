@@ -40,17 +40,47 @@ def machine() -> str:
     )
 
 
-def store(folder: Path, topic: str, about: str, tables: list[Table], minutes: float) -> None:
-    """Keeps a topic's rows, in place of those of its last run."""
+def store(
+    folder: Path,
+    topic: str,
+    about: str,
+    tables: list[Table],
+    minutes: float,
+    *,
+    finished: bool = True,
+) -> None:
+    """Keeps a topic's tables, in place of those of its last run.
+
+    Until a run has finished, tables that it has not come to stay, and say which run they are of.
+    """
     folder = folder / "results"
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{topic}.json"
+    earlier = [] if finished else _earlier(path, {table.title for table in tables})
     content = {
         "about": about,
         "machine": machine(),
         "minutes": round(minutes, 1),
-        "tables": [asdict(table) for table in tables],
+        "finished": finished,
+        "tables": [*(asdict(table) for table in tables), *earlier],
     }
-    (folder / f"{topic}.json").write_text(json.dumps(content, indent=1) + "\n")
+    written = path.with_suffix(".part")  # a run that is cut while it writes leaves the file whole
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    written.replace(path)
+
+
+def _earlier(path: Path, titles: set[str]) -> list[dict[str, Any]]:
+    """Stored tables of other titles, with the run that each is of."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    run = {"earlier": _run(content)}
+    return [run | table for table in content["tables"] if table["title"] not in titles]
+
+
+def _run(content: dict[str, Any]) -> str:
+    cut = "" if content.get("finished", True) else ", cut before the end"
+    return f"{content['machine']}; {content['minutes']} minutes{cut}."
 
 
 def render(folder: Path, topics: list[str], *, quick: bool) -> Path:
@@ -70,9 +100,11 @@ def render(folder: Path, topics: list[str], *, quick: bool) -> Path:
             continue
         content = json.loads(path.read_text())
         lines += [f"## {content['about']}", ""]
-        lines += [f"{content['machine']}; {content['minutes']} minutes.", ""]
+        lines += [_run(content), ""]
         for table in content["tables"]:
             lines += [f"### {table['title']}", "", *_grid(table["rows"]), "", table["says"], ""]
+            if "earlier" in table:
+                lines += [f"Of an earlier run: {table['earlier']}", ""]
             if table["reach"]:
                 lines += [f"*Reach:* {table['reach']}", ""]
     path = folder / "RESULTS.md"

@@ -34,7 +34,7 @@ from benchmarks import (
     steps,
     surrogate,
 )
-from benchmarks.report import render, store
+from benchmarks.report import Table, render, store
 from benchmarks.timing import prepare_compiler
 
 TOPICS = {
@@ -79,16 +79,25 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(torch.float64)
+
+    def keep(topic: str, tables: dict[str, Table], began: float, *, finished: bool) -> None:
+        minutes = (time.perf_counter() - began) / 60
+        about = TOPICS[topic].ABOUT
+        store(folder, topic, about, list(tables.values()), minutes, finished=finished)
+        render(folder, list(TOPICS), quick=options.quick)
+
     if not options.render:
         prepare_compiler()
         for topic in options.only or TOPICS:
             logger.info("%s ...", topic)
             began = time.perf_counter()
             pyro.set_rng_seed(0)
-            tables = TOPICS[topic].measure(quick=options.quick)
-            minutes = (time.perf_counter() - began) / 60
-            store(folder, topic, TOPICS[topic].ABOUT, tables, minutes)
-            logger.info("%s took %.1f minutes", topic, minutes)
+            tables: dict[str, Table] = {}
+            for table in TOPICS[topic].measure(quick=options.quick):
+                tables[table.title] = table  # one of more rows takes the place of its former state
+                keep(topic, tables, began, finished=False)
+            keep(topic, tables, began, finished=True)
+            logger.info("%s took %.1f minutes", topic, (time.perf_counter() - began) / 60)
     path = render(folder, list(TOPICS), quick=options.quick)
     logger.info("written: %s", path)
 
