@@ -15,7 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_hamflow.programs.engines.buffers import KINDS, Buffer, NotSupported, UsesScratch, loops
+from pyro_hamflow.programs.engines.buffers import (
+    KINDS,
+    Buffer,
+    NotSupported,
+    UsesScratch,
+    kind_of,
+    loops,
+)
 from pyro_hamflow.programs.engines.operators import write_operation
 from pyro_hamflow.programs.engines.vectors import kernel_text
 
@@ -86,7 +93,7 @@ class Function(UsesScratch):
         if len(names) != len(self._examples):
             raise NotSupported("a program that leaves arguments out")
         for i, (name, example) in enumerate(zip(names, self._examples, strict=True)):
-            place, shape = f"(({KINDS[example.dtype]}*)a[{i}])", tuple(example.shape)
+            place, shape = f"(({kind_of(example.dtype)}*)a[{i}])", tuple(example.shape)
             self._known[name] = Buffer(example.dtype, place, shape, example.stride())
 
     def _value(self, value: ast.expr) -> Any:
