@@ -22,7 +22,7 @@ from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.model.supports import transform_of
 from pyro_hamflow.programs import banded
-from pyro_hamflow.programs.capture import capture
+from pyro_hamflow.programs.capture import capture, result_of
 
 Density = Callable[[Tensor], Tensor]  # from a path to the log density of each element
 
@@ -123,21 +123,24 @@ class PathCoordinates:
 
 def path_parts(plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor]) -> Parts:
     """The log densities of a path, for given values of the parameters."""
-    group = path.group
-
-    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-        own: list[Tensor] = []
-
-        def choose(msg: Any) -> Tensor:
-            value, density = path.site(msg["name"], msg["fn"], x)
-            own.append(plan.sum(msg["scale"] * density, msg, group))
-            return value
-
-        terms = plan.run(group, parameters, choose)
-        zero = torch.zeros_like(x[..., 0])
-        return zero + _joined(own, group), zero + _joined(terms, group)
-
+    evaluate = partial(_evaluate, plan, path, parameters)
     return Parts(lambda x: evaluate(x)[0], lambda x: evaluate(x)[1])
+
+
+def _evaluate(
+    plan: Plan, path: PathCoordinates, parameters: dict[str, Tensor], x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both log densities of a path."""
+    group, own = path.group, list[Tensor]()
+
+    def choose(msg: Any) -> Tensor:
+        value, density = path.site(msg["name"], msg["fn"], x)
+        own.append(plan.sum(msg["scale"] * density, msg, group))
+        return value
+
+    terms = plan.run(group, parameters, choose)
+    zero = torch.zeros_like(x[..., 0])
+    return zero + _joined(own, group), zero + _joined(terms, group)
 
 
 def captured_parts(
@@ -156,13 +159,11 @@ def captured_parts(
     """
     names = list(parameters)
 
-    def program(number: int) -> GraphModule:
-        def run(x: Tensor, *values: Tensor) -> Tensor:
-            return path_parts(plan, path, dict(zip(names, values, strict=True)))[number](x)
+    def run(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        return _evaluate(plan, path, dict(zip(names, values, strict=True)), x)
 
-        return capture(run, x, *parameters.values())
-
-    programs = [program(number) for number in range(2)]
+    both = capture(run, x, *parameters.values())
+    programs = [result_of(both, number) for number in range(2)]
 
     def parts_at(parameters: dict[str, Tensor]) -> Parts:
         values = [parameters[name] for name in names]

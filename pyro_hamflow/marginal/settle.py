@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.proposals.base import Proposal
+from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.process import random_state_kept
+from pyro_hamflow.programs.capture import Program, capture
+from pyro_hamflow.programs.validation import no_validation
 from pyro_hamflow.programs.work import numbers_made
 
 WANTED_VARIANCE = 1.0  # of the log estimate
@@ -19,6 +23,7 @@ WANTED_VARIANCE = 1.0  # of the log estimate
 # at 2.4 (two, 120 us) and 1,160 at 1.2 (four, 160 us).
 _WANTED_MOVED_VARIANCE = 3.0
 _RAREST = 1e-6  # acceptance rate: what is never accepted is no worse
+_CAPTURED = 20  # estimates, from which on it takes less time to capture what makes them
 _REPLICATES = 100  # estimates: their variance is then known to a seventh
 
 
@@ -39,15 +44,24 @@ def repeated_estimates(
     plan = marginal.plan(*data.args, **data.kwargs)
     elements = []
     for group in plan.structure.groups:
-        layout = plan.layouts[group.name]
-        draws = []
-        for _ in range(num_replicates):
-            u = torch.randn(
-                layout.noise_shape(group), dtype=layout.example.dtype, device=layout.example.device
-            )
+        layout, draws = plan.layouts[group.name], list[Tensor]()
+        example, shape = layout.example, layout.noise_shape(group)
+
+        def one(u: Tensor, group: Group = group) -> Tensor:
             with torch.no_grad(), marginal.hold(plan.structure):
                 estimate = marginal.estimate(group, u, parameters, *data.args, **data.kwargs)
-            draws.append(estimate.log_weights.logsumexp(0).flatten())
+            return estimate.log_weights.logsumexp(0).flatten()
+
+        program: Program = one
+        if num_replicates >= _CAPTURED:
+            with (
+                suppress(Exception),
+                no_validation(),
+            ):  # whatever a model's own code may raise while it is traced
+                program = capture(one, example.new_zeros(shape))
+        for _ in range(num_replicates):
+            u = torch.randn(shape, dtype=example.dtype, device=example.device)
+            draws.append(program(u))
         elements.append(torch.stack(draws).double())
     return torch.cat(elements, -1)
 

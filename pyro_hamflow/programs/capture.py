@@ -233,6 +233,16 @@ def first_result(graph: GraphModule) -> GraphModule:
     return Recording(graph, shorter)
 
 
+@_collecting_later()
+def result_of(graph: GraphModule, number: int) -> GraphModule:
+    """One of a program's results, without what only the others need."""
+    shorter = Graph()
+    results = cast(tuple[Node, ...], shorter.graph_copy(graph.graph, {}))
+    shorter.output(results[number])
+    shorter.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return Recording(graph, shorter)
+
+
 def largest_tensor(graph: GraphModule) -> int:
     """How many numbers the largest tensor has that a captured program makes on its way."""
     return max(sizes_made(graph), default=1) or 1

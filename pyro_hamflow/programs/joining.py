@@ -27,7 +27,7 @@ _MOST_LAYERS = 3  # of parts at one place, beyond which these are added up first
 _SHARE = 0.6  # of the operations: where more are left, the graph stays as it is
 
 
-def joined(graph: GraphModule, *examples: Tensor) -> GraphModule:
+def joined(graph: GraphModule, *examples: Tensor, live: bool = False) -> GraphModule:
     """The same program with alike operations performed together; itself where few are alike.
 
     Sums may be made in another order.
@@ -35,6 +35,7 @@ def joined(graph: GraphModule, *examples: Tensor) -> GraphModule:
     Arguments:
         graph: A captured program, of pure operations.
         examples: Arguments of the shapes it will be called with.
+        live: Whether gradients of the results shall stay those of the graph's, which is live.
     """
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     if len(calls) < _FEW or any(is_random(node.target) for node in calls):
@@ -42,7 +43,7 @@ def joined(graph: GraphModule, *examples: Tensor) -> GraphModule:
     likeness = Likeness(graph.graph)
     if len(likeness.steps) > _SHARE * len(calls):
         return graph
-    recorder = PureRecorder(PURE)
+    recorder = PureRecorder(PURE, live=live)
 
     def run(*inputs: Tensor) -> Any:
         return _Performer(graph, likeness).run(*inputs)

@@ -510,3 +510,22 @@ def test_a_likelihood_that_reads_parameters_is_followed_from_the_pilot_on():
     for start in (-0.8, 0.8):
         values = at({"start": start, "s": 0.15})
         assert repeated_estimates(marginal, values, 60, Arguments((y,), {})).var() < 1.0
+
+
+def test_many_estimates_run_the_model_a_few_times_and_are_the_same(monkeypatch):
+    runs = []
+
+    def model(y):
+        runs.append(1)
+        chain(y)
+
+    marginal = marginalize(model, ["x"], num_particles=2)
+    marginal.fit(Y, pilot=at(PILOT))
+    found = []
+    for least in (20, 100):
+        monkeypatch.setattr(settle, "_CAPTURED", least)
+        torch.manual_seed(0)
+        runs.clear()
+        found.append(repeated_estimates(marginal, at(AT), 40, Arguments((Y,), {})))
+        assert (len(runs) < 10) == (least == 20)
+    torch.testing.assert_close(*found)

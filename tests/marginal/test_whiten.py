@@ -412,3 +412,46 @@ def test_runs_of_many_at_once_are_refused():
     samples = {"step": torch.tensor(0.4), "error": torch.tensor(0.4), "x_white": torch.zeros(3)}
     with pytest.raises(ValueError, match=r"the noise of the path \['x'\] has shape \(3,\)"):
         poutine.condition(whitened, samples)(y)
+
+
+def long_loop(y, offsets):
+    step, error = scales()
+    x = torch.zeros_like(step)
+    for t in pyro.markov(range(len(y))):
+        x = pyro.sample(f"x_{t}", dist.Normal(x + offsets[t], step))
+        pyro.sample(f"y_{t}", dist.Normal(x, error), obs=y[t])
+
+
+def test_long_loops_are_fitted_by_programs_of_few_operations():
+    y = torch.sin(torch.arange(60.0).double())
+    offsets = torch.zeros_like(y)
+    whitened = whiten(lambda y: long_loop(y, offsets), ["x"])
+    fit = whitened.fit(y)
+    sizes = [len(program.graph.nodes) for program in fit.prior.densities._programs]
+    assert max(sizes) < 100  # of sixty steps
+    theta, u = fit.centre + 0.3, 2.0 * fit.u.detach() + 0.1
+    values = fit.split.values(theta)
+    told = fit.prior.log_density_to_fit(u, values), fit.split.log_rest(theta, u)
+    gone = fit.prior._replace(densities=None)
+    fit.split.prior = gone
+    right = gone.log_density(u, values), fit.split.log_rest(theta, u)
+    torch.testing.assert_close(told, right, rtol=1e-10, atol=1e-10)
+
+
+def test_the_density_of_a_long_loop_follows_what_its_model_reads():
+    """A fit keeps programs of the model as it was; the density is that of the model as it is."""
+    y = torch.sin(torch.arange(60.0).double())
+    offsets = torch.zeros_like(y)
+
+    def model(y):
+        long_loop(y, offsets)
+
+    whitened = whiten(model, ["x"])
+    fit = whitened.fit(y)
+    offsets += 0.5
+    values = fit.split.values(fit.centre) | {"x_0_white": torch.randn_like(fit.u)}
+    trace = poutine.trace(poutine.condition(whitened, values)).get_trace(y)
+    path = {f"x_{t}": trace.nodes[f"x_{t}"]["value"] for t in range(60)}
+    parameters = {name: values[name] for name in ("step", "error")}
+    expected = log_joint(model, parameters | path, y) + fit.map(parameters).log_volume()
+    torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=1e-10)

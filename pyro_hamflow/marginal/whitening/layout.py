@@ -107,7 +107,7 @@ def lay_out(
         return replace(layout, width=None), find_width(log_rest, u)
 
     def log_prior(u: Tensor) -> Tensor:
-        return prior.log_density(u, {})
+        return prior.log_density_to_fit(u, {})
 
     def widths(order: Order) -> tuple[int, int]:
         def width(part: Callable[[Tensor], Tensor]) -> int:
@@ -166,7 +166,9 @@ def _is_gaussian(prior: PathPrior, layout: Layout, u: Tensor) -> bool:
     laid_out, found = prior._replace(layout=layout), []
     for place in (u, 2.0 * u + 0.1):
         free = place.detach().requires_grad_()
-        found.append(gradient_and_bands(laid_out.log_density(free, {}), free, layout.width)[1])
+        found.append(
+            gradient_and_bands(laid_out.log_density_to_fit(free, {}), free, layout.width)[1]
+        )
     tolerance = _ALIKE * torch.finfo(u.dtype).eps ** 0.5
     return bool((found[0] - found[1]).abs().max() <= tolerance * found[0].abs().max())
 

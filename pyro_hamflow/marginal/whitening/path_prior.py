@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_hamflow.marginal.path_density import Order
 from pyro_hamflow.marginal.whitening.affine import BandedPrior, CovariancePrior, PriorForm
 from pyro_hamflow.marginal.whitening.curvature import dominant, gradient_and_bands
+from pyro_hamflow.marginal.whitening.densities import PRIOR, Densities
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import log_density, run_with
@@ -64,12 +65,14 @@ class PathPrior(NamedTuple):
         data: Its arguments.
         layout: The path's variables.
         others: Values of all latent sites, for those that are not told.
+        densities: Its log density as a program, and that of the rest of the model; if made.
     """
 
     model: Model
     data: Arguments
     layout: Layout
     others: Values
+    densities: Densities | None = None
 
     def log_density(self, u: Tensor, parameters: Values) -> Tensor:
         """The log density of variables ``(n,)``, given values of other sites."""
@@ -78,6 +81,15 @@ class PathPrior(NamedTuple):
             terms = [log_density(trace.nodes[name]).sum() for name in self.layout.names]
         total = torch.stack(terms).sum()
         return add_jacobians(total, self.layout.sites, self.layout.free(u))
+
+    def log_density_to_fit(self, u: Tensor, parameters: Values) -> Tensor:
+        """The same where it need not be exact: of the model as it was when it was first seen."""
+        if self.densities is not None:
+            path = self.layout.order.to_sites(u)
+            found = self.densities(PRIOR, path, self.others | parameters)
+            if found is not None:
+                return found
+        return self.log_density(u, parameters)
 
     def form(self, u: Tensor, parameters: Values) -> PriorForm:
         """The Gaussian that the prior is; of one that is none, one that is alike at ``u``."""
@@ -88,7 +100,7 @@ class PathPrior(NamedTuple):
             return CovariancePrior(fn.loc, fn.scale_tril)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            value = self.log_density(u, parameters)
+            value = self.log_density_to_fit(u, parameters)
             gradient, bands = gradient_and_bands(value, u, self.layout.width)
         if not torch.is_grad_enabled():
             gradient, bands = gradient.detach(), bands.detach()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro.poutine as poutine
@@ -10,6 +11,7 @@ import torch
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch import Tensor
 
+from pyro_hamflow.marginal.whitening.densities import REST, Densities
 from pyro_hamflow.marginal.whitening.handlers import values_before
 from pyro_hamflow.marginal.whitening.layout import (
     check_sites,
@@ -57,18 +59,23 @@ class SplitModel:
         layout = flat_layout(potential, names)
         self._names = set(names)
         self.parameters = [site for site in potential.sites if site.name not in names]
-        stacked = [*self.parameters, *(s for s in potential.sites if s.name in names)]
-        entries = [torch.arange(site.start, site.stop) for site in stacked]
-        self._places = torch.cat(entries).argsort().to(potential.example.device)
+        self._natural, self._in_path = layout.order, layout.sites
         self._evaluator = self._evaluator_of(potential)
-        position, self._noise = (0.1 * part[0] for part in potential.vectors(1))
+        position = 0.1 * potential.vectors(1)[0][0]
         others = {name: node["value"].detach() for name, node in potential.runs.latent.items()}
         self._others = others | {
             name: value.detach() for name, value in potential.constrain(position).items()
         }
         self.start, self.spread, self.draws = self._prior_range(names)
-        prior = PathPrior(model, data, layout, self._others)
-        self.prior = prior
+        self.prior = PathPrior(model, data, layout, self._others)
+        parts = [position[site.start : site.stop] for site in potential.sites if site.name in names]
+        densities = Densities(
+            self._functions(),
+            [site.name for site in self.parameters],
+            torch.cat(parts),
+            self._others,
+        )
+        self.prior = prior = self.prior._replace(densities=densities)
         layout, self.width = lay_out(
             prior, lambda u: self.log_rest(self.start, u), names, potential
         )
@@ -94,6 +101,14 @@ class SplitModel:
         if self._potential is None:
             self._potential = Potential(self._model, self._data.args, self._data.kwargs)
             self._evaluator = self._evaluator_of(self._potential)
+            if self.prior.densities is not None:
+                self.prior.densities.make(self._functions())
+
+    def _functions(self) -> list[Callable[[Tensor, Values], Tensor]]:
+        """The log densities of a flat path and of all else, given the other sites' values."""
+        natural = replace(self.prior.layout, order=self._natural)
+        prior = self.prior._replace(layout=natural, densities=None)
+        return [prior.log_density, self._log_rest]
 
     def _prior_range(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """The middle and spread of draws of parameters from their priors; and the draws."""
@@ -127,14 +142,20 @@ class SplitModel:
 
     def log_rest(self, theta: Tensor, u: Tensor) -> Tensor:
         """The log density of all but the path, of parameters on the real line."""
-        layout = self.prior.layout
-        position = torch.cat([theta, layout.order.to_sites(u)])[self._places]
-        trace = self._rest_of(self._potential.trace(position, self._noise))
+        path, densities = self.prior.layout.order.to_sites(u), self.prior.densities
+        total = None if densities is None else densities(REST, path, self.values(theta))
+        if total is None:
+            total = self._log_rest(path, self.values(theta))
+        return add_jacobians(total, self.parameters, self.free(theta))
+
+    def _log_rest(self, path: Tensor, values: Values) -> Tensor:
+        """The same of the path's sites and of parameters in their supports."""
+        assert self._potential is not None and self._evaluator is not None
+        values = values | constrain(self._in_path, split(self._in_path, path))
+        trace = self._rest_of(self._potential.runs.at(values))
         with no_validation():
             total = self._evaluator.log_prob(trace)
-            if not isinstance(total, Tensor):  # there are no other sites
-                total = u.new_zeros(())
-            return add_jacobians(total, self.parameters, self.free(theta))
+            return total if isinstance(total, Tensor) else path.new_zeros(())  # no other sites
 
     def pull(self, theta: Tensor, u: Tensor) -> Tensor:
         """The gradient of :meth:`log_rest` in the path's variables."""
@@ -147,4 +168,4 @@ class SplitModel:
 
     def log_prior(self, theta: Tensor, u: Tensor) -> Tensor:
         """The path's log density given the parameters."""
-        return self.prior.log_density(u, self.values(theta))
+        return self.prior.log_density_to_fit(u, self.values(theta))
