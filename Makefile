@@ -20,13 +20,13 @@ lecture: $(VENV)/demo
 	cd tutorials/lecture && for system in *.py; do ../../$(BIN)/python $$system || exit 1; done
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpu: $(VENV)/test  # says where there is no CUDA device
 	$(BIN)/python -m pytest tests/package/test_devices.py -rs
 
 slow: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist loadfile --slow
+	$(BIN)/python -m pytest -n auto --dist worksteal --slow
 
 lint: $(VENV)/test
 	$(BIN)/ruff check $(SOURCES)

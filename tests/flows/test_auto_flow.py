@@ -17,8 +17,8 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.reparam import NeuTraReparam
 
 from pyro_hamflow import (
+    HMC,
     MCMC,
-    NUTS,
     AutoFlow,
     FlowMH,
     ForwardKL,
@@ -84,9 +84,11 @@ def test_density_adds_up_to_one():
     guide = AutoFlow(banana, NSF, degrees_of_freedom=5.0)
     guide.prepare()
     fit_guide(banana, guide, num_steps=50, seed=0)
-    line = torch.linspace(-60.0, 60.0, 601)
+    place = torch.linspace(-4.1, 4.1, 241)
+    line, weight = 2.0 * place.sinh(), 2.0 * place.cosh() * (8.2 / 240)  # to 60 on either side
     with torch.no_grad():
-        total = guide.log_ratio(torch.cartesian_prod(line, line)).exp().sum() * 0.04
+        density = guide.log_ratio(torch.cartesian_prod(line, line)).exp().reshape(241, 241)
+    total = weight @ density @ weight
     assert abs(total - 1.0) < 2e-3
 
 
@@ -102,7 +104,7 @@ def test_an_inverse_that_is_wrong_is_told_of(name):
 
 
 # The guide of `test_guide.py` is trained under all of them.
-BOUNDS = ["trace", "vectorised particles", "tail-adaptive", "enumeration", "trace, jit"]
+BOUNDS = ["trace", "vectorised particles", "tail-adaptive", "enumeration"]
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
@@ -161,7 +163,7 @@ def test_transport_by_pyro_takes_its_map():
     guide = AutoFlow(conjugate, NSF)
     fit_guide(conjugate, guide, Y, num_steps=50, seed=0)
     neutra = NeuTraReparam(guide)
-    mcmc = MCMC(NUTS(neutra.reparam(conjugate)), 400, 100, disable_progbar=True)
+    mcmc = MCMC(HMC(neutra.reparam(conjugate)), 400, 100, disable_progbar=True)
     mcmc.run(Y)
     (latent,) = mcmc.get_samples().values()
     mean, exact = neutra.transform_sample(latent)["mean"].detach(), posterior(Y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from contextlib import nullcontext
@@ -46,6 +47,7 @@ from tests.helpers.guided import (
     posterior,
     subsampled,
 )
+from tests.helpers.kinds import long_but
 from tests.helpers.targets import effects
 
 SMALL = {"hidden": (8, 8), "num_steps": 3}
@@ -64,8 +66,13 @@ def begun():
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
-@pytest.mark.parametrize("name", ELBOS)
-@pytest.mark.parametrize("model", [conjugate, mixed])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    long_but(
+        lambda case: case[0] is conjugate or case[1] in ("graph", "enumeration"),
+        itertools.product([conjugate, mixed], ELBOS),
+    ),
+)
 def test_trains_under_every_bound(name, model):
     guide = begun() if model is mixed else AutoNeuralHamiltonianFlow(model, **SMALL)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), ELBOS[name]())
@@ -133,6 +140,7 @@ def test_bound_is_below_the_evidence_and_weights_are_around_it():
     assert found.pareto_k < 0.7
 
 
+@pytest.mark.slow
 def test_reverse_encoder_tightens_the_bound():
     bounds = []
     for reverse_encoder in (False, True):
@@ -247,8 +255,13 @@ def test_guides_of_one_process_are_apart():
 # --- saved and copied ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["laplace", "prior"])
-@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    ("start", "called"),
+    long_but(
+        [("laplace", True), ("prior", False)],
+        itertools.product(["laplace", "prior"], [False, True]),
+    ),
+)
 def test_saved_guide_is_loaded(start, called, tmp_path):
     guide = AutoNeuralHamiltonianFlow(mixed, start=start, **SMALL)
     guide.prepare(Y)

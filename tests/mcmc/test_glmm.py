@@ -34,7 +34,7 @@ def initial_params(num_chains: int) -> dict[str, torch.Tensor]:
     }
 
 
-def run(num_particles, method, *, num_samples, kernel=phf.PseudoMarginalHMC, **settings):
+def run(num_particles, method, *, num_samples, warmup=50, kernel=phf.PseudoMarginalHMC, **settings):
     marginal = phf.marginalize(
         glmm, ["x"], num_particles=num_particles, proposal="laplace", points="iid"
     )
@@ -46,7 +46,7 @@ def run(num_particles, method, *, num_samples, kernel=phf.PseudoMarginalHMC, **s
         adapt_mass_matrix=False,
         **settings,
     )
-    mcmc = phf.MCMC(moves, num_samples, 50, initial_params(12), 12, seed=2)
+    mcmc = phf.MCMC(moves, num_samples, warmup, initial_params(12), 12, seed=2)
     mcmc.run(*glmm_data())
     return mcmc
 
@@ -85,7 +85,7 @@ def check(mcmc) -> None:
 
 @pytest.mark.parametrize("method", [pytest.param("joint", marks=pytest.mark.slow), "conditional"])
 def test_posterior_agrees_with_quadrature(method):
-    check(run(8, method, num_samples=120))
+    check(run(8, method, num_samples=30, warmup=20))
 
 
 @pytest.mark.slow
@@ -124,6 +124,6 @@ def test_a_biased_sampler_is_noticed(monkeypatch):
         return type(estimate)(estimate.group, 0.5 * estimate.log_weights, estimate.values)
 
     monkeypatch.setattr(MarginalModel, "estimate", dishonest)
-    mcmc = run(8, "conditional", num_samples=120)
+    mcmc = run(8, "conditional", num_samples=30, warmup=20)
     with pytest.raises(AssertionError):
         check(mcmc)

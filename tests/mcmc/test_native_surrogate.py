@@ -136,7 +136,7 @@ def test_a_path_is_integrated_out_along_a_learned_energy(engine):
     """All of a path is one estimate, and its true gradients are followed by the same engine."""
     y = torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0, 7.0])
     kernel = learner(HNNNUTS, marginalize(walk, ["x"]), engine=engine, true_share=0.5)
-    mcmc = MCMC(kernel, 400, 100, num_chains=4, disable_progbar=True, seed=2)
+    mcmc = MCMC(kernel, 200, 100, num_chains=4, disable_progbar=True, seed=2)
     mcmc.run(y)
     assert kernel.report.following == "surrogate"
     stats, step = mcmc.draws.stats, mcmc.draws.position[..., 0]

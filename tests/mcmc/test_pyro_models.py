@@ -284,7 +284,7 @@ def check(samples: dict[str, Tensor], truth: Moments) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_posterior(name):
     case = CASES[name]()
-    mcmc = MCMC(NUTS(case.model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
+    mcmc = MCMC(HMC(case.model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
     mcmc.run(*case.args)
     check(mcmc.get_samples(group_by_chain=True), case.truth)
 
@@ -292,7 +292,7 @@ def test_posterior(name):
 def test_check_of_posteriors_can_fail():
     """A datum left out, and a spread too small by a fifth, are seen."""
     case = gamma_normal()
-    mcmc = MCMC(NUTS(case.model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
+    mcmc = MCMC(HMC(case.model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
     mcmc.run(case.args[0][1:])
     with pytest.raises(AssertionError):
         check(mcmc.get_samples(group_by_chain=True), case.truth)
@@ -318,7 +318,7 @@ def test_discrete_sites_are_summed_out_whatever_the_model_says(infer):
     y = torch.tensor(2.5)
     up, down = (dist.Normal(m, 2.0**0.5).log_prob(y) for m in (1.0, 0.0))
     truth = on_grid(torch.logaddexp(SHARE.log() + up, (1 - SHARE).log() + down), p=SHARE)
-    mcmc = MCMC(NUTS(model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
+    mcmc = MCMC(HMC(model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
     mcmc.run(y)
     check(mcmc.get_samples(group_by_chain=True), truth)
 
@@ -416,7 +416,7 @@ def test_streaming():
 def test_predictive_of_draws():
     """Predictions of a linear model have the variance of noise and coefficients together."""
     case = module()
-    mcmc = MCMC(NUTS(case.model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
+    mcmc = MCMC(HMC(case.model), 60, 60, num_chains=25, seed=2, disable_progbar=True)
     mcmc.run(*case.args)
     new = torch.tensor([[1.0, 0.5]])
     drawn = Predictive(case.model, mcmc.get_samples())(new)["y"].reshape(25, 60)

@@ -66,7 +66,7 @@ def rosenbrock(dimension):
     pyro.factor("energy", -bends.sum() / 20.0)
 
 
-def run(kernel, *args, draws=60, warmup=80, chains=4, **settings):
+def run(kernel, *args, draws=30, warmup=80, chains=4, **settings):
     mcmc = MCMC(kernel, draws, warmup, num_chains=chains, seed=0, disable_progbar=True, **settings)
     mcmc.run(*args)
     return mcmc
@@ -79,7 +79,7 @@ def learner(kind, model=bowl, **settings):
 @pytest.mark.parametrize("kind", KERNELS)
 def test_what_a_run_tells(kind):
     kernel = learner(kind, rounds=2)
-    mcmc = run(kernel)
+    mcmc = run(kernel, draws=60)
     stats = mcmc.draws.stats
     followed = ~stats["surrogate_error"].isnan()
     assert stats["surrogate_error"].shape == (4, 60)
@@ -120,7 +120,7 @@ def test_per_leaf_run():
 def test_pseudo_marginal_run(kind, correction):
     kernel = learner(kind, marginalize(latent, ["x"], num_particles=4), correction=correction)
     mcmc = run(kernel, Y)
-    assert mcmc.draws.local["x"].shape == (4, 60, 3)
+    assert mcmc.draws.local["x"].shape == (4, 30, 3)
     stats = mcmc.draws.stats
     refreshed = stats["n_densities"] > 1
     assert stats["refresh_rate"][refreshed].double().mean() > 0.3
@@ -192,7 +192,7 @@ def test_energies_are_learned_unless_they_are_noisy():
 
 def test_same_seed_same_draws():
     settings = {"training_steps": 50, "rounds": 1}
-    first, second = (run(learner(HNNNUTS, **settings)).draws.position for _ in range(2))
+    first, second = (run(learner(HNNNUTS, **settings), draws=5).draws.position for _ in "ab")
     assert torch.equal(first, second)
 
 

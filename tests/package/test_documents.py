@@ -9,7 +9,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +23,7 @@ import torch
 
 import pyro_hamflow as phf
 from pyro_hamflow.results.run import Run
+from tests.helpers.broken_off import FORK
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -36,13 +42,32 @@ def blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def run(code):
-    return subprocess.run(
-        [sys.executable, "-c", f"import warnings; warnings.simplefilter('ignore')\n{code}"],
-        env=os.environ | {"CI": "true"},
-        capture_output=True,
-        text=True,
-    )
+    """Runs a script in a process of its own, which is spared the imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = FORK.Process(target=script, args=(code, *paths))
+        process.start()
+        process.join()
+        return Done(process.exitcode, *(path.read_text() for path in paths))
+
+
+def script(code, out, err):
+    with out.open("w") as sys.stdout, err.open("w") as sys.stderr:
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(torch.float32)
+        main = sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            exec(code, main.__dict__)
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def test_readme_example_runs():

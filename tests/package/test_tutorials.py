@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from tests.helpers.kinds import long_but
+
 matplotlib.use("Agg")
 
 pytestmark = pytest.mark.filterwarnings("default")  # scripts may warn
@@ -25,7 +27,10 @@ PROMISED = {
     "neutra": {"neutra.png"},
     "stochastic_volatility": {"stochastic_volatility.png"},
 }
-LONG = {"comparing_models", "many_patients", "pseudo_marginal", "stochastic_volatility"}
+LONG = {
+    *("comparing_models", "item_response", "many_patients", "nine_modes"),
+    *("pseudo_marginal", "stochastic_volatility"),
+}
 # Reproductions of figures of a paper: `make paper`.
 PAPER = {
     "nine_modes": {f"nine_modes_{part}.png" for part in ("samples", "potentials", "momenta")},
@@ -56,16 +61,14 @@ def run_small(tmp_path, monkeypatch):
     plt.close("all")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in PROMISED]
-)
+@pytest.mark.parametrize("name", long_but(PROMISED.keys() - LONG, PROMISED))
 def test_tutorial_runs(name, tmp_path, run_small, capsys):
     run_small(TUTORIALS / f"{name}.py")
     assert {path.name for path in tmp_path.iterdir()} == PROMISED[name]
     assert "r_hat" in capsys.readouterr().out  # the summary at the end
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", long_but(PAPER.keys() - LONG, PAPER))
 def test_reproduction_of_the_paper_runs(name, tmp_path, run_small):
     run_small(TUTORIALS / "paper" / f"{name}.py")
     assert {path.name for path in tmp_path.iterdir()} == PAPER[name]

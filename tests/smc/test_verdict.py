@@ -49,9 +49,9 @@ def run(model, seed, **settings):
 @pytest.mark.parametrize("width", long_but([3.0], [3.0, 10.0]))
 def test_a_funnel_as_a_bare_density_is_told(width):
     """With 44 of 50 seeds; the evidence is wrong by more than parts of a population differ."""
-    told = [run(of_density(normal(10, width), funnel), seed) for seed in range(5)]
+    told = [run(of_density(normal(10, width), funnel), seed) for seed in range(3)]
     told = [sampler for sampler in told if sampler.population.drift.matters]
-    assert len(told) > 2
+    assert len(told) > 1
     for sampler in told:
         assert sampler.log_evidence < -0.3  # the truth is zero
         parts = replace(sampler.population, drift=None).log_evidence_error
