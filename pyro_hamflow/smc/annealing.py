@@ -17,6 +17,7 @@ from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import Reference, TemperedTarget
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.smc.discovery import beginning_at, look_for_modes
+from pyro_hamflow.smc.lineages import Lineages, error_of_logarithms, lineages_of
 from pyro_hamflow.smc.particles import Drift, Particles, Passage, Rung
 from pyro_hamflow.smc.resampling import conditional_size, log_mean_exp
 from pyro_hamflow.smc.transport import AFT, CRAFT, flow_at, flow_to, train_in_passes
@@ -46,6 +47,7 @@ class Population:
             alone was found to have them all.
         num_missed: How many of these the first population had next to nothing of, but for luck.
         num_modes: How many modes descents have found that matter.
+        lineages: From how many of the first particles it descends.
     """
 
     position: Tensor = field(repr=False)
@@ -60,6 +62,7 @@ class Population:
     modes: list[Mode] = field(default_factory=list, repr=False)
     num_missed: int = 0
     num_modes: int = 0
+    lineages: Lineages | None = None
 
     @property
     def log_evidence(self) -> float:
@@ -70,10 +73,14 @@ class Population:
     def log_evidence_error(self) -> float:
         """Its standard error, from how much the parts differ, and a drift where there is one.
 
-        Parts that all miss the same agree with each other.
+        Parts that all miss the same agree with each other, more or less: where particles descend
+        from few, the error is what these tell, or parts' logarithms, if that is more.
         """
         relative = (self.parts_log_evidence - self.log_evidence).exp()
         error = float(relative.std()) / math.sqrt(len(relative))
+        if self.lineages is not None and self.lineages.are_few:
+            skewed = error_of_logarithms(self.parts_log_evidence)
+            error = max(error, self.lineages.error, skewed)
         if self.drift is None or not self.drift.matters:
             return error
         return math.hypot(error, self.drift.change)
@@ -101,7 +108,8 @@ def anneal(
 
     Twice: the first population finds temperatures, step sizes and masses, and is forgotten; the
     second, which starts anew, goes by what the first has found. If descents find modes that the
-    first has missed, the path begins at these, too, and the first is repeated. What a population is
+    first has missed, or descends from few to have found, the path begins at these, too, and the
+    first is repeated. What a population is
     moved by must not have been learned from itself: masses follow the accidents of a sample, and
     moves by them make its spread too small (measured: the evidence of a mixture in 64 dimensions
     comes out :math:`e^{12}` times too large).
@@ -151,7 +159,8 @@ def anneal(
         course = find(beginning_at(modes, prior))
         cost = course.num_gradients
         seen = (*course.end, course.visited, cost)
-        found, num_missed, num_modes = look_for_modes(potential, *seen, machine)
+        of_few = lineages_of(course.particles).are_few
+        found, num_missed, num_modes = look_for_modes(potential, *seen, machine, of_few=of_few)
         others = [m for m in found if not any(mode.holds(m.position) for mode in modes)]
         if others:
             modes = [*modes, *others]
@@ -271,6 +280,7 @@ def _population(
         passages,
         schedule[-1].tuning,
         cost + 1,
+        lineages=lineages_of(particles),
     )
 
 
@@ -286,13 +296,3 @@ def _next_step(log_weights: Tensor, log_ratio: Tensor, most: float, share: float
         if high - low < _PRECISION * low:
             break
     return max(low, _SMALLEST)
-
-
-def recover(potential: Potential, population: Population) -> dict[str, Tensor]:
-    """A draw of the local sites that were integrated out, given each particle."""
-    if not potential.recovery.estimates:
-        return {}
-    rows = potential.programs.rows_at_once("evaluate", len(population.position))
-    pairs = zip(population.position.split(rows), population.noise.split(rows), strict=True)
-    parts = [potential.evaluate(*pair).local for pair in pairs]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

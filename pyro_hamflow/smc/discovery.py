@@ -42,6 +42,9 @@ _ERRORS = 2.0  # of the share, beyond that: they are those of a population in ha
 # found it: 20 times where one part of sixteen has a mode, 2 to 4 times where all parts know it.
 _LUCK = 5.0
 _COUNT = 10.0  # particles that it should have there, fewer of which may be missing by chance
+_WHOLE = (
+    0.5  # of the posterior, that modes hold together if a path may begin at them for luck's sake
+)
 _LEAST = 0.005  # of the posterior, less of which is of no interest
 
 
@@ -67,8 +70,10 @@ def look_for_modes(
     visited: Tensor,
     num_gradients: int,
     machine: Program | None = None,
+    *,
+    of_few: bool = False,
 ) -> Discovery:
-    """Modes, if the shares of a population are wrong at any of them.
+    """Modes, if the shares of a population are wrong at any of them, or if it descends from few.
 
     Beyond 200 dimensions none are looked for. What a mode holds is told by importance sampling
     within the ellipsoid that holds nearly all of its Gaussian, and compared with what of the
@@ -82,6 +87,7 @@ def look_for_modes(
         visited: Where it was on its way, of shape ``(positions, dimension)``.
         num_gradients: How many gradients each particle has taken.
         machine: Value and gradient by machine code, where there is any.
+        of_few: Whether the population descends from so few that its weights are left to luck.
     """
     nothing = Discovery([], 0, 0)
     if potential.dimension > _MOST_DIMENSIONS:
@@ -120,6 +126,7 @@ def look_for_modes(
     # Of very many modes a population lacks some by chance, and a path from few would lack more.
     lacking = ((shares[0] - shares[1]) * missed).sum()
     is_whole = lacking <= _WRONG + _ERRORS * chance.norm()
+    is_whole &= not (of_few and float(shares[0].sum()) > _WHOLE)
     if is_whole and not bool((matters & (wrong | lucky)).any()):
         return nothing._replace(num_modes=len(large))
     typical = (in_parts / wholes).nanmedian(-1).values

@@ -13,10 +13,12 @@ from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.model.tempered import TemperedTarget
 from pyro_hamflow.smc.moves import PopulationMoves
 from pyro_hamflow.smc.resampling import (
+    conditional_size,
     effective_size,
     log_mean_exp,
     normalised,
     resample_systematically,
+    sum_by_family,
 )
 
 _DEPLETED = 0.5  # of the effective size, below which particles are resampled
@@ -90,6 +92,10 @@ class Particles:
         moves: What moves it.
         log_weights: Since particles were resampled, of shape ``(replicates, particles)``.
         log_evidence: Of what has been resampled, of shape ``(replicates, 1)``.
+        founder: Which of the first particles each descends from, of shape
+            ``(replicates * particles,)``.
+        variance_of_steps: The evidence's relative variance, times the number of particles, if moves
+            made these independent of each other at each temperature.
     """
 
     def __init__(self, target: TemperedTarget, shape: tuple[int, int]) -> None:
@@ -99,6 +105,8 @@ class Particles:
         self.moves = PopulationMoves(target, self.position)
         self.log_weights = self.position.new_zeros(shape, dtype=torch.float64)
         self.log_evidence = self.log_weights[:, :1].clone()
+        self.founder = torch.arange(len(self.position), device=self.position.device)
+        self.variance_of_steps = 1.0
         self._known: tuple[Tensor, Tensor] | None = None
         if not bool((self.log_ratio() > -torch.inf).any()):
             raise ValueError(
@@ -140,6 +148,9 @@ class Particles:
         """Takes the population to a temperature: flow, weights, resampling, moves."""
         increments, self.position, self._known = self.reach(rung.inverse_temperature, rung.flow)
         self.target.inverse_temperature.fill_(rung.inverse_temperature)
+        alive = float(self.weights[increments.flatten() > -torch.inf].sum())
+        worth = alive * conditional_size(self.all_log_weights, increments)
+        self.variance_of_steps += 1.0 / max(worth, 1.0 / len(self.position)) - 1.0
         self.log_weights = self.log_weights + increments
         size = effective_size(self.log_weights) / self.shape[1]
         self._resample(size < _DEPLETED)
@@ -197,6 +208,14 @@ class Particles:
         """Of all particles, adding up to one."""
         return normalised(self.all_log_weights.flatten())
 
+    @property
+    def log_families(self) -> Tensor:
+        """What the descendants of each of the first particles weigh together, in logarithms.
+
+        Their exponentials have the evidence as mean: of shape ``(replicates * particles,)``.
+        """
+        return sum_by_family(self.all_log_weights.flatten(), self.founder)
+
     def _resample(self, depleted: Tensor) -> None:
         """Resamples some parts, of shape ``(replicates,)``."""
         if not bool(depleted.any()):
@@ -207,6 +226,7 @@ class Particles:
         index = torch.where(depleted, resample_systematically(self.log_weights), same)
         index = (index + count * torch.arange(rows, device=depleted.device)[:, None]).flatten()
         self.position, self.noise = self.position[index], self.noise[index]
+        self.founder = self.founder[index]
         gain = log_mean_exp(self.log_weights)[:, None]
         self.log_evidence = self.log_evidence + torch.where(depleted, gain, 0.0)
         self.log_weights = torch.where(depleted, 0.0, self.log_weights)

@@ -69,3 +69,20 @@ def resample_systematically(log_weights: Tensor, num_picked: int | None = None) 
 def log_mean_exp(values: Tensor) -> Tensor:
     """The logarithm of the mean of exponentials along the last dimension."""
     return values.logsumexp(-1) - math.log(values.shape[-1])
+
+
+def sum_by_family(log_weights: Tensor, founder: Tensor) -> Tensor:
+    """The logarithm of what each family's particles weigh together.
+
+    Arguments:
+        log_weights: Of all particles, of shape ``(particles,)``.
+        founder: Which of as many families each belongs to.
+
+    Example:
+        >>> sum_by_family(torch.tensor([0.25, 0.5, 0.25]).log(), torch.tensor([0, 2, 2])).exp()
+        tensor([0.2500, 0.0000, 0.7500])
+    """
+    level = log_weights.max()
+    level = torch.where(level.isfinite(), level, 0.0)
+    sums = torch.zeros_like(log_weights).index_add(0, founder, (log_weights - level).exp())
+    return sums.log() + level

@@ -18,7 +18,7 @@ from pyro_hamflow.model.kinds import Args, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.tempered import GuideReference
 from pyro_hamflow.process import undisturbed
-from pyro_hamflow.smc.annealing import Population, anneal, recover
+from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.machine import machine_gradient
 from pyro_hamflow.smc.reach import extend_reach
@@ -47,9 +47,10 @@ class AnnealedSampler:
     A mode much narrower than others holds next to nothing on the way, and a population from the
     prior may miss it. So descents begin at draws of the prior, nearer to its middle and farther,
     and where the population was; if they find modes of which it has much less than there is, the
-    path begins there, too, and :attr:`message` says so. A mode above which no descent begins is
-    still missed, and nothing tells: in eight dimensions one of a fifth of another's width, in 50 of
-    seven tenths, if it lies away from the prior's middle.
+    path begins there, too, and :attr:`message` says so. It begins there as well where it descends
+    from so few of its first particles that its weights are luck. A mode above which no descent
+    begins is still missed, and nothing tells: in eight dimensions one of a fifth of another's
+    width, in 50 of seven tenths, if it lies away from the prior's middle.
 
     A first population finds temperatures (by the conditional effective sample size), step sizes and
     masses; a second starts anew, moves by these, and is what one gets. At the end it moves on for a
@@ -178,7 +179,7 @@ class AnnealedSampler:
                 machine=machine_gradient(potential, self.num_particles),
                 report=report,
             )
-        self._local = recover(potential, self.population)
+        self._local = _recovered(potential, self.population)
         if self.guide is not None:
             self.importance = importance_sample(self.model, self.guide, *args, **kwargs)
 
@@ -227,7 +228,10 @@ class AnnealedSampler:
 
     @property
     def log_evidence_error(self) -> float:
-        """Its standard error, from how much the population's parts differ, and a drift if any."""
+        """Its standard error, from how much the population's parts differ, and a drift if any.
+
+        Where draws descend from few of the first particles, it is what that tells, if it is more.
+        """
         return self.population.log_evidence_error
 
     @property
@@ -283,3 +287,13 @@ class AnnealedSampler:
         """The weighted mean of values ``(num_particles, *)`` over the draws."""
         weights = self.weights.to(value).reshape(-1, *[1] * (value.dim() - 1))
         return (weights * value).sum(0)
+
+
+def _recovered(potential: Potential, population: Population) -> dict[str, Tensor]:
+    """A draw of the local sites that were integrated out, given each particle."""
+    if not potential.recovery.estimates:
+        return {}
+    rows = potential.programs.rows_at_once("evaluate", len(population.position))
+    pairs = zip(population.position.split(rows), population.noise.split(rows), strict=True)
+    parts = [potential.evaluate(*pair).local for pair in pairs]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

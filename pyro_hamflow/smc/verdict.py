@@ -9,6 +9,7 @@ from pyro_hamflow.smc.importance import ImportanceSamples
 from pyro_hamflow.smc.resampling import effective_size
 
 _LARGEST_ERROR = 0.5  # of the log evidence
+_LARGEST_OF_FEW = 0.2  # of it, where particles descend from few of the first
 _MANY_ERRORS = 4.0  # between two estimates of the evidence
 _LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
 
@@ -21,6 +22,20 @@ def describe_missed(number: int) -> str | None:
         f"descents found {number} mode{'s' * (number > 1)} that a population from the prior "
         "misses but for luck, as it does narrow ones: it began there, too. Modes narrower "
         "still, which no descent begins above, may be missed all the same."
+    )
+
+
+def describe_lineages(population: Population) -> str | None:
+    """That a population descends from so few particles that its weights are luck, in a sentence."""
+    lineages, error = population.lineages, population.log_evidence_error
+    if lineages is None or not lineages.are_few or error < _LARGEST_OF_FEW:
+        return None
+    return (
+        "The evidence cannot be relied on, nor the weights of modes: the draws descend from "
+        f"about {lineages.effective:.0f} of the {len(population.position)} particles that the path "
+        "began with, which were the first to find where the posterior is, so that its error may be "
+        f"more than the {error:.2g} that is seen; take more particles (`num_particles`), or begin "
+        "at a guide (`flow`)."
     )
 
 
@@ -41,6 +56,9 @@ def describe(population: Population, guide: ImportanceSamples | None) -> str:
             "`pyro.sample` statements in place of a `pyro.factor`, or begin at a guide (`flow`), "
             "or take more moves (`num_moves`)."
         )
+    of_few = describe_lineages(population)
+    if of_few is not None:
+        return of_few
     if not error < _LARGEST_ERROR:
         return (
             "The evidence cannot be relied on, nor the weights of modes: the parts of the "
