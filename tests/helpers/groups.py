@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_hamflow import MCMC, NUTS, PseudoMarginalNUTS, marginalize
+from pyro_hamflow import MCMC, NUTS, PseudoMarginalHMC, marginalize
 from pyro_hamflow.mcmc import spread
 from pyro_hamflow.mcmc.groups import seeds
 
@@ -35,7 +35,7 @@ def latent(y):
 
 
 def marginal():
-    return PseudoMarginalNUTS(marginalize(latent, ["x"], num_particles=2))
+    return PseudoMarginalHMC(marginalize(latent, ["x"], num_particles=2))
 
 
 class Inline(Executor):

@@ -50,14 +50,6 @@ REFRESHES = {
 }
 
 
-@pytest.fixture(
-    params=[*TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_TARGETS)],
-    scope="module",
-)
-def target(request):
-    return make_target(request.param)
-
-
 def joint(target):
     return JointTransition(target.potential, CHAINS)
 
@@ -80,18 +72,42 @@ def conditional_nuts(target):
     return ConditionalTransition(inner, CorrelatedRefresh(), Blocks(target.potential))
 
 
-def test_invariance_joint(target):
-    check(target, joint(target))
+ALL_TARGETS = TARGETS | MORE_TARGETS
 
 
-@pytest.mark.parametrize("refresh", REFRESHES.values(), ids=REFRESHES)
-def test_invariance_conditional(target, refresh):
-    check(target, conditional(target, refresh))
+@pytest.mark.parametrize("name", long_but(["prior-8", "laplace-2", "rqmc-8"], ALL_TARGETS))
+def test_invariance_joint(name):
+    check(make_target(name), joint(make_target(name)))
 
 
-@pytest.mark.parametrize("make", [joint_nuts, conditional_nuts])
-def test_invariance_pseudo_marginal_nuts(target, make):
-    check(target, make(target))
+# Every refresh of one target, and one refresh of every other.
+QUICK_REFRESHES = [
+    *(("prior-8", refresh) for refresh in REFRESHES),
+    *(("laplace-2", "slice"), ("function-2", "fresh")),
+    *(("rqmc-8", "correlated"), ("by_hand-1", "stretches")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "refresh"), long_but(QUICK_REFRESHES, itertools.product(ALL_TARGETS, REFRESHES))
+)
+def test_invariance_conditional(name, refresh):
+    target = make_target(name)
+    check(target, conditional(target, REFRESHES[refresh]))
+
+
+QUICK_TREES = [
+    *(("prior-8", joint_nuts), ("prior-8", conditional_nuts), ("laplace-2", conditional_nuts)),
+    *(("function-2", joint_nuts), ("rqmc-8", joint_nuts), ("by_hand-1", conditional_nuts)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    long_but(QUICK_TREES, itertools.product(ALL_TARGETS, [joint_nuts, conditional_nuts])),
+)
+def test_invariance_pseudo_marginal_nuts(name, make):
+    check(make_target(name), make(make_target(name)))
 
 
 NATIVE_MOVES = {  # of each, how noise moves after the parameters, and the deepest tree
@@ -106,7 +122,7 @@ NATIVE_MOVES = {  # of each, how noise moves after the parameters, and the deepe
     ("name", "moves"),
     long_but(
         [*(("prior-8", moves) for moves in NATIVE_MOVES), ("by_hand-1", "fresh")],
-        itertools.product(TARGETS | MORE_TARGETS, NATIVE_MOVES),
+        itertools.product(ALL_TARGETS, NATIVE_MOVES),
     ),
 )
 def test_invariance_native_estimate(name, moves):
@@ -553,7 +569,7 @@ SPOILT_NUTS = {
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILT_TREES)
+@pytest.mark.parametrize("spoil", long_but(SPOILT_TREES[1:4], SPOILT_TREES))
 def test_spoilt_nuts_is_found_out(spoil, uncaptured, monkeypatch):
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match="standard errors"):
@@ -575,7 +591,12 @@ def test_nuts_of_two_minds_is_found_out(wrap):
 
 
 @pytest.mark.parametrize(
-    ("make", "spoil"), [(make, spoil) for make, all_ in SPOILT_NUTS.items() for spoil in all_]
+    ("make", "spoil"),
+    long_but(
+        [(joint_nuts, forget_energy_of_noise), (joint_nuts, forget_momentum_of_noise)]
+        + [(conditional_nuts, ignore_turns_of_subtrees), (conditional_nuts, accept_all_blocks)],
+        [(make, spoil) for make, all_ in SPOILT_NUTS.items() for spoil in all_],
+    ),
 )
 def test_spoilt_pseudo_marginal_nuts_is_found_out(make, spoil, uncaptured, monkeypatch):
     target = make_target("prior-8")
@@ -584,8 +605,16 @@ def test_spoilt_pseudo_marginal_nuts_is_found_out(make, spoil, uncaptured, monke
         check(target, make(target))
 
 
-@pytest.mark.parametrize("wrap", [limit_by_state, redraw_noise, pick_any_particle])
-@pytest.mark.parametrize("make", [joint_nuts, conditional_nuts])
+@pytest.mark.parametrize(
+    ("make", "wrap"),
+    long_but(
+        [(joint_nuts, limit_by_state), (joint_nuts, redraw_noise)]
+        + [(conditional_nuts, pick_any_particle)],
+        itertools.product(
+            [joint_nuts, conditional_nuts], [limit_by_state, redraw_noise, pick_any_particle]
+        ),
+    ),
+)
 def test_spoilt_pseudo_marginal_nuts_step_is_found_out(make, wrap):
     target = make_target("prior-8")
     transition = make(target)

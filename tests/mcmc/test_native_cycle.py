@@ -38,7 +38,8 @@ def poor_flow(name, factor=1.3):
         torch.manual_seed(0)
         position = HMC_TARGETS[name][2](2000)
         moved = factor * position + 0.3 * factor
-        return flow_for(potential_of(name), moved, position - moved)
+        small = {"hidden": (16, 16), "num_steps": 100}
+        return flow_for(potential_of(name), moved, position - moved, **small)
 
 
 def cycle_of(

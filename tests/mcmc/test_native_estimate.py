@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -27,6 +29,7 @@ from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition,
 from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.programs.engines.native import NativeProgram
 from tests.helpers.exact_draws import Y, latent, make_target
+from tests.helpers.kinds import long_but
 from tests.helpers.native import native_estimate_transition
 
 CHAINS, DEPTH = 24, 5
@@ -157,10 +160,12 @@ def assert_same(expected, found):
 SLOW_TARGETS = ("rqmc-laplace-8", "mixture-3")
 
 
-@pytest.mark.parametrize("moves", MOVES)
 @pytest.mark.parametrize(
-    "name",
-    ["prior-8", "by_hand-1", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_TARGETS)],
+    ("name", "moves"),
+    long_but(
+        lambda case: case[0] == "prior-8" or case == ("by_hand-1", "fresh"),
+        itertools.product(("prior-8", "by_hand-1", *SLOW_TARGETS), MOVES),
+    ),
 )
 def test_moves_are_those_of_torch(name, moves, monkeypatch):
     torch.set_default_dtype(torch.float64)
@@ -225,8 +230,13 @@ def kernel_of(engine, kind=PseudoMarginalHMC, **settings):
     return kind(model, engine=engine, **settings)
 
 
-@pytest.mark.parametrize("method", ["joint", "conditional"])
-@pytest.mark.parametrize("kind", [PseudoMarginalHMC, PseudoMarginalNUTS])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    long_but(
+        [(PseudoMarginalHMC, "conditional"), (PseudoMarginalNUTS, "joint")],
+        itertools.product([PseudoMarginalHMC, PseudoMarginalNUTS], ["joint", "conditional"]),
+    ),
+)
 def test_runs_have_the_statistics_of_torch(kind, method):
     torch.set_default_dtype(torch.float64)
     expected, found = (

@@ -201,7 +201,7 @@ def test_kernel_of_a_function_by_hand(kernel):
 def test_function_and_transforms_of_a_model(runner):
     """Pyro's way from a model to a potential: the draws come back in the sites' supports."""
     start, function, maps, _ = initialize_model(scaled, model_args=(Y,))
-    kernel = NUTS(potential_fn=function, transforms=maps)
+    kernel = HMC(potential_fn=function, transforms=maps)
     mcmc = RUNNERS[runner](kernel, 400, 150, initial_params=start, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples(group_by_chain=True)["scale"]

@@ -26,6 +26,7 @@ from pyro_hamflow import (
 from pyro_hamflow.mcmc.adaptation import transport_learning
 from pyro_hamflow.mcmc.frozen import Unstorable
 from pyro_hamflow.mcmc.snapshot import capture, found_words, kernel_words, source_words, take_up
+from tests.helpers.kinds import long_but
 
 COUNTS = torch.tensor([2.0, 0.0, 1.0])
 SQUARES = torch.tensor([4.0, 4.0])
@@ -127,13 +128,11 @@ def settled(kernel):
     return str(kernel.settings | {"training_seconds": None})
 
 
-QUICK = KERNELS.keys() - {"HNNNUTS, native estimate"}  # whose library takes long to make
+# Those that learn are many: of each kernel one stays, and of the flows' that with machine code.
+LONG = {"HNNNUTS, native estimate", "HNNNUTS, per leaf", "FlowNUTS", "RandomWalk, estimate"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KERNELS],
-)
+@pytest.mark.parametrize("name", long_but(KERNELS.keys() - LONG, KERNELS))
 def test_a_kernel_taken_up_goes_on_bit_for_bit(name, monkeypatch):
     monkeypatch.setattr(transport_learning, "_STEPS", 20)  # of each fit of a map, to take less long
     monkeypatch.setattr(transport_learning, "_LAST_STEPS", 20)

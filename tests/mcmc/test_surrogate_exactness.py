@@ -46,6 +46,7 @@ from tests.helpers.learned import (
 from tests.helpers.native import spoil_line
 
 NEARBY = TrustRegion(1.0, 2.0)
+TRUST = {"everywhere": EVERYWHERE, "nearby": NEARBY}
 
 
 # --- surrogates ---------------------------------------------------------------------------------
@@ -227,7 +228,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", long_but(list(PUBLISHED)[:3], PUBLISHED))
+@pytest.mark.parametrize(
+    "name", long_but(["surrogate energy in the test", "switch by the error so far"], PUBLISHED)
+)
 def test_published_ways_are_biased(name):
     assert abs(bias(Published(**PUBLISHED[name]).step)) > 10.0
 
@@ -283,10 +286,16 @@ def test_invariance_endpoint_native(quality, kind):
     check(transition, 0.5, num_steps=num_steps, moves=PROPOSALS)
 
 
-@pytest.mark.parametrize("trust", [EVERYWHERE, NEARBY], ids=["everywhere", "nearby"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("quality", ["good", pytest.param("bad", marks=pytest.mark.slow), "random"])
+@pytest.mark.parametrize(
+    ("quality", "kind", "trust"),
+    long_but(
+        [(quality, "hmc", trust) for quality in ("good", "random") for trust in TRUST]
+        + [("good", "nuts", "everywhere"), ("random", "nuts", "nearby")],
+        itertools.product(["good", "bad", "random"], KINDS, TRUST),
+    ),
+)
 def test_invariance_per_leaf(quality, kind, trust):
+    trust = TRUST[trust]
     transition = per_leaf(skewed_potential(), network_of(quality), kind, trust=trust)
     num_steps = 4 if kind == "hmc" else MOST_POINTS
     info = check(transition, 0.5, num_steps=num_steps)

@@ -8,7 +8,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 
-from pyro_hamflow import MCMC, NUTS, marginalize, to_inference_data
+from pyro_hamflow import HMC, MCMC, NUTS, marginalize, to_inference_data
 from pyro_hamflow.model import runs
 from pyro_hamflow.model.missing import without_gaps
 from pyro_hamflow.model.potential import Potential
@@ -206,7 +206,7 @@ def _level(y):
 def run():
     torch.set_default_dtype(torch.float64)
     pyro.set_rng_seed(1)
-    mcmc = MCMC(NUTS(_level), num_samples=500, warmup_steps=200, num_chains=4)
+    mcmc = MCMC(HMC(_level), num_samples=500, warmup_steps=200, num_chains=4)
     mcmc.run(REAL)
     yield mcmc
     torch.set_default_dtype(torch.float32)

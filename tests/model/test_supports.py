@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributions import biject_to, constraints
 
-from pyro_hamflow import MCMC, NUTS, AutoNeuralHamiltonianFlow
+from pyro_hamflow import HMC, MCMC, AutoNeuralHamiltonianFlow
 from pyro_hamflow.model import runs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import Direction, LogCholesky, StickBreaking
@@ -23,7 +23,7 @@ CHAINS = 24
 def run(model, num_samples=100):
     """Draws of many chains, in the sites' supports, chains first; the model must be captured."""
     pyro.set_rng_seed(3)
-    mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=150, num_chains=CHAINS)
+    mcmc = MCMC(HMC(model), num_samples=num_samples, warmup_steps=150, num_chains=CHAINS)
     mcmc.run()
     assert mcmc.kernel.potential.programs.fallback_reason is None
     return mcmc.get_samples(group_by_chain=True)
