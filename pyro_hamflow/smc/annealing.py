@@ -17,14 +17,11 @@ from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import Reference, TemperedTarget
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.smc.discovery import beginning_at, look_for_modes
-from pyro_hamflow.smc.lineages import Lineages, error_of_logarithms, lineages_of
+from pyro_hamflow.smc.lineages import MANY, Lineages, error_of_logarithms, lineages_of
 from pyro_hamflow.smc.particles import Drift, Particles, Passage, Rung
-from pyro_hamflow.smc.resampling import conditional_size, log_mean_exp
+from pyro_hamflow.smc.resampling import log_mean_exp, next_step
 from pyro_hamflow.smc.transport import AFT, CRAFT, flow_at, flow_to, train_in_passes
 
-_HALVINGS = 50  # of an interval of temperatures
-_PRECISION = 1e-3  # of a step, relative to it
-_SMALLEST = 1e-12  # step of the inverse temperature
 _REMEMBERED = 8  # particles at a temperature, of which one is
 _ACCEPTED, _TRIES = 0.2, 4  # moves at a temperature, below which they are tried anew, so often
 
@@ -62,7 +59,12 @@ class Population:
     modes: list[Mode] = field(default_factory=list, repr=False)
     num_missed: int = 0
     num_modes: int = 0
-    lineages: Lineages | None = None
+    lineages: Lineages = MANY
+
+    @property
+    def leaves_open(self) -> bool:
+        """Whether there is more than one mode, or too few particles have found them to tell."""
+        return self.num_modes > 1 or self.lineages.are_few
 
     @property
     def log_evidence(self) -> float:
@@ -73,14 +75,14 @@ class Population:
     def log_evidence_error(self) -> float:
         """Its standard error, from how much the parts differ, and a drift where there is one.
 
-        Parts that all miss the same agree with each other, more or less: where particles descend
-        from few, the error is what these tell, or parts' logarithms, if that is more.
+        Parts that all miss the same agree, more or less: where particles descend from few, the
+        error is what these tell, or parts' logarithms, if that is more.
         """
         relative = (self.parts_log_evidence - self.log_evidence).exp()
         error = float(relative.std()) / math.sqrt(len(relative))
-        if self.lineages is not None and self.lineages.are_few:
-            skewed = error_of_logarithms(self.parts_log_evidence)
-            error = max(error, self.lineages.error, skewed)
+        if self.lineages.are_few:
+            of_logarithms = error_of_logarithms(self.parts_log_evidence)
+            error = max(error, self.lineages.error, of_logarithms)
         if self.drift is None or not self.drift.matters:
             return error
         return math.hypot(error, self.drift.change)
@@ -159,8 +161,9 @@ def anneal(
         course = find(beginning_at(modes, prior))
         cost = course.num_gradients
         seen = (*course.end, course.visited, cost)
-        of_few = lineages_of(course.particles).are_few
-        found, num_missed, num_modes = look_for_modes(potential, *seen, machine, of_few=of_few)
+        found, num_missed, num_modes = look_for_modes(
+            potential, *seen, machine, of_few=lineages_of(course.particles).are_few
+        )
         others = [m for m in found if not any(mode.holds(m.position) for mode in modes)]
         if others:
             modes = [*modes, *others]
@@ -219,7 +222,7 @@ def find_schedule(
     visited: list[Tensor] = []
     here = 0.0
     while here < 1.0:
-        step = _next_step(particles.log_weights, particles.log_ratio(), 1.0 - here, conditional_ess)
+        step = next_step(particles.log_weights, particles.log_ratio(), 1.0 - here, conditional_ess)
         here = min(1.0, here + step)
         flow = None
         if isinstance(transport, AFT):
@@ -282,17 +285,3 @@ def _population(
         cost + 1,
         lineages=lineages_of(particles),
     )
-
-
-def _next_step(log_weights: Tensor, log_ratio: Tensor, most: float, share: float) -> float:
-    """How far to go on the path so that the step's weights are worth a share of the particles."""
-    if conditional_size(log_weights, most * log_ratio) >= share:
-        return most
-    low, high = 0.0, most
-    for _ in range(_HALVINGS):
-        middle = 0.5 * (low + high)
-        enough = conditional_size(log_weights, middle * log_ratio) >= share
-        low, high = (middle, high) if enough else (low, middle)
-        if high - low < _PRECISION * low:
-            break
-    return max(low, _SMALLEST)

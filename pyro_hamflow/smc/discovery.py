@@ -46,6 +46,9 @@ _WHOLE = (
     0.5  # of the posterior, that modes hold together if a path may begin at them for luck's sake
 )
 _LEAST = 0.005  # of the posterior, less of which is of no interest
+_SMALL = (
+    0.001  # of it, as what a mode of more may seem to hold; a path begins there, too, if at all
+)
 
 
 class Discovery(NamedTuple):
@@ -116,7 +119,7 @@ def look_for_modes(
     outside = (masses.sum() - found.sum()).clamp(min=0.0)
     shares = torch.stack([part / (part.sum() + outside) for part in ((held - level).exp(), found)])
     matters = shares.amax(0) > max(_LEAST, _COUNT / len(position))
-    large = [mode for mode, share in zip(modes, shares[0], strict=True) if share > _LEAST]
+    large = [mode for mode, share in zip(modes, shares[0], strict=True) if share > _SMALL]
     missed = matters & (shares[1] < _MISSED * shares[0])
     chance = (in_parts - shares[1, :, None] * wholes).std(-1) / wholes.mean() / len(wholes) ** 0.5
     wrong = shares[0] - shares[1] > _WRONG + _ERRORS * chance

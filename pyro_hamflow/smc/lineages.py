@@ -50,6 +50,9 @@ class Lineages:
         return self.effective < _FEW and self.excess > _EXCESS
 
 
+MANY = Lineages(math.inf, 0.0, 0.0)
+
+
 def lineages_of(particles: Particles) -> Lineages:
     """The lineages of a population."""
     effective = float(effective_size(particles.log_families))

@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+_HALVINGS = 50  # of an interval of temperatures
+_PRECISION = 1e-3  # of a step, relative to it
+_SMALLEST = 1e-12  # step of the inverse temperature
+
 
 def normalised(log_weights: Tensor) -> Tensor:
     """Weights that add up to one in each row of ``(*, particles)``; equal where all are zero."""
@@ -36,6 +40,20 @@ def conditional_size(log_weights: Tensor, log_increments: Tensor) -> float:
     ratio = (log_increments - log_increments.max()).exp().flatten().nan_to_num(0.0)
     first, second = (shares * ratio).sum(), (shares * ratio.square()).sum()
     return float(first.square() / (second * shares.sum()))
+
+
+def next_step(log_weights: Tensor, log_ratio: Tensor, most: float, share: float) -> float:
+    """How far to go on the path so that the step's weights are worth a share of the particles."""
+    if conditional_size(log_weights, most * log_ratio) >= share:
+        return most
+    low, high = 0.0, most
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (low + high)
+        enough = conditional_size(log_weights, middle * log_ratio) >= share
+        low, high = (middle, high) if enough else (low, middle)
+        if high - low < _PRECISION * low:
+            break
+    return max(low, _SMALLEST)
 
 
 def resample_systematically(log_weights: Tensor, num_picked: int | None = None) -> Tensor:

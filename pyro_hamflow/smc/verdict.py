@@ -28,7 +28,7 @@ def describe_missed(number: int) -> str | None:
 def describe_lineages(population: Population) -> str | None:
     """That a population descends from so few particles that its weights are luck, in a sentence."""
     lineages, error = population.lineages, population.log_evidence_error
-    if lineages is None or not lineages.are_few or error < _LARGEST_OF_FEW:
+    if not lineages.are_few or error < _LARGEST_OF_FEW:
         return None
     return (
         "The evidence cannot be relied on, nor the weights of modes: the draws descend from "
@@ -36,6 +36,19 @@ def describe_lineages(population: Population) -> str | None:
         "began with, which were the first to find where the posterior is, so that its error may be "
         f"more than the {error:.2g} that is seen; take more particles (`num_particles`), or begin "
         "at a guide (`flow`)."
+    )
+
+
+def describe_few(population: Population) -> str | None:
+    """That jumps are made of what so few particles have found, in a sentence."""
+    lineages, error = population.lineages, population.log_evidence_error
+    if not lineages.are_few or error < _LARGEST_OF_FEW:
+        return None
+    return (
+        f"the population that chains start from, and jumps are made of, descends from about "
+        f"{lineages.effective:.0f} of {len(population.position)} particles, the first to find "
+        "where the posterior is: modes that these have missed are missed in the draws as well, "
+        "and the shares of modes need not be right; take more particles (`num_particles`)."
     )
 
 

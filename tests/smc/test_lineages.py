@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -13,10 +14,11 @@ from pyro_hamflow import AnnealedSampler
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import TemperedTarget
-from pyro_hamflow.smc import annealing, lineages
+from pyro_hamflow.smc import annealing, discovery, lineages
 from pyro_hamflow.smc.annealing import anneal
 from pyro_hamflow.smc.particles import Particles, Rung
 from pyro_hamflow.smc.resampling import log_mean_exp
+from pyro_hamflow.smc.verdict import describe_few
 from tests.helpers.densities import many_well
 
 X = torch.linspace(-3.0, 3.0, 18).double()
@@ -125,3 +127,29 @@ def test_families_weigh_as_much_as_particles():
     alive = families.exp() > 0.0
     assert 4 < int(alive.sum()) < 100  # of 200: those near the data have descendants
     assert float((start[alive] - 2.5).abs().mean()) < 0.7 * float((start - 2.5).abs().mean())
+
+
+def test_a_population_in_haste_sees_that_there_is_a_small_mode(monkeypatch):
+    """The line of the other sign has .7 %, of which importance sampling tells less here and there.
+
+    `FlowNUTS` goes by it, and else made draws without jumps of the one mode with one seed in four.
+    """
+
+    def leaves_open():
+        torch.manual_seed(0)
+        potential = Potential(line)
+        haste = {"conditional_ess": 0.5, "num_moves": 1, "only_first": True}
+        return sum(anneal(potential, 250, **haste).leaves_open for _ in range(8))
+
+    assert leaves_open() == 8
+    monkeypatch.setattr(discovery, "_SMALL", discovery._LEAST)
+    assert leaves_open() < 8
+
+
+def test_a_flow_of_what_few_have_found_is_told(monkeypatch):
+    torch.manual_seed(0)
+    population = anneal(Potential(conjugate), 200)
+    assert describe_few(population) is None
+    few = replace(population, lineages=lineages.Lineages(9.0, 20.0, 1.0 / 3.0))
+    assert "descends from about 9 of 200 particles" in describe_few(few)
+    assert "`num_particles`" in describe_few(few)

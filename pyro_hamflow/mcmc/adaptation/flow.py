@@ -28,7 +28,7 @@ from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.machine import machine_gradient
 from pyro_hamflow.smc.resampling import resample_systematically
 from pyro_hamflow.smc.shown import shown
-from pyro_hamflow.smc.verdict import describe_missed
+from pyro_hamflow.smc.verdict import describe_few, describe_missed
 
 _WALKERS = 1000  # that explore
 _FIRST, _HASTE = 250, 0.5  # particles that look first, and what their steps' weights are worth
@@ -123,7 +123,7 @@ class FlowSearch:
         first = self._hasty_population() if self.choices.learns else self._drawn()
         walkers = self._walkers(first)
         persistence = walkers.persistence()
-        if isinstance(first, Population) and (persistence >= _SLOW or first.num_modes > 1):
+        if isinstance(first, Population) and (persistence >= _SLOW or first.leaves_open):
             walkers = self._walkers(self._population(first))
             persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
@@ -191,9 +191,9 @@ class FlowSearch:
             population = anneal(
                 self.potential, count, modes=first.modes, machine=machine, report=report
             )
-        said = describe_missed(population.num_missed)
-        if said is not None:
-            self.plan.say(said)
+        for said in (describe_missed(population.num_missed), describe_few(population)):
+            if said is not None:
+                self.plan.say(said)
         return population
 
     def _affordable(self) -> int:
