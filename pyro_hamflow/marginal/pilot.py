@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
+from pyro_hamflow.marginal.climb import NEAR, Top, climb, newton_distance
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.choice import choose_proposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
@@ -31,14 +32,9 @@ from pyro_hamflow.process import random_state_kept
 # points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
 _PARTICLES = 16
 _KURTOSIS_FROM = 6  # points: symmetric ones have at most half their number
-_STEPS = 100  # at most
-_TRIALS = 12  # of steps, each shorter than the last by .3
-_MEMORY = 20  # changes of position and slope that Newton's direction is made of
 _STARTS = 3  # of climbs, until one comes to rest
-_FIRST_LENGTH = 1.0  # the longest change of an unconstrained coordinate at first; then it grows
-_SLACK = 0.01  # by which the potential may rise where its slope falls: gradients are approximate
-_NEAR = 0.05  # posterior standard deviations
 _UNREST = 0.5  # by how much a top without rest has to be higher: the height of one such deviation
+_MOVED = 0.5  # posterior standard deviations, beyond which another top is meant
 _END = 40.0  # of the logarithm by which a support is stretched: a scale of 4e-18 to 2e17
 _BEYOND = 60.0  # which is too far to have been led there, not thrown
 
@@ -50,19 +46,13 @@ class Pilot(NamedTuple):
         values: Constrained values of the parameters.
         distance: How far the top may be, in posterior standard deviations.
         escaped: Sites that every climb has led to the end of their support.
+        refused: Why the search was not made in double precision; empty if it was.
     """
 
     values: dict[str, Tensor]
     distance: float
     escaped: tuple[str, ...] = ()
-
-
-class Top(NamedTuple):
-    """Where a climb ended; see :class:`Pilot`."""
-
-    position: Tensor
-    value: float
-    distance: float
+    refused: str = ""
 
 
 def find_pilot(
@@ -103,21 +93,7 @@ def find_pilot(
                 somewhere[name] = middle(transform, free)
         rough.follow(somewhere, *data.args, **data.kwargs)  # so that the model can run at all
         potential = Potential(rough, *data, separate_noise=True)
-        noise = _even_noise(rough.plan(*data.args, **data.kwargs), potential)
-
-        def gradient(position: Tensor) -> tuple[float, Tensor]:
-            if _at_end(potential, position, _END):
-                thrown = bool(_at_end(potential, position, _BEYOND))
-                return math.inf if thrown else -math.inf, torch.zeros_like(position)
-            try:
-                rough.follow(potential.constrain(position), *data.args, **data.kwargs)
-                position = position.detach().requires_grad_()
-                value = potential.value_of_one(position, noise)
-                (slope,) = torch.autograd.grad(value, position)
-            except (RuntimeError, ValueError):  # as of a matrix that is not positive definite there
-                return math.inf, torch.zeros_like(position)
-            return float(value.detach()), slope
-
+        gradient = _gradient_of(rough, potential, data)
         tops: list[Top] = []
         starts: list[Tensor] = []
         escaped: set[str] = set()
@@ -137,20 +113,70 @@ def find_pilot(
                 escaped |= _at_end(potential, top.position, _END)
                 continue
             tops.append(top)
-            if top.distance <= _NEAR:
+            if top.distance <= NEAR:
                 break
-    if not starts:
-        return Pilot({}, 0.0)
-    if not tops:
-        return Pilot(potential.constrain(starts[0]), math.inf, tuple(sorted(escaped)))
-    best = min(tops, key=_height)
+        if not starts:
+            return Pilot({}, 0.0)
+        if not tops:
+            return Pilot(potential.constrain(starts[0]), math.inf, tuple(sorted(escaped)))
+        best = min(tops, key=_height)
+        # Without rest, what is known of the curvature may be rounding alone.
+        if rough.proposal.is_defended and best.distance <= NEAR:
+            best = _undefended(rough, best, count, data)
     return Pilot(potential.constrain(best.position), best.distance)
+
+
+def _undefended(rough: TunedEstimator, top: Top, count: int, data: Arguments) -> Top:
+    """The top without points from the prior, if it is near; else that with them.
+
+    Those keep a climb from places that suit one of an element's modes alone. But one that falls
+    near the mode of an element that the data know well pulls the slope to its own side, by a fifth
+    of a posterior deviation for counts of thousands. Twice as many points, which the climb has not
+    seen, tell how far off it may be for its own, and for rounding.
+    """
+    slopes = []
+    for number in (count, 2 * count):
+        other = rough.refined(number, "iid")  # held at its structure, as this one is
+        other.take(rough.proposal.undefended())
+        potential = Potential(other, *data, separate_noise=True)
+        slopes.append(_gradient_of(other, potential, data))
+    _, slope = slopes[0](top.position)
+    if not newton_distance(top.pairs, slope) <= _MOVED:
+        return top
+    near = climb(slopes[0], top.position, top.pairs)
+    moved = -float(slope @ (near.position - top.position))  # square of the way, by both slopes
+    if not (near.distance <= NEAR and moved <= _MOVED**2):
+        return top
+    unseen = newton_distance(near.pairs, slopes[1](near.position)[1])
+    return near._replace(distance=max(near.distance, unseen))
+
+
+def _gradient_of(
+    rough: TunedEstimator, potential: Potential, data: Arguments
+) -> Callable[[Tensor], tuple[float, Tensor]]:
+    """Minus the log of the estimate times the prior and its slope, with the noise held."""
+    noise = _even_noise(rough.plan(*data.args, **data.kwargs), potential)
+
+    def gradient(position: Tensor) -> tuple[float, Tensor]:
+        if _at_end(potential, position, _END):
+            thrown = bool(_at_end(potential, position, _BEYOND))
+            return math.inf if thrown else -math.inf, torch.zeros_like(position)
+        try:
+            rough.follow(potential.constrain(position), *data.args, **data.kwargs)
+            position = position.detach().requires_grad_()
+            value = potential.value_of_one(position, noise)
+            (slope,) = torch.autograd.grad(value, position)
+        except (RuntimeError, ValueError):  # as of a matrix that is not positive definite there
+            return math.inf, torch.zeros_like(position)
+        return float(value.detach()), slope
+
+    return gradient
 
 
 def _height(top: Top) -> float:
     """By what tops are compared. One at which a climb came to rest is where it wanted to go."""
     value = top.value if math.isfinite(top.value) else math.inf
-    return value if top.distance <= _NEAR else value + _UNREST
+    return value if top.distance <= NEAR else value + _UNREST
 
 
 def _at_end(potential: Potential, position: Tensor, end: float) -> set[str]:
@@ -209,63 +235,3 @@ def _symmetric_points(count: int) -> Tensor:
             low, high = (share, high) if moments[1] < 3 * moments[0] ** 2 else (low, share)
         points = points + low * points**3
     return points / points.square().mean().sqrt().clamp(min=1e-9)
-
-
-def climb(gradient: Callable[[Tensor], tuple[float, Tensor]], start: Tensor) -> Top:
-    """Minimises a potential by L-BFGS.
-
-    It has come to rest when a full step would lead by less than a small part of a posterior
-    standard deviation, as the inverse curvature found on the way tells, twice in a row.
-
-    Arguments:
-        gradient: From a position to the potential and its gradient.
-        start: Where to begin.
-    """
-    position = start
-    value, slope = gradient(position)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    distance, rests, longest = math.inf, 0, _FIRST_LENGTH
-    for _ in range(_STEPS):
-        if not (math.isfinite(value) and bool(slope.isfinite().all())):
-            break
-        step = -_newton(pairs, slope)
-        distance = math.sqrt(float(-(slope @ step)))
-        rests = rests + 1 if pairs and distance <= _NEAR else 0
-        if rests == 2:
-            break
-        step = step * min(1.0, longest / max(float(step.abs().max()), 1e-300))
-        fall = float(-(slope @ step))
-        for _ in range(_TRIALS):
-            new = position + step
-            new_value, new_slope = gradient(new)
-            if new_value <= value - 1e-4 * fall and bool(new_slope.isfinite().all()):
-                break
-            if new_value <= value + _SLACK and abs(float(new_slope @ step)) <= 0.9 * fall:
-                break
-            step, fall, longest = 0.3 * step, 0.3 * fall, 0.3 * float(step.abs().max())
-        else:
-            if not pairs:
-                break
-            pairs = []
-            continue
-        longest = max(longest, 2.0 * float(step.abs().max()))
-        change = new - position, new_slope - slope
-        if float(change[0] @ change[1]) > 1e-10 * float(change[1].square().sum()):
-            pairs = [*pairs, change][-_MEMORY:]
-        position, value, slope = new, new_value, new_slope
-    return Top(position, value, distance)
-
-
-def _newton(pairs: list[tuple[Tensor, Tensor]], slope: Tensor) -> Tensor:
-    """The slope times the inverse curvature that pairs of steps and slopes' changes tell of."""
-    result, shares = slope.clone(), []
-    for step, change in reversed(pairs):
-        share = (step @ result) / (step @ change)
-        result = result - share * change
-        shares.append(share)
-    if pairs:
-        step, change = pairs[-1]
-        result = result * (step @ change) / (change @ change)
-    for (step, change), share in zip(pairs, reversed(shares), strict=True):
-        result = result + step * (share - (change @ result) / (step @ change))
-    return result

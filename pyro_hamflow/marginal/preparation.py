@@ -49,6 +49,8 @@ def prepare(
     if marginal.num_particles is None and marginal.proposal.needs_fit:
         settle_particles(marginal, data, moves=moves)
     remark = _told_of_ends(found.escaped) if found.escaped else None
+    if remark is None and found.refused and found.distance > FAR:
+        remark = _told_of_rounding(found.refused)
     # A proposal fitted far away misses this and that, but for one that looks for it itself.
     if found.distance <= FAR or not marginal.proposal.is_comparable:
         remark = mend_proposal(marginal, [found.values], data) or remark
@@ -65,16 +67,16 @@ def _find(marginal: TunedEstimator, data: Arguments, start: dict[str, Tensor] | 
     if all(layout.example.dtype == torch.float64 for layout in layouts):
         return find_pilot(marginal, data, start)
     wide, known = copy.copy(marginal), _in_double(data)
-    before, found = torch.get_default_dtype(), None
+    before, found, refused = torch.get_default_dtype(), None, ""
     try:
         torch.set_default_dtype(torch.float64)
         found = find_pilot(wide, known, _in_double(start))
-    except Exception:  # whatever a model's own code may raise, as for tensors of two types
-        pass
+    except Exception as error:  # whatever a model's own code may raise, as for tensors of two types
+        refused = f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         torch.set_default_dtype(before)
     if found is None:
-        return find_pilot(marginal, data, start)
+        return find_pilot(marginal, data, start)._replace(refused=refused)
     with random_state_kept():
         trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
     values = {name: v.to(trace.nodes[name]["value"].dtype) for name, v in found.values.items()}
@@ -138,4 +140,13 @@ def _told_of_ends(sites: tuple[str, ...]) -> str:
         "the posterior density may have no bound: in the search for its mode it rose all the way "
         f"to the end of the support of {names}, as a scale goes to zero for data that are fitted "
         "exactly; look at the priors of scales."
+    )
+
+
+def _told_of_rounding(reason: str) -> str:
+    return (
+        "the search for the posterior's mode did not come to rest: it was made in single "
+        "precision, in which slopes of large counts are rounding, as the model does not run in "
+        f"double ({reason}); the chains may start far from the mode, and warm-up has to find the "
+        "rest of the way."
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyro_hamflow.marginal.climb import climb
 from pyro_hamflow.marginal.path_kinks import (
     CLOSELY,
     COARSELY,
@@ -28,7 +29,6 @@ from pyro_hamflow.marginal.path_kinks import (
     has_kinks,
     is_flat,
 )
-from pyro_hamflow.marginal.pilot import climb
 from pyro_hamflow.marginal.whitening.curvature import gradient_and_bands, raised
 from pyro_hamflow.marginal.whitening.sites import Held
 from pyro_hamflow.marginal.whitening.split_model import SplitModel
