@@ -35,6 +35,9 @@ _KURTOSIS_FROM = 6  # points: symmetric ones have at most half their number
 _STARTS = 3  # of climbs, until one comes to rest
 _UNREST = 0.5  # by how much a top without rest has to be higher: the height of one such deviation
 _MOVED = 0.5  # posterior standard deviations, beyond which another top is meant
+_NUDGES, _NUDGE = 4, 1e-6  # of a position in single precision: slopes differ by rounding alone
+_WIDTHS = (0.001, 0.01, 0.1, 1.0)  # of changes beside it
+_TOLD = 10.0  # times rounding, from which on a change of slopes is taken for what it is
 _END = 40.0  # of the logarithm by which a support is stretched: a scale of 4e-18 to 2e17
 _BEYOND = 60.0  # which is too far to have been led there, not thrown
 
@@ -120,9 +123,10 @@ def find_pilot(
         if not tops:
             return Pilot(potential.constrain(starts[0]), math.inf, tuple(sorted(escaped)))
         best = min(tops, key=_height)
-        # Without rest, what is known of the curvature may be rounding alone.
-        if rough.proposal.is_defended and best.distance <= NEAR:
+        if rough.proposal.is_defended:
             best = _undefended(rough, best, count, data)
+        if best.position.dtype != torch.float64:
+            best = _doubted(gradient, best)
     return Pilot(potential.constrain(best.position), best.distance)
 
 
@@ -149,6 +153,31 @@ def _undefended(rough: TunedEstimator, top: Top, count: int, data: Arguments) ->
         return top
     unseen = newton_distance(near.pairs, slopes[1](near.position)[1])
     return near._replace(distance=max(near.distance, unseen))
+
+
+def _doubted(gradient: Callable[[Tensor], tuple[float, Tensor]], top: Top) -> Top:
+    """The top of a search in single precision, with how far rounding of slopes alone may lead.
+
+    Rounding looks like a curvature so high that every place is near the top. So the curvature along
+    rounding's own direction is taken from a change so wide that slopes tell more than rounding.
+    """
+
+    def slope(step: Tensor) -> Tensor:
+        return gradient(top.position + step)[1].double()
+
+    scale = 1.0 + top.position.abs()
+    slopes = [slope(_NUDGE * scale * torch.randn_like(scale)) for _ in range(_NUDGES)]
+    spread = torch.stack(slopes).std(0)
+    noise = float(spread.norm())
+    if not noise > 0.0:
+        return top
+    direction = (spread / noise).to(scale)
+    for width in _WIDTHS:
+        step = width * direction
+        change = float((slope(step) - slope(-step)) @ direction.double())
+        if change > _TOLD * noise:
+            return top._replace(distance=max(top.distance, noise * (2 * width / change) ** 0.5))
+    return top._replace(distance=math.inf)
 
 
 def _gradient_of(
