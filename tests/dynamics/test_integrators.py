@@ -150,7 +150,7 @@ def test_reversibility_leapfrog(inverse_mass):
 
 
 def test_reversibility_splitting(splitting_move, inverse_mass):
-    assert_reversible(splitting_move(inverse_mass, 0.1, 1000), flip, phase_of(4))
+    assert_reversible(splitting_move(inverse_mass, 0.1, 300), flip, phase_of(4))
 
 
 def test_reversibility_rotate():

@@ -408,6 +408,7 @@ def share_right(guide):
     return float((guide.draw(4000)[0] > 0).double().mean())
 
 
+@pytest.mark.slow
 def test_losses_differ_in_the_modes_they_find():
     draws = {"x": torch.where(torch.rand(2000) < 0.5, 3.0, -3.0) + 0.5 * torch.randn(2000)}
     settings = {

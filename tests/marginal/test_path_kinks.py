@@ -70,7 +70,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", long_but(["hinge", "both"], FORMS))
+@pytest.mark.parametrize("name", long_but(["both"], FORMS))
 def test_one_particle_tells_the_likelihood_of_a_path_with_kinks(name):
     observed, move, kinks = FORMS[name]
     marginal = marginalize(steps(observed, move), ["step"], num_particles=1)

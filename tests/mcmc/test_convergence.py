@@ -15,6 +15,7 @@ from pyro_hamflow.mcmc.adaptation.metric import Metric, first_scales
 from pyro_hamflow.mcmc.adaptation.watch import Watch
 from pyro_hamflow.mcmc.adaptation.window import WarmUp
 from pyro_hamflow.model.potential import Potential
+from tests.helpers.kinds import long_but
 from tests.helpers.outcomes import outcome
 
 
@@ -127,7 +128,9 @@ def test_first_scales_are_those_of_a_normal(chains, power):
 # --- whole runs by all defaults -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("power", "chains"), [(12, 1), (4, 4), (12, 4)])
+@pytest.mark.parametrize(
+    ("power", "chains"), long_but([(12, 1), (12, 4)], [(12, 1), (4, 4), (12, 4)])
+)
 def test_scales_apart_are_found_by_default(power, chains):
     scale = torch.logspace(-power, power, 10)
     kernel = NUTS(normal(torch.zeros(10), scale))
@@ -136,6 +139,7 @@ def test_scales_apart_are_found_by_default(power, chains):
     _agree(mcmc, 0.0, scale.numpy())
 
 
+@pytest.mark.slow
 def test_more_than_a_hundred_parameters_are_no_less_right():
     mcmc = MCMC(NUTS(equicorrelated(150, 0.9)), 300, num_chains=4, seed=1)
     mcmc.run()
@@ -189,7 +193,7 @@ def _line_by_quadrature(y):
     }
 
 
-@pytest.mark.parametrize("chains", [1, 4])
+@pytest.mark.parametrize("chains", long_but([4], [1, 4]))
 def test_line_over_years_not_centred(chains):
     y = temperatures()
     mcmc = MCMC(NUTS(line), 1200 // chains, num_chains=chains, seed=2)

@@ -121,7 +121,7 @@ NATIVE_MOVES = {  # of each, how noise moves after the parameters, and the deepe
 @pytest.mark.parametrize(
     ("name", "moves"),
     long_but(
-        [*(("prior-8", moves) for moves in NATIVE_MOVES), ("by_hand-1", "fresh")],
+        [("prior-8", moves) for moves in NATIVE_MOVES],
         itertools.product(ALL_TARGETS, NATIVE_MOVES),
     ),
 )

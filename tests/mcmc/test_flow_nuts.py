@@ -137,6 +137,7 @@ def test_narrow_modes_that_a_population_misses_keep_their_share():
     assert abs(scores(inside.numpy(), 0.4)) < 4.5
 
 
+@pytest.mark.slow
 def test_local_moves_beside_a_spike_are_short_where_jumps_lead_further():
     """Steps that suit the spike make trajectories of a thousand elsewhere, to no use."""
     prior = dist.Normal(torch.zeros(1), 3.0).to_event(1)

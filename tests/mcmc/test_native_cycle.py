@@ -20,6 +20,7 @@ from pyro_hamflow.mcmc.transitions.native_cycle import NativeCycle, beside_jumps
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from tests.helpers.exact_draws import HMC_TARGETS, check_known, potential_of
 from tests.helpers.guides import guide_of
+from tests.helpers.kinds import long_but
 from tests.helpers.native import native_transition, native_walk
 
 
@@ -126,9 +127,10 @@ def only_the_picked(monkeypatch):
     monkeypatch.setattr(NativeCycle, "_pool", pool)
 
 
-@pytest.mark.parametrize(
-    "spoil", [one_proposal_for_all, stale_density, half_the_density, only_the_picked]
-)
+SPOILT = [one_proposal_for_all, stale_density, half_the_density, only_the_picked]
+
+
+@pytest.mark.parametrize("spoil", long_but([one_proposal_for_all, half_the_density], SPOILT))
 def test_spoilt_jumps_are_found_out(spoil, monkeypatch):
     cycle = cycle_of("skewed", factor=0.5)
     spoil(monkeypatch)
@@ -228,7 +230,7 @@ def test_a_run_that_asks_for_machine_code_is_told(monkeypatch):
     assert len(said) == 1 and "for such a density" in said[0]
 
 
-@pytest.mark.parametrize("local", [NUTS, HMC])
+@pytest.mark.parametrize("local", long_but([NUTS], [NUTS, HMC]))
 def test_runs_are_repeated_and_go_on(local, tmp_path, monkeypatch):
     kinds = []
     honest = NativeCycle.block

@@ -163,7 +163,7 @@ SLOW_TARGETS = ("rqmc-laplace-8", "mixture-3")
 @pytest.mark.parametrize(
     ("name", "moves"),
     long_but(
-        lambda case: case[0] == "prior-8" or case == ("by_hand-1", "fresh"),
+        lambda case: case[0] == "prior-8",
         itertools.product(("prior-8", "by_hand-1", *SLOW_TARGETS), MOVES),
     ),
 )

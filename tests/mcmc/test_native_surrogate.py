@@ -193,6 +193,7 @@ def test_refits_and_other_models_compile_nothing_anew(monkeypatch, tmp_path):
     assert len(compiled) <= first + 2  # this model's own
 
 
+@pytest.mark.slow
 def test_single_precision():
     torch.set_default_dtype(torch.float32)
     mcmc = run(learner(HNNNUTS, engine="native"))

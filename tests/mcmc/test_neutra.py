@@ -158,7 +158,10 @@ def test_in_pyros_runner():
 
 
 def short_run_of_funnel():
-    return run(NUTS(funnel, transport="flow"), num_samples=20, warmup_steps=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport_learning, "_STEPS", 50)
+        patch.setattr(transport_learning, "_LAST_STEPS", 50)
+        return run(NUTS(funnel, transport="flow"), num_samples=20, warmup_steps=60)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from pyro_hamflow.mcmc.transitions.pseudo_marginal import ConditionalTransition,
 from pyro_hamflow.programs import banded
 from tests.helpers.exact_draws import CHAINS, DEPTH, check
 from tests.helpers.exact_paths import ExtendedPath, path_target
+from tests.helpers.kinds import long_but
 from tests.helpers.learned import check_along, endpoint, network_beside
 
 
@@ -37,7 +38,7 @@ def stretches(target):
 MOVES = [splitting, splitting_nuts, stretches]
 
 
-@pytest.mark.parametrize("make", MOVES)
+@pytest.mark.parametrize("make", long_but([splitting, splitting_nuts], MOVES))
 def test_paths_keep_their_target(make):
     """Where parameters and noise move together, and where stretches of the noise are renewed."""
     check(path_target(2), make(path_target(2)))

@@ -33,6 +33,7 @@ import pyro_hamflow as phf
 from pyro_hamflow import HMC, MCMC, NUTS
 from pyro_hamflow.mcmc.adaptation.mass import mass_form
 from pyro_hamflow.model.sites import Site
+from tests.helpers.kinds import long_but
 from tests.helpers.laws import scores
 
 RUNNERS = {"ours": MCMC, "Pyro's": pyro.infer.MCMC}
@@ -180,7 +181,7 @@ def test_potential_function_of_many_chains(kernel, scripted):
         check(samples[name], *moments)
 
 
-@pytest.mark.parametrize("kernel", [HMC, NUTS])
+@pytest.mark.parametrize("kernel", long_but([HMC], [HMC, NUTS]))
 def test_kernel_of_a_function_by_hand(kernel):
     """As Pyro's protocol has it, without any runner."""
     params = {"z": torch.tensor(0.0), "w": torch.zeros(2)}

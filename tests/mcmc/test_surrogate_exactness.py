@@ -274,8 +274,12 @@ def test_invariance_endpoint(quality, kind):
     assert (rate > 0.8) == (quality == "good"), rate
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("quality", [pytest.param("good", marks=pytest.mark.slow), "bad", "random"])
+@pytest.mark.parametrize(
+    ("quality", "kind"),
+    long_but(
+        [("bad", "hmc"), ("random", "nuts")], itertools.product(["good", "bad", "random"], KINDS)
+    ),
+)
 def test_invariance_endpoint_native(quality, kind):
     network = network_of(quality)
     level = float(network(skewed_draws(1000)).detach().quantile(0.9))
@@ -313,11 +317,18 @@ def check_latent(name, transition):
     check_along(make_target(name), transition)
 
 
-@pytest.mark.parametrize("refresh", [CorrelatedRefresh(0.8), EllipticalSliceRefresh()], ids=repr)
+REFRESHES = {"correlated": CorrelatedRefresh(0.8), "slice": EllipticalSliceRefresh()}
+
+
 @pytest.mark.parametrize(
-    "name", ["prior-8", pytest.param("laplace-2", marks=pytest.mark.slow), "by_hand-1"]
+    ("name", "refresh"),
+    long_but(
+        [("prior-8", "correlated"), ("by_hand-1", "slice")],
+        itertools.product(["prior-8", "laplace-2", "by_hand-1"], REFRESHES),
+    ),
 )
 def test_invariance_endpoint_with_noise(name, refresh):
+    refresh = REFRESHES[refresh]
     potential = make_target(name).potential
     transition = endpoint(potential, latent_network(name), "hmc", refresh=refresh)
     check_latent(name, transition)

@@ -64,6 +64,10 @@ PLACES = [Place("cpu", SINGLE)]  # the other tests use double precision
 PLACES += [Place("cuda", dtype, style) for dtype in (SINGLE, DOUBLE) for style in (False, True)]
 
 
+# Where the CPU is for `--slow`, as other tests run there in double precision.
+FURTHER = long_but(lambda case: case[0].device != "cpu", [(place,) for place in PLACES])
+
+
 @pytest.fixture(params=PLACES, ids=str)
 def place(request):
     if request.param.device == "cuda" and not torch.cuda.is_available():
@@ -162,7 +166,7 @@ def assert_right(values, mean, spread):
 
 
 # On the CPU these stay, for other tests run all kernels there in double precision.
-ON_THE_CPU_TOO = {"HMC", "NUTS", "HNNHMC", "auto NUTS"}
+ON_THE_CPU_TOO = {"HMC", "NUTS", "HNNHMC", "conditional HMC"}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +207,7 @@ def test_a_seed_repeats_a_run(place, name):
     assert torch.equal(first.draws.position, again.draws.position)
 
 
+@pytest.mark.parametrize("place", FURTHER, indirect=True, ids=str)
 def test_sites_of_many_supports(place):
     mcmc = phf.MCMC(
         phf.NUTS(correlated), DRAWS, WARMUP, num_chains=CHAINS, seed=1, disable_progbar=True
@@ -220,6 +225,7 @@ def test_sites_of_many_supports(place):
     )
 
 
+@pytest.mark.parametrize("place", FURTHER, indirect=True, ids=str)
 def test_discrete_sites_are_summed_out(place):
     mcmc = sampled(phf.NUTS(mixture), place)
     assert_right(phf.to_inference_data(mcmc).posterior["weight"].to_numpy(), *weight_moments())

@@ -158,6 +158,7 @@ def test_corrected_moments_of_eight_schools(trained_on_schools):
     assert abs(found.mean(effect) - FIRST_EFFECT) < 4 * effect.std() / math.sqrt(found.ess)
 
 
+@pytest.mark.slow
 def test_nine_modes_from_one():
     torch.manual_seed(0)
     base = dist.Normal(torch.zeros(2), 2.5).to_event(1)

@@ -194,6 +194,7 @@ def test_points_held_out_teach_nothing():
     assert (network.value_and_gradient(z)[1] - slope).square().mean() < 0.2
 
 
+@pytest.mark.slow
 def test_trajectories_teach_the_gradient():
     network, training = trained(TrajectoryMatching(5), points=leapfrogs())
     z = torch.randn(300, 3)
