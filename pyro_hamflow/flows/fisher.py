@@ -46,6 +46,14 @@ def worst_divergence(points: tuple[Tensor, Tensor], held_out: Tensor) -> float:
     return max(mean_divergence(one, held_out) for one in each)
 
 
+def whitened(x: Tensor, g: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and gradients in the coordinates that a covariance makes of them, as a mass does."""
+    root = torch.linalg.cholesky(covariance.double())
+    centred = x.double() - x.double().mean(0) + g.double().mean(0) @ covariance.double()
+    z = torch.linalg.solve_triangular(root, centred.mT, upper=False).mT
+    return z, g.double() @ root
+
+
 def fit_transport(
     flow: TransportFlow,
     position: Tensor,

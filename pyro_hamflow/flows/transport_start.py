@@ -7,12 +7,16 @@ import copy
 import torch
 from torch import Tensor
 
-from pyro_hamflow.flows.fisher import mean_divergence
-from pyro_hamflow.flows.transport_flow import Coupling, TransportFlow
+from pyro_hamflow.flows.transport_flow import TransportFlow
+from pyro_hamflow.flows.transport_layers import Coupling, Locals
+from pyro_hamflow.flows.transport_prior import prior_and_data
 
 _RIDGE = 1e-6  # of the points, on slopes of coordinates of unit variance: more would move necks
 _POINTS_EACH = 10  # that a slope wants
-_MOST_GLOBALS = 20  # the equations of each local coordinate are as many
+_MOST_GLOBALS = 50  # the equations of each local coordinate are as many
+_STRAIGHT = 1e-3  # the divergence below which nothing else is looked for than linear parts
+_BETTER = 0.9  # of the divergence of nothing, below which that of linear parts has to be
+_WORTH = 0.5  # of the divergence of linear parts, below which that of a prior and data has to be
 _ROUNDS = 4  # of scales given centres, and of centres given scales
 
 
@@ -27,7 +31,10 @@ def begin(flow: TransportFlow, position: Tensor, gradient: Tensor, held_out: Ten
     :math:`b - \sigma^2 g`, in units of :math:`\sigma`. Of a funnel they are exact, where steps of
     an optimiser are many until they have found slopes of several units.
 
-    A layer begins so where points held out are nearer to a normal density for it.
+    Where effects have a prior that globals govern and data of their own, they are moved by both
+    (:class:`~pyro_hamflow.flows.transport_layers.Locals`).
+
+    A coordinate begins so where points held out are nearer to a normal density for it.
 
     Arguments:
         flow: The flow, in place; its shift and scale are kept.
@@ -37,13 +44,13 @@ def begin(flow: TransportFlow, position: Tensor, gradient: Tensor, held_out: Ten
     """
     x, g = (position - flow.loc) / flow.scale, gradient * flow.scale
     for layer in reversed(flow.layers):
-        if isinstance(layer, Coupling) and layer.moves != "halves":
+        if isinstance(layer, Coupling) and layer.moves in {"globals", "locals"}:
             _start(layer, x, g, held_out)
         x, g = layer.pull(x, g)
 
 
 def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> None:
-    old, before = copy.deepcopy(layer.state_dict()), _divergence(layer, x, g, held_out)
+    old, fresh = copy.deepcopy(layer.state_dict()), _each_divergence(layer, x, g, held_out)
     a, b = (x[:, part][~held_out].double() for part in (layer.fixed, layer.moved))
     of_b = g[:, layer.moved][~held_out].double()
     if layer.moves == "globals":
@@ -51,17 +58,34 @@ def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> None:
     elif a.shape[1] > min(_MOST_GLOBALS, len(a) / _POINTS_EACH):
         return
     try:
-        layer.add_linear(*_linear(a, b, of_b))
+        constants, slopes = _linear(a, b, of_b)
+        layer.add_linear(constants, slopes)
+        begun = _each_divergence(layer, x, g, held_out)
+        layer.load_state_dict(old)
+        better = (begun < _BETTER * fresh).repeat(2)
+        layer.add_linear(
+            *(part.where(better, torch.zeros_like(part)) for part in (constants, slopes))
+        )
+        least = torch.minimum(begun, fresh)
+        crooked = least > _STRAIGHT
+        if isinstance(layer, Locals) and crooked.any():
+            old = copy.deepcopy(layer.state_dict())
+            both = crooked.repeat(2)
+            linear = constants[both], slopes[:, both]
+            parts = prior_and_data(a, b[:, crooked], of_b[:, crooked], *linear)
+            layer.set_prior(crooked, *parts)
+            better = (_each_divergence(layer, x, g, held_out) < _WORTH * least)[crooked]
+            layer.load_state_dict(old)
+            crooked[crooked.clone()] = better
+            layer.set_prior(crooked, *(part[..., better.repeat(2)] for part in parts))
     except torch.linalg.LinAlgError:
-        return
-    if not _divergence(layer, x, g, held_out) < before:
         layer.load_state_dict(old)
 
 
-def _divergence(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> float:
-    """How far the coordinates that a layer moves are from normal ones."""
-    z, slope = layer.pull(x, g)
-    return mean_divergence((z[:, layer.moved], slope[:, layer.moved]), held_out)
+def _each_divergence(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> Tensor:
+    """How far each coordinate that a layer moves is from a normal one."""
+    z, slope = (part[held_out][:, layer.moved] for part in layer.pull(x, g))
+    return torch.log1p((slope - z).square()).mean(0).nan_to_num(nan=torch.inf)
 
 
 def _linear(a: Tensor, b: Tensor, of_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ _FEWEST_EFFECTIVE = 100  # of each chain
 _MOST_COMPARED = 4000  # draws that are compared with what was explored before
 _WORTH = 0.2  # of explored places, which were moved apart from few: of independent ones
 _ERRORS = 4.5  # of a difference between both; looked at in many places
+_TOGETHER = 3.5  # standard errors of the mean rank of draws that diverged, beyond which it is told
 _SMALLEST_BFMI = 0.3  # as Stan's
 _SMALLEST_RATE = 0.3  # of proposals accepted, and of noise renewed; not tuned
 _SMALLEST_SHARE = 0.5  # of the rate that was aimed for, where that is low: a random walk's
@@ -65,6 +66,7 @@ def report(
         if explored is not None and draws.position.shape[2]:
             _compare(result, draws.position, explored, sites)
     _look_at_trajectories(result, draws.stats, aim)
+    _look_for_necks(result, draws, sites)
     return result
 
 
@@ -209,6 +211,28 @@ def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor], aim: floa
         result.messages.append(
             f"Only {refreshed:.0%} of the noise was renewed in each draw: take more particles, or "
             "a `CorrelatedRefresh`."
+        )
+
+
+def _look_for_necks(result: Report, draws: Draws, sites: Sequence[Site]) -> None:
+    """Says which parameter's end trajectories diverge at, by the mean rank of draws that did."""
+    chains, length, dimension = draws.extent
+    diverging = draws.stats["diverging"].flatten().cpu()
+    number = int(diverging.sum())
+    if not (dimension and 0 < number < chains * length):
+        return
+    columns = worst(draws)
+    rows = draws.columns(columns).reshape(-1, len(columns)).double()
+    ranks = rows.argsort(0).argsort(0)[diverging].double() + 0.5
+    away = (ranks.mean(0) / len(rows) - 0.5) * (12.0 * number) ** 0.5
+    place = int(away.abs().argmax())
+    if float(away[place].abs()) > _TOGETHER:
+        result.values["diverging_at"] = name = _name(sites, columns[place])
+        end = "small" if away[place] < 0.0 else "large"
+        result.messages.append(
+            f"Divergences lie where '{name}' is {end}: trajectories do not get further, and too "
+            "few draws are there. If it is a scale of effects, sample these in its units, by "
+            "`whiten` or Pyro's `LocScaleReparam`."
         )
 
 

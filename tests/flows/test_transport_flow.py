@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pyro_hamflow.flows.fisher import divergences, fit_transport, worst_divergence
-from pyro_hamflow.flows.transport_flow import Coupling, TransportFlow, _cuts
+from pyro_hamflow.flows.transport_flow import TransportFlow, _cuts
+from pyro_hamflow.flows.transport_layers import Coupling
 from pyro_hamflow.flows.transport_start import begin
 from pyro_hamflow.model.transported import pulled_back
 from tests.helpers.transports import SHAPES, random_flow, trained_flow

@@ -309,3 +309,16 @@ def test_few_are_accepted_beside_what_was_wanted(rate, aim, few):
     position = independent()
     draws = draws_of(position, acceptance_rate=torch.full(position.shape[:2], rate))
     assert any("were accepted" in text for text in report(draws, SITES, aim=aim).messages) == few
+
+
+@pytest.mark.parametrize("end", ["small", "large"])
+def test_divergences_are_located(end):
+    """At an end of one parameter; spread over all of them they are not."""
+    position = independent()
+    sign = 1.0 if end == "small" else -1.0
+    diverging = (sign * position[..., 3] < -1.0) & (torch.rand(4, 500) < 0.05)
+    found = told(position, diverging=diverging)
+    assert f"Divergences lie where 'b[0, 2]' is {end}: " in found.messages[-1]
+    assert found.values["diverging_at"] == "b[0, 2]"
+    spread = told(position, diverging=torch.rand(4, 500) < 0.02)
+    assert not any("Divergences lie" in message for message in spread.messages)

@@ -231,6 +231,47 @@ def test_map_of_wide_funnel_takes_no_steps():
     assert mcmc.diagnostics()["level"]["n_eff"] > 400
 
 
+SPREAD = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])  # of eight schools
+EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+
+
+def centred_schools():
+    """Effects in the model's own coordinates: of small levels, they hardly move."""
+    level = pyro.sample("level", dist.Normal(0.0, 2.0))
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    with pyro.plate("schools", 8):
+        effect = pyro.sample("effect", dist.Normal(mean, level.exp()))
+        pyro.sample("y", dist.Normal(effect, SPREAD), obs=EFFECTS)
+
+
+def level_probabilities(limits):
+    """That the level lies below each, by quadrature; effects and mean integrated out."""
+    level = torch.linspace(-14.0, 8.0, 4001).double()[:, None]
+    variance = (2.0 * level).exp() + SPREAD.double() ** 2
+    precision = 1.0 / variance
+    total = precision.sum(-1) + 1.0 / 25.0
+    fit = (precision * EFFECTS).sum(-1) ** 2 / total - (precision * EFFECTS**2).sum(-1)
+    log_density = 0.5 * (fit + precision.log().sum(-1) - total.log()) - level[:, 0] ** 2 / 8.0
+    share = (log_density - log_density.max()).exp()
+    below = share.cumsum(0) / share.sum()
+    return [float(below[(level[:, 0] < limit).sum() - 1]) for limit in limits]
+
+
+def test_neck_of_weak_effects_is_entered():
+    """The centred form's neck has its share of the draws, and few of them diverge."""
+    mcmc = run(NUTS(centred_schools, transport="flow"), num_samples=500, warmup_steps=150)
+    assert mcmc.kernel.transport is not None
+    level = mcmc.get_samples(group_by_chain=True)["level"].numpy()
+    limits = [-4.0, -3.0, -2.0, 0.0, 2.0]
+    for limit, probability in zip(limits, level_probabilities(limits), strict=True):
+        assert abs(scores((level < limit) * 1.0, probability)) < LIMIT
+    assert level.min() < -5.0  # as seven of a thousand draws should be
+    assert mcmc.draws.stats["diverging"].sum() < 10
+    locals_layer = mcmc.kernel.transport.layers[-2]
+    logs = locals_layer.prior_slopes[8:] / mcmc.kernel.transport.scale[:2]
+    assert torch.allclose(logs, torch.tensor([1.0, 0.0]).to(logs).expand(8, 2), atol=0.01)
+
+
 def test_learned_map_is_frozen(of_funnel):
     """Draws follow the map that the last fit left."""
     kernel = of_funnel.kernel

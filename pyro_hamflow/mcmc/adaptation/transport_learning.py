@@ -22,10 +22,12 @@ from pyro_hamflow.flows.fisher import (
     LATER_RATE,
     fit_transport,
     mean_divergence,
+    whitened,
     worst_divergence,
 )
 from pyro_hamflow.flows.transport_flow import TransportFlow
 from pyro_hamflow.flows.transport_start import begin
+from pyro_hamflow.flows.transport_tails import Outskirts
 from pyro_hamflow.mcmc.adaptation.base import Phase, RunPlan
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.metric import inverse_mass_of
@@ -73,7 +75,8 @@ class TransportLearning:
         log: What trajectories have found.
         iteration: How many iterations were made.
         trainings: How the fits went.
-        plain: The divergence in plain coordinates, at the points held out of the latest fit.
+        learned: The divergence in the map's coordinates, at points held out of the latest fit.
+        plain: That in plain coordinates.
         worst: That of the worst of them alone.
     """
 
@@ -82,7 +85,7 @@ class TransportLearning:
         self.log = GradientLog()
         self.iteration = 0
         self.trainings: list[Training] = []
-        self.plain = self.worst = math.inf
+        self.learned = self.plain = self.worst = math.inf
         self.refits = [math.ceil(share * plan.warmup_steps) for share in _REFITS]
         self._parameters = parameters_of(potential)
         self._sizes = [site.stop - site.start for site in _sites(potential)]
@@ -90,6 +93,7 @@ class TransportLearning:
         self._target: TransportedTarget | None = None
         self._kinetic: GaussianKinetic | None = None
         self._known = 0
+        self._outskirts = Outskirts()
 
     # --- what follows what ------------------------------------------------------------------------
 
@@ -148,7 +152,7 @@ class TransportLearning:
             position = target.positions(position)[0]
         self._move_entries()
         try:
-            target = self._fit()
+            target = self._fit(state.noise)
             reason = None if self.refits else self._objection()
         except (ValueError, torch.linalg.LinAlgError) as error:
             reason = f"nothing could be learned: {error}"
@@ -182,7 +186,7 @@ class TransportLearning:
             ]
         self._known = len(self.log.entries)
 
-    def _fit(self) -> TransportedTarget:
+    def _fit(self, noise: Tensor) -> TransportedTarget:
         """A target in the coordinates of a map that fits what is known.
 
         Raises:
@@ -198,7 +202,7 @@ class TransportLearning:
         spread = torch.atleast_2d(spread)
         change = torch.atleast_2d(change)
         dense = inverse_mass_of(spread, change, count, torch.diag(ones))
-        z, slope = _whitened(x, g, dense)
+        z, slope = whitened(x, g, dense)
         self.plain = mean_divergence((z, slope), held_out)
         self.worst = worst_divergence((z, slope), held_out)
         if len(moved) == potential.dimension:
@@ -209,26 +213,28 @@ class TransportLearning:
         fresh = TransportFlow(self._sizes).to(x)
         fresh.loc.copy_(x.mean(0) - scale * g.mean(0))
         fresh.scale.copy_(scale.sqrt())
-        begun = copy.deepcopy(fresh)
-        begin(begun, x, g, held_out)
+        begin(fresh, x, g, held_out)
         steps = _STEPS if self.refits else _LAST_STEPS
-        if worst_divergence(begun.pull(x, g), held_out) < _STRAIGHT:
-            flow, steps = begun, 0
+        everything = self._outskirts.beside(x, g, held_out)
+        if worst_divergence(fresh.pull(x, g), held_out) < _STRAIGHT:
+            flow, steps = fresh, 0
         else:
             known = [fresh] if self._flow is None else [fresh, self._flow]
-            flow = min(known, key=lambda flow: mean_divergence(flow.pull(x, g), held_out))
-        self._flow = flow.requires_grad_(True)
-        self.trainings.append(
-            fit_transport(
-                flow,
-                x,
-                g,
-                held_out,
-                num_steps=steps,
-                learning_rate=FIRST_RATE if flow is fresh else LATER_RATE,
+            flow = min(
+                known, key=lambda flow: mean_divergence(flow.pull(*everything[:2]), everything[2])
             )
+        self._flow = flow.requires_grad_(True)
+        training = fit_transport(
+            flow,
+            *everything,
+            num_steps=steps,
+            learning_rate=FIRST_RATE if flow is fresh else LATER_RATE,
         )
+        self.trainings.append(training)
         frozen = copy.deepcopy(flow).requires_grad_(False)
+        self.learned = mean_divergence(frozen.pull(x, g), held_out)
+        if self.refits:
+            self._outskirts.explore(frozen, points.position, moved, potential.gradients, noise)
         if len(moved) == potential.dimension:
             return TransportedTarget(potential, frozen)
         part = TransportedPart(frozen, moved, potential.dimension)
@@ -236,7 +242,7 @@ class TransportLearning:
 
     def _objection(self) -> str | None:
         """Why plain coordinates are as good as the map's, if they are."""
-        learned, plain = self.trainings[-1].best_loss, self.plain
+        learned, plain = self.learned, self.plain
         if self.worst < _NORMAL:
             return f"the posterior is about normal (divergence {plain:.2g})"
         if not learned < _WORTH * plain:
@@ -245,14 +251,6 @@ class TransportLearning:
                 f"{learned:.2g}) than plain coordinates are ({plain:.2g})"
             )
         return None
-
-
-def _whitened(x: Tensor, g: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Points and gradients in the coordinates that a mass makes of the model's own."""
-    root = torch.linalg.cholesky(covariance.double())
-    centred = x.double() - x.double().mean(0) + g.double().mean(0) @ covariance.double()
-    z = torch.linalg.solve_triangular(root, centred.mT, upper=False).mT
-    return z, g.double() @ root
 
 
 class Learn(Tune):
