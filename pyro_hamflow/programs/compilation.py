@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ _COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each op
 # hundred times, while it tunes, is never compiled; what draws call is, while warm-up lasts: with a
 # tenth in place of a fiftieth, eight schools were compiled among their draws.
 _PATIENCE = 0.02
+_MOST = 2500  # operations: of more that follow each other the compiler may not come to an end
 
 _OPTIONS = {
     # Checks of the inputs' strides cost more than a small gradient does.
@@ -47,7 +49,8 @@ class SelfCompiling:
 
     def __init__(self, graph: GraphModule) -> None:
         self.graph = graph
-        self._enough = int(_PATIENCE * calls_to_pay(graph))
+        is_short = len(sizes_made(graph)) <= _MOST
+        self._enough = _PATIENCE * calls_to_pay(graph) // 1 if is_short else math.inf
         self._compiled: Program | None = None
         self.start_counting()
 

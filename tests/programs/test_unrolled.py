@@ -13,7 +13,13 @@ from torch.nn import functional
 from benchmarks.coverage_models import ZOO
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.capture import capture
-from pyro_hamflow.programs.engines import model_library, statements, unrolled_rules
+from pyro_hamflow.programs.engines import (
+    blocks,
+    choice,
+    model_library,
+    statements,
+    unrolled_rules,
+)
 from pyro_hamflow.programs.engines.model_library import Unrolled
 from pyro_hamflow.programs.engines.native import NativeProgram, _part
 from pyro_hamflow.programs.machine_code.store import Store
@@ -94,8 +100,13 @@ def with_gaps(x):
     ]
 
 
+@pytest.mark.parametrize("as_loops", [False, True])
 @pytest.mark.parametrize("operations", [elementwise, reductions, moves, matrices, with_gaps])
-def test_operations_give_what_torch_gives(operations, by_number, tmp_path):
+def test_operations_give_what_torch_gives(operations, as_loops, by_number, monkeypatch, tmp_path):
+    """Number by number, and as loops over what lies in memory."""
+    if as_loops:
+        monkeypatch.setattr(blocks, "_LEAST", 2)
+        monkeypatch.setattr(unrolled_rules, "_LARGE", 1)
     x = torch.linspace(-1.6, 1.4, 12)
     shapes = [part.shape for part in operations(x)]
 
@@ -198,6 +209,7 @@ def test_what_has_no_rule_is_left_to_inductor(potential, monkeypatch):
     graph = potential.programs.base("gradient")
     part = _part(graph, [p[0] for p in potential.vectors(1)])
     assert isinstance(model_library._function(part), Unrolled)
+    monkeypatch.setattr(model_library, "_MOST", 10**6)
     monkeypatch.delitem(unrolled_rules.RULES, "mul")
     assert model_library._function(part) == "Inductor"
 
@@ -213,8 +225,56 @@ def test_arguments_of_an_unknown_form_are_left_to_inductor(potential, monkeypatc
 @pytest.mark.usefixtures("idle_inductor")
 def test_a_few_operations_and_many_numbers_are_left_to_inductor(potential, monkeypatch):
     part = _part(potential.programs.base("gradient"), [p[0] for p in potential.vectors(1)])
+    monkeypatch.setattr(model_library, "_MOST", 10**6)
     monkeypatch.setattr(model_library, "_EACH", 1)
     assert model_library._function(part) == "Inductor"
     monkeypatch.setattr(model_library, "_EACH", 20)
     monkeypatch.setattr(model_library, "_MANY", 10**6)
     assert model_library._function(part) == "Inductor"
+
+
+def series(x):
+    """A recurrence over sixty steps, and vectors and matrices of its states."""
+    state, states = x[0], []
+    for t in range(60):
+        state = 0.5 * state.tanh() + x[t]
+        states.append(state)
+    whole = torch.stack(states)
+    table = (whole[:, None] - 0.1 * whole).exp() * (1.0 + whole.square())
+    return (table.sum(1).log() + table.sum(0).log() - whole / 3.0).sum() + table.mean()
+
+
+def test_vectors_and_matrices_among_numbers_are_loops(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked
+
+    def gradient(x, noise):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = series(x)
+            return value.detach(), *torch.autograd.grad(value, x)
+
+    x = 0.3 * torch.randn(60, dtype=torch.float64)
+    graph = capture(gradient, x, x[:0])
+    count = sum(node.op == "call_function" for node in graph.graph.nodes)
+    assert count > model_library._MANY
+    part = _part(graph, [x, x[:0]])
+    text = Unrolled(part.graph, part.inputs, 20 * count).text("program")
+    assert text.count("\n") < 4000  # number by number there would be some ten thousand
+    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
+    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
+    expected = graph(x + 0.1, x[:0])
+    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+
+
+def test_graphs_too_long_for_inductor_are_run_by_torch_which_says_so(potential, monkeypatch):
+    graph = potential.programs.base("gradient")
+    position, noise = potential.vectors(2)
+    monkeypatch.setattr(model_library, "_EACH", 1)
+    monkeypatch.setattr(model_library, "_MOST", 500)
+    monkeypatch.setattr(model_library, "source_of", None)
+    monkeypatch.setattr(Store, "find", lambda *_: None)
+    chosen = choice.choose_engine("auto", graph, position, noise[0], 10**6, steps=10)
+    assert chosen.name == "torch"
+    assert chosen.declined
+    assert "too many operations" in chosen.reason

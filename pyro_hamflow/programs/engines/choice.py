@@ -13,6 +13,7 @@ from pyro_hamflow.programs.agreement import coarsest_of, is_near, rounding_of
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
+from pyro_hamflow.programs.engines.model_library import TOO_LONG
 from pyro_hamflow.programs.engines.native import Looks, NativeProgram, native_program
 from pyro_hamflow.programs.rounding import moves_by_rounding, same_but_for_rounding
 
@@ -32,6 +33,11 @@ _OUT_OF_CACHE, _MANY_CHAINS = 2**21, 16
 # How many chains' starts machine code is compared with the graph at, and by how much it is compared
 # on either side of them.
 _CHECKED, _SHIFTS = 4, (-0.5, 0.7)
+
+_TOO_LONG = (
+    "the model's graph has too many operations to be compiled in a minute; write what a loop works "
+    "out step by step as sample sites of its own, or as operations on whole tensors"
+)
 
 
 class Choice(NamedTuple):
@@ -96,6 +102,8 @@ def choose_engine(
         found = looks() if looks else None
         program = native_program(graph, (position[0], noise), found, gradient=gradient)
     except NotSupported as error:
+        if str(error) == TOO_LONG:
+            return Choice("torch", _TOO_LONG, declined=True)
         return Choice("torch", f"the native engine has no code for {error}", declined=asked)
     if not _agree(program, graph, position[:_CHECKED], noise, gradient=gradient):
         return Choice("torch", "machine code and graph do not agree", declined=True)

@@ -34,6 +34,9 @@ HEADERS = {name: (_HERE / f"{name}.hpp").read_text() for name in _NAMES}
 # them. Inductor takes a hundredth of a second for an operation, and g++ .0003 seconds for a line:
 # twelve steps of an equation of two species took minutes, and take five seconds.
 _MANY, _EACH = 300, 20
+# Operations beyond which Inductor is not asked: thousands that follow each other take minutes.
+_MOST = 2500
+TOO_LONG = f"graphs of more than {_MOST} operations"
 
 _PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried
 
@@ -148,6 +151,8 @@ def _function(part: Part) -> Function | Unrolled:
     if count >= _MANY:
         with suppress(NotSupported):
             return Unrolled(part.graph, part.inputs, _EACH * count)
+    if count > _MOST:
+        raise NotSupported(TOO_LONG)
     return Function(source_of(part.graph, part.inputs), part.inputs)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_hamflow.programs.engines import blocks
 from pyro_hamflow.programs.engines.elements import Rule
 from pyro_hamflow.programs.engines.statements import Statements
 
@@ -72,7 +73,12 @@ def over(
     writer: Statements, rule: Rule, dtype: torch.dtype, out: torch.dtype, *args: Any
 ) -> Numbers:
     """A rule for numbers, applied to tensors that are made as large as each other."""
-    parts = torch.broadcast_tensors(*(known(writer, arg, dtype).ids for arg in args))
+    wholes = [known(writer, arg, dtype) for arg in args]
+    parts = torch.broadcast_tensors(*(whole.ids for whole in wholes))
+    kinds = [whole.dtype for whole in wholes]
+    found = blocks.mapped(writer, rule, dtype, out, list(zip(parts, kinds, strict=True)))
+    if found is not None:
+        return Numbers(writer, found, out)
     rows = zip(*(part.reshape(-1).tolist() for part in parts), strict=True)
     return Numbers(writer, [rule(writer, dtype, list(row)) for row in rows], out, parts[0].shape)
 

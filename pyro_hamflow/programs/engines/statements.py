@@ -7,10 +7,13 @@ there are statements; of one long function it takes many times that.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, UsesScratch, kind_of
 
@@ -36,6 +39,24 @@ class _Number:
     needs: tuple[int, ...] = ()
     step: int | None = None
     is_constant: bool = False
+
+
+class _Region(NamedTuple):
+    """Numbers one after the other that lie in memory.
+
+    Attributes:
+        first: The first of them.
+        dtype: Their type.
+        place: The memory.
+        places: Where each lies there.
+        step: Which statement writes them.
+    """
+
+    first: int
+    dtype: torch.dtype
+    place: str
+    places: Tensor
+    step: int | None
 
 
 @dataclass
@@ -72,7 +93,7 @@ class Statements(UsesScratch):
         self._steps: list[_Step] = []
         self._known: dict[tuple[str, torch.dtype], int] = {}
         self._made_by: dict[int, int] = {}
-        self._lines: list[str] = []
+        self._regions: list[_Region] = []
 
     def constant(self, value: float, dtype: torch.dtype) -> int:
         """A number that is known."""
@@ -89,6 +110,52 @@ class Statements(UsesScratch):
     def read(self, text: str, dtype: torch.dtype, step: int | None = None) -> int:
         """A number in memory, from some step on."""
         return self._number(_Number(dtype, text, step=step))
+
+    def region(
+        self, place: str, dtype: torch.dtype, places: Sequence[int], step: int | None = None
+    ) -> list[int]:
+        """Numbers at some places of memory, from some step on; it is known where they lie."""
+        first = len(self.numbers)
+        ids = [self.read(f"{place}[{k}]", dtype, step) for k in places]
+        if ids == list(range(first, first + len(ids))):
+            offsets = torch.tensor(places, dtype=torch.int64, device="cpu")
+            self._regions.append(_Region(first, dtype, place, offsets, step))
+        return ids
+
+    def where(self, ids: Tensor) -> tuple[Buffer, int | None] | None:
+        """Where numbers lie, and the step that writes them there, if they do so evenly."""
+        first, last = int(ids.min()), int(ids.max())
+        number = bisect_right(self._regions, first, key=lambda region: region.first) - 1
+        if number < 0:
+            return None
+        region = self._regions[number]
+        if last >= region.first + len(region.places):
+            return None
+        places = region.places[ids - region.first]
+        start, strides = int(places.reshape(-1)[0]), list[int]()
+        even = torch.full_like(places, start)
+        for dim, size in enumerate(ids.shape):
+            beside = places.movedim(dim, 0)[min(1, size - 1)].reshape(-1)[0]
+            strides.append(int(beside) - start)
+            along = torch.arange(size, device="cpu") * strides[-1]
+            even += along.reshape([-1 if d == dim else 1 for d in range(ids.dim())])
+        if not torch.equal(even, places):
+            return None
+        shape, place = tuple(ids.shape), f"({region.place} + {start})"
+        return Buffer(region.dtype, place, shape, tuple(strides)), region.step
+
+    def given(self, number: _Number) -> int:
+        """A constant of other statements."""
+        return self._number(number)
+
+    def lines(self) -> list[str]:
+        """All statements in order, those first that read."""
+        reads = [
+            f"const {kind_of(known.dtype)} v{number} = {known.text};"
+            for number, known in enumerate(self.numbers)
+            if not known.is_constant and number not in self._made_by
+        ]
+        return reads + [line for step in self._steps for line in step.lines]
 
     def made(self, text: str, needs: Sequence[int], dtype: torch.dtype, *after: int) -> int:
         """A number that is worked out of others, whose names are in a text."""

@@ -16,6 +16,7 @@ from torch._decomp import decomposition_table
 from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_map
 
+from pyro_hamflow.programs.engines.blocks import in_memory, written
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of
 from pyro_hamflow.programs.engines.numbers import Numbers, known
 from pyro_hamflow.programs.engines.operators import write_operation
@@ -47,7 +48,7 @@ class Unrolled:
         given = []
         for i, example in enumerate(examples):
             kind, count = kind_of(example.dtype), example.numel()
-            ids = [writer.read(f"(({kind}*)a[{i}])[{k}]", example.dtype) for k in range(count)]
+            ids = writer.region(f"(({kind}*)a[{i}])", example.dtype, range(count))
             given.append(Numbers(writer, ids, example.dtype, example.shape))
         try:
             with torch.no_grad():
@@ -71,7 +72,10 @@ def _apply(writer: Statements, func: Any, args: Any, kwargs: Any) -> Any:
     name = func._schema.name.removeprefix("aten::")
     rule: Any = PICKS.get(name) or RULES.get(name)
     if rule is not None:
-        return rule(writer, func, *args, **kwargs)
+        found = rule(writer, func, *args, **kwargs)
+        if found is not NotImplemented:
+            return found
+        func = torch.ops.pyro_hamflow.product.default
     found = _written_as_loops(writer, func, args, kwargs)
     if found is NotImplemented and (other := decomposition_table.get(func)) is not None:
         found = other(*args, **kwargs)
@@ -96,13 +100,7 @@ def _written_as_loops(writer: Statements, func: Any, args: Any, kwargs: Any) -> 
     step = writer.step([], loops.lines, loops.steps)
 
     def read(part: Buffer) -> Numbers:
-        places = torch.zeros(part.shape, dtype=torch.int64, device="cpu")
-        for dim, (size, stride) in enumerate(zip(part.shape, part.strides, strict=True)):
-            shape = [-1 if d == dim else 1 for d in range(len(part.shape))]
-            places += (torch.arange(size, device="cpu") * stride).reshape(shape)
-        texts = [f"{part.place}[{place}]" for place in places.reshape(-1).tolist()]
-        ids = [writer.read(text, part.dtype, step) for text in texts]
-        return Numbers(writer, ids, part.dtype, part.shape)
+        return Numbers(writer, written(writer, part, step), part.dtype)
 
     return tuple(map(read, made)) if isinstance(made, tuple) else read(made)
 
@@ -126,6 +124,6 @@ class _Loops:
         if not isinstance(part, Tensor):
             return part
         whole = known(self._writer, part)
-        row, step = self._writer.stored(whole.row, whole.dtype)
-        self.steps.append(step)
-        return Buffer(whole.dtype, row.place, tuple(whole.shape), whole.ids.stride())
+        found, step = in_memory(self._writer, whole.ids, whole.dtype)
+        self.steps += [] if step is None else [step]
+        return found

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_hamflow.programs.engines import elements
-from pyro_hamflow.programs.engines.buffers import NotSupported
+from pyro_hamflow.programs.engines import blocks, elements
+from pyro_hamflow.programs.engines.buffers import NotSupported, kind_of
 from pyro_hamflow.programs.engines.numbers import Numbers, halved, known, over
 from pyro_hamflow.programs.engines.statements import Statements
 
@@ -22,6 +23,7 @@ _MOVES = (
     *("slice_scatter", "contiguous", "_reshape_alias", "diagonal_scatter"),
 )
 _RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias")
+_LARGE = 512  # products in a product of matrices, from which on it is a loop
 _FILLED = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1}
 
 
@@ -53,6 +55,14 @@ def _reversed_difference(
 def _call(function: str) -> Callable[..., Numbers]:
     def apply(writer: Statements, func: Any, a: Numbers) -> Numbers:
         dtype = _floating(a.dtype)
+
+        def one(body: Statements, dtype: torch.dtype, numbers: list[int]) -> int:
+            text = f"{kind_of(dtype)}({function}({elements.operand(body, numbers[0], dtype)}))"
+            return body.made(text, numbers, dtype)
+
+        found = blocks.mapped(writer, one, dtype, dtype, [(a.ids, a.dtype)])
+        if found is not None:
+            return Numbers(writer, found, dtype)
         return Numbers(writer, elements.called(writer, function, a.row, dtype), dtype, a.shape)
 
     return apply
@@ -118,7 +128,7 @@ def _sigmoid(writer: Statements, func: Any, a: Numbers) -> Any:
     return 1.0 / (1.0 + torch.exp(-a))
 
 
-def _rows(a: Numbers, dim: Any, *, keepdim: bool) -> tuple[list[list[int]], list[int]]:
+def _rows(a: Numbers, dim: Any, *, keepdim: bool) -> tuple[Tensor, list[int]]:
     """The numbers that each result is of, and the results' shape."""
     dims = list(range(a.dim())) if dim is None or dim == [] else dim
     dims = [dims] if isinstance(dims, int) else dims
@@ -128,7 +138,7 @@ def _rows(a: Numbers, dim: Any, *, keepdim: bool) -> tuple[list[list[int]], list
         raise NotSupported("a reduction of nothing")
     rows = a.ids.permute([*kept, *dims]).reshape([*(a.shape[d] for d in kept), -1])
     shape = [1 if d in dims else n for d, n in enumerate(a.shape) if keepdim or d in kept]
-    return rows.reshape(-1, rows.shape[-1]).tolist(), shape
+    return rows.reshape(-1, rows.shape[-1]), shape
 
 
 def _reduced(rule: elements.Rule, kind: str = "same") -> Callable[..., Numbers]:
@@ -146,7 +156,11 @@ def _reduced(rule: elements.Rule, kind: str = "same") -> Callable[..., Numbers]:
             out = torch.int64
         out = torch.bool if kind == "logical" else out
         rows, shape = _rows(a, dim, keepdim=keepdim)
-        cases = [[elements.cast(writer, number, out) for number in row] for row in rows]
+        if rule is elements.added and out == a.dtype:
+            found = blocks.summed(writer, rows, out)
+            if found is not None:
+                return Numbers(writer, found.reshape(shape), out)
+        cases = [[elements.cast(writer, number, out) for number in row] for row in rows.tolist()]
         return Numbers(writer, [halved(writer, rule, out, row) for row in cases], out, shape)
 
     return apply
@@ -173,7 +187,7 @@ def _extreme(sign: str, combine: str) -> Callable[..., Any]:
             return _reduced(elements.SAME[combine])(writer, func, a)
         rows, shape = _rows(a, dim, keepdim=keepdim)
         values, places = [], []
-        for row in rows:
+        for row in rows.tolist():
             best, place = row[0], writer.constant(0, torch.int64)
             for k, number in enumerate(row[1:], 1):
                 x, y = (elements.operand(writer, n, a.dtype) for n in (number, best))
@@ -201,6 +215,8 @@ def _cumulative(writer: Statements, func: Any, a: Numbers, dim: int, **others: A
 
 
 def _product(writer: Statements, func: Any, a: Any, b: Any) -> Any:
+    if a.numel() * b.shape[-1] > _LARGE:
+        return NotImplemented  # it has loops of its own
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 

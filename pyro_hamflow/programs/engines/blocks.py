@@ -1,0 +1,122 @@
+"""Operations on many numbers among statements on single ones: loops in memory.
+
+Graphs of a few hundred operations are written number by number. Where some of their tensors are
+vectors or matrices, a loop takes one line in place of one for each number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_hamflow.programs.engines import elements
+from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of, loops
+from pyro_hamflow.programs.engines.statements import ZERO, Statements
+
+_LEAST = 48  # numbers, from which on a loop is written
+_MOST = 2**14  # beyond which a loop for each operation is slow: all of them should be one
+_SPARSE = 0.25  # of the numbers zero, from which on single ones are better: most are left out
+
+
+def is_block(ids: Tensor) -> bool:
+    """Whether a tensor's numbers are many, different, and hardly any is known to be zero."""
+    if ids.numel() < _LEAST or float((ids == ZERO).double().mean()) > _SPARSE:
+        return False
+    if len(ids.unique()) < _LEAST:
+        return False
+    if ids.numel() > _MOST:
+        raise NotSupported("tensors of so many numbers, in so many operations")
+    return True
+
+
+def in_memory(writer: Statements, ids: Tensor, dtype: torch.dtype) -> tuple[Buffer, int | None]:
+    """Where numbers lie: as they are if they do so evenly, else a copy of them.
+
+    Returns:
+        A buffer of the tensor's shape, and the step that makes it, if one does.
+    """
+    found = writer.where(ids)
+    if found is not None:
+        return found
+    small = ids  # what is repeated along a dimension is copied once
+    for dim in range(ids.dim()):
+        if bool((small == small.narrow(dim, 0, 1)).all()):
+            small = small.narrow(dim, 0, 1)
+    buffer, step = writer.stored(small.reshape(-1).tolist(), dtype)
+    strides = zip(small.shape, small.contiguous().stride(), strict=True)
+    steps = tuple(0 if size == 1 else stride for size, stride in strides)
+    return Buffer(dtype, buffer.place, tuple(ids.shape), steps), step
+
+
+def mapped(
+    writer: Statements,
+    rule: elements.Rule,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    parts: Sequence[tuple[Tensor, torch.dtype]],
+) -> Tensor | None:
+    """A rule for numbers applied to many in a loop; nothing where single statements are better.
+
+    Arguments:
+        writer: The statements.
+        rule: The rule.
+        dtype: The type in which it works.
+        out: The type of its results.
+        parts: Numbers of one shape, and their types.
+    """
+    is_same = [bool((ids == ids.reshape(-1)[0]).all()) if ids.numel() else True for ids, _ in parts]
+    moving = [ids for (ids, _), same in zip(parts, is_same, strict=True) if not same]
+    if not moving or not all(map(is_block, moving)):
+        return None
+    shape = tuple(moving[0].shape)
+    (head, indices), body = loops(shape), Statements(10**6)
+    scalars, needs, after, numbers = list[str](), list[int](), list[int](), list[int]()
+    for (ids, kind), same in zip(parts, is_same, strict=True):
+        if not same:
+            buffer, step = in_memory(writer, ids, kind)
+            after += [] if step is None else [step]
+            numbers.append(body.read(f"*{buffer.at(indices)}", buffer.dtype))
+            continue
+        number = int(ids.reshape(-1)[0])
+        known = writer.numbers[number]
+        if known.is_constant:
+            numbers.append(ZERO if number == ZERO else body.given(known))
+            continue
+        name = f"s{len(scalars)}"
+        scalars.append(f"const {kind_of(known.dtype)} {name} = {writer.name(number)};")
+        needs.append(number)
+        numbers.append(body.read(name, known.dtype))
+    result = elements.operand(body, rule(body, dtype, numbers), out)
+    made = writer.allocate(shape, torch.empty(shape, device="meta").stride(), out)
+    turn = " ".join([*body.lines(), f"*{made.at(indices)} = {result};"])
+    step = writer.step(needs, [f"{{ {' '.join(scalars)} {head}{{ {turn} }} }}"], after)
+    return written(writer, made, step)
+
+
+def summed(writer: Statements, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Sums of numbers along the last dimension, in a loop."""
+    if not dtype.is_floating_point or rows.numel() < _LEAST or not is_block(rows):
+        return None
+    buffer, before = in_memory(writer, rows, dtype)
+    if buffer.dtype != dtype:
+        return None
+    head, indices = loops(rows.shape[:-1])
+    made = writer.allocate(rows.shape[:-1], torch.empty(rows.shape[:-1]).stride(), dtype)
+    kind, there = kind_of(dtype), buffer.at([*indices, "k"])
+    loop = f"for (long k = 0; k < {rows.shape[-1]}; k++) s += *{there};"
+    line = f"{head}{{ {kind} s = 0; {loop} *{made.at(indices)} = s; }}"
+    step = writer.step([], [line], [] if before is None else [before])
+    return written(writer, made, step)
+
+
+def written(writer: Statements, part: Buffer, step: int) -> Tensor:
+    """The numbers of a buffer that a step has written."""
+    places = torch.zeros(part.shape, dtype=torch.int64, device="cpu")
+    for dim, (size, stride) in enumerate(zip(part.shape, part.strides, strict=True)):
+        shape: list[Any] = [-1 if d == dim else 1 for d in range(len(part.shape))]
+        places += (torch.arange(size, device="cpu") * stride).reshape(shape)
+    ids = writer.region(part.place, part.dtype, places.reshape(-1).tolist(), step)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu").reshape(part.shape)
