@@ -42,13 +42,11 @@ _ERRORS = 2.0  # of the share, beyond that: they are those of a population in ha
 # found it: 20 times where one part of sixteen has a mode, 2 to 4 times where all parts know it.
 _LUCK = 5.0
 _COUNT = 10.0  # particles that it should have there, fewer of which may be missing by chance
-_WHOLE = (
-    0.5  # of the posterior, that modes hold together if a path may begin at them for luck's sake
-)
+# Of the posterior, what modes hold together if a path may begin at them for luck's sake
+_WHOLE = 0.5
 _LEAST = 0.005  # of the posterior, less of which is of no interest
-_SMALL = (
-    0.001  # of it, as what a mode of more may seem to hold; a path begins there, too, if at all
-)
+# Of it, as what a mode of more may seem to hold; a path begins there, too, if at all
+_SMALL = 0.001
 
 
 class Discovery(NamedTuple):

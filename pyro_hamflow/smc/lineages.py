@@ -22,9 +22,8 @@ from torch import Tensor
 from pyro_hamflow.smc.particles import Particles
 from pyro_hamflow.smc.resampling import effective_size
 
-_EXCESS = (
-    8.0  # of families' variance: up to 6 in posteriors whose evidence is right, lines have 300
-)
+# Of families' variance: up to 6 in posteriors whose evidence is right, lines have 300
+_EXCESS = 8.0
 _FEW = 100.0  # families of equal weight: a relative error of a tenth
 _MOST = 50.0  # of a variance, beyond which its exponential says no more
 

@@ -104,7 +104,9 @@ def summed(writer: Statements, rows: Tensor, dtype: torch.dtype) -> Tensor | Non
     if buffer.dtype != dtype:
         return None
     head, indices = loops(rows.shape[:-1])
-    made = writer.allocate(rows.shape[:-1], torch.empty(rows.shape[:-1]).stride(), dtype)
+    made = writer.allocate(
+        rows.shape[:-1], torch.empty(rows.shape[:-1], device="meta").stride(), dtype
+    )
     kind, there = kind_of(dtype), buffer.at([*indices, "k"])
     loop = f"for (long k = 0; k < {rows.shape[-1]}; k++) s += *{there};"
     line = f"{head}{{ {kind} s = 0; {loop} *{made.at(indices)} = s; }}"
