@@ -263,7 +263,7 @@ def test_weights_of_draws_count():
 def test_layers_bend_what_gaussians_cannot_cover():
     torch.manual_seed(0)
     draws = crescents_draws(2000, 6)
-    potential, flow = built(crescents(6), draws, hidden=(32, 32), num_steps=200)
+    potential, flow = built(crescents(6), draws)
     assert len(flow.flow.layers)
     _, straight = built(crescents(6), draws, num_layers=0)
     ess = [

@@ -242,7 +242,7 @@ def test_spread_run_stops_at_effective_draws(engine):
     """After the same draws, however long segments are, and however many one call makes."""
 
     def draws(seconds):
-        settings = {"kernel": NUTS(model, engine=engine), "stop_when": ess_above(100)}
+        settings = {"kernel": NUTS(model, engine=engine), "stop_when": ess_above(200)}
         with short_segments(seconds):
             return run(Inline(), 3000, num_warm=60, **settings).draws.position
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from functools import cache
 
 import arviz
@@ -381,6 +382,7 @@ def test_progress_bar(on_terminal):
 @pytest.mark.parametrize("hide", ["CI", "disable_progbar", "file"])
 def test_no_progress_is_shown_of_a_short_run(hide, monkeypatch, capsys):
     monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # as other tests leave it
     if hide == "CI":
         monkeypatch.setenv("CI", "true")
         monkeypatch.setattr("sys.stderr.isatty", lambda: True)
