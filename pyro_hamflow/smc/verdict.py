@@ -25,14 +25,19 @@ def describe_missed(number: int) -> str | None:
     )
 
 
+def _is_luck(population: Population) -> bool:
+    """Whether it descends from so few particles that its weights are luck."""
+    return population.lineages.are_few and not population.log_evidence_error < _LARGEST_OF_FEW
+
+
 def describe_lineages(population: Population) -> str | None:
     """That a population descends from so few particles that its weights are luck, in a sentence."""
-    lineages, error = population.lineages, population.log_evidence_error
-    if not lineages.are_few or error < _LARGEST_OF_FEW:
+    if not _is_luck(population):
         return None
+    worth, error = population.lineages.effective, population.log_evidence_error
     return (
         "The evidence cannot be relied on, nor the weights of modes: the draws descend from "
-        f"about {lineages.effective:.0f} of the {len(population.position)} particles that the path "
+        f"about {worth:.0f} of the {len(population.position)} particles that the path "
         "began with, which were the first to find where the posterior is, so that its error may be "
         f"more than the {error:.2g} that is seen; take more particles (`num_particles`), or begin "
         "at a guide (`flow`)."
@@ -41,12 +46,12 @@ def describe_lineages(population: Population) -> str | None:
 
 def describe_few(population: Population) -> str | None:
     """That jumps are made of what so few particles have found, in a sentence."""
-    lineages, error = population.lineages, population.log_evidence_error
-    if not lineages.are_few or error < _LARGEST_OF_FEW:
+    if not _is_luck(population):
         return None
+    worth = population.lineages.effective
     return (
         f"the population that chains start from, and jumps are made of, descends from about "
-        f"{lineages.effective:.0f} of {len(population.position)} particles, the first to find "
+        f"{worth:.0f} of {len(population.position)} particles, the first to find "
         "where the posterior is: modes that these have missed are missed in the draws as well, "
         "and the shares of modes need not be right; take more particles (`num_particles`)."
     )
