@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,36 +52,57 @@ def begin(flow: TransportFlow, position: Tensor, gradient: Tensor, held_out: Ten
 
 
 def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> None:
-    old, fresh = copy.deepcopy(layer.state_dict()), _each_divergence(layer, x, g, held_out)
     a, b = (x[:, part][~held_out].double() for part in (layer.fixed, layer.moved))
     of_b = g[:, layer.moved][~held_out].double()
     if layer.moves == "globals":
         a = a[:, :0]  # a centre and a scale for all
     elif a.shape[1] > min(_MOST_GLOBALS, len(a) / _POINTS_EACH):
         return
-    try:
+    points = x, g, held_out
+    with contextlib.suppress(torch.linalg.LinAlgError):
         constants, slopes = _linear(a, b, of_b)
-        layer.add_linear(constants, slopes)
-        begun = _each_divergence(layer, x, g, held_out)
-        layer.load_state_dict(old)
-        better = (begun < _BETTER * fresh).repeat(2)
-        layer.add_linear(
-            *(part.where(better, torch.zeros_like(part)) for part in (constants, slopes))
-        )
+
+        def add_linear(which: Tensor) -> None:
+            zero = torch.zeros_like(constants)
+            parts = (part.where(which.repeat(2), zero) for part in (constants, slopes))
+            layer.add_linear(*parts)
+
+        fresh = _each_divergence(layer, *points)
+        begun = _change(layer, points, add_linear, _BETTER * fresh)
         least = torch.minimum(begun, fresh)
         crooked = least > _STRAIGHT
         if isinstance(layer, Locals) and crooked.any():
-            old = copy.deepcopy(layer.state_dict())
             both = crooked.repeat(2)
-            linear = constants[both], slopes[:, both]
-            parts = prior_and_data(a, b[:, crooked], of_b[:, crooked], *linear)
-            layer.set_prior(crooked, *parts)
-            better = (_each_divergence(layer, x, g, held_out) < _WORTH * least)[crooked]
-            layer.load_state_dict(old)
-            crooked[crooked.clone()] = better
-            layer.set_prior(crooked, *(part[..., better.repeat(2)] for part in parts))
-    except torch.linalg.LinAlgError:
-        layer.load_state_dict(old)
+            parts = prior_and_data(
+                a, b[:, crooked], of_b[:, crooked], constants[both], slopes[:, both]
+            )
+
+            def set_prior(which: Tensor) -> None:
+                among = which[crooked].repeat(2)
+                layer.set_prior(which, *(part[..., among] for part in parts))
+
+            _change(layer, points, set_prior, _WORTH * least * crooked)
+
+
+def _change(
+    layer: Coupling,
+    points: tuple[Tensor, Tensor, Tensor],
+    change: Callable[[Tensor], None],
+    limit: Tensor,
+) -> Tensor:
+    """Changes a layer for those coordinates whose divergences that brings below their limits.
+
+    Those whose limit is zero are left as they are.
+
+    Returns:
+        The divergences with the change made for all the others.
+    """
+    old = copy.deepcopy(layer.state_dict())
+    change(limit > 0.0)
+    found = _each_divergence(layer, *points)
+    layer.load_state_dict(old)
+    change(found < limit)
+    return found
 
 
 def _each_divergence(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> Tensor:
