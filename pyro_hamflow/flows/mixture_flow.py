@@ -91,12 +91,14 @@ class MixtureFlow(nn.Module):
 class DefendedFlow(nn.Module):
     """A flow with small shares of wider distributions, which keep importance weights from growing.
 
-    One share is the flow itself from Student's t instead of Gaussians; the other is the model's
-    prior, over which no weight is larger than the likelihood's bound.
+    One share is the flow itself from Student's t instead of Gaussians. Another is the model's
+    prior, over which no weight is larger than the likelihood's bound. A third is Student's t about
+    each of the posterior's modes that are known, whatever the flow has learned of them.
 
     Arguments:
         flow: What is defended; what is trained further.
         prior: The model's; with none, there is no such share.
+        modes: Gaussians about modes; with none, there is no such share.
 
     Example:
         >>> potential = Potential(lambda: pyro.sample("x", dist.Normal(0.0, 2.0)))
@@ -107,13 +109,17 @@ class DefendedFlow(nn.Module):
         True
     """
 
-    def __init__(self, flow: MixtureFlow, prior: Prior | None = None) -> None:
+    def __init__(
+        self, flow: MixtureFlow, prior: Prior | None = None, modes: GaussianMixture | None = None
+    ) -> None:
         super().__init__()
         self.flow = flow
         self.prior = prior
+        self.modes = modes
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.flow!r}, prior={self.prior is not None})"
+        modes = 0 if self.modes is None else self.modes.num_components
+        return f"{type(self).__name__}({self.flow!r}, prior={self.prior is not None}, {modes=})"
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: it is made for one model and its arguments."""
@@ -131,19 +137,23 @@ class DefendedFlow(nn.Module):
         if self.prior is not None and wide.any():
             drawn, _ = self.prior.draw(int(wide.sum()))
             position = position.index_put((wide,), drawn)
+        near = (kind > 1.0 - 2.0 * _SHARE) & ~wide
+        if self.modes is not None and near.any():
+            drawn = self.modes.draw(int(near.sum()), _FREEDOM)
+            position = position.index_put((near,), drawn)
         return position, self.log_ratio(position)
 
     def log_ratio(self, position: Tensor) -> Tensor:
         """The log density of positions ``(positions, dimension)``, ``(positions,)``."""
         z, growth = self.flow.pull(position)
         mixture, defence = self.flow.mixture, math.log(_SHARE)
-        heavy = mixture.log_density(z, _FREEDOM) + growth + defence
-        own = mixture.log_density(z) + growth
-        if self.prior is None:
-            return torch.logaddexp(own + math.log1p(-_SHARE), heavy)
-        # Of the noise the parameters know nothing.
-        noise = position.new_zeros(len(position), self.prior.potential.noise_dimension)
-        value_of = partial(energy, self.prior) if torch.is_grad_enabled() else self.prior.value
-        wide = defence - value_of(position, noise)
-        own = own + math.log1p(-2.0 * _SHARE)
-        return torch.logsumexp(torch.stack([own, heavy, wide]), 0)
+        shares = [mixture.log_density(z, _FREEDOM) + growth]
+        if self.prior is not None:
+            # Of the noise the parameters know nothing.
+            noise = position.new_zeros(len(position), self.prior.potential.noise_dimension)
+            value_of = partial(energy, self.prior) if torch.is_grad_enabled() else self.prior.value
+            shares.append(-value_of(position, noise))
+        if self.modes is not None:
+            shares.append(self.modes.log_density(position, _FREEDOM))
+        own = mixture.log_density(z) + growth + math.log1p(-len(shares) * _SHARE)
+        return torch.logsumexp(torch.stack([own, *(share + defence for share in shares)]), 0)

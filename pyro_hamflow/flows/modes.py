@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.flows.descent import Descent
+from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
 
 _LOOKS = 4  # at Hessians, of modes or not, for each mode that is looked for
 _DECREMENT = 0.05  # nats that a mode may lie below where a descent has ended
@@ -75,3 +77,19 @@ def find_modes(descent: Descent, starts: Tensor, most: int) -> list[Mode]:
         if len(modes) == most:
             break
     return modes
+
+
+def beside(known: Sequence[Mode], found: Sequence[Mode]) -> list[Mode]:
+    """The modes found that are none of the known ones."""
+    return [m for m in found if not any(mode.holds(m.position) for mode in known)]
+
+
+def mixture_about(modes: Sequence[Mode]) -> GaussianMixture:
+    """The modes' Gaussians, each with the same share, which is not trained."""
+    hessian = torch.stack([mode.hessian for mode in modes])
+    mixture = GaussianMixture(
+        hessian.new_zeros(len(modes)),
+        torch.stack([mode.position for mode in modes]),
+        torch.linalg.cholesky(torch.linalg.inv(hessian)),
+    )
+    return mixture.requires_grad_(False)

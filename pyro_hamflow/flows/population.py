@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_hamflow.flows.coupling import couplings
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
+from pyro_hamflow.flows.modes import Mode, mixture_about
 from pyro_hamflow.flows.product_mixture import ProductMixture, fit_product, independent
 from pyro_hamflow.flows.standardised import standardise
 from pyro_hamflow.model.potential import Potential
@@ -27,6 +28,7 @@ def flow_for(
     gradient: Tensor,
     log_weights: Tensor | None = None,
     *,
+    modes: Sequence[Mode] = (),
     num_layers: int = 6,
     hidden: Sequence[int] = (64, 64),
     num_steps: int = 400,
@@ -39,6 +41,7 @@ def flow_for(
             a gradient is not finite do not count.
         gradient: Of the potential there, of the same shape.
         log_weights: Of the draws, ``(draws,)``; equal if not given.
+        modes: Those that are known; where there are several, each has a share of the flow.
         num_layers: How many coupling layers there are, if they are any better than none.
         hidden: The widths of the hidden layers of their networks.
         num_steps: How many steps their training takes at most.
@@ -60,7 +63,8 @@ def flow_for(
         fit = _fit(flow, position, score, weights, num_steps=num_steps)
         if not fit.best_loss < fit.checks[0] - _WORTHWHILE:
             flow.layers = nn.ModuleList()
-    return DefendedFlow(flow.to(potential.example), _prior_of(potential))
+    about = mixture_about(modes).to(potential.example) if len(modes) > 1 else None
+    return DefendedFlow(flow.to(potential.example), _prior_of(potential), about)
 
 
 def train_flow(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_hamflow.flows.modes import Mode
+from pyro_hamflow.flows.modes import Mode, beside
 from pyro_hamflow.mcmc.transitions.base import Tuning
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
@@ -43,7 +43,7 @@ class Population:
         modes: Those that the path began at beside the prior; none if a population from the prior
             alone was found to have them all.
         num_missed: How many of these the first population had next to nothing of, but for luck.
-        num_modes: How many modes descents have found that matter.
+        found: Those, and the modes that descents have found of those that matter.
         lineages: From how many of the first particles it descends.
     """
 
@@ -58,13 +58,13 @@ class Population:
     drift: Drift | None = None
     modes: list[Mode] = field(default_factory=list, repr=False)
     num_missed: int = 0
-    num_modes: int = 0
+    found: list[Mode] = field(default_factory=list, repr=False)
     lineages: Lineages = MANY
 
     @property
     def leaves_open(self) -> bool:
         """Whether there is more than one mode, or too few particles have found them to tell."""
-        return self.num_modes > 1 or self.lineages.are_few
+        return len(self.found) > 1 or self.lineages.are_few
 
     @property
     def log_evidence(self) -> float:
@@ -152,7 +152,7 @@ def anneal(
         target = TemperedTarget(start, potential, machine)
         return find_schedule(target, shape, conditional_ess, num_moves, transport, report)
 
-    num_missed = num_modes = 0
+    num_missed, found = 0, list(modes)
     if reference is not None:
         course = find(reference)
         cost = course.num_gradients
@@ -161,10 +161,11 @@ def anneal(
         course = find(beginning_at(modes, prior))
         cost = course.num_gradients
         seen = (*course.end, course.visited, cost)
-        found, num_missed, num_modes = look_for_modes(
+        wanted, num_missed, large = look_for_modes(
             potential, *seen, machine, of_few=lineages_of(course.particles).are_few
         )
-        others = [m for m in found if not any(mode.holds(m.position) for mode in modes)]
+        found += beside(modes, large)
+        others = beside(modes, wanted)
         if others:
             modes = [*modes, *others]
             course = find(beginning_at(modes, prior))
@@ -176,7 +177,7 @@ def anneal(
         if isinstance(transport, CRAFT):
             schedule = train_in_passes(transport, target, schedule, num_moves)
         population = follow(target, shape, schedule, num_moves, cost, report, moves_on=moves_on)
-    return replace(population, modes=list(modes), num_missed=num_missed, num_modes=num_modes)
+    return replace(population, modes=list(modes), num_missed=num_missed, found=found)
 
 
 class Course(NamedTuple):

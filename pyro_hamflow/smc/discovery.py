@@ -4,8 +4,10 @@ Along a path of temperatures a mode much narrower than others holds next to noth
 so that a population of any size one can pay may have no particle there. Descents find what they
 begin above. They begin at draws of the prior and where the population was on its way: at some
 picked at random, which find what many of them lie above, and at some where the potential is steep
-for how high it is, as it is above narrow modes. In many dimensions all draws lie at about the same
-distance from the middle, and above one mode: so descents begin nearer to it and farther, too.
+for how high it is, as it is above narrow modes; and, in few dimensions, above modes that are narrow
+in all of them, at the likeliest of very many draws of the prior. In many dimensions all draws lie
+at about the same distance from the middle, and above one mode: so descents begin nearer to it and
+farther, too.
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import PriorAndModes
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.capture import Program
-from pyro_hamflow.smc.resampling import log_mean_exp
+from pyro_hamflow.smc.resampling import log_mean_exp, next_step, resample_systematically
 
 _MOST_DIMENSIONS = 200  # of which descents keep a Hessian each
 _PRIOR = 4  # draws of the prior for each particle, whose steepness is looked at
-_COST = 0.05  # of what the population took, that descents may take
+_COST = 0.05  # of what the population took, that descents may take, and draws of the prior as well
 _LENGTH = 40  # gradients of a descent, about
 _FEWEST, _STARTS = 16, 256  # descents
 _STRETCHED = 2  # of them, for each beside that begins nearer to the prior's middle, or farther
 _NEAREST, _FARTHEST = 0.2, 3.0  # times the distance of a draw
 _OWN = 4  # of them, for each beside that begins where the population is
+_LIKELY = 2  # of them, for each beside that begins where the prior's draws are likely
 _MOST_MODES = 32
 _MISSED = 0.2  # of what a mode holds, less of which a population has missed
 _WRONG = 0.1  # of the posterior, by which a mode's share may be too small
@@ -55,12 +58,12 @@ class Discovery(NamedTuple):
     Attributes:
         modes: Where a path should begin as well; none if a population has them all.
         num_missed: How many of them the population has next to nothing of, but for luck.
-        num_modes: How many modes there are that matter, as far as is seen.
+        large: All modes that matter, as far as is seen.
     """
 
     modes: list[Mode]
     num_missed: int
-    num_modes: int
+    large: list[Mode]
 
 
 @torch.no_grad()
@@ -90,7 +93,7 @@ def look_for_modes(
         machine: Value and gradient by machine code, where there is any.
         of_few: Whether the population descends from so few that its weights are left to luck.
     """
-    nothing = Discovery([], 0, 0)
+    nothing = Discovery([], 0, [])
     if potential.dimension > _MOST_DIMENSIONS:
         return nothing
     with random_state_kept():
@@ -101,11 +104,14 @@ def look_for_modes(
         descent = Descent(potential, scale, potential.draw_noise(1), machine)
         budget = int(_COST * num_gradients * len(position) / _LENGTH)
         count = min(max(budget, _FEWEST), _STARTS)
-        drawn = Prior(potential).draw(_PRIOR * len(position))[0]
+        prior = Prior(potential)
+        drawn = prior.draw(_PRIOR * len(position))[0]
         starts = _starts(descent, torch.cat([visited, drawn]), count, len(position))
         picked = weights.multinomial(max(count // _OWN, _FEWEST), replacement=True)
         stretched = _stretched(drawn, max(count // _STRETCHED, _FEWEST))
-        starts = torch.cat([starts, position[picked], stretched])
+        blocks = max(int(_COST * num_gradients), 1)
+        likely = _likely(prior, max(count // _LIKELY, _FEWEST), blocks, len(position))
+        starts = torch.cat([starts, position[picked], stretched, likely])
         modes = find_modes(descent, starts, _MOST_MODES)
         if not modes:
             return nothing
@@ -129,10 +135,10 @@ def look_for_modes(
     is_whole = lacking <= _WRONG + _ERRORS * chance.norm()
     is_whole &= not (of_few and float(shares[0].sum()) > _WHOLE)
     if is_whole and not bool((matters & (wrong | lucky)).any()):
-        return nothing._replace(num_modes=len(large))
+        return nothing._replace(large=large)
     typical = (in_parts / wholes).nanmedian(-1).values
     missed |= matters & lucky & (typical < _MISSED * shares[0])
-    return Discovery(large, int(missed.sum()), len(large))
+    return Discovery(large, int(missed.sum()), large)
 
 
 def beginning_at(modes: Sequence[Mode], prior: Prior) -> Prior | PriorAndModes:
@@ -169,6 +175,22 @@ def _stretched(drawn: Tensor, count: int) -> Tensor:
     factor = torch.logspace(math.log10(_NEAREST), math.log10(_FARTHEST), count).to(drawn)
     picked = drawn[torch.randint(len(drawn), (count,), device=drawn.device)]
     return middle + factor[:, None] * (picked - middle)
+
+
+def _likely(prior: Prior, count: int, blocks: int, rows: int) -> Tensor:
+    """So many draws of the prior, picked by their likelihood from so many blocks of rows.
+
+    The likelihood counts by the power by which the weights are worth as many as are picked.
+    """
+    positions, log_ratios = [], []
+    for _ in range(blocks):
+        position, noise = prior.draw(rows)
+        log_ratio = prior.value(position, noise) - prior.potential.value(position, noise)
+        positions.append(position)
+        log_ratios.append(log_ratio.double())
+    log_ratio = torch.cat(log_ratios).nan_to_num(-torch.inf, posinf=-torch.inf)[None]
+    power = next_step(torch.zeros_like(log_ratio), log_ratio, 1.0, count / log_ratio.numel())
+    return torch.cat(positions)[resample_systematically(power * log_ratio, count)[0]]
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -84,6 +84,21 @@ def resample_systematically(log_weights: Tensor, num_picked: int | None = None) 
     return torch.searchsorted(heights, levels, right=True).clamp(max=count - 1)
 
 
+def resample_shuffled(log_weights: Tensor, count: int) -> Tensor:
+    """Indices of so many particles, picked by their weights, in random order.
+
+    Arguments:
+        log_weights: Of shape ``(particles,)``.
+        count: How many are picked, at most as many as there are.
+
+    Example:
+        >>> resample_shuffled(torch.tensor([0.0, 1.0, 0.0]).log(), 2)
+        tensor([1, 1])
+    """
+    picked = resample_systematically(log_weights[None])[0]
+    return picked[torch.randperm(len(picked), device=picked.device)[:count]]
+
+
 def log_mean_exp(values: Tensor) -> Tensor:
     """The logarithm of the mean of exponentials along the last dimension."""
     return values.logsumexp(-1) - math.log(values.shape[-1])

@@ -13,6 +13,7 @@ from pyro_hamflow import MCMC, FlowMH, fit_guide, importance_sample
 from pyro_hamflow.flows.coupling import couplings
 from pyro_hamflow.flows.gaussian_mixture import GaussianMixture
 from pyro_hamflow.flows.mixture_flow import DefendedFlow, MixtureFlow
+from pyro_hamflow.flows.modes import Mode, mixture_about
 from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.flows.product_mixture import ProductMixture, independent
 from pyro_hamflow.model.potential import Potential
@@ -94,14 +95,26 @@ def random_flow(dimension, components=3):
     return flow
 
 
+def two_far(dimension):
+    """Modes where the random flow has next to nothing."""
+    hessian = torch.eye(dimension) + 0.5
+    return [Mode(torch.full((dimension,), at), 9.0 * hessian, 0.0) for at in (-15.0, 15.0)]
+
+
 @pytest.mark.parametrize("dimension", [1, 2, 5, 100])
 def test_density_is_the_same_by_two_routes(dimension):
     flow = random_flow(dimension)
     position, log_density = flow.draw(200)
     torch.testing.assert_close(flow.log_ratio(position), log_density, rtol=1e-10, atol=1e-10)
-    defended = DefendedFlow(flow, normal_prior(dimension))
-    position, log_density = defended.draw(200)
-    torch.testing.assert_close(defended.log_ratio(position), log_density, rtol=1e-10, atol=1e-10)
+    for prior, modes in ((True, True), (True, False), (False, True)):
+        defended = DefendedFlow(
+            flow,
+            normal_prior(dimension) if prior else None,
+            mixture_about(two_far(dimension)) if modes else None,
+        )
+        position, log_density = defended.draw(200)
+        again = defended.log_ratio(position)
+        torch.testing.assert_close(again, log_density, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("defended", [False, True])
@@ -109,7 +122,7 @@ def test_density_is_that_of_the_draws(defended):
     """It adds up to one on a grid, and tells how many draws there are on each side of a line."""
     flow = random_flow(2)
     if defended:
-        flow = DefendedFlow(flow, normal_prior(2))
+        flow = DefendedFlow(flow, normal_prior(2), mixture_about(two_far(2)))
     line = torch.linspace(-60.0, 60.0, 1201)
     grid = torch.cartesian_prod(line, line)
     with torch.no_grad():
@@ -157,9 +170,27 @@ def test_gradients_flow_through_draws_and_densities():
     assert flow.mixture.log_shares.grad.abs().sum() > 0
 
 
+def test_a_known_mode_that_no_draw_is_of_has_no_large_weights():
+    """Else a chain that gets there by luck stays for good, and its share of the draws is luck."""
+    model = two_modes(4)
+    draws = 2.5 + math.sqrt(0.5) * torch.randn(500, 4)
+    modes = [Mode(torch.full((4,), at), 2.0 * torch.eye(4), 0.0) for at in (-2.5, 2.5)]
+    there = -2.5 + math.sqrt(0.5) * torch.randn(500, 4)
+
+    @torch.no_grad()
+    def largest(**known):
+        potential, flow = built(model, draws, num_layers=0, **known)
+        log_ratio = flow.log_ratio(there)
+        return float((-potential.value(there, there.new_zeros(500, 0)) - log_ratio).max())
+
+    assert largest(modes=modes) < math.log(2.0 / 0.05)
+    assert largest(modes=modes[1:]) > 6.0  # of one mode there is no share
+
+
 def test_gradients_in_positions_are_those_of_all_shares():
-    flow = DefendedFlow(random_flow(3), normal_prior(3))
-    for position in (torch.randn(3), 40.0 + torch.randn(3)):  # within, and where the prior is all
+    flow = DefendedFlow(random_flow(3), normal_prior(3), mixture_about(two_far(3)))
+    within, far, about = torch.randn(3), 40.0 + torch.randn(3), 15.0 + 0.2 * torch.randn(3)
+    for position in (within, far, about):  # far away the prior is all
         position = position[None].requires_grad_()
         (gradient,) = torch.autograd.grad(flow.log_ratio(position).sum(), position)
         steps = 1e-5 * torch.eye(3)

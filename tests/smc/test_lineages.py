@@ -70,7 +70,7 @@ def test_where_lineages_are_not_looked_at_it_is_far_off(monkeypatch):
 
 
 def test_where_no_mode_is_found_it_is_told(monkeypatch):
-    monkeypatch.setattr(annealing, "look_for_modes", lambda *args, **also: ([], 0, 0))
+    monkeypatch.setattr(annealing, "look_for_modes", lambda *args, **also: ([], 0, []))
     sampler = run(line, 3)
     few = sampler.population.lineages
     assert few.are_few
@@ -143,6 +143,7 @@ def test_a_population_in_haste_sees_that_there_is_a_small_mode(monkeypatch):
 
     assert leaves_open() == 8
     monkeypatch.setattr(discovery, "_SMALL", discovery._LEAST)
+    monkeypatch.setattr(discovery, "_likely", lambda prior, *_: prior.draw(1)[0])
     assert leaves_open() < 8
 
 

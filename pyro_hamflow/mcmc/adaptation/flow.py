@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.flows.fit import TrainableGuide
+from pyro_hamflow.flows.modes import Mode, beside
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.flow_training import FlowTraining, can_learn
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
@@ -26,7 +27,7 @@ from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.machine import machine_gradient
-from pyro_hamflow.smc.resampling import resample_systematically
+from pyro_hamflow.smc.resampling import resample_shuffled
 from pyro_hamflow.smc.shown import shown
 from pyro_hamflow.smc.verdict import describe_few, describe_missed
 
@@ -123,8 +124,11 @@ class FlowSearch:
         first = self._hasty_population() if self.choices.learns else self._drawn()
         walkers = self._walkers(first)
         persistence = walkers.persistence()
+        modes: list[Mode] = []
         if isinstance(first, Population) and (persistence >= _SLOW or first.leaves_open):
-            walkers = self._walkers(self._population(first))
+            population = self._population(first)
+            modes = [*first.found, *beside(first.found, population.found)]
+            walkers = self._walkers(population)
             persistence = max(persistence, walkers.persistence())
         guide, jumps = None, _NO_JUMPS
         if persistence < _SLOW:
@@ -133,7 +137,7 @@ class FlowSearch:
                 "not pay: draws are made without them."
             )
         else:
-            training = FlowTraining(self.potential, walkers)
+            training = FlowTraining(self.potential, walkers, modes)
             guide = self.choices.flow
             if guide is None:
                 guide = training.built()
@@ -230,7 +234,7 @@ class FlowSearch:
     def _walkers(self, population: Population | Proposals) -> Walkers:
         """Walkers that start from a population, as many as it is of at most, their moves tuned."""
         potential, step_and_mass = self.potential, self.hamiltonian.step_and_mass
-        picked = _resampled(population.log_weights, min(len(population.position), _WALKERS))
+        picked = resample_shuffled(population.log_weights, min(len(population.position), _WALKERS))
         position, noise = population.position[picked], population.noise[picked]
         kinetic = step_and_mass.first_kinetic(potential)
         if step_and_mass.adapt_mass_matrix and step_and_mass.inverse_mass_matrix is None:
@@ -263,14 +267,6 @@ def gain(persistence: float, rate: float) -> float:
     """
     alone, beside = persistence, persistence * (1.0 - rate)
     return (1.0 + alone) / max(1.0 - alone, _LEAST) * (1.0 - beside) / (1.0 + beside)
-
-
-def _resampled(log_weights: Tensor, count: int) -> Tensor:
-    """Indices of so many particles, picked by their weights, in random order."""
-    pieces = -(-count // len(log_weights))
-    rows = log_weights.expand(pieces, -1)
-    picked = resample_systematically(rows).flatten()
-    return picked[torch.randperm(len(picked), device=picked.device)[:count]]
 
 
 class TuneBesideJumps(Tune):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_hamflow.flows.fit import TrainableGuide
 from pyro_hamflow.flows.losses import Objective
 from pyro_hamflow.flows.mixture_flow import DefendedFlow
+from pyro_hamflow.flows.modes import Mode
 from pyro_hamflow.flows.population import flow_for, train_flow
 from pyro_hamflow.mcmc.adaptation.walkers import Visited, Walkers
 from pyro_hamflow.model.guides import DensityGuide, log_ratio_at
@@ -37,11 +38,13 @@ class FlowTraining:
     Arguments:
         potential: The target.
         walkers: Draw about from it.
+        modes: Those that are known.
     """
 
-    def __init__(self, potential: Potential, walkers: Walkers) -> None:
+    def __init__(self, potential: Potential, walkers: Walkers, modes: Sequence[Mode] = ()) -> None:
         self.potential = potential
         self.walkers = walkers
+        self.modes = modes
         self.ceiling = walkers.ceiling()
 
     def built(self) -> DefendedFlow:
@@ -53,11 +56,13 @@ class FlowTraining:
         """
         visited = self.walkers.visited(_DRAWS)
         gradient = self._gradient(visited)
-        mixture = flow_for(self.potential, visited.position, gradient, num_layers=0)
+        mixture = flow_for(
+            self.potential, visited.position, gradient, num_layers=0, modes=self.modes
+        )
         rate = self.walkers.jump(mixture)
         if rate > _HIGH * self.ceiling or self.walkers.jumps(mixture).suffices:
             return mixture
-        flow = flow_for(self.potential, visited.position, gradient)
+        flow = flow_for(self.potential, visited.position, gradient, modes=self.modes)
         return flow if self._train_in_rounds(flow, self._train_built) > rate else mixture
 
     def given(self, guide: TrainableGuide) -> None:

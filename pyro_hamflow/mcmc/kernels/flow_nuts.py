@@ -58,8 +58,8 @@ class FlowNUTS(Kernel):
         flow: What makes jumps: a guide that fills the protocol
             :class:`~pyro_hamflow.model.guides.DensityGuide`, one of Pyro's own, or any flow of
             zuko, of which an :class:`~pyro_hamflow.AutoFlow` is made that begins at the prior. A
-            mixture of Gaussians, bent by coupling layers and defended by shares of the prior and of
-            a wider self, is built if none is given.
+            mixture of Gaussians, bent by coupling layers and defended by shares of the prior, of
+            the modes that descents found and of a wider self, is built if none is given.
         local: The kernel of the same model that moves within modes, such as ``HMC(model)`` or
             ``MALA(model)``, set up as wished; if not given :class:`NUTS`, or
             :class:`PseudoMarginalNUTS` of a model from :func:`marginalize`. Its ``engine`` makes
