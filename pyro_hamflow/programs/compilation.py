@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_hamflow.programs.agreement import same_but_for_order
 from pyro_hamflow.programs.capture import Program, sizes_made
 
-_EACH, _NUMBER = 1.3e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
+_EACH, _NUMBER = 2e-6, 0.7e-9  # seconds that an operation takes, and each number that it makes
 _COMPILER, _COMPILED_EACH = 4.0, 0.03  # seconds to compile a graph, and each operation of it
 # Of the calls that take as long as to compile, made before it is compiled. What a run calls a few
 # hundred times, while it tunes, is never compiled; what draws call is, while warm-up lasts: with a

@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.transforms import OrderedTransform
 
 from benchmarks.coverage_models import ZOO
+from pyro_hamflow.mcmc.transitions.trajectories import HMCTrajectories, NUTSTrajectories
 from pyro_hamflow.model.gradients import gradient_functions
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs import banded
@@ -434,6 +435,30 @@ def test_the_choice_is_by_the_length_of_the_run():
     assert [one.name for one in found] == ["torch", "native"]
     missing = choose_engine("native", None, *starts(potential, 4), 100)
     assert missing.declined and "not captured" in missing.reason
+
+
+def recurrence(y):
+    """Hundreds of operations on one number each."""
+    keep = pyro.sample("keep", dist.Beta(2.0, 2.0))
+    level, levels = torch.zeros_like(keep), []
+    for _ in range(80):
+        level = keep * level + (1.0 - keep) * torch.cos(level)
+        levels.append(level)
+    pyro.sample("y", dist.Normal(torch.stack(levels).mean(), 0.1), obs=y)
+
+
+def test_recurrences_are_compiled_in_short_runs():
+    """They take torch long, and are compiled in seconds."""
+    potential = Potential(recurrence, (torch.tensor(0.5),))
+    graph = potential.programs.base("gradient")
+    assert choose_engine("auto", graph, *starts(potential, 4), 120, steps=6).name == "native"
+
+
+def test_trajectories_of_many_parameters_are_expected_to_be_longer():
+    few, many = (NUTSTrajectories(10).expected_steps(size) for size in (2, 100))
+    assert few < many < 100
+    assert NUTSTrajectories(3).expected_steps(100) == 7
+    assert HMCTrajectories(None, 5, 0.0, 10).expected_steps(100) == 5
 
 
 def test_many_chains_of_large_data_are_left_to_torch(monkeypatch):

@@ -126,7 +126,7 @@ class EstimatorTuning:
 
     def transition(self, potential: Potential, position: Tensor) -> Transition:
         """The move of parameters and noise, for chains that start at given positions."""
-        steps = self.trajectories.expected_steps
+        steps = self.trajectories.expected_steps(potential.dimension)
         if not potential.noise_sites and not self.required:
             kind = self.trajectories.kind
             if self.engine.is_native(potential, position, self.plan, steps, kind):

@@ -59,19 +59,20 @@ def surrogate_engine(
     count, planned = choices.num_proposals, run.plan.num_draws
     sets = None if planned is None else (planned + run.plan.warmup_steps) / count
     rows, graph = position.repeat(count, 1), potential.programs.base("gradient")
+    expected = trajectories.expected_steps(potential.dimension)
     network = choose_engine(
         wanted,
         density.chain_graph(),
         rows,
         noise[0, :0],
         sets,
-        steps=2 * choices.num_transitions * trajectories.expected_steps,
+        steps=2 * choices.num_transitions * expected,
     )
     estimated = bool(potential.recovery.estimates)
     looks = partial(looks_of, potential, refresh) if estimated else None
     # An estimate's true gradients are in the library of its energies.
     judge = choose_engine(wanted, graph, rows, noise[0], sets, looks, gradient=estimated, steps=1)
-    truth, steps = judge, choices.true_share * trajectories.expected_steps
+    truth, steps = judge, choices.true_share * expected
     if not estimated:
         truth = choose_engine(wanted, graph, position, noise[0], sets, steps=steps)
     run.engine.take(_joined(network, judge), run.plan)

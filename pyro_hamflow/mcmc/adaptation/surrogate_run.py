@@ -160,7 +160,7 @@ class SurrogateRun:
         if potential.noise_sites and estimator is not None:
             return estimator.transition(potential, position)
         trajectories = self.hamiltonian.trajectories
-        steps = trajectories.expected_steps
+        steps = trajectories.expected_steps(potential.dimension)
         if self.engine.is_native(potential, position, self.plan, steps, trajectories.kind):
             return trajectories.native_transition(potential)
         return trajectories.parameter_transition(potential, len(position))

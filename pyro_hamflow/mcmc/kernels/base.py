@@ -126,7 +126,7 @@ class Kernel(PyroFace):
         moves = self.hamiltonian
         if moves.estimator is not None:
             return moves.estimator.transition(potential, position)
-        steps = moves.trajectories.expected_steps
+        steps = moves.trajectories.expected_steps(potential.dimension)
         if self._engine.is_native(potential, position, self.plan, steps):
             return moves.trajectories.native_transition(potential)
         return moves.trajectories.parameter_transition(potential, len(position))

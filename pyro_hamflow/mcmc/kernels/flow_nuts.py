@@ -185,7 +185,7 @@ class FlowNUTS(Kernel):
         if potential.noise_dimension:
             return None
         where = potential.vectors(num_chains)[0]
-        steps = self.hamiltonian.trajectories.expected_steps
+        steps = self.hamiltonian.trajectories.expected_steps(potential.dimension)
         native = self._engine.is_native(potential, where, self.plan, steps)
         return compiled_gradient(potential) if native else None
 

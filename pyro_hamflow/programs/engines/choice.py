@@ -13,18 +13,23 @@ from pyro_hamflow.programs.agreement import coarsest_of, is_near, rounding_of
 from pyro_hamflow.programs.capture import sizes_made
 from pyro_hamflow.programs.compilation import seconds_of
 from pyro_hamflow.programs.engines.buffers import NotSupported
-from pyro_hamflow.programs.engines.model_library import TOO_LONG
+from pyro_hamflow.programs.engines.model_library import TOO_LONG, is_written_out
 from pyro_hamflow.programs.engines.native import Looks, NativeProgram, native_program
 from pyro_hamflow.programs.rounding import moves_by_rounding, same_but_for_rounding
 
 ENGINES = ("auto", "torch", "native")
 
-# Seconds to compile a program of trajectories, the compiler's import with them, and for each
-# operation of its graph: 2.6 were measured for 33 operations, 3.1 for 165, and 7 for a thousand.
-_COMPILER, _COMPILED_EACH = 2.4, 0.005
-# Seconds that the torch engine takes for a step of its own, besides the gradient. A step in all was
-# .55 ms on eight schools, .50 and .48 on breast cancer and a normal, within .06 of what is told.
-_BOOKKEEPING = 3.7e-4
+# Seconds to compile a program of trajectories by Inductor, its import with them, and for each
+# operation of its graph: of 17 models of 63 to 381 operations within a fifth of what is told, in
+# units in which a step of torch's takes what is told below.
+_COMPILER, _COMPILED_EACH = 1.7, 0.0065
+# The same where a graph is written number by number: for each operation, and for each number. Of
+# recurrences and equations of 1,300 to 6,300 operations, and of sums of 109 slices, it took from
+# eight tenths to eleven tenths of that, and down to a thirtieth of what is told of Inductor.
+_WRITTEN, _WRITTEN_EACH, _WRITTEN_NUMBER = 0.15, 1.5e-4, 1e-4
+# Seconds that the torch engine takes for a step of its own, besides the gradient: on five models,
+# of 2 to 202 dimensions, with 1 to 64 chains, within a quarter of it but in one case.
+_BOOKKEEPING = 5e-4
 # Numbers in a matrix that no cache holds, and chains from which on torch, which reads it once for
 # all, makes up for chains that wait for each other: of a logistic regression on 20,000 rows of 200
 # numbers a gradient took 2.4 ms of each of 64 chains, and 1.0 ms all at once; on 10,000 rows of 50
@@ -190,7 +195,13 @@ def _pays(graph: GraphModule, num_chains: int, iterations: float | None, steps: 
 
 
 def _seconds_to_compile(graph: GraphModule) -> float:
-    return _COMPILER + _COMPILED_EACH * len(sizes_made(graph))
+    """Of the two ways that there are, the one that is quicker: many operations have few numbers."""
+    sizes = sizes_made(graph)
+    seconds = _COMPILER + _COMPILED_EACH * len(sizes)
+    if not is_written_out(graph):
+        return seconds
+    written = _WRITTEN + _WRITTEN_EACH * len(sizes) + _WRITTEN_NUMBER * sum(sizes)
+    return min(seconds, written)
 
 
 def native_seconds_of(graph: GraphModule, num_chains: int, calls: float) -> float:

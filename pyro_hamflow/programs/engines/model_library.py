@@ -147,13 +147,22 @@ def _source(gradient: Part, evaluation: Part | None) -> tuple[str, bool]:
 
 def _function(part: Part) -> Function | Unrolled:
     """A graph in C++: of many operations on few numbers each by number, else by Inductor."""
-    count = sum(node.op == "call_function" for node in part.graph.graph.nodes)
-    if count >= _MANY:
+    count = _count(part.graph)
+    if is_written_out(part.graph):
         with suppress(NotSupported):
             return Unrolled(part.graph, part.inputs, _EACH * count)
     if count > _MOST:
         raise NotSupported(TOO_LONG)
     return Function(source_of(part.graph, part.inputs), part.inputs)
+
+
+def is_written_out(graph: GraphModule) -> bool:
+    """Whether it is tried to write a graph number by number."""
+    return _count(graph) >= _MANY
+
+
+def _count(graph: GraphModule) -> int:
+    return sum(node.op == "call_function" for node in graph.graph.nodes)
 
 
 def _room(evaluation: Part) -> dict[str, int]:
