@@ -11,6 +11,7 @@ from pyro_hamflow.marginal.mending import enough_particles, fit_at
 from pyro_hamflow.marginal.scrutiny import look
 from pyro_hamflow.marginal.settle import seconds_to_move, wanted_variance
 from pyro_hamflow.marginal.structure import Structure
+from pyro_hamflow.marginal.tails import tail
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
 
@@ -89,7 +90,10 @@ class _Places:
     are_beyond: bool  # all count then, else the middle one
 
     def variances(self, model: TunedEstimator) -> list[float]:
-        found = sorted(look(model, draw, self.data).variance(1) for draw in self.draws)
+        found = sorted(
+            max(look(model, draw, self.data).variance(1), tail(model, [draw], self.data))
+            for draw in self.draws
+        )
         return found if self.are_beyond else [found[len(found) // 2]]
 
     def seconds(self, model: TunedEstimator, variances: list[float]) -> float:

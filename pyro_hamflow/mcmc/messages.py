@@ -26,6 +26,8 @@ _ERRORS = 4.5  # of a difference between both; looked at in many places
 _TOGETHER = 3.5  # standard errors of the mean rank of draws that diverged, beyond which it is told
 _SMALLEST_BFMI = 0.3  # as Stan's
 _SMALLEST_RATE = 0.3  # of proposals accepted, and of noise renewed; not tuned
+_LONGEST_STAY = 0.02  # of a chain's draws, for which noise that is one block may stay as it is
+_MANY_TRIALS = 12.0  # expected acceptances in such a stay: by chance one of 160,000 is so long
 _SMALLEST_SHARE = 0.5  # of the rate that was aimed for, where that is low: a random walk's
 
 
@@ -211,6 +213,32 @@ def _look_at_trajectories(result: Report, stats: Mapping[str, Tensor], aim: floa
         result.messages.append(
             f"Only {refreshed:.0%} of the noise was renewed in each draw: take more particles, or "
             "a `CorrelatedRefresh`."
+        )
+    if "refresh_rate" in stats:
+        _look_for_stays(result, stats["refresh_rate"])
+
+
+def _look_for_stays(result: Report, renewed: Tensor) -> None:
+    """Says where noise that is accepted as a whole stayed for long, by what was renewed of it.
+
+    It does where its estimate is far above others: where the proposal is too narrow for what the
+    posterior has there. However many draws, they are one by what was integrated out.
+    """
+    chains, count = renewed.shape
+    if count < FEWEST or not bool(((renewed == 0.0) | (renewed == 1.0)).all()):
+        return
+    place = torch.arange(1, count + 1, device=renewed.device).expand(chains, count)
+    since = torch.where(renewed > 0.0, place, 0).cummax(1).values
+    stays = (place - since).amax(1)
+    chain = int(stays.argmax())
+    result.values["longest_stay"] = stay = int(stays[chain])
+    rate = float(renewed.double().mean())
+    if stay > _LONGEST_STAY * count and stay * rate > _MANY_TRIALS:
+        result.messages.append(
+            f"Chain {chain} kept the noise of its estimate for {stay} draws in a row, though "
+            f"{rate:.0%} of proposals of new noise were accepted: the estimate is far too high "
+            "there, as where a proposal is too narrow, and what was integrated out is worth one "
+            "draw of these; take more particles, or `NUTS` with `whiten` for paths."
         )
 
 

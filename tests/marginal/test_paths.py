@@ -17,7 +17,7 @@ from pyro_hamflow.marginal import path_bands, refit, settle
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.refit import refit_at
 from pyro_hamflow.marginal.settle import repeated_estimates
-from pyro_hamflow.mcmc.adaptation import estimator
+from pyro_hamflow.mcmc.adaptation.spread_of_estimates import places_beyond, variance_at
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
 from tests.helpers.estimates import assert_unbiased, estimates
@@ -361,7 +361,7 @@ def test_what_chains_do_not_reach_is_not_looked_at():
     centre = potential.flatten(at({"phi": 0.95, "s": 0.2}))
     sides = torch.tensor([[0.1, 0.1], [0.1, -0.1], [20.0, 0.0]]).to(centre)
     torch.manual_seed(0)
-    places, variances = estimator._beyond(potential, centre + sides, centre)
+    places, variances = places_beyond(potential, centre + sides, centre)
     assert len(places) == len(variances) == 4  # of six
     assert float((places - centre).abs().max()) < 1.0
 
@@ -390,7 +390,7 @@ def test_warm_up_looks_beyond_the_chains(monkeypatch):
     places = [{"length": 0.9 * math.exp(side), "height": 0.9} for side in (-0.4, 0.4)]
     state = SimpleNamespace(position=torch.stack([potential.flatten(at(v)) for v in places * 2]))
     torch.manual_seed(0)
-    assert estimator._variance(potential, state.position) < 1.0
+    assert variance_at(potential, state.position) < 1.0
     monkeypatch.setattr(PathProposal, "fades", False)
     tuning.note(state)
     assert tuning.retuned(state) is None

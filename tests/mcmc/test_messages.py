@@ -322,3 +322,24 @@ def test_divergences_are_located(end):
     assert found.values["diverging_at"] == "b[0, 2]"
     spread = told(position, diverging=torch.rand(4, 500) < 0.02)
     assert not any("Divergences lie" in message for message in spread.messages)
+
+
+@pytest.mark.parametrize(("length", "is_told"), [(45, True), (8, False)])
+def test_noise_that_stays_for_long_is_told(length, is_told):
+    torch.manual_seed(0)
+    renewed = (torch.rand(4, 1000) < 0.9).double()
+    renewed[2, 700 : 700 + length] = 0.0
+    renewed[2, 699] = renewed[2, 700 + length] = 1.0
+    found = told(independent(4, 1000), refresh_rate=renewed)
+    assert found.values["longest_stay"] == length
+    begins = f"Chain 2 kept the noise of its estimate for {length} draws in a row"
+    assert any(text.startswith(begins) for text in found.messages) == is_told
+
+
+def test_stays_by_chance_and_of_parts_are_not_told():
+    torch.manual_seed(0)
+    by_chance = (torch.rand(4, 1000) < 0.35).double()
+    assert told(independent(4, 1000), refresh_rate=by_chance).messages == []
+    parts = torch.rand(4, 1000)
+    parts[1, 200:300] = 0.0
+    assert told(independent(4, 1000), refresh_rate=parts).messages == []

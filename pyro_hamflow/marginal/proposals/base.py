@@ -175,6 +175,15 @@ class Proposal(ABC):
         """
         return None
 
+    def tail(self, plan: Plan, parameters: dict[str, Tensor]) -> float:
+        """How far weights reach beyond what estimates show, as a variance of their logarithm.
+
+        Arguments:
+            plan: The model.
+            parameters: The values of all sites that are not integrated out.
+        """
+        return 0.0
+
     def alternative(self, sites: Sequence[str], variance: float) -> str | None:
         """What may serve better, in a sentence; none if that is not known.
 

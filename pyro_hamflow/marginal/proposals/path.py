@@ -37,6 +37,7 @@ from pyro_hamflow.marginal.path_density import (
 )
 from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
 from pyro_hamflow.marginal.path_modes import LookAt, captured_looks, other_modes
+from pyro_hamflow.marginal.path_tails import tail_variance
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal, stretched
 from pyro_hamflow.marginal.structure import Group
@@ -146,12 +147,7 @@ class PathProposal(Proposal):
         if fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
-        parts = path_parts(plan, path, parameters)
-        programs = self.programs.get(group.name)
-        is_known = programs is not None and programs.key == plan.structure.key
-        if programs is not None and is_known and parameters.keys() <= fit.anchor.values.keys():
-            parts = _ordered(programs.parts_at, fit.bands.order, parameters)
-        found = gaussian_at(fit, parts, parameters)
+        found = gaussian_at(fit, self._parts(plan, group, fit, parameters), parameters)
         noise, log_stretch = coordinates, torch.zeros_like(coordinates[..., 0])
         if not fit.is_exact:
             noise, log_stretch = stretched(coordinates)
@@ -159,6 +155,25 @@ class PathProposal(Proposal):
         density = log_noise - log_stretch + 0.5 * banded.log_det(found.root)
         shape = plate_shape(group.frames, plan.structure.nesting)
         return PathParticle(path, found.draw(noise), density.reshape(shape))
+
+    def _parts(
+        self, plan: Plan, group: Group, fit: PathFit, parameters: dict[str, Tensor]
+    ) -> Parts:
+        """The log densities of a group's path."""
+        programs = self.programs.get(group.name)
+        is_known = programs is not None and programs.key == plan.structure.key
+        if programs is not None and is_known and parameters.keys() <= fit.anchor.values.keys():
+            return _ordered(programs.parts_at, fit.bands.order, parameters)
+        path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
+        return path_parts(plan, path, parameters)
+
+    def tail(self, plan: Plan, parameters: dict[str, Tensor]) -> float:
+        found = []
+        for group in plan.structure.groups:
+            fit = self.fitted[group.name]
+            parts = self._parts(plan, group, fit, parameters)
+            found.append(tail_variance(fit, gaussian_at(fit, parts, parameters), parts))
+        return max(found, default=0.0)
 
     def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)

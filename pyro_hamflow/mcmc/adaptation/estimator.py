@@ -17,8 +17,10 @@ from pyro_hamflow.marginal.preparation import FAR
 from pyro_hamflow.marginal.refit import refit_at
 from pyro_hamflow.marginal.scrutiny import look, misses
 from pyro_hamflow.marginal.settle import wanted_variance
+from pyro_hamflow.marginal.tails import NARROW, tail, told_of_tails
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.engine import Engine
+from pyro_hamflow.mcmc.adaptation.spread_of_estimates import places_beyond, variance_at
 from pyro_hamflow.mcmc.transitions.base import State, Transition
 from pyro_hamflow.mcmc.transitions.native_estimate import looks_of
 from pyro_hamflow.mcmc.transitions.noise_refresh import Blocks, CorrelatedRefresh, Refresh
@@ -29,7 +31,6 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.start import find_start
 from pyro_hamflow.process import random_state_kept
 
-_REPLICATES = 32  # estimates: their variance is then known to a quarter
 # Where joint moves overtake conditional ones, by effective draws per gradient: measured in
 # benchmarks/methods.py for noise that is accepted as a whole, and element by element.
 _LARGEST_VARIANCE, _LARGEST_FACTORISED_VARIANCE = 3.0, 20.0
@@ -44,10 +45,7 @@ _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are
 # per second with four seeds, 16 made 2.0 and 3.5.
 _WANTED_FACTORISED_VARIANCE = 4.0
 _LAVISH_VARIANCE = 0.25  # below which half the particles would do
-_OUT = 1.5  # times as far as chains are from their middle, where estimates are looked at, too
-# By how much lower the log density may be there: by .6 r^2 for chains r deviations from the middle.
-_REACH = 5.0
-_LOOKS = 4  # draws of warm-up, of a chain each, at which the estimator is looked at
+_LOOKS = 4  # draws of warm-up, of a chain each, and places beyond, that are looked at
 _METHODS = ("auto", "joint", "conditional")
 
 
@@ -151,7 +149,7 @@ class EstimatorTuning:
 
     def _choose(self, potential: Potential, position: Tensor) -> str:
         """Which of the two ways serves, by the variance of the estimate where the chains start."""
-        self.variance = _variance(potential, position)
+        self.variance = variance_at(potential, position)
         recovery, model = potential.recovery, self.source.model
         one = recovery.num_choices == 1
         is_path = one and isinstance(model, MarginalModel) and model.proposal.fades
@@ -204,8 +202,7 @@ class EstimatorTuning:
         centre = torch.cat(window[len(window) // 2 :]).mean(0)
         with random_state_kept():
             better, middle = None, potential.constrain(centre)
-            variance = _variance(potential, state.position)
-            moves = self.chosen_method == "joint"
+            variance, moves = variance_at(potential, state.position), self.chosen_method == "joint"
             wanted = wanted_variance(model.proposal, moves=moves)
             if potential.recovery.factorises:
                 wanted = _WANTED_FACTORISED_VARIANCE
@@ -238,13 +235,18 @@ class EstimatorTuning:
         """
         if not model.proposal.fades or model.proposal.closer() is None:
             return position[:0]
-        places, variances = _beyond(self.source.potential, position, centre)
-        return places if bool((variances > _LARGEST_VARIANCE).any()) else places[:0]
+        potential = self.source.potential
+        places, variances = places_beyond(potential, position, centre)
+        if bool((variances > _LARGEST_VARIANCE).any()):
+            return places
+        far = [potential.constrain(row) for row in places[:_LOOKS]]
+        is_narrow = tail(model, far, Arguments(potential.args, potential.kwargs)) > NARROW
+        return places if is_narrow else places[:0]
 
     def examine(self, state: State) -> None:
         """Looks at the frozen estimator at the last draws of warm-up; says first what is wrong."""
         model, potential = self.source.model, self.source.potential
-        self.variance = _variance(potential, state.position)
+        self.variance = variance_at(potential, state.position)
         if self.variance > _NOISY_VARIANCE:
             self.plan.say(
                 "the log-likelihood estimate is too noisy at the chains' own draws, with variance "
@@ -264,33 +266,11 @@ class EstimatorTuning:
         variance = self.variance
         if model.proposal.fades:
             with random_state_kept():
-                _, beyond = _beyond(potential, state.position, state.position.mean(0))
+                places, beyond = places_beyond(potential, state.position, state.position.mean(0))
             variance = max(variance, *beyond.tolist())
+            draws += [potential.constrain(row) for row in places[:_LOOKS]]
+            if remark := told_of_tails(model, draws, data):
+                self.plan.say(remark, first=True)
         other = model.proposal.alternative(model.sites, variance)
         if other:
             self.plan.say(other)
-
-
-def _variance(potential: Potential, position: Tensor) -> float:
-    """That of the log estimate, the median over chains, at their positions."""
-    return float(_estimates(potential, position).var(0).median())
-
-
-def _estimates(potential: Potential, position: Tensor) -> Tensor:
-    """Log estimates of the posterior density, of shape ``(replicates, chains)``."""
-    count = len(position)
-    values = [potential.value(position, potential.draw_noise(count)) for _ in range(_REPLICATES)]
-    return -torch.stack(values).double()
-
-
-def _beyond(potential: Potential, position: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Places further from a centre than chains, and the variances of log estimates there.
-
-    They are so many times as far, on the chains' own and the other side; but for those that the
-    posterior hardly reaches by the mean of the estimates, which are about log-normal.
-    """
-    sides = [centre + side * (position - centre) for side in (_OUT, -_OUT)]
-    found = [_estimates(potential, places) for places in (position, *sides)]
-    here, *levels = (log.mean(0) + 0.5 * log.var(0) for log in found)
-    count = torch.cat([level - here > -_REACH for level in levels])
-    return torch.cat(sides)[count], torch.cat([log.var(0) for log in found[1:]])[count]
