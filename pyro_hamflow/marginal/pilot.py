@@ -49,7 +49,7 @@ class Pilot(NamedTuple):
         values: Constrained values of the parameters.
         distance: How far the top may be, in posterior standard deviations.
         escaped: Sites that every climb has led to the end of their support.
-        refused: Why the search was not made in double precision; empty if it was.
+        refused: The error that a search in double precision ended with; empty if it was made.
     """
 
     values: dict[str, Tensor]

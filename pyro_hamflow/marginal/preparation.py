@@ -145,8 +145,8 @@ def _told_of_ends(sites: tuple[str, ...]) -> str:
 
 def _told_of_rounding(reason: str) -> str:
     return (
-        "the search for the posterior's mode did not come to rest: it was made in single "
-        "precision, in which slopes of large counts are rounding, as the model does not run in "
-        f"double ({reason}); the chains may start far from the mode, and warm-up has to find the "
-        "rest of the way."
+        "the search for the posterior's mode did not come to rest. It was made in single "
+        f"precision, for in double precision it ended with an error ({reason}); that may be why, "
+        "as slopes of large counts are rounding then. The chains may start far from the mode, and "
+        "warm-up has to find the rest of the way."
     )
