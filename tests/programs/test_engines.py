@@ -20,6 +20,7 @@ from pyro_hamflow.programs.capture import capture
 from pyro_hamflow.programs.engines import choice, model_library
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.choice import choose_engine
+from pyro_hamflow.programs.engines.narrow import repeated_late
 from pyro_hamflow.programs.engines.native import NativeProgram
 from pyro_hamflow.programs.machine_code import compiler
 from pyro_hamflow.programs.machine_code.store import Store
@@ -435,6 +436,34 @@ def test_the_choice_is_by_the_length_of_the_run():
     assert [one.name for one in found] == ["torch", "native"]
     missing = choose_engine("native", None, *starts(potential, 4), 100)
     assert missing.declined and "not captured" in missing.reason
+
+
+def tails(y):
+    """Parameters that are repeated for all data, and special functions of them."""
+    degrees = pyro.sample("degrees", dist.Gamma(2.0, 0.1))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.StudentT(degrees, 0.0, scale), obs=y)
+    repeated = degrees.expand(len(y))
+    pyro.factor("ones", (torch.lgamma(repeated) * torch.ones_like(repeated) + repeated).sum())
+
+
+def test_functions_of_what_is_repeated_are_worked_out_once():
+    potential = Potential(tails, (torch.linspace(-2.0, 2.0, 60).double(),))
+    graph = potential.programs.base("gradient")
+    changed = repeated_late(graph)
+    costly = ("lgamma", "digamma")
+    shapes = {
+        tuple(node.meta["kind"][0])
+        for node in changed.graph.nodes
+        if getattr(node.target, "__name__", "").split(".")[0] in costly
+    }
+    assert shapes == {()}
+    position, noise = starts(potential, 4)
+    for row in position:
+        for one, other in zip(changed(row, noise), graph(row, noise), strict=True):
+            assert torch.allclose(one, other, rtol=1e-12)
+    assert_gradient_right(potential)
 
 
 def recurrence(y):

@@ -19,6 +19,7 @@ from pyro_hamflow.programs.compilation import writing_before_reading, writing_to
 from pyro_hamflow.programs.engines import factors
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.decompositions import DECOMPOSITIONS
+from pyro_hamflow.programs.engines.narrow import costly_kept, repeated_late
 
 _OPTIONS: dict[str, Any] = {
     # Loops over numbers, which g++ makes vectors of: Inductor's own vectors need torch's headers,
@@ -55,7 +56,7 @@ def with_constants_as_arguments(graph: GraphModule) -> tuple[GraphModule, list[T
 
     So what is compiled depends on the shapes of the data, and not on the data.
     """
-    graph = writing_to_copies(graph)
+    graph = repeated_late(writing_to_copies(graph))
     lifted, known = Graph(), {}
     for node in graph.graph.find_nodes(op="placeholder"):
         known[node] = lifted.placeholder(node.name)
@@ -182,7 +183,7 @@ def source_of(graph: GraphModule, examples: list[Tensor]) -> ast.Module:
             GraphLowering.save_output_code = staticmethod(keep)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of torch's own code
-                with writing_before_reading():
+                with writing_before_reading(), costly_kept():
                     inductor.compile(graph, list(examples))
         except Exception as error:  # ours, in a wrapping of Inductor's; or any of its own
             if not written:
