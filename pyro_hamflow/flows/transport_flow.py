@@ -65,6 +65,19 @@ class TransportFlow(nn.Module):
         return torch.cat(parts or [torch.arange(len(self.loc))]).unique()
 
     @property
+    def is_settled(self) -> bool:
+        """Whether a prior of effects was set."""
+        return any(bool(part.settled.any()) for part in self._layers if isinstance(part, Locals))
+
+    def keep_settled(self) -> None:
+        """Lets no training bend effects whose prior was set, nor what governs them."""
+        outermost = cast(Bend, self._layers[-1])
+        for layer in self._layers:
+            if isinstance(layer, Locals) and layer.settled.any():
+                outermost.settled[layer.fixed] = True
+                outermost.settled[layer.moved[layer.settled]] = True
+
+    @property
     def layers(self) -> list[Layer]:
         """What it is made of, from the coordinates on."""
         return cast(list[Layer], list(self._layers))

@@ -82,11 +82,19 @@ class Coupling(nn.Module):
     # Weights are counted in units of what many inputs add up to: learning rates suit all widths.
     @property
     def _last(self) -> Tensor:
-        return self.last * (2.0 / math.sqrt(_WIDTH))
+        return self._trained(self.last) * (2.0 / math.sqrt(_WIDTH))
 
     @property
     def _linear(self) -> Tensor:
-        return self.linear / math.sqrt(len(self.fixed))
+        return self._trained(self.linear) / math.sqrt(len(self.fixed))
+
+    @property
+    def _constant(self) -> Tensor:
+        return self._trained(self.constant)
+
+    def _trained(self, rows: Tensor) -> Tensor:
+        """A parameter, of which an optimiser sees what it may change."""
+        return rows
 
     def _condition(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The hidden layer's slope, the shift, the logarithm of the scale and its slope.
@@ -95,9 +103,9 @@ class Coupling(nn.Module):
         """
         inner = a @ self.first.mT + self.bias
         hidden = torch.sqrt(1.0 + inner.square())
-        output = hidden @ self._last.mT + a @ self._linear.mT + self.constant
+        output = hidden @ self._last.mT + a @ self._linear.mT + self._constant
         shift, stretch = self._outputs(a, *output.tensor_split(2, -1))
-        usual = 0.0 if self._linear_to == _LINEAR else self.constant[len(self.moved) :]
+        usual = 0.0 if self._linear_to == _LINEAR else self._constant[len(self.moved) :]
         within = (stretch - usual).clamp(-self._linear_to, self._linear_to)
         beyond = torch.tanh((stretch - usual - within) / self._beyond)
         return inner / hidden, shift, usual + within + self._beyond * beyond, 1.0 - beyond.square()
@@ -142,7 +150,8 @@ class Locals(Coupling):
     with :math:`m_1, u` linear in *a*, and :math:`m_2, v` the outputs of a :class:`Coupling`, s is
     :math:`-\tfrac12 \log(e^{-2u} + e^{-2v})`. So a funnel is as narrow as the prior makes
     it, however far beyond the points that were learned from. The prior has no weight until it is
-    set; it is not trained.
+    set. Coordinates whose prior was set are not trained: steps of an optimiser would make a neck
+    too wide for the sake of the many points elsewhere.
 
     Arguments:
         fixed: The coordinates that stay, of shape ``(fixed,)``.
@@ -151,12 +160,14 @@ class Locals(Coupling):
 
     prior: Tensor
     prior_slopes: Tensor
+    settled: Tensor
 
     def __init__(self, fixed: Tensor, moved: Tensor) -> None:
         super().__init__(fixed, moved, "locals")
         weightless = torch.tensor([0.0, _WEIGHTLESS]).repeat_interleave(len(moved))
         self.register_buffer("prior", weightless)
         self.register_buffer("prior_slopes", torch.zeros(2 * len(moved), len(fixed)))
+        self.register_buffer("settled", torch.zeros(len(moved), dtype=torch.bool))
 
     @torch.no_grad()
     def set_prior(self, which: Tensor, constants: Tensor, slopes: Tensor, data: Tensor) -> None:
@@ -175,6 +186,9 @@ class Locals(Coupling):
         self.constant[rows] = data[0].to(self.prior)
         self.linear[rows] = data[1:].mT.to(self.prior) * math.sqrt(len(self.fixed))
 
+    def _trained(self, rows: Tensor) -> Tensor:
+        return _kept(rows, self.settled.repeat(2))
+
     def _parts(self, a: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The prior's centres and logarithms, and its shares of the precisions."""
         centre, log_scale = (self.prior + a @ self.prior_slopes.mT).tensor_split(2, -1)
@@ -188,13 +202,18 @@ class Locals(Coupling):
     def _of_fixed(self, a: Tensor, slope: Tensor, of_shift: Tensor, of_stretch: Tensor) -> Tensor:
         inner = a @ self.first.mT + self.bias
         output = torch.sqrt(1.0 + inner.square()) @ self._last.mT + a @ self._linear.mT
-        shift, stretch = (output + self.constant).tensor_split(2, -1)
+        shift, stretch = (output + self._constant).tensor_split(2, -1)
         centre, _, share = self._parts(a, stretch)
         rest = 1.0 - share
         turn = 2.0 * share * rest * (centre - shift) * of_shift
         of_data = super()._of_fixed(a, slope, of_shift * rest, of_stretch * rest + turn)
         of_prior = torch.cat([of_shift * share, of_stretch * share - turn], -1)
         return of_data + of_prior @ self.prior_slopes
+
+
+def _kept(rows: Tensor, settled: Tensor) -> Tensor:
+    """The rows, of which those that are settled are constants to an optimiser."""
+    return rows.detach().where(settled.view(-1, *[1] * (rows.dim() - 1)), rows)
 
 
 class Bend(nn.Module):
@@ -206,18 +225,32 @@ class Bend(nn.Module):
     Arguments:
         dimension: Of the vectors.
 
+    Attributes:
+        settled: Which coordinates are not trained, of shape ``(dimension,)``.
+
     References:
         | Sinh-arcsinh distributions (Jones and Pewsey, 2009)
         | https://doi.org/10.1093/biomet/asp053
     """
 
+    settled: Tensor
+
     def __init__(self, dimension: int) -> None:
         super().__init__()
+        self.register_buffer("settled", torch.zeros(dimension, dtype=torch.bool))
         self.skew = nn.Parameter(torch.zeros(dimension))
         self.log_tail = nn.Parameter(torch.zeros(dimension))
 
+    @property
+    def _skew(self) -> Tensor:
+        return _kept(self.skew, self.settled)
+
+    @property
+    def _log_tail(self) -> Tensor:
+        return _kept(self.log_tail, self.settled)
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.sinh(self.log_tail.exp() * z.asinh() + self.skew)
+        y = torch.sinh(self._log_tail.exp() * z.asinh() + self._skew)
         return y, self._growth(z, y)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,15 +258,15 @@ class Bend(nn.Module):
         return z, -self._growth(z, y)
 
     def _unbent(self, y: Tensor) -> Tensor:
-        return torch.sinh((y.asinh() - self.skew) * (-self.log_tail).exp())
+        return torch.sinh((y.asinh() - self._skew) * (-self._log_tail).exp())
 
     def _growth(self, z: Tensor, y: Tensor) -> Tensor:
-        slopes = 0.5 * (torch.log1p(y.square()) - torch.log1p(z.square())) + self.log_tail
+        slopes = 0.5 * (torch.log1p(y.square()) - torch.log1p(z.square())) + self._log_tail
         return slopes.sum(-1)
 
     def pull(self, y: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         z = self._unbent(y)
         wide, narrow = torch.sqrt(1.0 + y.square()), torch.sqrt(1.0 + z.square())
-        slope = self.log_tail.exp() * wide / narrow
+        slope = self._log_tail.exp() * wide / narrow
         of_log_slope = slope * y / wide.square() - z / narrow.square()
         return z, gradient * slope - of_log_slope

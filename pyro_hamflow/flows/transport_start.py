@@ -23,7 +23,13 @@ _ROUNDS = 4  # of scales given centres, and of centres given scales
 
 
 @torch.no_grad()
-def begin(flow: TransportFlow, position: Tensor, gradient: Tensor, held_out: Tensor) -> None:
+def begin(
+    flow: TransportFlow,
+    position: Tensor,
+    gradient: Tensor,
+    held_out: Tensor,
+    seen: int | None = None,
+) -> None:
     r"""Starts a fresh flow where locals' centres and log scales are linear in the globals.
 
     Where :math:`b` is normal given :math:`a`, with mean :math:`m(a)` and standard deviation
@@ -43,22 +49,27 @@ def begin(flow: TransportFlow, position: Tensor, gradient: Tensor, held_out: Ten
         position: Of shape ``(points, dimension)``.
         gradient: The potential's gradient there.
         held_out: Which points are held out, of shape ``(points,)``.
+        seen: How many of the first points chains have seen; others lie further out, and tell of
+            priors alone.
     """
+    seen = len(position) if seen is None else seen
     x, g = (position - flow.loc) / flow.scale, gradient * flow.scale
     for layer in reversed(flow.layers):
         if isinstance(layer, Coupling) and layer.moves in {"globals", "locals"}:
-            _start(layer, x, g, held_out)
+            _start(layer, x, g, held_out, seen)
         x, g = layer.pull(x, g)
+    flow.keep_settled()
 
 
-def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> None:
-    a, b = (x[:, part][~held_out].double() for part in (layer.fixed, layer.moved))
-    of_b = g[:, layer.moved][~held_out].double()
+def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor, seen: int) -> None:
+    parts = x[:, layer.fixed], x[:, layer.moved], g[:, layer.moved]
+    a, b, of_b = (part[:seen][~held_out[:seen]].double() for part in parts)
+    beyond = [part[seen:][~held_out[seen:]].double() for part in parts]
     if layer.moves == "globals":
         a = a[:, :0]  # a centre and a scale for all
     elif a.shape[1] > min(_MOST_GLOBALS, len(a) / _POINTS_EACH):
         return
-    points = x, g, held_out
+    points = x[:seen], g[:seen], held_out[:seen]
     with contextlib.suppress(torch.linalg.LinAlgError):
         constants, slopes = _linear(a, b, of_b)
 
@@ -68,20 +79,23 @@ def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor) -> None:
             layer.add_linear(*parts)
 
         fresh = _each_divergence(layer, *points)
-        begun = _change(layer, points, add_linear, _BETTER * fresh)
-        least = torch.minimum(begun, fresh)
+        _change(layer, points, add_linear, _BETTER * fresh)
+        least = _each_divergence(layer, x, g, held_out)
         crooked = least > _STRAIGHT
         if isinstance(layer, Locals) and crooked.any():
             both = crooked.repeat(2)
-            parts = prior_and_data(
-                a, b[:, crooked], of_b[:, crooked], constants[both], slopes[:, both]
+            some, further = (
+                (governing, *(part[:, crooked] for part in rest))
+                for governing, *rest in ((a, b, of_b), beyond)
             )
+            found = prior_and_data(some, further, constants[both], slopes[:, both])
 
             def set_prior(which: Tensor) -> None:
                 among = which[crooked].repeat(2)
-                layer.set_prior(which, *(part[..., among] for part in parts))
+                layer.set_prior(which, *(part[..., among] for part in found))
 
-            _change(layer, points, set_prior, _WORTH * least * crooked)
+            limit = _WORTH * least * crooked
+            layer.settled = _change(layer, (x, g, held_out), set_prior, limit) < limit
 
 
 def _change(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
-from pyro_hamflow.flows.fisher import divergences
+from pyro_hamflow.flows.fisher import divergences, fit_transport
 from pyro_hamflow.flows.transport_flow import TransportFlow
 from pyro_hamflow.flows.transport_start import begin
 
@@ -91,3 +92,69 @@ def test_a_prior_moves_gradients_and_volumes(governing):
     moved, volume = flow(start)
     (expected,) = torch.autograd.grad((moved * slope).sum() - volume.sum(), start)
     assert torch.allclose(flow.pull(x, slope)[1], expected)
+
+
+# --- what points further out are for --------------------------------------------------------------
+
+
+LOW = -5.0  # a level far down the neck
+
+
+def of_successes(x):
+    """As `gradient_at`, with ten trials of each effect, whose logit it is."""
+    _, level, effects = x.split([1, 1, 4], -1)
+    gradient = gradient_at(x)
+    gradient[:, 2:] += 10.0 * torch.sigmoid(effects) - Y.clamp(0.0, 2.0) - (effects - Y) / ERROR**2
+    return gradient
+
+
+def learned_of_successes(steps, seen=None):
+    """A map by points about a level of 0, and others down to -4; only *seen* of them begin it."""
+    torch.manual_seed(1)
+    level = torch.cat([0.7 * torch.randn(2000), -4.0 * torch.rand(400)]).double()
+    mean = torch.randn(2400, 1).double() - 1.0
+    effects = mean + level.exp()[:, None] * torch.randn(2400, 4).double()
+    x = torch.cat([mean, level[:, None], effects], -1)
+    held_out = torch.arange(2400) % 10 == 0
+    flow = TransportFlow([1, 1, 4]).to(x).requires_grad_(False)
+    flow.loc.copy_(x.mean(0))
+    flow.scale.copy_(x.std(0))
+    some = slice(None, seen)
+    begin(flow, x[some], of_successes(x[some]), held_out[some], seen=2000)
+    settled = copy.deepcopy(flow)
+    flow.requires_grad_(True)
+    fit_transport(flow, x, of_successes(x), held_out, num_steps=steps)
+    return flow.requires_grad_(False), settled
+
+
+def far_of_successes(flow):
+    torch.manual_seed(2)
+    mean = torch.randn(200, 1).double() - 1.0
+    effects = mean + math.exp(LOW) * torch.randn(200, 4).double()
+    x = torch.cat([mean, torch.full((200, 1), LOW).double(), effects], -1)
+    z, slope = flow.pull(x, of_successes(x))
+    return float(divergences(z[:, 2:], slope[:, 2:]).mean())
+
+
+def test_points_further_out_tell_priors_precisely():
+    """Data that are not normal bend what is found where they count."""
+    assert far_of_successes(learned_of_successes(0)[0]) < 0.3
+    assert far_of_successes(learned_of_successes(0, seen=2000)[0]) > 3.0
+
+
+def test_they_count_where_they_are_exact(monkeypatch):
+    """With residuals of all points alike, data's would turn the prior."""
+    monkeypatch.setattr("pyro_hamflow.flows.transport_prior._CLOSE", 1.0)
+    assert far_of_successes(learned_of_successes(0)[0]) > 1.0
+
+
+def test_training_leaves_what_is_settled():
+    """Neither a prior's effects nor what governs them are bent, however many steps are taken."""
+    flow, settled = learned_of_successes(50)
+    assert flow.is_settled
+    for mine, before in zip(flow.layers[-2:], settled.layers[-2:], strict=True):
+        assert mine.settled.all()
+        for part, other in zip(mine.parameters(), before.parameters(), strict=True):
+            assert torch.allclose(part, other)
+    pairs = list(zip(flow.parameters(), settled.parameters(), strict=True))
+    assert not all(torch.allclose(part, other) for part, other in pairs)

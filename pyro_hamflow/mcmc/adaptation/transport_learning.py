@@ -213,13 +213,14 @@ class TransportLearning:
         fresh = TransportFlow(self._sizes).to(x)
         fresh.loc.copy_(x.mean(0) - scale * g.mean(0))
         fresh.scale.copy_(scale.sqrt())
-        begin(fresh, x, g, held_out)
-        steps = _STEPS if self.refits else _LAST_STEPS
         everything = self._outskirts.beside(x, g, held_out)
+        begin(fresh, *everything, seen=len(x))
+        steps = _STEPS if self.refits else _LAST_STEPS
         if worst_divergence(fresh.pull(x, g), held_out) < _STRAIGHT:
             flow, steps = fresh, 0
         else:
-            known = [fresh] if self._flow is None else [fresh, self._flow]
+            # A prior set by all that is known leads further down than one that few points gave.
+            known = [fresh] if self._flow is None or fresh.is_settled else [fresh, self._flow]
             flow = min(
                 known, key=lambda flow: mean_divergence(flow.pull(*everything[:2]), everything[2])
             )
