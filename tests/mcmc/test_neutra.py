@@ -306,7 +306,7 @@ def test_learned_map_that_is_no_good(monkeypatch):
     """A map that was never trained is dropped, for it is no nearer to a normal density."""
     monkeypatch.setattr(transport_learning, "_STEPS", 1)
     monkeypatch.setattr(transport_learning, "_LAST_STEPS", 1)
-    monkeypatch.setattr(transport_learning, "begin", lambda *points: None)
+    monkeypatch.setattr(transport_learning, "begin", lambda *points, **seen: None)
     mcmc = run(NUTS(funnel, transport="flow"), num_samples=10)
     assert mcmc.kernel.transport is None
     assert any("hardly nearer" in message for message in mcmc.messages)
