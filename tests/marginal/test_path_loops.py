@@ -1,0 +1,77 @@
+"""Loops of states in panels: ragged by masks, and with plates inside loops."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+
+from pyro_hamflow import marginalize
+from pyro_hamflow.marginal.settle import repeated_estimates
+from pyro_hamflow.model.kinds import Arguments
+
+LENGTHS = torch.tensor([18, 12, 5])
+AT = {"q": torch.tensor(0.4, dtype=torch.float64), "s": torch.tensor(0.6, dtype=torch.float64)}
+
+
+def scales(y):
+    one = torch.ones((), dtype=y.dtype)
+    return pyro.sample("q", dist.LogNormal(-one, 0.7)), pyro.sample("s", dist.LogNormal(-one, 0.7))
+
+
+def masked_everywhere(y):
+    q, s = scales(y)
+    x = torch.zeros_like(y[0])
+    with pyro.plate("units", 3):
+        for t in pyro.markov(range(len(y))):
+            with poutine.mask(mask=t < LENGTHS):
+                x = pyro.sample(f"x_{t}", dist.Normal(x, q))
+                pyro.sample(f"y_{t}", dist.Normal(x, s), obs=y[t])
+
+
+def plate_inside(y):
+    q, s = scales(y)
+    x, units = torch.zeros_like(y[0]), pyro.plate("units", 3)
+    for t in pyro.markov(range(len(y))):
+        with units:
+            x = pyro.sample(f"x_{t}", dist.Normal(x, q))
+            with poutine.mask(mask=t < LENGTHS):
+                pyro.sample(f"y_{t}", dist.Normal(x, s), obs=y[t])
+
+
+def plate_of_observations(y):
+    q, s = scales(y)
+    x = torch.zeros_like(y[0, 0])
+    for t in pyro.markov(range(len(y))):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, q))
+        with pyro.plate(f"observations_{t}", 3):
+            pyro.sample(f"y_{t}", dist.Normal(x, s), obs=y[t])
+
+
+def covariance(length):
+    times = torch.arange(1, length + 1, dtype=torch.float64)
+    return AT["q"] ** 2 * torch.minimum(times[:, None], times)
+
+
+def log_density(values, matrix):
+    matrix = matrix + AT["s"] ** 2 * torch.eye(len(values)).to(values)
+    return dist.MultivariateNormal(torch.zeros_like(values), matrix).log_prob(values)
+
+
+@pytest.mark.parametrize("model", [masked_everywhere, plate_inside, plate_of_observations])
+def test_gaussian_panels_are_exact(model):
+    torch.manual_seed(0)
+    y = 0.5 * torch.randn(18, 3, dtype=torch.float64).cumsum(0)
+    if model is plate_of_observations:
+        whole = covariance(18).repeat_interleave(3, 0).repeat_interleave(3, 1)
+        expected = log_density(y.reshape(-1), whole)[None]
+    else:
+        lengths = LENGTHS.tolist()
+        parts = [log_density(y[:n, i], covariance(n)) for i, n in enumerate(lengths)]
+        expected = torch.stack(parts)
+    marginal = marginalize(model, ["x"], num_particles=1)
+    marginal.fit(y, pilot={"q": torch.tensor(0.7).double(), "s": torch.tensor(0.5).double()})
+    found = repeated_estimates(marginal, AT, 3, Arguments((y,), {}))
+    torch.testing.assert_close(found, expected.expand_as(found), rtol=0.0, atol=1e-10)
