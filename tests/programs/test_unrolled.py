@@ -85,7 +85,11 @@ def matrices(x):
     a = a @ a.mT + torch.eye(3)
     factor = torch.linalg.cholesky(a)
     solved = torch.linalg.solve_triangular(factor, x[:3, None], upper=False)
-    return [factor, solved, torch.cholesky_solve(x[:3, None], factor), a.sort(1)[0], a.inverse()]
+    backwards = torch.linalg.cholesky(a.flip(0, 1)).flip(0, 1)  # as of the inverse of a covariance
+    last = torch.linalg.solve_triangular(backwards.mT, x[:3, None], upper=False)
+    inverses = a.inverse(), (a @ a).flip(0, 1).inverse()
+    solutions = solved, last, torch.cholesky_solve(x[:3, None], factor)
+    return [factor, *solutions, a.sort(1)[0], *inverses]
 
 
 GAPS = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1.0, -1.0] * 2)

@@ -139,7 +139,8 @@ class Statements(UsesScratch):
             strides.append(int(beside) - start)
             along = torch.arange(size, device="cpu") * strides[-1]
             even += along.reshape([-1 if d == dim else 1 for d in range(ids.dim())])
-        if not torch.equal(even, places):
+        # Steps backwards, as of what is flipped, are lost where shapes are worked out by torch.
+        if min(strides, default=0) < 0 or not torch.equal(even, places):
             return None
         shape, place = tuple(ids.shape), f"({region.place} + {start})"
         return Buffer(region.dtype, place, shape, tuple(strides)), region.step
