@@ -134,7 +134,7 @@ def test_first_scales_are_those_of_a_normal(chains, power):
 def test_scales_apart_are_found_by_default(power, chains):
     scale = torch.logspace(-power, power, 10)
     kernel = NUTS(normal(torch.zeros(10), scale))
-    mcmc = MCMC(kernel, 1200 // chains, num_chains=chains, seed=0)
+    mcmc = MCMC(kernel, 2400 // chains, num_chains=chains, seed=0)
     mcmc.run()
     _agree(mcmc, 0.0, scale.numpy())
 
