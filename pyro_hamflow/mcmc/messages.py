@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_hamflow import arviz_bridge
 from pyro_hamflow.mcmc.diagnosis import halved, judged, worst
 from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.necks import find_neck, name_of, neck_message
 from pyro_hamflow.model.sites import Site
 
 FEWEST = 50  # draws of each chain that can be judged
@@ -23,7 +24,6 @@ _FEWEST_EFFECTIVE = 100  # of each chain
 _MOST_COMPARED = 4000  # draws that are compared with what was explored before
 _WORTH = 0.2  # of explored places, which were moved apart from few: of independent ones
 _ERRORS = 4.5  # of a difference between both; looked at in many places
-_TOGETHER = 3.5  # standard errors of the mean rank of draws that diverged, beyond which it is told
 _SMALLEST_BFMI = 0.3  # as Stan's
 _SMALLEST_RATE = 0.3  # of proposals accepted, and of noise renewed; not tuned
 _LONGEST_STAY = 0.02  # of a chain's draws, for which noise that is one block may stay as it is
@@ -83,7 +83,7 @@ def _look_at_parameters(result: Report, draws: Draws, sites: Sequence[Site]) -> 
         extreme = "max" if kind == "rhat" else "min"
         if place == len(values):  # no number at all
             continue
-        name = _name(sites, columns[place])
+        name = name_of(sites, columns[place])
         if kind == "rhat" and _LARGEST_RHAT < values[place] < np.inf:
             rows = draws.columns([columns[place]]).double().numpy()
             _look_for_clusters(result, rows[..., 0], name)
@@ -146,7 +146,7 @@ def _compare(result: Report, position: Tensor, explored: Tensor, sites: Sequence
     shares = float(before[place % number]), float(is_below.mean())
     result.values["explored_gap"] = abs(shares[1] - shares[0]) / error**0.5
     if result.values["explored_gap"] > _ERRORS:
-        name = _name(sites, column)
+        name = name_of(sites, column)
         result.messages.append(
             f"{shares[0]:.0%} of the population that chains started from have '{name}' below "
             f"{limit:.3g} (on the real line), but {shares[1]:.0%} of the draws, so that shares of "
@@ -243,36 +243,13 @@ def _look_for_stays(result: Report, renewed: Tensor) -> None:
 
 
 def _look_for_necks(result: Report, draws: Draws, sites: Sequence[Site]) -> None:
-    """Says which parameter's end trajectories diverge at, by the mean rank of draws that did."""
-    chains, length, dimension = draws.extent
-    diverging = draws.stats["diverging"].flatten().cpu()
-    number = int(diverging.sum())
-    if not (dimension and 0 < number < chains * length):
-        return
-    columns = worst(draws)
-    rows = draws.columns(columns).reshape(-1, len(columns)).double()
-    ranks = rows.argsort(0).argsort(0)[diverging].double() + 0.5
-    away = (ranks.mean(0) / len(rows) - 0.5) * (12.0 * number) ** 0.5
-    place = int(away.abs().argmax())
-    if float(away[place].abs()) > _TOGETHER:
-        result.values["diverging_at"] = name = _name(sites, columns[place])
-        end = "small" if away[place] < 0.0 else "large"
-        result.messages.append(
-            f"Divergences lie where '{name}' is {end}: trajectories do not get further, and too "
-            "few draws are there. If it is a scale of effects, sample these in its units, by "
-            "`whiten` or Pyro's `LocScaleReparam`."
-        )
+    """Says which parameter's end trajectories diverge at."""
+    neck = find_neck(draws, sites)
+    if neck is not None:
+        result.values["diverging_at"] = name_of(sites, neck.column)
+        result.messages.append(neck_message(neck, sites))
 
 
 def _rhat(values: np.ndarray) -> float:
     with np.errstate(all="ignore"):
         return float(arviz_bridge.rhat(halved(values)))
-
-
-def _name(sites: Sequence[Site], column: int) -> str:
-    """The name of a coordinate, as ArviZ writes it: ``x[2, 0]``."""
-    site = next(site for site in sites if site.start <= column < site.stop)
-    if not site.shape:
-        return site.name
-    index = np.unravel_index(column - site.start, tuple(site.shape))
-    return f"{site.name}[{', '.join(str(int(i)) for i in index)}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import arviz
@@ -318,10 +319,68 @@ def test_divergences_are_located(end):
     sign = 1.0 if end == "small" else -1.0
     diverging = (sign * position[..., 3] < -1.0) & (torch.rand(4, 500) < 0.05)
     found = told(position, diverging=diverging)
-    assert f"Divergences lie where 'b[0, 2]' is {end}: " in found.messages[-1]
+    said = f"Divergences lie where 'b[0, 2]' is {end}: too few draws may be there."
+    assert found.messages[-1] == said
     assert found.values["diverging_at"] == "b[0, 2]"
     spread = told(position, diverging=torch.rand(4, 500) < 0.02)
     assert not any("Divergences lie" in message for message in spread.messages)
+
+
+@pytest.mark.parametrize(("sign", "end"), [(1.0, "small"), (-1.0, "large")])
+def test_what_is_narrow_where_trajectories_diverge_is_named(sign, end):
+    """Where most of a site diverges, the scale alone is named; what lies elsewhere is not."""
+    position = independent()
+    log_scale = sign * position[..., :1]
+    centre = 2.0 * position[..., :1]
+    position[..., 1:4] = centre + log_scale.exp() * position[..., 1:4]
+    position[..., 4] = centre[..., 0] + position[..., 4]
+    diverging = (log_scale[..., 0] < -1.5) & (torch.rand(4, 500) < 0.5)
+    found = told(position, diverging=diverging)
+    told_of = re.fullmatch(
+        r"Divergences lie where 'a' is (\w+), and 'b\[0, [012]\]' .*", found.messages[-1]
+    )
+    assert told_of is not None and told_of[1] == end
+    share = float(re.search(r"has ([.\d]+) of its usual spread", found.messages[-1])[1])
+    assert share == pytest.approx(np.exp(-1.755), rel=0.2)  # the mean of the lowest tenth
+
+
+def effects(sampled_in_units, error):
+    values = torch.tensor([1.2, -2.0, 0.3])
+
+    def model():
+        tau = pyro.sample("tau", dist.HalfCauchy(1.0))[..., None]
+        if sampled_in_units:
+            theta = tau * pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        else:
+            theta = pyro.sample("theta", dist.Normal(torch.zeros(3), tau).to_event(1))
+        pyro.sample("y", dist.Normal(theta, error).to_event(1), obs=values)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("sampled_in_units", "error", "end", "narrow", "remedy"),
+    [
+        (False, 30.0, "small", "theta", "in its units"),
+        (True, 0.1, "large", "z", "sample the effect itself"),
+    ],
+)
+def test_divergences_of_effects_in_either_form_are_told_rightly(
+    sampled_in_units, error, end, narrow, remedy
+):
+    """Few data leave a neck at small scales of centred effects; many, at large ones of others."""
+    mcmc = MCMC(
+        NUTS(effects(sampled_in_units, error), target_accept_prob=0.6),
+        1000,
+        warmup_steps=500,
+        num_chains=16,
+        seed=0,
+        disable_progbar=True,
+    )
+    mcmc.run()
+    (said,) = [message for message in mcmc.messages if "Divergences lie" in message]
+    assert said.startswith(f"Divergences lie where 'tau' is {end}, and '{narrow}[")
+    assert remedy in said
 
 
 @pytest.mark.parametrize(("length", "is_told"), [(45, True), (8, False)])
