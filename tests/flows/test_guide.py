@@ -258,7 +258,7 @@ def test_guides_of_one_process_are_apart():
 @pytest.mark.parametrize(
     ("start", "called"),
     long_but(
-        [("laplace", True), ("prior", False)],
+        [("prior", False)],
         itertools.product(["laplace", "prior"], [False, True]),
     ),
 )

@@ -291,6 +291,7 @@ def test_weights_of_draws_count():
     assert abs(shares[0] - SHARE) < 0.03
 
 
+@pytest.mark.slow
 def test_layers_bend_what_gaussians_cannot_cover():
     torch.manual_seed(0)
     draws = crescents_draws(2000, 6)

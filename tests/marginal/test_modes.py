@@ -122,7 +122,10 @@ def _forgets_a_density(monkeypatch):
     monkeypatch.setattr(MixtureParticle, "mix", spoilt)
 
 
-@pytest.mark.parametrize("sabotage", [_mistakes_the_tail, _forgets_the_shares, _forgets_a_density])
+@pytest.mark.parametrize(
+    "sabotage",
+    long_but([_forgets_the_shares], [_mistakes_the_tail, _forgets_the_shares, _forgets_a_density]),
+)
 def test_sabotaged_mixtures_are_noticed(sabotage, monkeypatch):
     term = TERMS["square"]
     model, exact = one_site(PRIORS["normal"], term)

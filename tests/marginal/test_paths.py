@@ -287,7 +287,10 @@ def all_meet_in_a_loop(y):
 
 @pytest.mark.parametrize(
     ("model", "sites"),
-    [(all_meet_in_a_vector, "site 'x'"), (all_meet_in_a_loop, "sites 'x_0' to 'x_19'")],
+    [
+        (all_meet_in_a_vector, "site 'x'"),
+        pytest.param(all_meet_in_a_loop, "sites 'x_0' to 'x_19'", marks=pytest.mark.slow),
+    ],
 )
 def test_a_path_without_order_may_not_be_long(model, sites, monkeypatch):
     monkeypatch.setattr(path_bands, "_LONGEST", 10)

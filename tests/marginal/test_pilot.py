@@ -10,6 +10,7 @@ import torch
 import pyro_hamflow as phf
 from pyro_hamflow.marginal import pilot as pilot_module
 from pyro_hamflow.marginal.proposals.laplace import LaplaceProposal
+from tests.helpers.kinds import long_but
 
 
 def counts(x, y):
@@ -71,7 +72,7 @@ def test_pilot_of_counts_is_the_top_by_quadrature(level, seed):
     assert marginal.prepared.distance < 0.1
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", long_but([1], [1, 2]))
 def test_pilot_of_counts_in_single_precision_is_as_near(seed):
     """Slopes of counts of thousands are rounding there, and the search is made in double."""
     pyro.set_rng_seed(seed)
@@ -89,7 +90,7 @@ def test_pilot_of_counts_in_single_precision_is_as_near(seed):
     assert marginal.prepared.distance < 0.1
 
 
-@pytest.mark.parametrize("level", [7.0, 9.0], ids=["thousands", "tens of thousands"])
+@pytest.mark.parametrize("level", long_but([9.0], [7.0, 9.0]))
 def test_rounding_is_told_where_the_model_runs_in_single_precision_alone(level):
     """Thousands leave the search near, and it says how near; of more it finds no way, and why."""
 
@@ -196,6 +197,7 @@ def test_rest_is_worth_a_little_height():
     assert min([higher, rested], key=pilot_module._height) is higher
 
 
+@pytest.mark.slow
 def test_independent_points_would_not_do(monkeypatch):
     """Of effects that the data know well, the score's mean over such points is far off."""
     x, y = count_data(7.0)

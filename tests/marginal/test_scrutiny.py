@@ -149,6 +149,7 @@ def seizures(x, y):
         pyro.sample("y", dist.Poisson((beta[0] + beta[1] * x + u).exp()), obs=y)
 
 
+@pytest.mark.slow
 def test_warm_up_tunes_an_estimator_that_was_fitted_far_away(monkeypatch):
     x = torch.linspace(-1.0, 1.0, 40)
     y = dist.Poisson((3.0 + x + 0.6 * torch.randn(40)).exp()).sample()

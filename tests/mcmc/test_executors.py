@@ -129,7 +129,9 @@ def test_loky_loses_a_worker(expected, tmp_path):
     assert any("made again" in message for message in mcmc.messages)
 
 
-@pytest.mark.parametrize("kernel", [lambda: HMC(model), marginal])
+@pytest.mark.parametrize(
+    "kernel", [lambda: HMC(model), pytest.param(marginal, marks=pytest.mark.slow)]
+)
 def test_segments_of_other_kernels(kernel):
     def draws(seconds):
         with short_segments(seconds):

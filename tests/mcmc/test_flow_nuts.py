@@ -98,7 +98,7 @@ def check_shares(mcmc):
     assert (abs(scores((x - mean).square().numpy(), VARIANCE + CENTRE**2 - mean**2)) < 4.5).all()
 
 
-@pytest.mark.parametrize("local", long_but([RandomWalk], [None, HMC, MALA, RandomWalk]))
+@pytest.mark.parametrize("local", long_but([], [None, HMC, MALA, RandomWalk]))
 def test_shares_of_modes_by_a_trained_guide(local):
     model = modes()
     guide = Normals([-CENTRE, CENTRE])
@@ -159,6 +159,7 @@ def test_local_moves_beside_a_spike_are_short_where_jumps_lead_further():
     assert "of the local moves would take more than 127 steps" in " ".join(mcmc.messages)
 
 
+@pytest.mark.slow
 def test_a_flow_is_trained_on_what_the_population_finds():
     """Its Gaussians begin a unit beside the modes, where few jumps are accepted."""
     guide = Normals([-CENTRE, CENTRE], 0.8)
@@ -191,7 +192,7 @@ def test_a_flow_of_zuko_is_trained():
     assert float(mcmc.draws.stats["global_accepted"].double().mean()) > 0.5
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("hidden", long_but([False], [False, True]))
 def test_progress_of_the_population(hidden, monkeypatch, capsys):
     monkeypatch.setattr(progress, "is_watched", lambda: True)
     kernel = FlowNUTS(modes(), Normals([-CENTRE, CENTRE]), num_particles=100)
@@ -228,6 +229,7 @@ def test_seed_repeats_a_run():
     assert torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.slow
 def test_pyros_runner():
     torch.manual_seed(0)
     kernel = FlowNUTS(modes(), Normals([-CENTRE, CENTRE]), adapt_flow=False)
@@ -259,6 +261,7 @@ def exact_share(y):
     return float(weights[mean < 0.0].sum() + 0.5 * weights[mean == 0.0].sum())
 
 
+@pytest.mark.slow
 def test_modes_of_a_marginal_model():
     """The noise is a part of the state."""
     marginal = marginalize(either_sign, ["effect"], num_particles=16)
@@ -271,6 +274,7 @@ def test_modes_of_a_marginal_model():
     assert float(same_sign.mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_an_estimator_is_not_fitted_between_modes(monkeypatch):
     """There it would serve none; where chains are in one mode, it is."""
 
@@ -463,7 +467,10 @@ def jump_from_the_left_alone(monkeypatch):
     monkeypatch.setattr(IndependenceTransition, "step", step)
 
 
-@pytest.mark.parametrize("spoil", [accept_by_the_target_alone, jump_from_the_left_alone])
+@pytest.mark.parametrize(
+    "spoil",
+    long_but([jump_from_the_left_alone], [accept_by_the_target_alone, jump_from_the_left_alone]),
+)
 def test_spoilt_jumps_are_found_out(spoil, monkeypatch):
     spoil(monkeypatch)
     model = modes()

@@ -113,6 +113,7 @@ def test_long_runs_agree_with_quadrature(kernel, num_particles, num_samples, met
     assert np.abs(effect_scores(mcmc)).max() < LARGEST_OF_EFFECTS
 
 
+@pytest.mark.slow
 def test_a_biased_sampler_is_noticed(monkeypatch):
     from pyro_hamflow.marginal.marginalize import MarginalModel
 

@@ -85,6 +85,7 @@ def test_recovered_sites_go_on(tmp_path):
         resumed(path, latent)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_when_it_is_enough_goes_on_to_the_same_number(tmp_path):
     settings = {"stop_when": ess_above(200), "num_samples": 3000, "num_warm": 60}
     whole = written(tmp_path / "whole.zarr", **settings)

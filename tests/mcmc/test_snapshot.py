@@ -129,7 +129,10 @@ def settled(kernel):
 
 
 # Those that learn are many: of each kernel one stays, and of the flows' that with machine code.
-LONG = {"HNNNUTS, native estimate", "HNNNUTS, per leaf", "FlowNUTS", "RandomWalk, estimate"}
+LONG = {
+    *("HNNNUTS, native estimate", "HNNNUTS, per leaf", "HNNNUTS, estimate", "FlowNUTS"),
+    *("RandomWalk, estimate", "NUTS, transported", "PseudoMarginalHMC, native"),
+}
 
 
 @pytest.mark.parametrize("name", long_but(KERNELS.keys() - LONG, KERNELS))

@@ -161,9 +161,7 @@ OURS = {
 STEP, NUM_STEPS = 0.25, 8
 
 
-@pytest.mark.parametrize(
-    "name", long_but(["endpoint, hmc", "per leaf, nuts", "per leaf, gated"], OURS)
-)
+@pytest.mark.parametrize("name", long_but(["per leaf, nuts", "per leaf, gated"], OURS))
 def test_ours_are_unbiased(name):
     potential, network = mixture()
     transition = OURS[name](potential, network)
@@ -228,9 +226,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", long_but(["surrogate energy in the test", "switch by the error so far"], PUBLISHED)
-)
+@pytest.mark.parametrize("name", long_but(["surrogate energy in the test"], PUBLISHED))
 def test_published_ways_are_biased(name):
     assert abs(bias(Published(**PUBLISHED[name]).step)) > 10.0
 
@@ -259,7 +255,7 @@ def check(transition, step_size, *, num_steps=4, moves=2, least=0.2):
 @pytest.mark.parametrize(
     ("quality", "kind"),
     long_but(
-        [("good", "hmc"), ("bad", "nuts"), ("random", "hmc")],
+        [("good", "hmc"), ("random", "hmc")],
         itertools.product(["good", "bad", "random"], KINDS),
     ),
 )
@@ -334,9 +330,7 @@ def test_invariance_endpoint_with_noise(name, refresh):
     check_latent(name, transition)
 
 
-@pytest.mark.parametrize(
-    "name", ["prior-8", pytest.param("laplace-2", marks=pytest.mark.slow), "by_hand-1"]
-)
+@pytest.mark.parametrize("name", long_but(["by_hand-1"], ["prior-8", "laplace-2", "by_hand-1"]))
 def test_invariance_endpoint_with_noise_native(name):
     potential = make_target(name).potential
     check_latent(name, endpoint(potential, latent_network(name), "hmc", engine="native"))

@@ -144,6 +144,7 @@ def fit_anew_at(iterations, monkeypatch):
     monkeypatch.setattr(estimator_module, "mend_proposal", lambda *arguments: None)
 
 
+@pytest.mark.slow
 def test_what_is_known_of_another_estimate_is_forgotten(monkeypatch):
     """An estimator is fitted anew in warm-up: only what follows is learned from."""
     fit_anew_at({0, 1}, monkeypatch)
@@ -166,6 +167,7 @@ def test_what_is_known_of_another_estimate_is_forgotten(monkeypatch):
     assert math.isfinite(kernel.settings["max_pareto_k"])
 
 
+@pytest.mark.slow
 def test_true_gradients_stay_chosen_when_the_estimator_is_fitted_anew(monkeypatch):
     fit_anew_at({0, 1}, monkeypatch)
     kernel = HNNNUTS(marginalize(latent, ["x"], num_particles=4))
@@ -380,7 +382,9 @@ def test_steps_refused_at_the_leaves_are_not_those_of_true_gradients(monkeypatch
     assert stats["acceptance_rate"].mean() > 0.6
 
 
-@pytest.mark.parametrize(("slope", "chosen"), [(0.0, "endpoint"), (1.0, "per leaf")])
+@pytest.mark.parametrize(
+    ("slope", "chosen"), long_but([(0.0, "endpoint")], [(0.0, "endpoint"), (1.0, "per leaf")])
+)
 def test_correction_is_chosen_by_what_it_costs(slope, chosen, monkeypatch):
     """Points are judged one by one where endpoints are refused too often to be worth their cost."""
     spoil(monkeypatch, slope)
@@ -454,6 +458,7 @@ def test_a_surrogate_has_to_promise_twice_its_cost():
     assert found(3.0).is_for_leaves and not found(3.0, per_leaf=2.0).is_for_leaves
 
 
+@pytest.mark.slow
 def test_verdict_is_kept_in_the_report():
     kernel = learner(HNNNUTS, rounds=1)
     run(kernel)
@@ -586,6 +591,7 @@ def test_draws_are_those_of_nuts():
     assert abs(scores(a, b.mean((0, 1)), error)).max() < 4.0
 
 
+@pytest.mark.slow
 def test_few_trajectories_in_many_dimensions_are_no_plane_to_stay_in():
     def normals():
         pyro.sample("x", dist.Normal(torch.zeros(60), 1.0).to_event(1))

@@ -46,7 +46,6 @@ KERNELS = (phf.PseudoMarginalHMC, phf.PseudoMarginalNUTS)
 RUNS = [(kernel, *case, method) for kernel in KERNELS for case in CASES for method in METHODS]
 # Each kernel, each method and each proposal.
 QUICK = [
-    (phf.PseudoMarginalHMC, 4, "prior", "joint"),
     (phf.PseudoMarginalNUTS, 2, "laplace", "conditional"),
 ]
 

@@ -332,6 +332,7 @@ def run_near_the_pole(least):
     return mcmc
 
 
+@pytest.mark.slow
 def test_density_without_a_bound_is_told_and_ends(monkeypatch):
     taken = []
     step = NUTSTransition.step

@@ -29,7 +29,7 @@ PROMISED = {
 }
 LONG = {
     *("comparing_models", "item_response", "many_patients", "nine_modes"),
-    *("neutra", "pseudo_marginal", "stochastic_volatility"),
+    *("neutra", "pseudo_marginal", "stochastic_volatility", "supernova"),
 }
 # Reproductions of figures of a paper: `make paper`.
 PAPER = {

@@ -217,8 +217,7 @@ def special(x):
         bands,
         systems,
         orders,
-        distances,
-        convolutions,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (distances, convolutions)),
         pytest.param(special, marks=pytest.mark.slow),
     ],
 )

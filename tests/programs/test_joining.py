@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_hamflow.programs.capture import batch, capture
 from pyro_hamflow.programs.validation import no_validation
+from tests.helpers.kinds import long_but
 
 STEPS = 40
 
@@ -122,7 +123,10 @@ def test_joined_operations_are_the_function(function):
             torch.testing.assert_close(part, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f is not recursion])
+@pytest.mark.parametrize(
+    "function",
+    long_but([of_factors, joined_again], [f for f in FUNCTIONS if f is not recursion]),
+)
 def test_number_of_operations_is_that_of_a_step(function):
     sizes = [
         len(capture(value_and_gradient(function), point(steps, 0)).graph.nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pyro
@@ -23,6 +24,7 @@ from pyro_hamflow.programs.engines import (
 from pyro_hamflow.programs.engines.model_library import Unrolled
 from pyro_hamflow.programs.engines.native import NativeProgram, _part
 from pyro_hamflow.programs.machine_code.store import Store
+from tests.helpers.kinds import long_but
 
 PLACES = torch.tensor([[2, 0, -1], [1, 1, 0]])
 GROUPS = torch.tensor([0, 2, 2, 1])
@@ -104,8 +106,13 @@ def with_gaps(x):
     ]
 
 
-@pytest.mark.parametrize("as_loops", [False, True])
-@pytest.mark.parametrize("operations", [elementwise, reductions, moves, matrices, with_gaps])
+@pytest.mark.parametrize(
+    ("operations", "as_loops"),
+    long_but(
+        lambda case: case[1] or case[0] in (elementwise, matrices),
+        itertools.product([elementwise, reductions, moves, matrices, with_gaps], [False, True]),
+    ),
+)
 def test_operations_give_what_torch_gives(operations, as_loops, by_number, monkeypatch, tmp_path):
     """Number by number, and as loops over what lies in memory."""
     if as_loops:
@@ -187,7 +194,7 @@ def made(potential, path):
     return NativeProgram(graph, [part[0] for part in potential.vectors(1)], None, Store(path))
 
 
-@pytest.mark.parametrize("lines", [statements._IN_A_FUNCTION, 7])
+@pytest.mark.parametrize("lines", long_but([7], [statements._IN_A_FUNCTION, 7]))
 def test_a_recurrence_is_written_number_by_number(lines, potential, monkeypatch, tmp_path):
     """In functions of any length: what one makes, later ones read."""
     monkeypatch.setattr(statements, "_IN_A_FUNCTION", lines)

@@ -20,6 +20,7 @@ def run(model, y, draws):
     return mcmc
 
 
+@pytest.mark.slow
 def test_gaussian_series_are_foretold_as_by_kalman():
     mcmc = run(vector, Y, 10)
     found = leave_future_out(mcmc, lambda t: (Y[:t],), TIMES)

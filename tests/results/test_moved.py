@@ -15,6 +15,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.results.moved import MovedPoints, gather, movable
 from pyro_hamflow.results.pointwise import WANTED_ERROR, pointwise
 from pyro_hamflow.results.terms import find_terms
+from tests.helpers.kinds import long_but
 
 VISITS = 6
 
@@ -80,7 +81,7 @@ def exact_pair(scale, y):
     return torch.logaddexp(*parts)
 
 
-@pytest.mark.parametrize("proposal", ["prior", "laplace"])
+@pytest.mark.parametrize("proposal", long_but(["prior"], ["prior", "laplace"]))
 def test_moved_points_are_unbiased_wherever_they_are_moved(proposal):
     torch.set_default_dtype(torch.float64)
     y = torch.tensor([0.5, -2.5])

@@ -142,6 +142,7 @@ def worst_element(found, truth):
     return np.sqrt(np.square(found.to_numpy() - truth).mean((0, 1))).max()
 
 
+@pytest.mark.slow
 def test_errors_are_as_small_as_they_are_said_to_be(monkeypatch):
     """Over ten noises: draws kept for an error that is small by chance alone have a larger one."""
     marginal = phf.marginalize(poisson, ["x"], num_particles=3, proposal="prior")
@@ -190,6 +191,7 @@ def test_many_coordinates_are_averaged_from_more_points(monkeypatch):
     assert error < 1.5 * max(stated, WANTED_ERROR) and stated < 0.12
 
 
+@pytest.mark.slow
 def test_importance_samples_and_pyros_runner_get_fresh_estimates():
     marginal = phf.marginalize(poisson, ["x"], num_particles=3, proposal="prior")
     guide = phf.AutoNeuralHamiltonianFlow(marginal, hidden=(8, 8))

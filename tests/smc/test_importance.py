@@ -138,6 +138,7 @@ def trained_on_schools():
     return found
 
 
+@pytest.mark.slow
 def test_evidence_of_eight_schools(trained_on_schools):
     found = trained_on_schools
     assert found.pareto_k < 0.7 and found.num_invalid == 0

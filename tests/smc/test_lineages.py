@@ -54,6 +54,7 @@ def run(model, seed):
     return sampler
 
 
+@pytest.mark.slow
 def test_a_line_among_outliers():
     truth = evidence_of_line()
     for seed in (3, 5):
@@ -62,6 +63,7 @@ def test_a_line_among_outliers():
         assert not sampler.population.lineages.are_few
 
 
+@pytest.mark.slow
 def test_where_lineages_are_not_looked_at_it_is_far_off(monkeypatch):
     """With twenty seeds the logarithm was off by 1 on average, of which errors of .2 to .7 told."""
     monkeypatch.setattr(lineages, "_EXCESS", math.inf)
@@ -101,6 +103,7 @@ def conjugate():
     pyro.sample("y", dist.Normal(mean, 0.3), obs=torch.tensor(2.5).double())
 
 
+@pytest.mark.slow
 def test_families_tell_the_error_of_the_evidence():
     truth = float(dist.Normal(0.0, math.sqrt(4.09)).log_prob(torch.tensor(2.5).double()))
     torch.manual_seed(0)
@@ -129,6 +132,7 @@ def test_families_weigh_as_much_as_particles():
     assert float((start[alive] - 2.5).abs().mean()) < 0.7 * float((start - 2.5).abs().mean())
 
 
+@pytest.mark.slow
 def test_a_population_in_haste_sees_that_there_is_a_small_mode(monkeypatch):
     """The line of the other sign has .7 %, of which importance sampling tells less here and there.
 

@@ -74,7 +74,7 @@ def test_a_proposal_of_the_users_stays():
     assert proposal == "laplace"
 
 
-@pytest.mark.parametrize("level", [0.0, 4.0])
+@pytest.mark.parametrize("level", [0.0, pytest.param(4.0, marks=pytest.mark.slow)])
 def test_counts_have_one_mode(level):
     x, effect = grouped()
     data = x, torch.poisson((level + 0.5 * x + effect).exp())

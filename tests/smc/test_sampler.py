@@ -90,6 +90,7 @@ def test_inference_data(sampler, tmp_path):
     assert arviz.from_netcdf(str(tmp_path / "data.nc")).posterior["scale"].shape == (1, draws)
 
 
+@pytest.mark.slow
 def test_local_sites_are_recovered():
     marginal = marginalize(effects, ["x"], num_particles=4)
     sampler = AnnealedSampler(marginal, seed=1)

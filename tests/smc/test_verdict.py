@@ -85,6 +85,7 @@ def assert_arrived(sampler):
     assert sampler.message.startswith("The parts of the population agree")
 
 
+@pytest.mark.slow
 def test_drifts_vary_as_much_as_their_noise_says():
     drifts = [run(conjugate, seed, num_particles=200).population.drift for seed in range(30)]
     scores = torch.tensor([drift.change / drift.noise for drift in drifts])
