@@ -23,7 +23,11 @@ _ABOVE = 0.5  # the first logarithm of a scale by data, above most of those of b
 
 
 def prior_and_data(
-    seen: Points, beyond: Points, constants: Tensor, slopes: Tensor
+    seen: Points,
+    beyond: Points,
+    constants: Tensor,
+    slopes: Tensor,
+    prior: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""What effects' conditional densities are made of: a prior that others govern, and data.
 
@@ -43,6 +47,7 @@ def prior_and_data(
         beyond: The same of points further out, if there are any.
         constants: Of centres and log scales without data, to begin with.
         slopes: Of both.
+        prior: Constants and slopes of a prior to begin with, if something is known of it.
 
     Returns:
         Constants of the prior's centres and then of its log scales, ``(2 effects,)``; their slopes,
@@ -55,6 +60,8 @@ def prior_and_data(
     widths = [1 + governing, 1 + governing, 1 + reach, 1 + reach]
     mean, size = a.mean(0), a.std(0).clamp(min=1e-12)
     usual = (constants + a @ slopes)[:, effects:].quantile(0.75, 0) + _ABOVE
+    if prior is not None:
+        constants, slopes = prior
     rows = torch.cat([(constants + mean @ slopes)[None], slopes * size[:, None]])
     none = torch.zeros_like(b[:reach])
     first = [*rows.split(effects, 1), b.mean(0)[None], none, usual[None], none]
@@ -70,9 +77,9 @@ def prior_and_data(
     parts = [part.mT for part in found.split(widths, -1)]
     data = torch.zeros_like(rows)
     data[: 1 + reach] = torch.cat(parts[2:], -1)
-    prior = torch.cat(parts[:2], -1)
+    governed = torch.cat(parts[:2], -1)
     (constants, slopes), (data_constants, data_slopes) = (
-        (part[0] - (mean / size) @ part[1:], part[1:] / size[:, None]) for part in (prior, data)
+        (part[0] - (mean / size) @ part[1:], part[1:] / size[:, None]) for part in (governed, data)
     )
     return constants, slopes, torch.cat([data_constants[None], data_slopes])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_hamflow.flows.transport_flow import TransportFlow
 from pyro_hamflow.flows.transport_layers import Coupling, Locals
-from pyro_hamflow.flows.transport_prior import prior_and_data
+from pyro_hamflow.flows.transport_prior import Points, prior_and_data
 
 _RIDGE = 1e-6  # of the points, on slopes of coordinates of unit variance: more would move necks
 _POINTS_EACH = 10  # that a slope wants
@@ -19,6 +19,7 @@ _MOST_GLOBALS = 50  # the equations of each local coordinate are as many
 _STRAIGHT = 1e-3  # the divergence below which nothing else is looked for than linear parts
 _BETTER = 0.9  # of the divergence of nothing, below which that of linear parts has to be
 _WORTH = 0.5  # of the divergence of linear parts, below which that of a prior and data has to be
+_DONORS = 2  # effects whose priors others try
 _ROUNDS = 4  # of scales given centres, and of centres given scales
 
 
@@ -56,12 +57,15 @@ def begin(
     x, g = (position - flow.loc) / flow.scale, gradient * flow.scale
     for layer in reversed(flow.layers):
         if isinstance(layer, Coupling) and layer.moves in {"globals", "locals"}:
-            _start(layer, x, g, held_out, seen)
+            _start(layer, flow, (x, g, held_out), seen)
         x, g = layer.pull(x, g)
     flow.keep_settled()
 
 
-def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor, seen: int) -> None:
+def _start(
+    layer: Coupling, flow: TransportFlow, everything: tuple[Tensor, Tensor, Tensor], seen: int
+) -> None:
+    x, g, held_out = everything
     parts = x[:, layer.fixed], x[:, layer.moved], g[:, layer.moved]
     a, b, of_b = (part[:seen][~held_out[:seen]].double() for part in parts)
     beyond = [part[seen:][~held_out[seen:]].double() for part in parts]
@@ -81,21 +85,67 @@ def _start(layer: Coupling, x: Tensor, g: Tensor, held_out: Tensor, seen: int) -
         fresh = _each_divergence(layer, *points)
         _change(layer, points, add_linear, _BETTER * fresh)
         least = _each_divergence(layer, x, g, held_out)
-        crooked = least > _STRAIGHT
+        limit = (_WORTH * least).where(least > _STRAIGHT, 0.0)
+        crooked = limit > 0.0
         if isinstance(layer, Locals) and crooked.any():
             both = crooked.repeat(2)
             some, further = (
                 (governing, *(part[:, crooked] for part in rest))
                 for governing, *rest in ((a, b, of_b), beyond)
             )
-            found = prior_and_data(some, further, constants[both], slopes[:, both])
+            linear = constants[both], slopes[:, both]
+            _set_priors(layer, flow, everything, (some, further), linear, limit)
 
-            def set_prior(which: Tensor) -> None:
-                among = which[crooked].repeat(2)
-                layer.set_prior(which, *(part[..., among] for part in found))
 
-            limit = _WORTH * least * crooked
-            layer.settled = _change(layer, (x, g, held_out), set_prior, limit) < limit
+def _set_priors(
+    layer: Locals,
+    flow: TransportFlow,
+    everything: tuple[Tensor, Tensor, Tensor],
+    known: tuple[Points, Points],
+    linear: tuple[Tensor, Tensor],
+    limit: Tensor,
+) -> None:
+    """Sets priors of the effects whose divergences they bring below limits, which are positive.
+
+    The prior of the effect that is nearest to a normal one then is tried by all others.
+    """
+    wanted = limit > 0.0
+    tried, reached = ~wanted, torch.full_like(limit, torch.inf)
+    prior = None
+    for _ in range(1 + _DONORS):
+        found = prior_and_data(*known, *linear, prior)
+
+        def set_prior(which: Tensor, found: tuple[Tensor, Tensor, Tensor] = found) -> None:
+            among = which[wanted].repeat(2)
+            layer.set_prior(which, *(part[..., among] for part in found))
+
+        now = _change(layer, everything, set_prior, torch.minimum(limit, reached))
+        reached = torch.minimum(reached, now)
+        donor = int(reached.where(~tried, torch.inf).argmin())
+        if tried[donor] or not reached[donor] < limit[donor]:
+            break
+        tried[donor] = True
+        prior = _lent(layer, donor, wanted, flow.loc, flow.scale)
+    layer.settled = reached < limit
+
+
+def _lent(
+    layer: Locals, donor: int, takers: Tensor, loc: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The prior of one effect in the units of others: those of a site have often the same.
+
+    Least squares of one may have ended elsewhere, where data tell more of it than of another.
+    """
+    places = layer.moved[takers]
+    ratio = scale[layer.moved[donor]] / scale[places]
+    shift = (loc[layer.moved[donor]] - loc[places]) / scale[places]
+    rows = [donor, donor + len(layer.moved)]
+    (centre, log_scale), slopes = (
+        part[rows].double() for part in (layer.prior, layer.prior_slopes)
+    )
+    constants = torch.cat([shift + ratio * centre, log_scale + ratio.log()])
+    of_centre, of_scale = (row[:, None].expand(-1, len(places)) for row in slopes)
+    return constants, torch.cat([of_centre * ratio, of_scale], -1)
 
 
 def _change(

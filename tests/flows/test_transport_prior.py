@@ -10,6 +10,7 @@ import torch
 
 from pyro_hamflow.flows.fisher import divergences, fit_transport
 from pyro_hamflow.flows.transport_flow import TransportFlow
+from pyro_hamflow.flows.transport_prior import prior_and_data
 from pyro_hamflow.flows.transport_start import begin
 
 ERROR = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -158,3 +159,46 @@ def test_training_leaves_what_is_settled():
             assert torch.allclose(part, other)
     pairs = list(zip(flow.parameters(), settled.parameters(), strict=True))
     assert not all(torch.allclose(part, other) for part, other in pairs)
+
+
+# --- priors that some effects tell better than others ---------------------------------------------
+
+
+def begun_with_one_found(monkeypatch):
+    """A map for whose effects least squares have led nowhere at first, but for the second."""
+    lent = []
+
+    def poor_at_first(seen, beyond, constants, slopes, prior=None):
+        found = prior_and_data(seen, beyond, constants, slopes, prior)
+        if prior is None and seen[1].shape[1] == 4:
+            for part in found:
+                part.view(-1, 2, 4)[..., torch.arange(4) != 1] = 0.0
+        elif prior is not None:
+            lent.append(prior)
+        return found
+
+    monkeypatch.setattr("pyro_hamflow.flows.transport_start.prior_and_data", poor_at_first)
+    torch.manual_seed(1)
+    return begun(points_at(0.7 * torch.randn(1000))), lent
+
+
+def test_priors_are_tried_that_another_effect_has(monkeypatch):
+    """In units of its own; so all go on down the neck when one does."""
+    flow, lent = begun_with_one_found(monkeypatch)
+    assert flow.layers[-2].settled.all()
+    assert far_divergence(flow) < 1e-4
+    _, slopes = lent[0]
+    of_centre, of_scale = slopes.mT.split(4)
+    ratio = flow.scale[:2] / flow.scale[2:, None]
+    assert torch.allclose(of_centre, torch.tensor([1.0, 0.0]).double() * ratio, atol=1e-3)
+    assert torch.allclose(of_scale, torch.tensor([0.0, 1.0]).double() * flow.scale[:2], atol=1e-3)
+    constants = lent[0][0] - slopes.mT @ (flow.loc[:2] / flow.scale[:2])
+    none = torch.cat([-flow.loc[2:] / flow.scale[2:], -flow.scale[2:].log()])
+    assert torch.allclose(constants, none, atol=1e-3)
+
+
+def test_without_another_they_are_not_found(monkeypatch):
+    monkeypatch.setattr("pyro_hamflow.flows.transport_start._DONORS", 0)
+    flow, _ = begun_with_one_found(monkeypatch)
+    assert flow.layers[-2].settled.tolist() == [False, True, False, False]
+    assert far_divergence(flow) > 1.0
