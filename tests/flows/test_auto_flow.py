@@ -262,9 +262,7 @@ def test_a_flow_that_is_given_is_the_guides_own():
     assert {id(p) for p in flow.parameters()} == {id(p) for p in guide.parameters()}
 
 
-@pytest.mark.parametrize(
-    "loss", long_but(["both", "annealed"], ["reverse", "forward", "both", "annealed"])
-)
+@pytest.mark.parametrize("loss", long_but(["annealed"], ["reverse", "forward", "both", "annealed"]))
 def test_losses_train_it(loss):
     draws = {"mean": posterior(Y).sample((2000,))}
     losses = {

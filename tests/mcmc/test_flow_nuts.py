@@ -98,7 +98,8 @@ def check_shares(mcmc):
     assert (abs(scores((x - mean).square().numpy(), VARIANCE + CENTRE**2 - mean**2)) < 4.5).all()
 
 
-@pytest.mark.parametrize("local", long_but([], [None, HMC, MALA, RandomWalk]))
+@pytest.mark.slow
+@pytest.mark.parametrize("local", [None, HMC, MALA, RandomWalk])
 def test_shares_of_modes_by_a_trained_guide(local):
     model = modes()
     guide = Normals([-CENTRE, CENTRE])
@@ -393,6 +394,7 @@ def test_what_an_estimate_leaves_of_jumps(spread):
     assert abs(explorers.ceiling() - expected) < 4.5 * 0.5 / math.sqrt(count)
 
 
+@pytest.mark.slow
 def test_fewer_particles_of_a_model_that_takes_long(monkeypatch):
     asked = []
 

@@ -83,7 +83,8 @@ def check(mcmc) -> None:
     assert effect_bias_p_value(mcmc) > 0.002
 
 
-@pytest.mark.parametrize("method", [pytest.param("joint", marks=pytest.mark.slow), "conditional"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["joint", "conditional"])
 def test_posterior_agrees_with_quadrature(method):
     check(run(8, method, num_samples=30, warmup=20))
 

@@ -304,7 +304,8 @@ def test_runs(kernel, runner):
     assert set(idata.sample_stats["n_gradients"].to_numpy().ravel()) == gradients
 
 
-@pytest.mark.parametrize("kernel", long_but([RandomWalk], [RandomWalk, MALA]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [RandomWalk, MALA])
 def test_local_sites_are_recovered(kernel):
     marginal = marginalize(effects, ["x"], num_particles=8)
     mcmc = MCMC(kernel(marginal), 2000, num_chains=8, seed=0, disable_progbar=True)

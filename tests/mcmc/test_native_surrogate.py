@@ -23,7 +23,6 @@ from pyro_hamflow.surrogates.costs import Clock
 from pyro_hamflow.surrogates.potential_network import PotentialNetwork
 from pyro_hamflow.surrogates.targets import SurrogateDensity
 from tests.helpers.exact_draws import bent, make_target
-from tests.helpers.kinds import long_but
 from tests.helpers.native import assert_same, by_both
 from tests.helpers.zoo import eight_schools_noncentred
 
@@ -131,7 +130,8 @@ def walk(y):
         pyro.sample(f"y_{t}", dist.Poisson(x.exp()), obs=y[t])
 
 
-@pytest.mark.parametrize("engine", long_but(["native"], ["torch", "native"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "native"])
 def test_a_path_is_integrated_out_along_a_learned_energy(engine):
     """All of a path is one estimate, and its true gradients are followed by the same engine."""
     y = torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0, 7.0])
@@ -175,6 +175,7 @@ def test_a_seed_repeats_a_run_whatever_the_calls(engine):
     assert followed.any() and not followed.all()
 
 
+@pytest.mark.slow
 def test_refits_and_other_models_compile_nothing_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("PYRO_HAMFLOW_CACHE", str(tmp_path))
     compiled, honest = [], compiler.compiled

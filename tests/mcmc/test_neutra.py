@@ -216,6 +216,7 @@ def test_learned_map_of_funnel():
     assert (straight.T.cov() - torch.eye(5)).abs().max() < 0.15
 
 
+@pytest.mark.slow
 def test_map_of_wide_funnel_takes_no_steps():
     """Least squares find it, though it lies about a line; its tails are reached."""
 
@@ -257,6 +258,7 @@ def level_probabilities(limits):
     return [float(below[(level[:, 0] < limit).sum() - 1]) for limit in limits]
 
 
+@pytest.mark.slow
 def test_neck_of_weak_effects_is_entered():
     """The centred form's neck has its share of the draws, and few of them diverge."""
     mcmc = run(NUTS(centred_schools, transport="flow"), num_samples=500, warmup_steps=150)

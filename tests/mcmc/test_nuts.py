@@ -16,6 +16,7 @@ from pyro_hamflow.mcmc.transitions.base import DIVERGENCE, Tuning
 from pyro_hamflow.mcmc.transitions.nuts import JointNUTSTransition, NUTSTransition
 from pyro_hamflow.model.potential import Potential
 from tests.helpers.exact_draws import Y, bent, latent
+from tests.helpers.kinds import long_but
 from tests.helpers.paths import returns, volatility
 
 CHAINS = 48
@@ -179,7 +180,7 @@ def test_trajectories_are_the_recursive_ones(step_size, mass, monkeypatch):
     assert step_size < 1 or info.diverging.any()
 
 
-@pytest.mark.parametrize("step_size", [0.1, 0.4])
+@pytest.mark.parametrize("step_size", long_but([0.4], [0.1, 0.4]))
 def test_joint_trajectories_are_the_recursive_ones(step_size, monkeypatch):
     potential = Potential(marginalize(latent, ["x"], num_particles=2), (Y,), separate_noise=True)
     transition = JointNUTSTransition(potential, CHAINS, 10)
@@ -252,7 +253,11 @@ def test_broken_numbers_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [(NUTSTransition, torch.float32), (JointNUTSTransition, torch.float64)]
+    ("kind", "dtype"),
+    long_but(
+        [(JointNUTSTransition, torch.float64)],
+        [(NUTSTransition, torch.float32), (JointNUTSTransition, torch.float64)],
+    ),
 )
 def test_compiled_is_eager(kind, dtype, compiled_at_once):
     """With the same random numbers the compiled program makes the same trajectories."""

@@ -56,7 +56,8 @@ def network():
     return network_beside(path_target(2))
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "native"])
 def test_paths_judged_along_a_learned_energy_keep_their_target(engine):
     target = path_target(2)
     check_along(target, endpoint(target.potential, network(), "nuts", engine=engine))

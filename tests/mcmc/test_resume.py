@@ -24,6 +24,7 @@ from pyro_hamflow.mcmc.packing import CheckpointError, DamagedCheckpoint, OtherV
 from pyro_hamflow.mcmc.resume import OtherData, OtherModel
 from pyro_hamflow.mcmc.writer import GROUPS
 from tests.helpers.broken_off import FORK, Ended, assert_same, ended_at
+from tests.helpers.kinds import long_but
 
 DATA = torch.tensor([0.5, -1.0, 2.0])
 
@@ -468,7 +469,7 @@ def test_thinned_draws_are_every_third(tmp_path):
     assert thinned.draws.position.shape[1] == 13
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("streams", long_but([True], [False, True]))
 def test_recovered_sites_are_kept_as_asked(tmp_path, streams, monkeypatch):
     def kept(name, **changes):
         mcmc = local_run(tmp_path / name if streams else None, **changes)

@@ -68,6 +68,7 @@ def test_first_draw_of_eight_schools_takes_two_seconds():
     assert min(float(run(FIRST_DRAW)[0][1]) for _ in range(4)) < 2.0
 
 
+@pytest.mark.slow
 def test_what_is_compiled_for_the_first_time_is_seen():
     """Its operations, and the data that they read; nothing is left over that could not end."""
     found, told = run(COMPILING)

@@ -53,6 +53,7 @@ def draws_for(surrogate, y, *, draws=200, chains=8, warmup=60):
     return mcmc
 
 
+@pytest.mark.slow
 def test_energy_given_data_is_the_models(surrogate):
     found = []
     for seed in range(5):
