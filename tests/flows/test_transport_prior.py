@@ -172,7 +172,7 @@ def begun_with_one_found(monkeypatch):
         found = prior_and_data(seen, beyond, constants, slopes, prior)
         if prior is None and seen[1].shape[1] == 4:
             for part in found:
-                part.view(-1, 2, 4)[..., torch.arange(4) != 1] = 0.0
+                part.view(-1, 2, 4)[..., torch.arange(4) != 1] = 10.0
         elif prior is not None:
             lent.append(prior)
         return found
@@ -202,3 +202,35 @@ def test_without_another_they_are_not_found(monkeypatch):
     flow, _ = begun_with_one_found(monkeypatch)
     assert flow.layers[-2].settled.tolist() == [False, True, False, False]
     assert far_divergence(flow) > 1.0
+
+
+def of_pairs(x):
+    """Effects in pairs, correlated by .6 about 0, of one scale; each is observed with an error."""
+    level, first, second = x.split([1, 3, 3], -1)
+    scale = (-level).exp()
+    a, b = first * scale, second * scale
+    of_first, of_second = ((u - 0.6 * v) / 0.64 for u, v in ((a, b), (b, a)))
+    of_level = level + 6.0 - (of_first * a + of_second * b).sum(-1, keepdim=True)
+    data = torch.cat([first, second], -1) - 0.5
+    return torch.cat([of_level, torch.cat([of_first, of_second], -1) * scale + data], -1)
+
+
+@pytest.mark.parametrize("worth", [None, 0.4])
+def test_priors_of_correlated_effects_are_found(monkeypatch, worth):
+    """What is left of them by their partners does not stand against their scale."""
+    if worth is not None:
+        monkeypatch.setattr("pyro_hamflow.flows.transport_start._WORTH", worth)
+    torch.manual_seed(1)
+    level = torch.cat([0.7 * torch.randn(2000), -4.0 * torch.rand(400)]).double()[:, None]
+    root = torch.linalg.cholesky(torch.tensor([[1.0, 0.6], [0.6, 1.0]]).double())
+    pairs = torch.randn(2400, 3, 2).double() @ root.mT
+    x = torch.cat([level, level.exp() * pairs[..., 0], level.exp() * pairs[..., 1]], -1)
+    flow = TransportFlow([1, 6]).to(x).requires_grad_(False)
+    flow.loc.copy_(x[:2000].mean(0))
+    flow.scale.copy_(x[:2000].std(0))
+    begin(flow, x, of_pairs(x), torch.arange(2400) % 10 == 0, seen=2000)
+    layer = flow.layers[-2]
+    assert bool(layer.settled.all()) == (worth is None)
+    if worth is None:
+        slopes = layer.prior_slopes[6:, 0].double() / flow.scale[0]
+        assert torch.allclose(slopes, torch.ones(6).double(), atol=0.1)
