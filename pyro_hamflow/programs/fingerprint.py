@@ -147,6 +147,10 @@ class _Watcher(TorchDispatchMode):
         self, target: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if target is torch.ops.aten.detach.default and not self._memory(args[0]).varies:
+            # It changes nothing there, and torch does it to what it has just made, or not: by
+            # whether anyone else, such as a profiler, still refers to that.
+            return target(*args)
         memories: list[_Memory] = []
         self._write((target.name(), self._describe((args, kwargs), memories)))
         varies = any(memory.varies for memory in memories)

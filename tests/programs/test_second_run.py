@@ -12,6 +12,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 import xarray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_hamflow import HMC, NUTS, PseudoMarginalNUTS, marginalize
 from pyro_hamflow.marginal.dependence import Run
@@ -278,6 +279,36 @@ def test_single_number_that_was_expanded_is_read():
     scale = torch.tensor(2.0).expand(1)
     first = take_fingerprint(lambda x: scale * x, torch.tensor(3.0)).key
     assert first == take_fingerprint(lambda x: scale * x, torch.tensor(3.0)).key
+
+
+class Keeping(TorchDispatchMode):
+    """Keeps all results, as a debugger or a profiler does that looks at the frames of a run."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, target, types, args=(), kwargs=None):
+        result = target(*args, **(kwargs or {}))
+        self.kept.append((target, result))
+        return result
+
+
+def test_key_is_the_same_whoever_else_keeps_results():
+    def program(x):
+        return x[torch.arange(2)] * torch.ones(2)
+
+    keeping = Keeping()
+
+    def kept(x):
+        with keeping:
+            return program(x)
+
+    x = torch.ones(3)
+    assert key(kept, x) == key(program, x)
+    made = [target for target, _ in keeping.kept]
+    assert torch.ops.aten.detach.default in made, "torch does not do anything else there"
+    assert key(lambda x: program(x).detach(), x) != key(program, x)
 
 
 def test_key_is_none_where_python_reads_inputs():
