@@ -7,7 +7,6 @@ been accepted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,8 +20,8 @@ from pyro_hamflow.model.trace import is_latent
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.capture import Program
 from pyro_hamflow.results.moved import MovedPoints, gather, movable
-from pyro_hamflow.results.rows import Rows
-from pyro_hamflow.results.terms import Term, densities, find_terms
+from pyro_hamflow.results.rows import Replicates, Rows
+from pyro_hamflow.results.terms import Term, densities, find_terms, given
 
 WANTED_ERROR = 0.05
 MOST_POINTS = 1024
@@ -76,7 +75,7 @@ def pointwise(source: Potential, model: Model, position: Tensor, seed: int | Non
             return Pointwise([], [])
         if not estimator.is_noisy:
             results = estimator.exact()
-            return Pointwise(*_given(estimator.terms, results, position), notes=estimator.notes())
+            return Pointwise(*given(estimator.terms, results, position), notes=estimator.notes())
         generator = torch.Generator().manual_seed((int(seed or 0) + _STREAM) % 2**63)
         parts = [
             estimator.average(draws, generator)
@@ -93,17 +92,8 @@ def pointwise(source: Potential, model: Model, position: Tensor, seed: int | Non
             f"above {WANTED_ERROR} (up to {error:.2g}), from up to {MOST_POINTS} points a draw: "
             "the model needs another proposal."
         )
-    given = _given(estimator.terms, estimator.unflatten(values), position)
-    return Pointwise(*given, error, float(points.double().mean()), notes)
-
-
-def _given(
-    terms: Sequence[Term], values: Sequence[Tensor | None], position: Tensor
-) -> tuple[list[Term], list[Tensor]]:
-    """The terms that have values, and these with chains and draws first."""
-    kept = [(t, v) for t, v in zip(terms, values, strict=True) if v is not None]
-    lead = position.shape[:2]
-    return [term for term, _ in kept], [value.reshape(lead + value.shape[1:]) for _, value in kept]
+    found = given(estimator.terms, estimator.unflatten(values), position)
+    return Pointwise(*found, error, float(points.double().mean()), notes)
 
 
 class _Estimator:
@@ -121,6 +111,7 @@ class _Estimator:
         self._models: tuple[MarginalModel, ...] = ()
         self._moved: dict[int, MovedPoints] = {}
         self._programs: dict[int, Rows] = {}
+        self._over: Replicates | None = None
         self._plain = source
         if isinstance(model, MarginalModel):
             layouts = model.plan(*source.args, **source.kwargs).layouts.values()
@@ -239,13 +230,16 @@ class _Estimator:
         program, noise_dimension = self._program(level)
         shape = (len(draws) * count, noise_dimension)
         noise = torch.randn(shape, generator=generator, dtype=self.position.dtype, device="cpu")
-        rows = [self.position[draws.to(self.position.device)], *places]
-        position, *others = (
-            row.to(self.position.device).repeat_interleave(count, 0) for row in rows
-        )
-        found = program(position, noise.to(position), *others)
+        rows = [self.position[draws.to(self.position.device)], noise.to(self.position), *places]
+        if self._models:
+            rows[0], *rows[2:] = (
+                row.to(rows[0].device).repeat_interleave(count, 0) for row in (rows[0], *places)
+            )
+        else:  # a draw with all its noises is one row
+            rows[1] = rows[1].reshape(len(draws), count, noise_dimension)
+        found = program(*rows)
         flat = [
-            part.double().reshape(len(part), -1)
+            part.double().reshape(len(draws) * count, -1)
             for part in found[: len(self.terms)]
             if part is not None
         ]
@@ -262,18 +256,22 @@ class _Estimator:
 
     def _program(self, level: int) -> tuple[Rows, int]:
         """From positions, noise and places to log densities and moments; the noise's dimension."""
-        key = level if self._models else 0
-        few, terms = self.position[:_DRAWS], self.terms
+        few, terms, key = self.position[:_DRAWS], self.terms, level if self.is_noisy else 0
         size, places = self._plain.noise_dimension, list[Tensor]()
+        count = _REPLICATES * _DRAWS
         run: Program = self._densities
+        shape: tuple[int, ...] = (len(few), size)
         if self._models:
             moved = self._moved_points(level)
             size, run = moved.shift_dimension, partial(moved.run, terms)
-            places = moved.examples(len(few)) if level else []
+            shape, places = (len(few), size), moved.examples(len(few)) if level else []
+        elif self.is_noisy:
+            shape, count = (len(few), _REPLICATES * self._growth(level), size), _DRAWS
+            run = self._over = self._over or Replicates(
+                run, few, few.new_full((len(few), size), 0.1)
+            )
         if key not in self._programs:
-            noise = few.new_full((len(few), size), 0.1)
-            rows = Rows(run, few, noise, *places, count=_REPLICATES * _DRAWS)
-            self._programs[key] = rows
+            self._programs[key] = Rows(run, few, few.new_full(shape, 0.1), *places, count=count)
         return self._programs[key], size
 
     def _densities(self, position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:

@@ -94,6 +94,37 @@ class Rows:
         ]
 
 
+class Replicates:
+    """A function of one draw and one noise, as a function of one draw and many noises.
+
+    What depends on the draw alone is worked out once: of a path, the factors of its precision.
+
+    Arguments:
+        function: From a draw and noise to a tuple of tensors.
+        examples: Both at a few rows, rows first.
+    """
+
+    def __init__(self, function: Program, *examples: Tensor) -> None:
+        self._function = function
+        self._graph: torch.fx.GraphModule | None = None
+        try:
+            with torch.no_grad():
+                graph = capture(function, *[example[0] for example in examples])
+                ends = [example[[0, -1]] for example in examples]
+                if _agree(torch.func.vmap(graph)(*ends), function, ends):
+                    self._graph = graph
+        except Exception:  # whatever a model's own code may raise while it is traced
+            pass
+
+    def __call__(self, draw: Tensor, noises: Tensor) -> tuple[Tensor, ...]:
+        """Results for each noise, these first."""
+        if self._graph is not None:
+            found: tuple[Tensor, ...] = tuple(torch.func.vmap(self._graph, (None, 0))(draw, noises))
+            return found
+        made = [self._function(draw, noise) for noise in noises]
+        return tuple(torch.stack(parts) for parts in zip(*made, strict=True))
+
+
 def _to_length(rows: Tensor, length: int) -> Tensor:
     """The first rows, and the very first again as often as it takes."""
     rows = rows[:length]

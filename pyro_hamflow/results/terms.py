@@ -148,3 +148,12 @@ def _contract(trace: poutine.Trace, term: Term, sites: Sequence[str]) -> Tensor:
     result = contract_to_tensor(tree, _summed(trace), target_ordinal=frozenset(kept))
     order = [result._pyro_dims.index(symbol) for symbol in kept]
     return result.permute(order).reshape(plate_shape(term.frames, depth_of(term.frames)))
+
+
+def given(
+    terms: Sequence[Term], values: Sequence[Tensor | None], position: Tensor
+) -> tuple[list[Term], list[Tensor]]:
+    """The terms that have values, and these with chains and draws first."""
+    kept = [(t, v) for t, v in zip(terms, values, strict=True) if v is not None]
+    lead = position.shape[:2]
+    return [term for term, _ in kept], [value.reshape(lead + value.shape[1:]) for _, value in kept]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyro_hamflow.results.rows import Rows
+from pyro_hamflow.results.rows import Replicates, Rows
 
 X = torch.linspace(-1.0, 1.0, 7, dtype=torch.float64)
 
@@ -48,3 +48,26 @@ def test_rows_at_which_the_function_raises_are_nan():
 def test_results_without_one_shape_are_left_out():
     rows = Rows(lambda x: (torch.ones(3)[: 1 + int(x > 0)], x), X, count=3)
     assert rows(X)[0] is None and torch.equal(rows(X)[1], X)
+
+
+def test_many_noises_of_a_draw_are_worked_out_from_what_it_says_once():
+    """As one by one, to rounding; and where a function cannot be captured, one by one indeed."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(5, 3, generator=generator, dtype=torch.float64) + 0.5
+    noises = torch.randn(5, 4, 3, generator=generator, dtype=torch.float64)
+
+    def function(draw, noise):
+        root = torch.linalg.cholesky(torch.eye(3) * 4 + draw[:, None] * draw)
+        return (root @ noise).exp().sum(), draw
+
+    def stubborn(draw, noise):
+        return function(draw, torch.as_tensor(noise.detach().numpy()))
+
+    for own, known in ((function, True), (stubborn, False)):
+        over = Replicates(own, draws, noises[:, 0])
+        assert (over._graph is not None) == known
+        found, same = Rows(over, draws, noises, count=2)(draws, noises)
+        for i in range(5):
+            for j in range(4):
+                torch.testing.assert_close(found[i, j], function(draws[i], noises[i, j])[0])
+                torch.testing.assert_close(same[i, j], draws[i])
