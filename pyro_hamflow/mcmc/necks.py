@@ -19,6 +19,9 @@ _AS_WELL = 0.7  # of the most of these, with which a parameter of a smaller site
 _OUTER = 10  # one of so many draws is at an end
 _NARROW = 0.7  # of the usual spread
 _ERRORS = 7.0  # over the root of the number of draws at an end: four errors of a spread
+_EACH = 10  # draws at an end for each coordinate, beyond which spreads are those given all others
+_FAR = 5.0  # medians, beyond which differences count as these
+_RIDGE = 1e-9  # of their covariance, as some may be functions of others
 
 
 class Neck(NamedTuple):
@@ -28,7 +31,7 @@ class Neck(NamedTuple):
         column: The coordinate.
         is_low: Whether they do where it is small, or large.
         narrow: Another coordinate that is narrow there, if one is.
-        share: Of its usual spread, that it has there.
+        share: Of its usual spread given others, that it has there.
     """
 
     column: int
@@ -56,33 +59,49 @@ def find_neck(draws: Draws, sites: Sequence[Site]) -> Neck | None:
     found = (away.abs() > least).nonzero()[:, 0].tolist()
     if not found:
         return None
-    sizes = {i: site_of(sites, columns[i]).stop - site_of(sites, columns[i]).start for i in found}
+    sites_of = [site_of(sites, column) for column in columns]
+    sizes = [site.stop - site.start for site in sites_of]
     place = min(found, key=lambda i: (sizes[i], -float(away[i].abs())))
     is_low = float(away[place]) < 0.0
-    share = _shares(rows[:, place], rows, is_low=is_low)
-    share[place] = 1.0
-    narrowest = int(share.argmin())
+    share = _shares(place, rows, is_low=is_low)
     at_end = len(rows) / _OUTER
     limit = min(_NARROW, math.exp(-_ERRORS / at_end**0.5))
-    narrow = columns[narrowest] if float(share[narrowest]) < limit else None
-    return Neck(columns[place], is_low, narrow, float(share[narrowest]))
+    narrow = (share < limit).nonzero()[:, 0].tolist()
+    if not narrow:
+        return Neck(columns[place], is_low, None, 1.0)
+    other = min(narrow, key=lambda i: (-sizes[i], float(share[i])))  # of effects, not their mean
+    return Neck(columns[place], is_low, columns[other], float(share[other]))
 
 
-def _shares(ordering: Tensor, rows: Tensor, *, is_low: bool) -> Tensor:
+def _shares(place: int, rows: Tensor, *, is_low: bool) -> Tensor:
     """The spread of coordinates at an end of one, in shares of that in the middle, ``(columns,)``.
 
     By differences of draws that lie next to each other in its order: what changes of others' centre
-    along it does not count.
+    along it does not count. That of each is given all others, where draws are enough: effects that
+    are narrow about their mean are as wide as this is.
     """
-    order = ordering.argsort()
-    order = order[torch.cat([torch.ones(1, dtype=torch.bool), ordering[order].diff() > 0.0])]
-    apart = rows[order].diff(dim=0).abs()
-    end = max(1, len(apart) // _OUTER)
-    outer = apart[:end] if is_low else apart[-end:]
-    if len(apart) < _OUTER:
-        return torch.ones_like(rows[0])
-    usual = apart[3 * end : -3 * end].median(0).values
-    return (outer.median(0).values / usual).nan_to_num(nan=1.0)
+    order = rows[:, place].argsort()
+    kept = torch.cat([torch.ones(1, dtype=torch.bool), rows[order, place].diff() > 0.0])
+    apart = rows[order[kept]].diff(dim=0)
+    end, share = len(apart) // _OUTER, torch.ones_like(rows[0])
+    if end:
+        others = torch.arange(rows.shape[1]) != place
+        apart = apart[:, others]
+        outer = apart[:end] if is_low else apart[-end:]
+        usual = apart[3 * end : -3 * end]
+        given = end > _EACH * apart.shape[1]
+        share[others] = (_spread(outer, given=given) / _spread(usual, given=given)).nan_to_num(1.0)
+    return share
+
+
+def _spread(apart: Tensor, *, given: bool) -> Tensor:
+    """The spread of each coordinate, by itself or given all others."""
+    if not given:
+        return apart.abs().median(0).values
+    size = apart.abs().median(0).values.clamp(min=1e-300)
+    scaled = (apart / size).clamp(-_FAR, _FAR)
+    gram = scaled.mT @ scaled / (len(apart) - len(size)) + _RIDGE * torch.eye(len(size)).to(scaled)
+    return size / torch.linalg.inv(gram).diagonal().sqrt()
 
 
 def neck_message(neck: Neck, sites: Sequence[Site]) -> str:
@@ -102,7 +121,7 @@ def neck_message(neck: Neck, sites: Sequence[Site]) -> str:
         )
     return (
         f"Divergences lie where '{name}' is {end}, and '{other}' has {neck.share:.2g} of its usual "
-        f"spread: steps are too long there, and too few draws may be. {remedy}"
+        f"spread given the others: steps are too long there, and too few draws may be. {remedy}"
     )
 
 

@@ -344,6 +344,19 @@ def test_what_is_narrow_where_trajectories_diverge_is_named(sign, end):
     assert share == pytest.approx(np.exp(-1.755), rel=0.2)  # the mean of the lowest tenth
 
 
+def test_effects_are_narrow_about_a_mean_that_is_not_known():
+    """By themselves they are as wide as this is, at whichever scale."""
+    position = independent(4, 1000)
+    log_scale, mean = position[..., :1], 3.0 * position[..., 1:2]
+    position = torch.cat([log_scale, mean + log_scale.exp() * position[..., 1:]], -1)
+    position[..., 1:2] = mean + log_scale.exp() * torch.randn(4, 1000, 1)
+    diverging = (log_scale[..., 0] < -1.5) & (torch.rand(4, 1000) < 0.5)
+    found = told(position, diverging=diverging)
+    share = re.search(r"'a' is small, and 'b.*' has ([.\d]+) of its usual", found.messages[-1])
+    assert share is not None
+    assert float(share[1]) == pytest.approx(np.exp(-1.755), rel=0.25)
+
+
 def effects(sampled_in_units, error):
     values = torch.tensor([1.2, -2.0, 0.3])
 
