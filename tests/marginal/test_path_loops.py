@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyro_hamflow import marginalize
+from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.model.kinds import Arguments
 
@@ -75,3 +76,32 @@ def test_gaussian_panels_are_exact(model):
     marginal.fit(y, pilot={"q": torch.tensor(0.7).double(), "s": torch.tensor(0.5).double()})
     found = repeated_estimates(marginal, AT, 3, Arguments((y,), {}))
     torch.testing.assert_close(found, expected.expand_as(found), rtol=0.0, atol=1e-10)
+
+
+@pytest.mark.parametrize("length, mixed", [(3, False), (6, False), (6, True)])
+def test_short_loops_are_paths(length, mixed):
+    """But for a few sites, and for mixtures; one particle is exact for a Gaussian path."""
+
+    def model(y):
+        q = pyro.sample("q", dist.LogNormal(0.0, 0.5))
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        x = torch.zeros(3, dtype=torch.float64)
+        with pyro.plate("series", 3):
+            for t in pyro.markov(range(len(y))):
+                step = dist.Normal(x, q)
+                if mixed:
+                    both = dist.Normal(x[..., None], torch.stack([q, 2.0 * q]))
+                    step = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), both)
+                x = pyro.sample(f"x_{t}", step)
+                pyro.sample(f"y_{t}", dist.Normal(x, s), obs=y[t])
+
+    torch.manual_seed(0)
+    y = 0.5 * torch.randn(length, 3, dtype=torch.float64).cumsum(0)
+    marginal = marginalize(model, ["x"], num_particles=1 if not mixed else 64)
+    marginal.fit(y, pilot={"q": torch.tensor(0.7).double(), "s": torch.tensor(0.5).double()})
+    is_path = isinstance(marginal.proposal, PathProposal)
+    assert is_path == (length > 3 and not mixed)
+    if is_path:
+        expected = torch.stack([log_density(y[:, i], covariance(length)) for i in range(3)])
+        found = repeated_estimates(marginal, AT, 3, Arguments((y,), {}))
+        torch.testing.assert_close(found, expected.expand_as(found), rtol=0.0, atol=1e-10)

@@ -16,9 +16,12 @@ from pyro_hamflow.marginal.proposals.laplace import LaplaceProposal
 from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.proposals.user import ProgramProposal
-from pyro_hamflow.marginal.structure import LONG
+from pyro_hamflow.marginal.structure import LONG, chains
 
 AUTO = "auto"
+# Sites of a loop, from which on it is a path. Forty ragged series of 10 times at most take 26 CPU
+# seconds in place of 39, of counts 34 in place of 44; of 4 times, 17 in place of 18, without noise.
+_LOOP = 4
 _NAMED: dict[str, Callable[[], Proposal]] = {"prior": PriorProposal, "laplace": LaplaceProposal}
 
 
@@ -60,8 +63,20 @@ def suited(plan: Plan, proposal: Proposal) -> Proposal:
 
 
 def _has_path(plan: Plan, trace: poutine.Trace) -> bool:
-    """Whether some group's elements have many numbers each, beside those in plates of their own."""
+    """Whether some group's elements have many numbers each, beside those in plates of their own.
+
+    A loop of a few sites is a path, too, unless a prior is a mixture, whose components this hides.
+    """
     groups = plan.structure.groups
     events = [[torch.Size(trace.nodes[name]["fn"].event_shape) for name in g.sites] for g in groups]
     longest = max(sum(event.numel() for event in of_group) for of_group in events)
-    return longest >= LONG or any(group.joined for group in groups)
+    if longest >= LONG or any(group.joined for group in groups):
+        return True
+    if max(len(sites) for g in groups for sites in chains(g.sites).values()) < _LOOP:
+        return False
+    splits = [split_mixtures(group, trace) for group in groups]
+    return all(
+        split is None and has_gaussian_form(trace.nodes[name]["fn"], None)
+        for of_group in splits
+        for name, split in of_group.items()
+    )

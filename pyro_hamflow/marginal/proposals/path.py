@@ -40,7 +40,7 @@ from pyro_hamflow.marginal.path_modes import LookAt, captured_looks, other_modes
 from pyro_hamflow.marginal.path_tails import tail_variance
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal, stretched
-from pyro_hamflow.marginal.structure import Group
+from pyro_hamflow.marginal.structure import LONG, Group
 from pyro_hamflow.model.supports import transform_of
 from pyro_hamflow.model.trace import is_latent, plate_shape, run_with
 from pyro_hamflow.process import random_state_kept
@@ -222,7 +222,7 @@ class PathProposal(Proposal):
     def alternative(self, sites: Sequence[str], variance: float) -> str | None:
         fits = self.fitted.values()
         longest = max(fit.mode.shape[-1] for fit in fits)
-        is_dense = any(1 < max(fit.bands[1:]) == fit.mode.shape[-1] for fit in fits)
+        is_dense = any(LONG <= max(fit.bands[1:]) == fit.mode.shape[-1] for fit in fits)
         is_quiet = longest > _SHORT and variance <= _LARGEST_VARIANCE and not is_dense
         if is_quiet or (all(fit.is_exact for fit in fits) and not is_dense):
             return None
