@@ -105,3 +105,15 @@ def test_short_loops_are_paths(length, mixed):
         expected = torch.stack([log_density(y[:, i], covariance(length)) for i in range(3)])
         found = repeated_estimates(marginal, AT, 3, Arguments((y,), {}))
         torch.testing.assert_close(found, expected.expand_as(found), rtol=0.0, atol=1e-10)
+
+
+def test_effects_that_a_short_loop_draws_apart_are_no_path():
+    def model(y):
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        for i in range(len(y)):
+            x = pyro.sample(f"x_{i}", dist.Normal(0.0, s))
+            pyro.sample(f"y_{i}", dist.Poisson(x.exp()), obs=y[i])
+
+    marginal = marginalize(model, ["x"])
+    marginal.plan(torch.arange(6.0))
+    assert not isinstance(marginal.proposal, PathProposal)
