@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_hamflow.programs.owners import Call
+from pyro_hamflow.programs.owners import NEW_TENSORS, Call
 from pyro_hamflow.programs.storages import Storages, apart
 from pyro_hamflow.programs.watching import watching
 
@@ -102,13 +102,7 @@ def explained(
         ) from error
 
 
-_aten = torch.ops.aten
-# What makes tensors like others, whose numbers tell nothing of those in the others.
-_MADE = {
-    *(_aten.empty_like, _aten.full_like, _aten.ones_like, _aten.zeros_like),
-    *(_aten.new_empty, _aten.new_empty_strided, _aten.new_full, _aten.new_ones, _aten.new_zeros),
-    *(_aten.rand_like, _aten.randint_like, _aten.randn_like),
-}
+_UNRELATED = NEW_TENSORS | {"rand_like", "randint_like", "randn_like"}  # to numbers in arguments
 
 
 @dataclass
@@ -156,13 +150,14 @@ class _Watcher(TorchDispatchMode):
         self, target: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if target is _aten.detach.default and not self._memory(args[0]).varies:
+        if target is torch.ops.aten.detach.default and not self._memory(args[0]).varies:
             # It changes nothing there, and torch does it to what it has just made, or not: by
             # whether anyone else, such as a profiler, still refers to that.
             return target(*args)
         memories: list[_Memory] = []
         self._write((target.name(), self._describe((args, kwargs), memories)))
-        varies = target.overloadpacket not in _MADE and any(memory.varies for memory in memories)
+        is_related = target.overloadpacket.__name__ not in _UNRELATED
+        varies = is_related and any(memory.varies for memory in memories)
         random = any(memory.random for memory in memories)
         random = random or torch.Tag.nondeterministic_seeded in target.tags
         if (varies or random) and (call := Call(target, args, kwargs, self)).reads_values():

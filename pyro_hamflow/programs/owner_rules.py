@@ -16,7 +16,7 @@ from pyro.distributions.util import broadcast_shape  # torch's takes a third of 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyro_hamflow.programs.owners import NONE, SEVERAL, Call, fold, join, mix
+from pyro_hamflow.programs.owners import NEW_TENSORS, NONE, SEVERAL, Call, fold, join, mix
 
 OwnerRule = Callable[[Call, list[Tensor]], list[Tensor]]
 
@@ -251,10 +251,7 @@ _EQUATIONS = {  # the names of the matrix and of the right side
 }
 
 _KINDS: dict[OwnerRule, str] = {
-    _nothing: """
-        empty_like fill full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like
-        zero zeros_like
-    """,
+    _nothing: " ".join(("fill", "zero", *NEW_TENSORS)),
     _pointwise: """
         _to_copy bernoulli binary_cross_entropy_with_logits clone complex contiguous lift_fresh_copy
         log_sigmoid_forward polar special_ndtr

@@ -16,6 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 NONE, SEVERAL = 0, -1
 _NOBODY = torch.iinfo(torch.long).max  # above all owners
+# Operations whose results take no more than a shape, and a number that is given, from arguments.
+NEW_TENSORS = frozenset(
+    (
+        "empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like "
+        "zeros_like"
+    ).split()
+)
 
 
 class Follower(Protocol):
