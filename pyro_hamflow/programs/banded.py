@@ -108,6 +108,9 @@ def draw(root: Tensor, linear: Tensor, noise: Tensor) -> Tensor:
 def multiply(bands: Tensor, vectors: Tensor) -> Tensor:
     """The product of a symmetric matrix with vectors of shape ``(*batch, n)``."""
     n, width = bands.shape[-2:]
+    if width > _FEW:
+        halves = [_times(bands, vectors, transposed=side) for side in (False, True)]
+        return halves[0] + halves[1] - bands[..., 0] * vectors
     result = bands[..., 0] * vectors
     for k in range(1, min(width, n)):
         band = bands[..., k:, k]
@@ -119,6 +122,8 @@ def multiply(bands: Tensor, vectors: Tensor) -> Tensor:
 def multiply_root(root: Tensor, vectors: Tensor, *, transposed: bool = False) -> Tensor:
     r"""The product of L, or of its transpose, with vectors of shape ``(*batch, n)``."""
     n, width = root.shape[-2:]
+    if width > _FEW:
+        return _times(root, vectors, transposed=transposed)
     result = root[..., 0] * vectors
     for k in range(1, min(width, n)):
         band = root[..., k:, k]
@@ -127,11 +132,34 @@ def multiply_root(root: Tensor, vectors: Tensor, *, transposed: bool = False) ->
     return result
 
 
+def _times(root: Tensor, vectors: Tensor, *, transposed: bool) -> Tensor:
+    """The same by the loop that does all bands at once."""
+    shape = torch.broadcast_shapes(root.shape[:-1], vectors.shape)
+    if root.dim() == 2:  # noqa: PLR2004  # of one matrix, which is read once for all vectors
+        flat = vectors.reshape(1, -1, shape[-1])
+        found = operators.times(root[None], flat, transposed)
+    else:
+        wide = root.expand(*shape, root.shape[-1]).reshape(-1, *root.shape[-2:])
+        flat = vectors.expand(shape).reshape(-1, 1, shape[-1])
+        found = operators.times(wide, flat, transposed)
+    return found.reshape(shape)
+
+
+def outer(left: Tensor, right: Tensor, width: int) -> Tensor:
+    """The lower bands, ``(n, width)``, of the product of a column with a row, both ``(n,)``."""
+    return operators.outer(left[None, None], right[None, None], width)[0]
+
+
 def dense(bands: Tensor) -> Tensor:
-    """The whole symmetric matrix, of shape ``(*batch, n, n)``."""
-    n, width = bands.shape[-2:]
-    parts = [torch.diag_embed(bands[..., k:, k], -k) for k in range(min(width, n))]
-    lower = sum(parts[1:], start=parts[0])
+    """The whole symmetric matrix, of shape ``(*batch, n, n)``.
+
+    Entry ``k`` of row ``i`` belongs into column ``i - k``: rows of one number more, read one after
+    the other as rows of n, are moved by one place each.
+    """
+    n = bands.shape[-2]
+    known = bands[..., :n].flip(-1)
+    rows = torch.nn.functional.pad(known, (n - known.shape[-1], 1))
+    lower = rows.flatten(-2)[..., n - 1 : n - 1 + n * n].unflatten(-1, (n, n)).tril()
     return lower + lower.tril(-1).mT
 
 

@@ -77,6 +77,16 @@ def outer(left: Tensor, right: Tensor, width: int) -> Tensor:
     return result.to(left.device)
 
 
+@torch.library.custom_op("pyro_hamflow::banded_times", mutates_args=())
+def times(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
+    """Products of triangular matrices, or of their transposes, with vectors."""
+    factor, given = root.detach().cpu().contiguous(), vectors.detach().cpu().contiguous()
+    result, sizes = torch.empty_like(given), (*given.shape, root.shape[-1], int(transposed))
+    if not source.call("times", sizes, factor, given, result):
+        result = source.times(factor, given, transposed=transposed)
+    return result.to(root.device)
+
+
 @factorise.register_fake
 def _(bands: Tensor) -> Tensor:
     return bands.new_empty(bands.shape)
@@ -98,6 +108,11 @@ def _(bands: Tensor, root: Tensor, mended: Tensor, slope: Tensor) -> Tensor:
 
 
 @solve.register_fake
+def _(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
+    return vectors.new_empty(vectors.shape)
+
+
+@times.register_fake
 def _(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
     return vectors.new_empty(vectors.shape)
 
@@ -135,6 +150,28 @@ def _solve_backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
     return -outer(*pair, root.shape[-1]), of_vectors, None
 
 
+def _keep_factors(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.transposed = inputs[2]
+
+
+def _times_backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+    root, vectors = ctx.saved_tensors
+    pair = (vectors, slope) if ctx.transposed else (slope, vectors)
+    return outer(*pair, root.shape[-1]), times(root, slope, not ctx.transposed), None
+
+
+def _keep_pair(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _outer_backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+    left, right = ctx.saved_tensors
+    return times(slope, right, False), times(slope, left, True), None  # noqa: FBT003
+
+
+times.register_autograd(_times_backward, setup_context=_keep_factors)
+outer.register_autograd(_outer_backward, setup_context=_keep_pair)
 factorise.register_autograd(_factorise_backward, setup_context=_keep_root)
 root.register_autograd(_root_backward, setup_context=_keep_both)
 solve.register_autograd(_solve_backward, setup_context=_keep_solution)
@@ -159,13 +196,17 @@ def _batch_all(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return run
 
 
-def _batch_solve(info: Any, dims: Any, root: Tensor, vectors: Tensor, transposed: Any) -> Any:
-    """Vectors of one root stay beside each other: it is read once for all."""
-    if dims[0] is not None:
-        return _batch_all(solve)(info, dims, root, vectors, transposed)
-    moved = vectors.movedim(dims[1], 1)
-    result = solve(root, moved.flatten(1, 2), transposed)
-    return result.unflatten(1, moved.shape[1:3]), 1
+def _batch_vectors(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """The rule for what is done to vectors: those of one root stay beside each other."""
+
+    def run(info: Any, dims: Any, root: Tensor, vectors: Tensor, transposed: Any) -> Any:
+        if dims[0] is not None:
+            return _batch_all(operator)(info, dims, root, vectors, transposed)
+        moved = vectors.movedim(dims[1], 1)
+        result = operator(root, moved.flatten(1, 2), transposed)
+        return result.unflatten(1, moved.shape[1:3]), 1
+
+    return run
 
 
 factorise.register_vmap(_batch_all(factorise))
@@ -173,4 +214,5 @@ factorise_adjoint.register_vmap(_batch_all(factorise_adjoint))
 root.register_vmap(_batch_all(root))
 root_adjoint.register_vmap(_batch_all(root_adjoint))
 outer.register_vmap(_batch_all(outer))
-solve.register_vmap(_batch_solve)
+solve.register_vmap(_batch_vectors(solve))
+times.register_vmap(_batch_vectors(times))

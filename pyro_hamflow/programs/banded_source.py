@@ -17,13 +17,14 @@ from pyro_hamflow.programs.machine_code.store import key_of, user_store
 
 _HEADER = Path(__file__).parent / "engines" / "banded.hpp"
 # How many sizes and tensors each loop takes.
-_LOOPS = {
+LOOPS = {
     "factorise": (3, 2),
     "factorise_adjoint": (3, 3),
     "root": (3, 3),
     "root_adjoint": (3, 5),
     "solve": (5, 3),
     "outer": (4, 3),
+    "times": (5, 3),
 }
 _KINDS = {torch.float64: "double", torch.float32: "float"}
 
@@ -35,7 +36,7 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library; none where no compiler works, and torch does them more slowly.
     """
-    exported = (_exported(name, kind) for name in _LOOPS for kind in _KINDS.values())
+    exported = (_exported(name, kind) for name in LOOPS for kind in _KINDS.values())
     source = "\n".join([_HEADER.read_text(), *exported])
     key = key_of(source, compiler.description())
     try:
@@ -47,7 +48,7 @@ def library() -> ctypes.CDLL | None:
 def _exported(name: str, kind: str) -> str:
     """A loop over numbers of a type as a function of the library."""
     sizes, tensors = (
-        [f"{letter}{i}" for i in range(n)] for letter, n in zip("nt", _LOOPS[name], strict=True)
+        [f"{letter}{i}" for i in range(n)] for letter, n in zip("nt", LOOPS[name], strict=True)
     )
     given = [*(f"long {size}" for size in sizes), *(f"{kind} *{tensor}" for tensor in tensors)]
     call = f"banded::{name}({', '.join([*sizes, *tensors])});"
@@ -121,6 +122,19 @@ def outer(left: Tensor, right: Tensor, width: int) -> Tensor:
     result = left.new_zeros(left.shape[0], left.shape[2], width)
     for k in range(min(width, left.shape[2])):
         result[:, k:, k] = (left[:, :, k:] * right[:, :, : left.shape[2] - k]).sum(1)
+    return result
+
+
+def times(root: Tensor, vectors: Tensor, *, transposed: bool) -> Tensor:
+    """Products of the factor with ``vectors``, of shape ``(batch, count, n)``."""
+    n, q = root.shape[1:]
+    result = root[:, None, :, 0] * vectors
+    for k in range(1, min(q, n)):
+        row = root[:, None, k:, k]
+        if transposed:
+            result[..., : n - k] += row * vectors[..., k:]
+        else:
+            result[..., k:] += row * vectors[..., : n - k]
     return result
 
 

@@ -75,6 +75,44 @@ def test_products_are_those_of_dense_matrices():
         torch.testing.assert_close(product, (factor @ vector[..., None])[..., 0])
 
 
+@pytest.mark.parametrize(("n", "p"), [(8, 3), (6, 5), (3, 5)])
+def test_products_and_their_second_derivatives_are_those_of_dense_matrices(way, n, p):
+    bands, vector, scale = some_bands(n, p), random(n), random(n)
+
+    def by_bands(bands: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+        bands = bands * banded.outer(scale, scale.exp(), p + 1)
+        lower = banded.multiply_root(bands, vector)
+        return lower @ banded.multiply_root(bands, vector.sin(), transposed=True) + (
+            banded.multiply(bands, vector).cos().sum()
+        )
+
+    def by_dense(bands: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+        whole = banded.dense(bands).tril() * scale[:, None] * scale.exp()
+        symmetric = whole + whole.tril(-1).mT
+        return (whole @ vector) @ (whole.mT @ vector.sin()) + (symmetric @ vector).cos().sum()
+
+    found = []
+    for function in (by_bands, by_dense):
+        inputs = [part.clone().requires_grad_() for part in (bands, vector, scale)]
+        value = function(*inputs)
+        slopes = torch.autograd.grad(value, inputs, create_graph=True)
+        total = sum((slope.sin() * slope).sum() for slope in slopes)
+        found.append([value, *slopes, *torch.autograd.grad(total, inputs)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_products_of_many_matrices_and_of_many_vectors(way):
+    bands, vectors = some_bands(7, 4, 3), random(3, 7)
+    for root, given in ((bands, vectors), (bands[0], vectors), (bands, vectors[0])):
+        rows = zip(root.expand(3, 7, 5), given.expand(3, 7), strict=True)
+        exact = torch.stack([banded.dense(one) @ vector for one, vector in rows])
+        torch.testing.assert_close(banded.multiply(root, given), exact)
+        dims = tuple(0 if part.dim() == full else None for part, full in ((root, 3), (given, 2)))
+        batched = torch.func.vmap(banded.multiply, in_dims=dims)(root, given)
+        torch.testing.assert_close(batched, exact)
+
+
 def test_recorded_batched_and_differentiated(way):
     bands, linear, noise = some_bands(6, 2, 4), random(4, 6), random(4, 3, 6)
 

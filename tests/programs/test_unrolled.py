@@ -12,7 +12,9 @@ import torch
 from torch.nn import functional
 
 from benchmarks.coverage_models import ZOO
+from pyro_hamflow.marginal.path_modes import added
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs import banded
 from pyro_hamflow.programs.capture import capture
 from pyro_hamflow.programs.engines import (
     blocks,
@@ -271,6 +273,40 @@ def test_vectors_and_matrices_among_numbers_are_loops(monkeypatch, tmp_path):
     part = _part(graph, [x, x[:0]])
     text = Unrolled(part.graph, part.inputs, 20 * count).text("program")
     assert text.count("\n") < 4000  # number by number there would be some ten thousand
+    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
+    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
+    expected = graph(x + 0.1, x[:0])
+    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+
+
+def test_a_dense_matrix_by_its_bands_takes_few_lines(tmp_path, monkeypatch):
+    """As a path has whose data follow from all of it, among the steps of its recursion."""
+    monkeypatch.setattr(model_library, "source_of", None)
+    n = 40
+    held = banded.bands_of(torch.eye(n).double() * 9.0 + 1.0 / (1.0 + torch.arange(n)), n)
+    prior = torch.tensor([2.0, -0.9]).double().repeat(n, 1)
+
+    def density(x):
+        level = torch.zeros_like(x[0])
+        levels = [level := (0.9 * level + step).sin() for step in x]
+        u = torch.stack(levels)
+        whole = held * banded.outer((0.1 * u).exp(), (0.1 * u).exp(), n)
+        whole = added(prior * x[0].exp(), whole)
+        root = banded.cholesky(whole)
+        return banded.draw(root, banded.multiply(whole, u) + u, x).square().sum()
+
+    def gradient(x, noise):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = density(x)
+            return value.detach(), *torch.autograd.grad(value, x)
+
+    x = 0.3 * torch.randn(n, dtype=torch.float64)
+    graph = capture(gradient, x, x[:0])
+    part = _part(graph, [x, x[:0]])
+    text = Unrolled(part.graph, part.inputs, 10**6).text("program")
+    assert text.count("\n") < 6000  # copied one number at a time there were 23,000
     program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
     value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
     expected = graph(x + 0.1, x[:0])

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_hamflow.programs import banded
+
 _FARTHEST = 6.0  # of the logarithm of a square: beyond, scales stay
 _LEAST = 1e-9  # of the largest precision, below which one is taken for none
 
@@ -73,7 +75,4 @@ class PathSites(NamedTuple):
 
 def scaled(bands: Tensor, scale: Tensor) -> Tensor:
     """A symmetric matrix with rows and columns scaled, by its lower bands ``(n, q)``."""
-    n, width = bands.shape
-    row = torch.arange(n, device=bands.device)[:, None]
-    columns = (row - torch.arange(width, device=bands.device)).clamp(min=0)
-    return bands * scale[:, None] * scale[columns]
+    return bands * banded.outer(scale, scale, bands.shape[-1])

@@ -276,6 +276,27 @@ static void solve(long batch, long count, long n, long q, long transposed, const
     }
   }
 }
+// The product of L, or of its transpose, with vectors.
+template <class T>
+static void times(long batch, long count, long n, long q, long transposed, const T *root,
+                  const T *vectors, T *result) {
+  for (long r = 0; r < batch; r++, root += n * q)
+    for (long w = 0; w < count; w++, vectors += n, result += n)
+      for (long i = 0; i < n; i++) {
+        const T *row = root + i * q, x = vectors[i];
+        const long m = i < q - 1 ? i : q - 1;
+        if (transposed) {
+          result[i] = row[0] * x;
+#pragma omp simd
+          for (long k = 1; k <= m; k++) result[i - k] += row[k] * x;
+        } else {
+          T sum = row[0] * x;
+#pragma omp simd reduction(+ : sum)
+          for (long k = 1; k <= m; k++) sum += row[k] * vectors[i - k];
+          result[i] = sum;
+        }
+      }
+}
 template <class T>
 static void outer(long batch, long count, long n, long q, const T *left, const T *right,
                   T *result) {

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_hamflow.programs.engines import elements
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of, loops
-from pyro_hamflow.programs.engines.statements import ZERO, Statements
+from pyro_hamflow.programs.engines.regions import ZERO
+from pyro_hamflow.programs.engines.statements import Statements
 
 _LEAST = 48  # numbers, from which on a loop is written
 _MOST = 2**14  # beyond which a loop for each operation is slow: all of them should be one

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from pyro_hamflow.programs.engines.buffers import kind_of
-from pyro_hamflow.programs.engines.statements import ZERO, Statements
+from pyro_hamflow.programs.engines.regions import ZERO
+from pyro_hamflow.programs.engines.statements import Statements
 
 Rule = Callable[[Statements, torch.dtype, list[int]], int]
 

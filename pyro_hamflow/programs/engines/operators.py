@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from pyro_hamflow.programs.banded_source import LOOPS
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, Writer, loops
 from pyro_hamflow.programs.engines.matrices import MATRICES, Rule
 
@@ -239,9 +240,10 @@ def _banded(name: str) -> Rule:
         results = (out,) if isinstance(out, Buffer) else out
         tensors = [_without_gaps(writer, arg) for arg in args if isinstance(arg, Buffer)]
         # The sizes of what they lie in, as the loops take them.
-        vectors = tensors[1 if name == "solve" else 0].shape
+        of_vectors = name in ("solve", "times")
+        vectors = tensors[int(of_vectors)].shape
         sizes = vectors
-        if name == "solve":
+        if of_vectors:
             sizes = (*vectors, args[0].shape[-1], int(args[2]))
         elif name == "outer":
             sizes = (*vectors, args[2])
@@ -260,10 +262,7 @@ def _without_gaps(writer: Writer, part: Buffer) -> Buffer:
 
 
 _RULES: dict[str, Rule] = {
-    **{
-        f"pyro_hamflow.banded_{name}": _banded(name)
-        for name in ("factorise", "factorise_adjoint", "root", "root_adjoint", "solve", "outer")
-    },
+    **{f"pyro_hamflow.banded_{name}": _banded(name) for name in LOOPS},
     **MATRICES,
     "pyro_hamflow.product": _product,
     "aten.cumsum": _cumulative("+=", "0"),

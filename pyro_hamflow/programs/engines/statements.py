@@ -7,19 +7,16 @@ there are statements; of one long function it takes many times that.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, UsesScratch, kind_of
+from pyro_hamflow.programs.engines.regions import ZERO, Region, Regions
 
 _IN_A_FUNCTION = 300
-
-ZERO = 0  # the number that is zero, of every type
 
 
 @dataclass(frozen=True)
@@ -39,24 +36,6 @@ class _Number:
     needs: tuple[int, ...] = ()
     step: int | None = None
     is_constant: bool = False
-
-
-class _Region(NamedTuple):
-    """Numbers one after the other that lie in memory.
-
-    Attributes:
-        first: The first of them.
-        dtype: Their type.
-        place: The memory.
-        places: Where each lies there.
-        step: Which statement writes them.
-    """
-
-    first: int
-    dtype: torch.dtype
-    place: str
-    places: Tensor
-    step: int | None
 
 
 @dataclass
@@ -93,7 +72,7 @@ class Statements(UsesScratch):
         self._steps: list[_Step] = []
         self._known: dict[tuple[str, torch.dtype], int] = {}
         self._made_by: dict[int, int] = {}
-        self._regions: list[_Region] = []
+        self._regions = Regions()
 
     def constant(self, value: float, dtype: torch.dtype) -> int:
         """A number that is known."""
@@ -119,31 +98,12 @@ class Statements(UsesScratch):
         ids = [self.read(f"{place}[{k}]", dtype, step) for k in places]
         if ids == list(range(first, first + len(ids))):
             offsets = torch.tensor(places, dtype=torch.int64, device="cpu")
-            self._regions.append(_Region(first, dtype, place, offsets, step))
+            self._regions.add(Region(first, dtype, place, offsets, step))
         return ids
 
     def where(self, ids: Tensor) -> tuple[Buffer, int | None] | None:
         """Where numbers lie, and the step that writes them there, if they do so evenly."""
-        first, last = int(ids.min()), int(ids.max())
-        number = bisect_right(self._regions, first, key=lambda region: region.first) - 1
-        if number < 0:
-            return None
-        region = self._regions[number]
-        if last >= region.first + len(region.places):
-            return None
-        places = region.places[ids - region.first]
-        start, strides = int(places.reshape(-1)[0]), list[int]()
-        even = torch.full_like(places, start)
-        for dim, size in enumerate(ids.shape):
-            beside = places.movedim(dim, 0)[min(1, size - 1)].reshape(-1)[0]
-            strides.append(int(beside) - start)
-            along = torch.arange(size, device="cpu") * strides[-1]
-            even += along.reshape([-1 if d == dim else 1 for d in range(ids.dim())])
-        # Steps backwards, as of what is flipped, are lost where shapes are worked out by torch.
-        if min(strides, default=0) < 0 or not torch.equal(even, places):
-            return None
-        shape, place = tuple(ids.shape), f"({region.place} + {start})"
-        return Buffer(region.dtype, place, shape, tuple(strides)), region.step
+        return self._regions.where(ids)
 
     def given(self, number: _Number) -> int:
         """A constant of other statements."""
@@ -185,8 +145,19 @@ class Statements(UsesScratch):
     def stored(self, numbers: Sequence[int], dtype: torch.dtype) -> tuple[Buffer, int]:
         """Memory in which numbers lie in a row, and the step that writes them there."""
         buffer = self.allocate((len(numbers),), (1,), dtype)
-        lines = [f"{buffer.place}[{k}] = {self.name(n)};" for k, n in enumerate(numbers)]
-        return buffer, self.step(numbers, lines)
+        lines, needs, after = list[str](), list[int](), list[int]()
+        place = 0
+        while place < len(numbers):
+            row = self._regions.row(numbers, place)
+            if row is None:
+                needs.append(numbers[place])
+                lines.append(f"{buffer.place}[{place}] = {self.name(numbers[place])};")
+            else:
+                after += [] if row.step is None else [row.step]
+                each = f"{buffer.place}[{place} + k] = {row.text};"
+                lines.append(f"for (long k = 0; k < {row.length}; k++) {each}")
+            place += 1 if row is None else row.length
+        return buffer, self.step(needs, lines, after)
 
     def text(self, name: str, results: Sequence[Sequence[int]]) -> str:
         """A namespace with the function ``call``, that writes numbers to where they are wanted.
