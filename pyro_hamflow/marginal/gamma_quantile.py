@@ -19,10 +19,13 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.tail_score import DEEP, log_normal_density, tail_score
+
 # Of shapes from .001 to 1e6 and noise to 30, all are found to rounding with two or three.
 _STEPS = 3
 _SMALL = 0.5  # below, x is found by the lower tail on either side of the median
 _LOWEST, _HIGHEST = -690.0, 690.0  # log x, which has to be a number itself
+_RANGE = 1e-300, 1e8  # of values whose scores are told apart
 _ROUNDING = 1e-9  # of the bounds, by which they are set apart
 _WIDTH = 3e-5  # of differences in the shape, in standard deviations
 
@@ -52,32 +55,46 @@ def gamma_quantile(shape: Tensor, u: Tensor) -> Tensor:
 
 
 def gamma_score(shape: Tensor, x: Tensor) -> Tensor:
-    """The inverse of :func:`gamma_quantile`, with first derivatives.
+    """The inverse of :func:`gamma_quantile`.
 
     Arguments:
         shape: The shape, positive.
         x: Values, positive.
+
+    Returns:
+        The normal score of each value. First derivatives in both are right, and second ones but
+        that in the shape alone.
     """
-    shape, x = torch.broadcast_tensors(shape, x)
-    a, value = shape.detach().double(), x.detach().double()
+    dtype = x.dtype
+    shape, x = torch.broadcast_tensors(shape.double(), x.double().clamp(*_RANGE))
+    a, value = shape.detach(), x.detach()
     upper = value > a
-    tail = _tail(a, value, upper).clamp(min=torch.finfo(a.dtype).tiny)
-    z = torch.special.ndtri(tail)
-    z = torch.where(upper, -z, z)
-    log_normal = _log_normal(z)
-    slope = torch.exp(_log_density(a, value, a.lgamma()) - log_normal)
-    shape_slope = cdf_slope(a, value) * torch.exp(-log_normal)
-    moved = slope * (x.double() - value) + shape_slope * (shape.double() - a)
-    return (z + moved).to(x.dtype)
+    log_tail, is_deep = _log_tail(a, value, upper)
+    z = tail_score(log_tail)
+    z = torch.where(upper, z, -z)
+    log_normal = log_normal_density(z)
+    slope = _score_slope(a, value, z)
+    # Of a tail that is no number its logarithm has a slope, less that of Gamma(a + 1) below.
+    change = value.log() - torch.where(upper, a, a + 1).digamma()
+    deep_slope = torch.where(upper, -change, change) * torch.exp(log_tail - log_normal)
+    near_slope = cdf_slope(a, value) * torch.exp(-torch.where(is_deep, 0.0, log_normal))
+    moved_x = x - value
+    moved_shape = torch.where(is_deep, deep_slope, near_slope) * (shape - a)
+    # Nothing in value and first derivatives; the second derivatives are those of the slope.
+    bend = 0.5 * (_score_slope(a, x, z + slope * moved_x) - slope)
+    bend = bend + (_score_slope(shape, value, z + moved_shape) - slope)
+    return (z + (slope + bend) * moved_x + moved_shape).to(dtype)
+
+
+def _score_slope(shape: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """The derivative of the score z in the value."""
+    log_slope = _log_density(shape, x, shape.lgamma()) - log_normal_density(z)
+    return torch.exp(log_slope.clamp(max=_HIGHEST))
 
 
 def _slope(shape: Tensor, u: Tensor, x: Tensor, log_gamma: Tensor) -> Tensor:
     """The derivative of the quantile in the noise."""
-    return torch.exp(_log_normal(u) - _log_density(shape, x, log_gamma))
-
-
-def _log_normal(u: Tensor) -> Tensor:
-    return -0.5 * u.square() - 0.5 * math.log(2 * math.pi)
+    return torch.exp(log_normal_density(u) - _log_density(shape, x, log_gamma))
 
 
 def _log_density(shape: Tensor, x: Tensor, log_gamma: Tensor) -> Tensor:
@@ -139,6 +156,16 @@ def _tail(shape: Tensor, x: Tensor, upper: Tensor) -> Tensor:
     below = torch.special.gammainc(shape, torch.where(upper, zero, x))
     above = torch.special.gammaincc(shape, torch.where(upper, x, zero))
     return torch.where(upper, above, below)
+
+
+def _log_tail(shape: Tensor, x: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of :func:`_tail`, and where that is too small a number to be taken itself."""
+    tail = _tail(shape, x, upper)
+    log_density = _log_density(shape, x, shape.lgamma())
+    above = log_density - torch.log1p((1 - shape) / x)  # first terms of an expansion for large x
+    below = log_density + x.log() - shape.log()
+    is_deep = tail < math.exp(DEEP)
+    return torch.where(is_deep, torch.where(upper, above, below), tail.log()), is_deep
 
 
 def cdf_slope(shape: Tensor, x: Tensor) -> Tensor:

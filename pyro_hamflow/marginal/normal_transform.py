@@ -75,6 +75,12 @@ def normal_transform(fn: TorchDistribution) -> NormalTransform:
         return _low_rank_normal(fn)
     if isinstance(fn, torch_dist.Gamma):
         return NormalTransform(scalar, lambda u: gamma_quantile(fn.concentration, u) / fn.rate)
+    if isinstance(fn, torch_dist.Exponential):
+        return NormalTransform(scalar, lambda u: _exponential_quantile(u) / fn.rate)
+    if isinstance(fn, torch_dist.HalfNormal):
+        return NormalTransform(scalar, lambda u: fn.scale * _half_normal_quantile(u))
+    if isinstance(fn, torch_dist.Laplace):
+        return NormalTransform(scalar, lambda u: fn.loc + fn.scale * _laplace_quantile(u))
     if isinstance(fn, torch_dist.StudentT):
         return NormalTransform(
             torch.Size([2]), lambda u: fn.loc + fn.scale * u[..., 0] * _t_scale(fn.df, u[..., 1])
@@ -155,6 +161,27 @@ def has(method: Callable[[Tensor], Tensor]) -> bool:
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector[..., None])[..., 0]
+
+
+def _half_normal_quantile(u: Tensor) -> Tensor:
+    """That of the absolute value of a normal number, with all digits in either tail."""
+    half = math.sqrt(0.5) * u
+    upper = -torch.special.ndtri(0.25 * torch.special.erfc(half.clamp(min=0.0)))
+    lower = math.sqrt(2.0) * torch.special.erfinv(0.5 * torch.special.erfc(-half.clamp(max=0.0)))
+    return torch.where(u > 0, upper, lower)
+
+
+def _exponential_quantile(u: Tensor) -> Tensor:
+    half = math.sqrt(0.5) * u
+    upper = -torch.log(0.5 * torch.special.erfc(half.clamp(min=0.0)))
+    lower = -torch.log1p(-0.5 * torch.special.erfc(-half.clamp(max=0.0)))
+    return torch.where(u > 0, upper, lower)
+
+
+def _laplace_quantile(u: Tensor) -> Tensor:
+    half = math.sqrt(0.5) * u
+    lower, upper = torch.special.erfc(-half).log(), -torch.special.erfc(half).log()
+    return torch.where(u > 0, upper, lower)
 
 
 def _normal_cdf(u: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_hamflow.marginal.gamma_quantile import gamma_score
 from pyro_hamflow.marginal.normal_transform import NormalTransform, folded, has, normal_transform
+from pyro_hamflow.marginal.tail_score import log_tail, score_of_tails
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -105,6 +106,8 @@ def _score(fn: TorchDistribution) -> Score | None:
         return _transformed(fn)
     if isinstance(fn, torch_dist.Gamma):
         return lambda x: _with_slope(fn, x, gamma_score(fn.concentration, x * fn.rate))
+    if isinstance(fn, (torch_dist.Exponential, torch_dist.HalfNormal, torch_dist.Laplace)):
+        return lambda x: _with_slope(fn, x, score_of_tails(*_log_tails(fn, x)))
     if isinstance(fn, (torch_dist.StudentT, torch_dist.Beta)) or fn.event_shape or not has(fn.cdf):
         return None
 
@@ -113,6 +116,20 @@ def _score(fn: TorchDistribution) -> Score | None:
         return _with_slope(fn, x, torch.special.ndtri(fn.cdf(x).clamp(edge, 1 - edge)))
 
     return score
+
+
+def _log_tails(fn: TorchDistribution, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of the distribution function and of what is left above, the smaller right."""
+    if isinstance(fn, torch_dist.Laplace):
+        t = (x - fn.loc) / fn.scale
+        return t.clamp(max=0.0) - math.log(2.0), -t.clamp(min=0.0) - math.log(2.0)
+    least = torch.finfo(x.dtype).tiny
+    if isinstance(fn, torch_dist.HalfNormal):
+        t = (x / fn.scale).clamp(min=least)
+        lower = torch.erf(t / math.sqrt(2.0)).log()
+        return lower, math.log(2.0) + log_tail(t)
+    t = (fn.rate * x).clamp(min=least)
+    return torch.log(-torch.expm1(-t)), -t
 
 
 def _transformed(fn: torch_dist.TransformedDistribution) -> Score | None:

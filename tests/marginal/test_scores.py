@@ -13,9 +13,10 @@ from torch.distributions import biject_to
 
 import pyro_hamflow as phf
 from pyro_hamflow.marginal import joint_density
+from pyro_hamflow.marginal.gamma_quantile import gamma_score
 from pyro_hamflow.marginal.normal_transform import normal_transform
 from pyro_hamflow.marginal.proposals import laplace
-from pyro_hamflow.marginal.scores import reference, score_form
+from pyro_hamflow.marginal.scores import _score, reference, score_form
 from tests.helpers.kinds import long_but
 from tests.mixed_models import MIXED_MODELS
 
@@ -45,6 +46,7 @@ def gammas(a, b):
 FAMILIES = {
     "gamma": (dist.Gamma, poisson, COUNTS),
     "exponential": (lambda a, b: dist.Exponential(b / a), poisson, COUNTS),
+    "half-normal": (lambda a, b: dist.HalfNormal(b / a), poisson, COUNTS),
     "inverse gamma": (lambda a, b: dist.InverseGamma(a + 1.0, b), poisson, COUNTS),
     "weibull": (lambda a, b: dist.Weibull(b, a), poisson, COUNTS),
     "half-cauchy": (lambda a, b: dist.HalfCauchy(b / a), poisson, COUNTS),
@@ -192,6 +194,60 @@ def test_coordinate_does_not_move_at_its_reference(name):
     assert torch.allclose(*slopes, rtol=1e-7)
 
 
+DEEP = {
+    "half-normal": (dist.HalfNormal, lambda t: math.log(2.0) + torch.special.log_ndtr(-t)),
+    "exponential": (lambda scale: dist.Exponential(1.0 / scale), lambda t: -t),
+    "laplace": (lambda scale: dist.Laplace(0.0, scale), lambda t: -t - math.log(2.0)),
+    "weibull": (lambda scale: dist.Weibull(scale, 2.0), lambda t: -t.square()),
+    "gamma": (lambda scale: dist.Gamma(2.0, 1.0 / scale), lambda t: t.log1p() - t),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_scores_are_right_at_any_depth(name):
+    prior, log_tail = DEEP[name]
+    t = torch.tensor([2.0, 30.0, 200.0, 1e3], dtype=torch.float64)
+    scale = torch.tensor(0.01, dtype=torch.float64)
+
+    def score(x, scale):
+        return reference(prior(scale), x).score
+
+    found = score(scale * t, scale)
+    assert torch.allclose(torch.special.log_ndtr(-found), log_tail(t), rtol=1e-5)
+    slope = (score(scale * t * (1 + 1e-6), scale) - found) / (scale * t * 1e-6)
+    assert torch.allclose(reference(prior(scale), scale * t).log_slope, slope.log(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_scores_have_two_derivatives(name):
+    """In the value and the scale: sites of several are fitted by Newton's method in both."""
+
+    def score(x, scale):
+        return _score(DEEP[name][0](scale))(x)
+
+    for t in (0.2, 1.3, 6.0):
+        at_t = torch.tensor([[t], [0.7]], dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(score, tuple(at_t))
+        assert torch.autograd.gradgradcheck(score, tuple(at_t))
+
+
+def test_scores_far_out_follow_the_shape_of_a_gamma():
+    x = torch.tensor([1e-250, 1.0, 900.0, 1e4], dtype=torch.float64)
+    shape = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    jacobian = torch.autograd.functional.jacobian(lambda a: gamma_score(a, x), shape)
+    change = gamma_score(shape + 1e-5, x) - gamma_score(shape - 1e-5, x)
+    assert torch.allclose(jacobian, change.detach() / 2e-5, rtol=1e-2)
+
+
+def test_a_prior_may_be_far_narrower_than_where_sites_were_fitted():
+    """As of a scale that may be zero: where the mode was lies tens of them out."""
+    far, family = at(30.0, 1.2), (FAMILIES["half-normal"][0], normal, REAL[1:])
+    log_ratio = estimates(family, far, 4) - exact(family, far)
+    error = log_ratio.exp().std(0) / math.sqrt(len(log_ratio))
+    assert log_ratio.var(0).max() < 0.05
+    assert bool(((log_ratio.exp().mean(0) - 1.0).abs() < 4.0 * error + 1e-6).all())
+
+
 def test_parameters_of_vectors_and_of_outer_sites_are_followed():
     """A vector of gammas, and a rate below a normal site: each element's exact likelihood."""
 
@@ -205,7 +261,7 @@ def test_parameters_of_vectors_and_of_outer_sites_are_followed():
 
     y = torch.tensor([[0.0, 1.0], [4.0, 2.0], [9.0, 7.0]], dtype=torch.float64)
     marginal = phf.marginalize(model, ["u", "x"], num_particles=8)
-    marginal.fit(y, pilot={"b": HERE["b"]})
+    marginal.fit(y, pilot={"b": torch.tensor(1.2, dtype=torch.float64)})
     assert marginal.proposal.name == "laplace"
     plan = marginal.plan(y)
     group = plan.structure.groups[0]
