@@ -11,7 +11,7 @@ at draws of the posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
 from pyro_hamflow.marginal.climb import NEAR, Top, climb, newton_distance
-from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.even_noise import even_noise
+from pyro_hamflow.marginal.other_modes import other_modes
 from pyro_hamflow.marginal.proposals.choice import choose_proposal
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
@@ -31,8 +32,9 @@ from pyro_hamflow.process import random_state_kept
 # Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
 # points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
 _PARTICLES = 16
-_KURTOSIS_FROM = 6  # points: symmetric ones have at most half their number
-_STARTS = 3  # of climbs, until one comes to rest
+_STARTS = 3  # of climbs
+_MORE = 1  # climb, if none of those came to rest
+_DRAWS = 9  # of the prior, whose medians are typical
 _UNREST = 0.5  # by how much a top without rest has to be higher: the height of one such deviation
 _MOVED = 0.5  # posterior standard deviations, beyond which another top is meant
 _NUDGES, _NUDGE = 4, 1e-6  # of a position in single precision: slopes differ by rounding alone
@@ -50,12 +52,14 @@ class Pilot(NamedTuple):
         distance: How far the top may be, in posterior standard deviations.
         escaped: Sites that every climb has led to the end of their support.
         refused: The error that a search in double precision ended with; empty if it was made.
+        others: How high the other modes' tops are beside this one, as ratios of densities.
     """
 
     values: dict[str, Tensor]
     distance: float
     escaped: tuple[str, ...] = ()
     refused: str = ""
+    others: tuple[float, ...] = ()
 
 
 def find_pilot(
@@ -65,15 +69,16 @@ def find_pilot(
 ) -> Pilot:
     """Climbs the estimated posterior to its top, fitting the likelihood sites on the way.
 
-    Few particles do, however many the marginal model has. A climb that does not come to rest is
-    followed by others, from random places as far from zero as other kernels' chains start. None
-    goes on beyond what is taken for the end of a support; where all of them come there, the density
-    may have no bound, and the pilot is where the first began.
+    Few particles do, however many the marginal model has. All chains start near the pilot, so that
+    no diagnostic tells of modes that none of them comes to. So there are several climbs: the first
+    begins near zero, the second at the prior's medians, others at random places as far from zero as
+    other kernels' chains start. None goes on beyond what is taken for the end of a support; where
+    all of them come there, the density may have no bound, and the pilot is where the first began.
 
     Arguments:
         marginal: A marginal model.
         data: What the model is called with.
-        start: Unconstrained values to start from; near zero if not given.
+        start: Unconstrained values to start from, whose mode is meant; near zero if not given.
     """
     plan = marginal.plan(*data.args, **data.kwargs)
     layouts = plan.layouts.values()
@@ -100,34 +105,58 @@ def find_pilot(
         tops: list[Top] = []
         starts: list[Tensor] = []
         escaped: set[str] = set()
-        for trial in range(_STARTS if potential.dimension else 0):
+        for trial in range(_STARTS + _MORE if potential.dimension else 0):
+            rested = any(top.distance <= NEAR for top in tops)
+            if rested and (trial >= _STARTS or start is not None):
+                break
             # Not zero itself, which may be a saddle, as it is for mixtures.
             position = 0.1 * torch.randn(potential.dimension).to(potential.example)
-            if trial:
+            if trial == 0:
+                _fill(position, potential, start or {})
+            elif trial == 1 and start is None:
+                _fill(position, potential, typical(marginal, data))
+            else:
                 position = RADIUS * (2.0 * torch.rand(potential.dimension) - 1.0).to(position)
-            elif start is not None:
-                for part in potential.sites:  # one of another shape is refused later, by name
-                    given = start.get(part.name)
-                    if given is not None and given.shape == part.shape:
-                        position[part.start : part.stop] = given.to(position).reshape(-1)
             starts.append(position)
             top = climb(gradient, position)
             if top.value == -math.inf:
                 escaped |= _at_end(potential, top.position, _END)
-                continue
-            tops.append(top)
-            if top.distance <= NEAR:
-                break
+            else:
+                tops.append(top)
         if not starts:
             return Pilot({}, 0.0)
         if not tops:
             return Pilot(potential.constrain(starts[0]), math.inf, tuple(sorted(escaped)))
         best = min(tops, key=_height)
+        others = other_modes(gradient, best, tops)
         if rough.proposal.is_defended:
             best = _undefended(rough, best, count, data)
         if best.position.dtype != torch.float64:
             best = _doubted(gradient, best)
-    return Pilot(potential.constrain(best.position), best.distance)
+    return Pilot(potential.constrain(best.position), best.distance, others=others)
+
+
+def typical(marginal: TunedEstimator, data: Arguments) -> dict[str, Tensor]:
+    """Unconstrained parameter values in the middle of their prior."""
+    draws: dict[str, list[Tensor]] = {}
+    with random_state_kept():
+        torch.manual_seed(0)
+        for _ in range(_DRAWS):
+            trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
+            for name in marginal.plan(*data.args, **data.kwargs).structure.parameters:
+                site = trace.nodes[name]
+                if not is_discrete(name, site):
+                    free = transform_of(name, site["fn"]).inv(site["value"])
+                    draws.setdefault(name, []).append(free)
+    return {name: torch.stack(values).median(0).values for name, values in draws.items()}
+
+
+def _fill(position: Tensor, potential: Potential, given: Mapping[str, Tensor]) -> None:
+    """Puts values by site in their places, but those of another shape: refused later, by name."""
+    for part in potential.sites:
+        value = given.get(part.name)
+        if value is not None and value.shape == part.shape and bool(value.isfinite().all()):
+            position[part.start : part.stop] = value.to(position).reshape(-1)
 
 
 def _undefended(rough: TunedEstimator, top: Top, count: int, data: Arguments) -> Top:
@@ -184,7 +213,7 @@ def _gradient_of(
     rough: TunedEstimator, potential: Potential, data: Arguments
 ) -> Callable[[Tensor], tuple[float, Tensor]]:
     """Minus the log of the estimate times the prior and its slope, with the noise held."""
-    noise = _even_noise(rough.plan(*data.args, **data.kwargs), potential)
+    noise = even_noise(rough.plan(*data.args, **data.kwargs), potential)
 
     def gradient(position: Tensor) -> tuple[float, Tensor]:
         if _at_end(potential, position, _END):
@@ -219,48 +248,3 @@ def _at_end(potential: Potential, position: Tensor, end: float) -> set[str]:
         if bool((stretch * stretch.numel() > end * free.numel()).any()):
             found.add(site.name)
     return found
-
-
-def _even_noise(plan: Plan, potential: Potential) -> Tensor:
-    """Noise whose points lie evenly, symmetric about zero.
-
-    The score of an element is nearly linear over its particles where data are many. Independent
-    particles miss its mean by far more than a posterior standard deviation then; these do not.
-    """
-    noise = potential.draw_noise(1)[0]
-    sites = {site.name: site for site in potential.noise_sites}
-    for group in plan.structure.groups:
-        layout, site = plan.layouts[group.name], sites[f"{group.name}_noise"]
-        parts = []
-        for stratum in layout.strata:
-            points = _symmetric_points(stratum.count)
-            half, order = stratum.count // 2, []
-            for _ in range(layout.dimension):  # Latin, and each point with its opposite
-                pick = torch.randperm(half)
-                pick = torch.where(torch.rand(half) < 0.5, pick, stratum.count - 1 - pick)
-                middle = torch.arange(half, stratum.count - half)
-                order.append(torch.cat([pick, middle, stratum.count - 1 - pick]))
-            even = points[torch.stack(order, -1)]
-            parts.append(even.reshape(-1, *[1] * len(group.shape), layout.dimension))
-        shape = layout.noise_shape(group)
-        noise[site.start : site.stop] = torch.cat(parts).expand(shape).reshape(-1).to(noise)
-    return noise
-
-
-def _symmetric_points(count: int) -> Tensor:
-    """Points of equal weight with the variance and, from six on, the kurtosis of a normal.
-
-    Skewness of an element moves the mean of its score by the fourth moment of the points. That of
-    quantiles alone is 2.5 of 16, by which tops were missed by a quarter of a posterior deviation.
-    """
-    level = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    points = torch.special.ndtri(level)
-    if count >= _KURTOSIS_FROM:
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            share = (low + high) / 2
-            stretched = points + share * points**3
-            moments = stretched.square().mean(), stretched.pow(4).mean()
-            low, high = (share, high) if moments[1] < 3 * moments[0] ** 2 else (low, share)
-        points = points + low * points**3
-    return points / points.square().mean().sqrt().clamp(min=1e-9)

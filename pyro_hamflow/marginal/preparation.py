@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_hamflow.marginal.mending import mend_proposal
-from pyro_hamflow.marginal.pilot import Pilot, find_pilot
+from pyro_hamflow.marginal.other_modes import told_of_modes
+from pyro_hamflow.marginal.pilot import Pilot, find_pilot, typical
 from pyro_hamflow.marginal.settle import repeated_estimates, settle_particles
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
 from pyro_hamflow.model.kinds import Arguments
-from pyro_hamflow.model.supports import is_discrete, transform_of
 from pyro_hamflow.model.trace import run_with
 from pyro_hamflow.process import random_state_kept
 
 FAR = 1.0  # posterior standard deviations, from which on a pilot is not at the mode
-_DRAWS = 9  # of the prior, whose medians are typical
 _ESTIMATES = 64  # of the likelihood at a pilot
 
 
@@ -54,7 +53,10 @@ def prepare(
     # A proposal fitted far away misses this and that, but for one that looks for it itself.
     if found.distance <= FAR or not marginal.proposal.is_comparable:
         remark = mend_proposal(marginal, [found.values], data) or remark
-    marginal.prepared = replace(marginal.prepared, distance=found.distance, remark=remark)
+    remarks = [remark] if remark else []
+    if found.others:
+        remarks.append(told_of_modes(found.others))
+    marginal.prepared = replace(marginal.prepared, distance=found.distance, remarks=tuple(remarks))
 
 
 def _find(marginal: TunedEstimator, data: Arguments, start: dict[str, Tensor] | None) -> Pilot:
@@ -100,7 +102,7 @@ def _higher(
     Where a proposal misses other modes, estimates may rise towards parameters at which it serves,
     and not towards those of the posterior; but none of many estimates is far too high.
     """
-    second = _find(other, data, _typical(marginal, data))
+    second = _find(other, data, typical(marginal, data))
     other.fit(*data.args, pilot=second.values, **data.kwargs)
     with random_state_kept():
         torch.manual_seed(0)
@@ -108,21 +110,6 @@ def _higher(
             marginal.take_over(other.prepared)
             found = second
     return found
-
-
-def _typical(marginal: TunedEstimator, data: Arguments) -> dict[str, Tensor]:
-    """Unconstrained parameter values in the middle of their prior."""
-    draws: dict[str, list[Tensor]] = {}
-    with random_state_kept():
-        torch.manual_seed(0)
-        for _ in range(_DRAWS):
-            trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
-            for name in marginal.plan(*data.args, **data.kwargs).structure.parameters:
-                site = trace.nodes[name]
-                if not is_discrete(name, site):
-                    free = transform_of(name, site["fn"]).inv(site["value"])
-                    draws.setdefault(name, []).append(free)
-    return {name: torch.stack(values).median(0).values for name, values in draws.items()}
 
 
 def _height(marginal: TunedEstimator, pilot: Pilot, data: Arguments) -> float:

@@ -42,7 +42,7 @@ class Prepared:
         key: Of the structure of the model and data that it was fitted to; none before that.
         pilot: The constrained parameter values that it was fitted at.
         distance: How far these may be from the posterior's top, in its standard deviations.
-        remark: What the proposal misses there, or what the search found, in a sentence.
+        remarks: What the proposal misses there, and what the search found, in sentences.
     """
 
     proposal: Proposal | None
@@ -50,7 +50,7 @@ class Prepared:
     key: str | None = None
     pilot: dict[str, Tensor] = field(default_factory=dict)
     distance: float = 0.0
-    remark: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class TunedEstimator(ABC):

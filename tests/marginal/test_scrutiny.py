@@ -58,7 +58,9 @@ def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
     model, exact = effects(term)
     named = phf.marginalize(model, ["x"], proposal="laplace")
     pilot = named.pilot((Y,), {})
-    assert named.proposal.name == "laplace" and "take `proposal='prior'`" in named.prepared.remark
+    assert (
+        named.proposal.name == "laplace" and "take `proposal='prior'`" in named.prepared.remarks[0]
+    )
     lost = exact(pilot["mean"], Y) - look(named, pilot, Arguments((Y,)), alone=True).log_likelihood
     assert lost.max() > 0.2
 
@@ -66,7 +68,7 @@ def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
     pilot = chosen.pilot((Y,), {})
     assert (
         chosen.proposal.name == "laplace"
-        and "several modes of each are fitted" in chosen.prepared.remark
+        and "several modes of each are fitted" in chosen.prepared.remarks[0]
     )
     prior = look(chosen, pilot, Arguments((Y,)), from_prior=True)
     monkeypatch.setattr(scrutiny_module, "_POINTS", 4096)
@@ -83,7 +85,7 @@ def test_particles_come_from_the_prior_where_modes_are_still_missed(term, monkey
     pilot = chosen.pilot((Y,), {})
     assert (
         chosen.proposal.name == "prior"
-        and "particles come from the prior instead" in chosen.prepared.remark
+        and "particles come from the prior instead" in chosen.prepared.remarks[0]
     )
     found = look(chosen, pilot, Arguments((Y,)), from_prior=True)
     gap = found.log_likelihood - exact(pilot["mean"], Y)
@@ -95,7 +97,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
     model, _ = effects(lambda x: dist.Poisson(x.exp()))
     marginal = phf.marginalize(model, ["x"])
     pilot = marginal.pilot((Y.round(),), {})
-    assert marginal.proposal.name == "laplace" and marginal.prepared.remark is None
+    assert marginal.proposal.name == "laplace" and not marginal.prepared.remarks
     assert misses(marginal, [pilot], Arguments((Y.round(),))) is None
 
 
