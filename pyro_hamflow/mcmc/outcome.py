@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_hamflow import arviz_bridge
 from pyro_hamflow.mcmc.draws import Draws
+from pyro_hamflow.mcmc.edges import earliest_edge, edge_message
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.messages import report
 from pyro_hamflow.model.rounding import describe_ends
@@ -144,6 +145,10 @@ class Outcome:
         potential = self.kernel.potential
         aim = self.kernel.settings.get("target_accept_prob", 1.0)
         found = report(self.draws, potential.sites, self.kernel.explored, aim)
+        edge = earliest_edge(self.kernel, self.draws)
+        if edge is not None and edge.excess > 1.0:
+            found.values["beyond_draws"] = edge.share
+            found.messages.append(edge_message(edge, potential.sites))
         if left_out:
             heard.append(
                 f"recovered sites were not kept, for their draws take {left_out / 2**30:.3g} "

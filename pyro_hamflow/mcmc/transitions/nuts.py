@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +52,11 @@ class NUTSTransition(Made):
         motion = Motion(self._move, _whiten, _energy, target.dimension)
         example = target.vectors(num_chains)[0]
         self._builder = TreeBuilder(target, motion, example, max_tree_depth, "tree", observe)
+
+    @property
+    def places(self) -> Sequence[Tensor]:
+        """Where the latest trajectories were before they diverged, in the target's coordinates."""
+        return self._builder.places
 
     def state_at(self, position: Tensor, noise: Tensor) -> State:
         value, gradient = self._value_and_gradient(position, noise)

@@ -90,12 +90,15 @@ def extend(
     accepted = joined & (uniform[2].log() < candidate_log_weight - tree.log_weight)
     limited = joined & ~turned[0] & (2 * number + 1 > limit)
     log_weight = torch.logaddexp(tree.log_weight, candidate_log_weight)
+    # One that has ended stays where it was last; one that diverges, where it was before.
+    last_fine = torch.where(growing, before.position, tree.here.position)
+    there = torch.where(growing & ~diverging, here.position, last_fine)
     longer = Tree(
         draw=_select_all(accepted, candidate, tree.draw),
         candidate=candidate,
         backward=_select_all(joined & ~onward, here, tree.backward),
         forward=_select_all(joined & onward, here, tree.forward),
-        here=here,
+        here=here._replace(position=there),
         starts=starts,
         previous=previous,
         sums=sums,

@@ -84,7 +84,7 @@ class Tree(NamedTuple):
         candidate: Picked from the doubling that is under way.
         backward: The trajectory's first end.
         forward: Its last end.
-        here: The latest point.
+        here: The latest point; of a trajectory that diverged, the position before it did.
         starts: Marks, of shape ``(slots, dimension, chains)``: the parameters' momenta there.
         previous: Marks: their momenta one point before.
         sums: Marks: the sum of all their momenta before.

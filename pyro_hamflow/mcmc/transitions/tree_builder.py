@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pyro_hamflow.programs.capture import Program
 
 _LARGE = 20_000  # numbers in the marks of all chains; not tuned
 _SHALLOW = 4  # doublings that marks are made for at first, where they are large
+_MOST_PLACES = 256  # where trajectories diverged, that are kept
 
 
 class TreeBuilder:
@@ -34,6 +36,9 @@ class TreeBuilder:
         max_tree_depth: The most doublings of a trajectory.
         name: Of the program.
         observe: Is told of all steps.
+
+    Attributes:
+        places: Where the latest trajectories were before they diverged, noise included if it moves.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class TreeBuilder:
     ) -> None:
         self.target = target
         self._observe = observe
+        self.places: deque[Tensor] = deque(maxlen=_MOST_PLACES)
         self.motion = motion
         self.max_tree_depth = max_tree_depth
         self._name = name if observe is None else f"{name}, observed"
@@ -91,6 +97,8 @@ class TreeBuilder:
 
     def info(self, tree: Tree) -> Info:
         """The statistics of a transition to the draw of a finished tree."""
+        if bool(tree.diverging.any()):
+            self.places += tree.here.position.mT[tree.diverging].clone()
         depth = torch.log2(tree.num_points.double() + 1.0).ceil()  # a broken doubling counts too
         return Info(
             accepted=tree.draw.error != 0.0,
