@@ -26,9 +26,12 @@ from pyro_hamflow.model.transported import TransportedTarget
 from pyro_hamflow.process import undisturbed
 
 _NEAR = 0.1  # of the draws, beyond the places where trajectories diverged, in their log mean
-_COLUMNS = 4  # of the smallest sites, whose ends are looked at otherwise: scales are few
+# Coordinates up to which models are looked at where none diverged, and of the smallest sites whose
+# ends are: scales are few. Of two coordinates it takes some seconds, of twelve half a minute.
+_SMALL, _COLUMNS = 8, 4
 _OUTER = 0.1  # of the draws, which chains begin at
 _CHAINS, _MOVES = 320, 40  # in all, and how often each moves; the later half of it counts
+_FEWEST_CHAINS, _NUMBERS = 64, 6400  # where there are many coordinates; of positions
 _SHORTER, _DEPTH = 4.0, 4  # steps are so many times, with so many doublings at most
 # What is told lies beyond all draws: of the posterior, and in draws that are worth independent
 # ones. By chance these are missed with probability exp(-number): at one end where trajectories
@@ -73,13 +76,17 @@ def earliest_edge(kernel: Kernel, draws: Draws) -> Edge | None:
     target = transition.target
     if not isinstance(target, TransportedTarget):
         return None
-    by_size = sorted(kernel.potential.sites, key=lambda site: site.stop - site.start)
-    columns = [column for site in by_size for column in range(site.start, site.stop)]
-    ends = [Edge(column, is_low) for column in columns[:_COLUMNS] for is_low in (True, False)]
     diverged = int(draws.stats["diverging"].sum())
     places = list(transition.places)[-diverged:] if diverged else []
     near = _end_near(draws, target.positions(torch.stack(places))[0]) if places else None
-    found = look_beyond(target, tuning, draws, ends if near is None else [near])
+    if near is not None:
+        return look_beyond(target, tuning, draws, [near])[0]
+    if dimension > _SMALL:
+        return None
+    by_size = sorted(kernel.potential.sites, key=lambda site: site.stop - site.start)
+    columns = [column for site in by_size for column in range(site.start, site.stop)]
+    ends = [Edge(column, is_low) for column in columns[:_COLUMNS] for is_low in (True, False)]
+    found = look_beyond(target, tuning, draws, ends)
     return max(found, key=lambda edge: edge.excess)
 
 
