@@ -32,6 +32,7 @@ _UNEVEN = 30.0  # times what sums of directions say of rounding
 _ASIDE = 0.1  # by which paths are moved that are looked at
 _PLACES = 3  # at which paths are looked at: the last is the first's mirror image
 _LONGEST = 2_000  # of a path without bands, whose matrix is dense
+_SHORT = 200  # numbers of a path, up to which the widest bands are tried before all others
 
 
 class Bands(NamedTuple):
@@ -150,9 +151,10 @@ def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
         mirrored = -path
         for place in (path, path + _ASIDE * torch.randn_like(path), mirrored):
             directions = torch.randn(2, *x.shape).to(x)
-            found = products(moved, place, directions)
+            three = torch.cat([directions, directions.sum(0, keepdim=True)])
+            *both_ways, whole = products(moved, place, three)
+            found = torch.stack(both_ways)
             if bool(found.isfinite().all()):
-                whole = products(moved, place, directions.sum(0, keepdim=True))
                 rounding = (whole - found.sum(0)).abs().amax()
                 both.append(_Sight(moved, place, directions, found, rounding, None))
         if len(both) == _PLACES:
@@ -169,9 +171,10 @@ def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
 def _width(seen: list[list[_Sight]], n: int) -> int:
     """How many lower bands minus a log density's Hessian has, the diagonal included."""
     sights = [sight for both in seen for sight in both]
-    for width in _WIDTHS:
-        if width > max(1.0, _SHARE * n):
-            break
+    widths = [width for width in _WIDTHS if width <= max(1.0, _SHARE * n)]
+    if n <= _SHORT and sights and not _agrees(sights[0], widths[-1]):
+        return n  # nor do fewer bands
+    for width in widths:
         if all(_agrees(sight, width) for sight in sights):
             return width
     return n
