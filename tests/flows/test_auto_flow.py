@@ -104,7 +104,7 @@ def test_an_inverse_that_is_wrong_is_told_of(name):
 
 
 # The guide of `test_guide.py` is trained under all of them.
-BOUNDS = ["trace", "vectorised particles", "tail-adaptive", "enumeration"]
+BOUNDS = ["trace", "enumeration"]
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")

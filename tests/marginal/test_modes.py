@@ -70,7 +70,8 @@ SEVERAL = TERMS | {"angle": angle, "far places": far_places}
     ("term", "prior", "points"),
     long_but(
         lambda case: (
-            (list(SEVERAL).index(case[0]) + list(PRIORS).index(case[1])) % 2
+            list(SEVERAL).index(case[0]) % 2
+            == list(PRIORS).index(case[1])
             == ["iid", "rqmc"].index(case[2])
         ),
         itertools.product(SEVERAL, PRIORS, ["iid", "rqmc"]),

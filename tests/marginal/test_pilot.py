@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -65,8 +66,10 @@ def distance_from_top(potential, point):
     return float((slope @ torch.linalg.solve(curvature, slope)).sqrt())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("level", [1.5, 7.0], ids=["some", "thousands"])
+@pytest.mark.parametrize(
+    ("level", "seed"),  # some counts, and thousands
+    long_but([(1.5, 1), (7.0, 0)], itertools.product([1.5, 7.0], [0, 1])),
+)
 def test_pilot_of_counts_is_the_top_by_quadrature(level, seed):
     pyro.set_rng_seed(seed)
     x, y = count_data(level)

@@ -19,6 +19,7 @@ from pyro_hamflow.marginal.scrutiny import Look, look, missed, misses
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.model.kinds import Arguments
+from tests.helpers.kinds import long_but
 
 GRID = torch.linspace(-12.0, 12.0, 24_001, dtype=torch.float64)
 Y = torch.tensor([0.8, 1.5, 0.3, 2.0, 1.1, 0.2, 0.9, 1.7], dtype=torch.float64)
@@ -53,9 +54,9 @@ SEVERAL_MODES = {
 }
 
 
-@pytest.mark.parametrize("term", SEVERAL_MODES.values(), ids=SEVERAL_MODES)
-def test_missed_modes_are_noticed_and_mended(term, monkeypatch):
-    model, exact = effects(term)
+@pytest.mark.parametrize("name", long_but(["square", "two places"], SEVERAL_MODES))
+def test_missed_modes_are_noticed_and_mended(name, monkeypatch):
+    model, exact = effects(SEVERAL_MODES[name])
     named = phf.marginalize(model, ["x"], proposal="laplace")
     pilot = named.pilot((Y,), {})
     assert (

@@ -128,10 +128,11 @@ def settled(kernel):
     return str(kernel.settings | {"training_seconds": None})
 
 
-# Those that learn are many: of each kernel one stays, and of the flows' that with machine code.
+# Those that learn are many: of each kind one stays, and of the flows' that with machine code.
 LONG = {
     *("HNNNUTS, native estimate", "HNNNUTS, per leaf", "HNNNUTS, estimate", "FlowNUTS"),
     *("RandomWalk, estimate", "NUTS, transported", "PseudoMarginalHMC, native"),
+    *("PseudoMarginalHMC", "HNNHMC, native"),
 }
 
 

@@ -111,7 +111,7 @@ def with_gaps(x):
 @pytest.mark.parametrize(
     ("operations", "as_loops"),
     long_but(
-        lambda case: case[1] or case[0] in (elementwise, matrices),
+        lambda case: case[1] == (case[0] is not elementwise),
         itertools.product([elementwise, reductions, moves, matrices, with_gaps], [False, True]),
     ),
 )
