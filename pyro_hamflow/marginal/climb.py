@@ -14,6 +14,8 @@ _MEMORY = 20  # changes of position and slope that Newton's direction is made of
 _FIRST_LENGTH = 1.0  # the longest change of an unconstrained coordinate at first; then it grows
 _SLACK = 0.01  # by which the potential may rise where its slope falls: gradients are approximate
 NEAR = 0.05  # posterior standard deviations
+SAME = 0.1  # of unconstrained coordinates, within which ends of climbs are one top
+_BELOW = 2.0  # a top's logarithm, from where on a step that leads to it is believed
 
 
 class Top(NamedTuple):
@@ -29,16 +31,19 @@ def climb(
     gradient: Callable[[Tensor], tuple[float, Tensor]],
     start: Tensor,
     known: Sequence[tuple[Tensor, Tensor]] = (),
+    tops: Sequence[Top] = (),
 ) -> Top:
     """Minimises a potential by L-BFGS.
 
     It has come to rest when a full step would lead by less than a small part of a posterior
-    standard deviation, as the inverse curvature found on the way tells, twice in a row.
+    standard deviation, as the inverse curvature found on the way tells, twice in a row; or when one
+    leads to a top that is known already, not far below it.
 
     Arguments:
         gradient: From a position to the potential and its gradient.
         start: Where to begin.
         known: What an earlier climb has found of the curvature.
+        tops: Where others came to rest.
     """
     position = start
     value, slope = gradient(position)
@@ -48,6 +53,10 @@ def climb(
         if not (math.isfinite(value) and bool(slope.isfinite().all())):
             break
         step = -_newton(pairs, slope)
+        for top in tops:
+            gap = float((position + step - top.position).abs().max())
+            if gap <= SAME and value - top.value <= _BELOW:
+                return top
         distance = math.sqrt(float(-(slope @ step)))
         is_near = bool(pairs) and position is not start and distance <= NEAR
         rests = rests + 1 if is_near else 0

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from pyro_hamflow.marginal.climb import NEAR, Top
+from pyro_hamflow.marginal.climb import NEAR, SAME, Top
 
 _LOWEST = 7.0  # of logarithms, by which another mode's top may be lower to be told: a thousandth
 _DEPTH = 3.0  # the same of the ground between, from which on trajectories seldom cross it
 _POINTS = 8  # parts of the line between two tops
-_SAME = 0.1  # of unconstrained coordinates, within which ends of climbs are one top
 
 
 def other_modes(
@@ -41,7 +40,7 @@ def other_modes(
 def _depth(gradient: Callable[[Tensor], tuple[float, Tensor]], one: Top, two: Top) -> float:
     """By how much the lowest ground on the line between two tops is lower than the lower one."""
     way = two.position - one.position
-    if float(way.abs().max()) <= _SAME:
+    if float(way.abs().max()) <= SAME:
         return 0.0
     between = (one.position + way * (part / _POINTS) for part in range(1, _POINTS))
     return max(gradient(position)[0] for position in between) - max(one.value, two.value)

@@ -118,7 +118,7 @@ def find_pilot(
             else:
                 position = RADIUS * (2.0 * torch.rand(potential.dimension) - 1.0).to(position)
             starts.append(position)
-            top = climb(gradient, position)
+            top = climb(gradient, position, tops=[top for top in tops if top.distance <= NEAR])
             if top.value == -math.inf:
                 escaped |= _at_end(potential, top.position, _END)
             else:

@@ -241,8 +241,8 @@ def test_search_ends_soon_where_the_density_has_no_bound(monkeypatch):
     """Of equal data: the error of an observation goes to zero, and the density to infinity."""
     evaluated, climb = [], pilot_module.climb
 
-    def counted(gradient, start):
-        return climb(lambda at: (evaluated.append(at), gradient(at))[1], start)
+    def counted(gradient, start, **settings):
+        return climb(lambda at: (evaluated.append(at), gradient(at))[1], start, **settings)
 
     monkeypatch.setattr(pilot_module, "climb", counted)
     marginal = phf.marginalize(effects_with_error, ["x"])
@@ -343,3 +343,23 @@ def test_flat_ground_between_tops_makes_them_one():
     assert other_modes(flat, tops[0], tops) == ()
     assert other_modes(divided, tops[0], tops) == (1.0,)
     assert other_modes(divided, tops[0]._replace(distance=2.0), tops) == ()
+
+
+def test_a_climb_ends_where_a_step_leads_to_a_known_top():
+    def bowl(position):
+        return float((position.cosh() - 1.0).sum()), position.sinh()
+
+    def climbed(tops):
+        seen = []
+        top = pilot_module.climb(
+            lambda position: (seen.append(position), bowl(position))[1],
+            torch.tensor([3.0, -2.0]),
+            tops=tops,
+        )
+        return top, len(seen)
+
+    first, number = climbed([])
+    again, fewer = climbed([first])
+    other, as_many = climbed([first._replace(position=torch.tensor([9.0, 9.0]))])
+    assert again is first and fewer < number
+    assert torch.equal(other.position, first.position) and as_many == number
