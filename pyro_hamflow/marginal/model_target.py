@@ -188,6 +188,11 @@ class ModelTarget:
         return find_start(potential, num_chains, potential.ravel(initial_params, num_chains), 0.0)
 
     @property
+    def other_modes(self) -> tuple[float, ...]:
+        """How high modes are that a path's fit left for the highest, as ratios of densities."""
+        return self.model.modes if isinstance(self.model, WhitenedModel) else ()
+
+    @property
     def transforms(self) -> dict[str, Any] | None:
         """From each site's support to the real line; nothing before a model has run."""
         if self._potential is not None:

@@ -35,8 +35,8 @@ def tail_score(level: Tensor) -> Tensor:
         level: The logarithm of the smaller tail, in double precision; at most log(1/2).
 
     Example:
-        >>> tail_score(torch.tensor([math.log(0.5), -1000.0], dtype=torch.double))
-        tensor([ 0.0000, 44.6159], dtype=torch.float64)
+        >>> tail_score(torch.tensor([-3.7832, -1000.0], dtype=torch.double))
+        tensor([ 2.0000, 44.6157], dtype=torch.float64)
     """
     level = level.detach()
     near = -torch.special.ndtri(level.clamp(min=DEEP).exp())

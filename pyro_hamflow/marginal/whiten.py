@@ -177,6 +177,11 @@ class WhitenedModel:
         places = [self._fit.starts[chain % len(self._fit.starts)] for chain in range(num_chains)]
         return [place | {name: torch.randn_like(example)} for place in places]
 
+    @property
+    def modes(self) -> tuple[float, ...]:
+        """How high other modes are than that where chains start, as ratios of densities."""
+        return () if self._fit is None else self._fit.modes
+
     @contextmanager
     def _hold(self, fit: WhiteningFit) -> Iterator[None]:
         before = self._is_held, self._fit

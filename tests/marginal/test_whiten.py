@@ -455,3 +455,23 @@ def test_the_density_of_a_long_loop_follows_what_its_model_reads():
     parameters = {name: values[name] for name in ("step", "error")}
     expected = log_joint(model, parameters | path, y) + fit.map(parameters).log_volume()
     torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_highest_mode_of_the_parameters_is_taken_and_another_told(side):
+    """Chains start about it alone: one factor makes the other root 55 times as dense."""
+
+    def model(y):
+        root = pyro.sample("root", dist.Normal(0.2 * side, 1.5))
+        pyro.factor("pull", -side * root)
+        x = 0.0
+        for t in pyro.markov(range(len(y))):
+            x = pyro.sample(f"x_{t}", dist.Normal(x, 0.1))
+            pyro.sample(f"y_{t}", dist.Normal(root**2 + x, 0.1), obs=y[t])
+
+    y = 4.0 + 0.1 * torch.sin(torch.arange(6.0))
+    kernel = phf.NUTS(whiten(model, [f"x_{t}" for t in range(6)]))
+    mcmc = phf.MCMC(kernel, 20, 20, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run(y)
+    assert (side * mcmc.get_samples()["root"] < -1.5).all()
+    assert any("the posterior has another mode" in said for said in mcmc.messages)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -278,8 +280,13 @@ Y = torch.tensor([1.2, -0.3, 2.0, 0.4, 0.9], dtype=torch.float64)
 PRECISION = 0.25 + len(Y)
 
 
-@pytest.mark.parametrize("kernel", [RandomWalk, MALA])
-@pytest.mark.parametrize("runner", ["ours", "Pyro's"])
+@pytest.mark.parametrize(
+    ("kernel", "runner"),
+    long_but(
+        [(RandomWalk, "ours"), (MALA, "Pyro's")],
+        itertools.product([RandomWalk, MALA], ["ours", "Pyro's"]),
+    ),
+)
 def test_runs(kernel, runner):
     made = kernel(conjugate)
     if runner == "ours":

@@ -131,7 +131,7 @@ def only_the_picked(monkeypatch):
 SPOILT = [one_proposal_for_all, stale_density, half_the_density, only_the_picked]
 
 
-@pytest.mark.parametrize("spoil", long_but([one_proposal_for_all, half_the_density], SPOILT))
+@pytest.mark.parametrize("spoil", long_but([half_the_density], SPOILT))
 def test_spoilt_jumps_are_found_out(spoil, monkeypatch):
     cycle = cycle_of("skewed", factor=0.5)
     spoil(monkeypatch)

@@ -34,6 +34,7 @@ class WhiteningFit(NamedTuple):
         followed: How many coordinates of them, from the first on, the sites follow.
         starts: Values of all parameters, about as far from the mode as posterior draws are.
         has_kinks: Whether the rest of the density has kinks in the path.
+        modes: How high other modes of the parameters are, as ratios of densities.
     """
 
     split: SplitModel
@@ -43,6 +44,7 @@ class WhiteningFit(NamedTuple):
     followed: int
     starts: list[Values]
     has_kinks: bool
+    modes: tuple[float, ...]
 
     @property
     def u(self) -> Tensor:
@@ -90,4 +92,4 @@ def fit_whitening(model: Model, data: Arguments, names: Sequence[str]) -> Whiten
     search.u = held.mode
     starts = [split.values(start) for start in search.draws(theta)]
     prior, has_kinks = split.prior._replace(others=others), search.place is not None
-    return WhiteningFit(split, prior, sites, theta, size, starts, has_kinks)
+    return WhiteningFit(split, prior, sites, theta, size, starts, has_kinks, search.others)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_hamflow.marginal.climb import climb
+from pyro_hamflow.marginal.climb import Top, climb
+from pyro_hamflow.marginal.other_modes import other_modes
 from pyro_hamflow.marginal.path_kinks import (
     CLOSELY,
     COARSELY,
@@ -39,7 +40,7 @@ from pyro_hamflow.programs.validation import no_validation
 _STEPS = 60  # of Newton at most
 _HALVINGS = 40  # of a step that leads down: where curvature is negative it may lead far away
 MOST_FOLLOWED = 64  # coordinates of parameters: each takes two fits
-_STARTS = 3  # of searches, until one comes to rest
+_LOOKS, _STARTS = 2, 3  # searches, and if none of them comes to rest
 _REST = 0.1  # posterior standard deviations
 _CHAINS = 20  # places to start from
 _NEAR = 0.01  # of the prior's spread
@@ -50,6 +51,7 @@ class Search:
 
     Attributes:
         u: Where it was found last.
+        others: How high other modes of the parameters are, beside that of :meth:`top`.
         place: With the deviations about it, where the density has kinks; else none.
     """
 
@@ -61,6 +63,7 @@ class Search:
         self._density = _captured(self._density_at, split.start, self.u)
         example = self.u.new_ones(len(self.u), split.width)
         self._laplace = _captured(self._laplace_at, split.start, self.u, example)
+        self.others: tuple[float, ...] = ()
         self.place: Cells | None = None
         self._cells: Cells | None = None
         self._rest: Program = self._rest_at
@@ -199,24 +202,32 @@ class Search:
         return float(value), slope
 
     def top(self) -> Tensor:
-        """The parameters of highest density, from the middle of their priors."""
+        """The parameters of highest density, from the middle of their priors and from draws.
+
+        Chains start about them, so that no diagnostic tells of modes that none comes to.
+        """
         start, spread = self.split.start, self.split.spread
 
         def slope(steps: Tensor) -> tuple[float, Tensor]:
             value, slope = self.slope(start + spread * steps)
             return value, spread * slope
 
-        best, found = math.inf, torch.zeros_like(start)
-        for draw in (start, *self.split.draws[: _STARTS - 1]):
-            self.u = self._prior_mean(draw)
-            top = climb(slope, (draw - start) / spread)
-            if top.value < best:
-                best, found, u = top.value, top.position, self.u
-            if top.distance <= _REST:
+        tops: list[Top] = []
+        paths: list[tuple[Tensor, Cells | None]] = []
+        for number, draw in enumerate((start, *self.split.draws[: _STARTS - 1])):
+            rested = [top for top in tops if top.distance <= _REST]
+            if number >= _LOOKS and rested:
                 break
-        if best < math.inf:
-            self.u = u
-        return start + spread * found
+            self.u = self._prior_mean(draw)
+            tops.append(climb(slope, (draw - start) / spread, tops=rested))
+            paths.append((self.u, self.place))
+        finite = [number for number, top in enumerate(tops) if math.isfinite(top.value)]
+        if not finite:
+            return start
+        best = min(finite, key=lambda number: tops[number].value)
+        self.others = other_modes(slope, tops[best], tops)
+        self.u, self.place = paths[best]
+        return start + spread * tops[best].position
 
     def draws(self, theta: Tensor) -> Tensor:
         """Draws about the top, as Laplace's approximation has them, of shape ``(draws, k)``.

@@ -43,6 +43,7 @@ from torch import Tensor
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.model_target import ModelTarget
+from pyro_hamflow.marginal.other_modes import told_of_modes
 from pyro_hamflow.mcmc.adaptation import surrogate
 from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.engine import Engine
@@ -218,6 +219,8 @@ class Kernel(PyroFace):
         self._phase, state = self.first_phase(position, noise)
         if estimator is not None:
             estimator.tell_of_pilot()
+        if self.source.other_modes:
+            self.plan.say(told_of_modes(self.source.other_modes))
         return self._followed(state)
 
     def prepare(
