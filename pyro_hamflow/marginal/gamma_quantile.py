@@ -69,11 +69,12 @@ def gamma_score(shape: Tensor, x: Tensor) -> Tensor:
     shape, x = torch.broadcast_tensors(shape.double(), x.double().clamp(*_RANGE))
     a, value = shape.detach(), x.detach()
     upper = value > a
-    log_tail, is_deep = _log_tail(a, value, upper)
+    log_gamma = a.lgamma()
+    log_tail, is_deep = _log_tail(a, value, upper, log_gamma)
     z = tail_score(log_tail)
     z = torch.where(upper, z, -z)
     log_normal = log_normal_density(z)
-    slope = _score_slope(a, value, z)
+    slope = _score_slope(a, value, z, log_gamma)
     # Of a tail that is no number its logarithm has a slope, less that of Gamma(a + 1) below.
     change = value.log() - torch.where(upper, a, a + 1).digamma()
     deep_slope = torch.where(upper, -change, change) * torch.exp(log_tail - log_normal)
@@ -81,14 +82,14 @@ def gamma_score(shape: Tensor, x: Tensor) -> Tensor:
     moved_x = x - value
     moved_shape = torch.where(is_deep, deep_slope, near_slope) * (shape - a)
     # Nothing in value and first derivatives; the second derivatives are those of the slope.
-    bend = 0.5 * (_score_slope(a, x, z + slope * moved_x) - slope)
-    bend = bend + (_score_slope(shape, value, z + moved_shape) - slope)
+    bend = 0.5 * (_score_slope(a, x, z + slope * moved_x, log_gamma) - slope)
+    bend = bend + (_score_slope(shape, value, z + moved_shape, shape.lgamma()) - slope)
     return (z + (slope + bend) * moved_x + moved_shape).to(dtype)
 
 
-def _score_slope(shape: Tensor, x: Tensor, z: Tensor) -> Tensor:
+def _score_slope(shape: Tensor, x: Tensor, z: Tensor, log_gamma: Tensor) -> Tensor:
     """The derivative of the score z in the value."""
-    log_slope = _log_density(shape, x, shape.lgamma()) - log_normal_density(z)
+    log_slope = _log_density(shape, x, log_gamma) - log_normal_density(z)
     return torch.exp(log_slope.clamp(max=_HIGHEST))
 
 
@@ -158,10 +159,10 @@ def _tail(shape: Tensor, x: Tensor, upper: Tensor) -> Tensor:
     return torch.where(upper, above, below)
 
 
-def _log_tail(shape: Tensor, x: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def _log_tail(shape: Tensor, x: Tensor, upper: Tensor, log_gamma: Tensor) -> tuple[Tensor, Tensor]:
     """The logarithm of :func:`_tail`, and where that is too small a number to be taken itself."""
     tail = _tail(shape, x, upper)
-    log_density = _log_density(shape, x, shape.lgamma())
+    log_density = _log_density(shape, x, log_gamma)
     above = log_density - torch.log1p((1 - shape) / x)  # first terms of an expansion for large x
     below = log_density + x.log() - shape.log()
     is_deep = tail < math.exp(DEEP)

@@ -189,8 +189,10 @@ class ModelTarget:
 
     @property
     def other_modes(self) -> tuple[float, ...]:
-        """How high modes are that a path's fit left for the highest, as ratios of densities."""
-        return self.model.modes if isinstance(self.model, WhitenedModel) else ()
+        """How high modes are beside that near which chains start, as ratios of densities."""
+        if isinstance(self.model, MarginalModel) and self._pilot is not None:
+            return self.model.prepared.other_modes
+        return self.model.other_modes if isinstance(self.model, WhitenedModel) else ()
 
     @property
     def transforms(self) -> dict[str, Any] | None:

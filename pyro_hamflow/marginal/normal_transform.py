@@ -164,24 +164,26 @@ def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _half_normal_quantile(u: Tensor) -> Tensor:
-    """That of the absolute value of a normal number, with all digits in either tail."""
-    half = math.sqrt(0.5) * u
-    upper = -torch.special.ndtri(0.25 * torch.special.erfc(half.clamp(min=0.0)))
-    lower = math.sqrt(2.0) * torch.special.erfinv(0.5 * torch.special.erfc(-half.clamp(max=0.0)))
+    """That of the absolute value of a normal number."""
+    upper = -torch.special.ndtri(0.5 * _normal_tail(u.clamp(min=0.0)))
+    lower = math.sqrt(2.0) * torch.special.erfinv(_normal_tail(-u.clamp(max=0.0)))
     return torch.where(u > 0, upper, lower)
 
 
 def _exponential_quantile(u: Tensor) -> Tensor:
-    half = math.sqrt(0.5) * u
-    upper = -torch.log(0.5 * torch.special.erfc(half.clamp(min=0.0)))
-    lower = -torch.log1p(-0.5 * torch.special.erfc(-half.clamp(max=0.0)))
+    upper = -torch.log(_normal_tail(u.clamp(min=0.0)))
+    lower = -torch.log1p(-_normal_tail(-u.clamp(max=0.0)))
     return torch.where(u > 0, upper, lower)
 
 
 def _laplace_quantile(u: Tensor) -> Tensor:
-    half = math.sqrt(0.5) * u
-    lower, upper = torch.special.erfc(-half).log(), -torch.special.erfc(half).log()
+    lower, upper = torch.log(2.0 * _normal_tail(-u)), -torch.log(2.0 * _normal_tail(u))
     return torch.where(u > 0, upper, lower)
+
+
+def _normal_tail(u: Tensor) -> Tensor:
+    """What of a normal distribution lies above, with all digits where that is little."""
+    return 0.5 * torch.special.erfc(math.sqrt(0.5) * u)
 
 
 def _normal_cdf(u: Tensor) -> Tensor:

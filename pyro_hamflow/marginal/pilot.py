@@ -11,12 +11,13 @@ at draws of the posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions.transforms import IndependentTransform
+from torch.distributions.transforms import IndependentTransform, Transform
 
 from pyro_hamflow.marginal.climb import NEAR, Top, climb, newton_distance
 from pyro_hamflow.marginal.even_noise import even_noise
@@ -32,8 +33,7 @@ from pyro_hamflow.process import random_state_kept
 # Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
 # points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
 _PARTICLES = 16
-_STARTS = 3  # of climbs
-_MORE = 1  # climb, if none of those came to rest
+_LOOKS, _STARTS = 3, 4  # climbs, and if none of them comes to rest
 _DRAWS = 9  # of the prior, whose medians are typical
 _UNREST = 0.5  # by how much a top without rest has to be higher: the height of one such deviation
 _MOVED = 0.5  # posterior standard deviations, beyond which another top is meant
@@ -52,14 +52,14 @@ class Pilot(NamedTuple):
         distance: How far the top may be, in posterior standard deviations.
         escaped: Sites that every climb has led to the end of their support.
         refused: The error that a search in double precision ended with; empty if it was made.
-        others: How high the other modes' tops are beside this one, as ratios of densities.
+        other_modes: How high other modes' tops are beside this one, as ratios of densities.
     """
 
     values: dict[str, Tensor]
     distance: float
     escaped: tuple[str, ...] = ()
     refused: str = ""
-    others: tuple[float, ...] = ()
+    other_modes: tuple[float, ...] = ()
 
 
 def find_pilot(
@@ -92,22 +92,17 @@ def find_pilot(
     with random_state_kept(), rough.hold(plan.structure):
         torch.manual_seed(0)
         trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
-        somewhere = {}
-        for name in plan.structure.parameters:
-            site = trace.nodes[name]
-            if not is_discrete(name, site):
-                transform = transform_of(name, site["fn"])
-                free = transform.inv(site["value"])
-                somewhere[name] = middle(transform, free)
+        drawn = _free_values(trace, plan.structure.parameters)
+        somewhere = {name: middle(transform, free) for name, transform, free in drawn}
         rough.follow(somewhere, *data.args, **data.kwargs)  # so that the model can run at all
         potential = Potential(rough, *data, separate_noise=True)
         gradient = _gradient_of(rough, potential, data)
         tops: list[Top] = []
         starts: list[Tensor] = []
         escaped: set[str] = set()
-        for trial in range(_STARTS + _MORE if potential.dimension else 0):
-            rested = any(top.distance <= NEAR for top in tops)
-            if rested and (trial >= _STARTS or start is not None):
+        for trial in range(_STARTS if potential.dimension else 0):
+            rested = [top for top in tops if top.distance <= NEAR]
+            if rested and (trial >= _LOOKS or start is not None):
                 break
             # Not zero itself, which may be a saddle, as it is for mixtures.
             position = 0.1 * torch.randn(potential.dimension).to(potential.example)
@@ -118,7 +113,7 @@ def find_pilot(
             else:
                 position = RADIUS * (2.0 * torch.rand(potential.dimension) - 1.0).to(position)
             starts.append(position)
-            top = climb(gradient, position, tops=[top for top in tops if top.distance <= NEAR])
+            top = climb(gradient, position, tops=rested)
             if top.value == -math.inf:
                 escaped |= _at_end(potential, top.position, _END)
             else:
@@ -133,22 +128,29 @@ def find_pilot(
             best = _undefended(rough, best, count, data)
         if best.position.dtype != torch.float64:
             best = _doubted(gradient, best)
-    return Pilot(potential.constrain(best.position), best.distance, others=others)
+    return Pilot(potential.constrain(best.position), best.distance, other_modes=others)
 
 
 def typical(marginal: TunedEstimator, data: Arguments) -> dict[str, Tensor]:
     """Unconstrained parameter values in the middle of their prior."""
+    names = marginal.plan(*data.args, **data.kwargs).structure.parameters
     draws: dict[str, list[Tensor]] = {}
     with random_state_kept():
         torch.manual_seed(0)
         for _ in range(_DRAWS):
             trace = run_with(marginal.model, lambda msg: None, *data.args, **data.kwargs)
-            for name in marginal.plan(*data.args, **data.kwargs).structure.parameters:
-                site = trace.nodes[name]
-                if not is_discrete(name, site):
-                    free = transform_of(name, site["fn"]).inv(site["value"])
-                    draws.setdefault(name, []).append(free)
+            for name, _, free in _free_values(trace, names):
+                draws.setdefault(name, []).append(free)
     return {name: torch.stack(values).median(0).values for name, values in draws.items()}
+
+
+def _free_values(trace: Trace, names: Iterable[str]) -> Iterator[tuple[str, Transform, Tensor]]:
+    """The names of continuous parameters, their maps to supports, and values on the real line."""
+    for name in names:
+        site = trace.nodes[name]
+        if not is_discrete(name, site):
+            transform = transform_of(name, site["fn"])
+            yield name, transform, transform.inv(site["value"])
 
 
 def _fill(position: Tensor, potential: Potential, given: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_hamflow.marginal.mending import mend_proposal
-from pyro_hamflow.marginal.other_modes import told_of_modes
 from pyro_hamflow.marginal.pilot import Pilot, find_pilot, typical
 from pyro_hamflow.marginal.settle import repeated_estimates, settle_particles
 from pyro_hamflow.marginal.tuned_estimator import TunedEstimator
@@ -53,10 +52,9 @@ def prepare(
     # A proposal fitted far away misses this and that, but for one that looks for it itself.
     if found.distance <= FAR or not marginal.proposal.is_comparable:
         remark = mend_proposal(marginal, [found.values], data) or remark
-    remarks = [remark] if remark else []
-    if found.others:
-        remarks.append(told_of_modes(found.others))
-    marginal.prepared = replace(marginal.prepared, distance=found.distance, remarks=tuple(remarks))
+    marginal.prepared = replace(
+        marginal.prepared, distance=found.distance, remark=remark, other_modes=found.other_modes
+    )
 
 
 def _find(marginal: TunedEstimator, data: Arguments, start: dict[str, Tensor] | None) -> Pilot:

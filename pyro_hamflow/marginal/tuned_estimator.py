@@ -42,7 +42,8 @@ class Prepared:
         key: Of the structure of the model and data that it was fitted to; none before that.
         pilot: The constrained parameter values that it was fitted at.
         distance: How far these may be from the posterior's top, in its standard deviations.
-        remarks: What the proposal misses there, and what the search found, in sentences.
+        remark: What the proposal misses there, or what the search found, in a sentence.
+        other_modes: How high other modes' tops are beside the pilot's, as ratios of densities.
     """
 
     proposal: Proposal | None
@@ -50,7 +51,8 @@ class Prepared:
     key: str | None = None
     pilot: dict[str, Tensor] = field(default_factory=dict)
     distance: float = 0.0
-    remarks: tuple[str, ...] = ()
+    remark: str | None = None
+    other_modes: tuple[float, ...] = ()
 
 
 class TunedEstimator(ABC):

@@ -178,9 +178,9 @@ class WhitenedModel:
         return [place | {name: torch.randn_like(example)} for place in places]
 
     @property
-    def modes(self) -> tuple[float, ...]:
-        """How high other modes are than that where chains start, as ratios of densities."""
-        return () if self._fit is None else self._fit.modes
+    def other_modes(self) -> tuple[float, ...]:
+        """How high modes are beside that near which chains start, as ratios of densities."""
+        return () if self._fit is None else self._fit.other_modes
 
     @contextmanager
     def _hold(self, fit: WhiteningFit) -> Iterator[None]:

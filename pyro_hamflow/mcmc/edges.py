@@ -31,7 +31,6 @@ _NEAR = 0.1  # of the draws, beyond the places where trajectories diverged, in t
 _SMALL, _COLUMNS = 8, 4
 _OUTER = 0.1  # of the draws, which chains begin at
 _CHAINS, _MOVES = 320, 40  # in all, and how often each moves; the later half of it counts
-_FEWEST_CHAINS, _NUMBERS = 64, 6400  # where there are many coordinates; of positions
 _SHORTER, _DEPTH = 4.0, 4  # steps are so many times, with so many doublings at most
 # What is told lies beyond all draws: of the posterior, and in draws that are worth independent
 # ones. By chance these are missed with probability exp(-number): at one end where trajectories

@@ -60,11 +60,7 @@ def root_adjoint(bands: Tensor, root: Tensor, mended: Tensor, slope: Tensor) -> 
 @torch.library.custom_op("pyro_hamflow::banded_solve", mutates_args=())
 def solve(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
     """Solutions of triangular systems, or of their transposes."""
-    factor, given = root.detach().cpu().contiguous(), vectors.detach().cpu().contiguous()
-    result, sizes = torch.empty_like(given), (*given.shape, root.shape[-1], int(transposed))
-    if not source.call("solve", sizes, factor, given, result):
-        result = source.solve(factor, given, transposed=transposed)
-    return result.to(root.device)
+    return _of_vectors("solve", source.solve, root, vectors, transposed=transposed)
 
 
 @torch.library.custom_op("pyro_hamflow::banded_outer", mutates_args=())
@@ -80,10 +76,17 @@ def outer(left: Tensor, right: Tensor, width: int) -> Tensor:
 @torch.library.custom_op("pyro_hamflow::banded_times", mutates_args=())
 def times(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
     """Products of triangular matrices, or of their transposes, with vectors."""
+    return _of_vectors("times", source.times, root, vectors, transposed=transposed)
+
+
+def _of_vectors(
+    name: str, slow: Callable[..., Tensor], root: Tensor, vectors: Tensor, *, transposed: bool
+) -> Tensor:
+    """What a loop makes of triangular matrices and vectors, or torch where there is no loop."""
     factor, given = root.detach().cpu().contiguous(), vectors.detach().cpu().contiguous()
     result, sizes = torch.empty_like(given), (*given.shape, root.shape[-1], int(transposed))
-    if not source.call("times", sizes, factor, given, result):
-        result = source.times(factor, given, transposed=transposed)
+    if not source.call(name, sizes, factor, given, result):
+        result = slow(factor, given, transposed=transposed)
     return result.to(root.device)
 
 
@@ -108,10 +111,6 @@ def _(bands: Tensor, root: Tensor, mended: Tensor, slope: Tensor) -> Tensor:
 
 
 @solve.register_fake
-def _(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
-    return vectors.new_empty(vectors.shape)
-
-
 @times.register_fake
 def _(root: Tensor, vectors: Tensor, transposed: bool) -> Tensor:  # noqa: FBT001
     return vectors.new_empty(vectors.shape)
@@ -150,8 +149,12 @@ def _solve_backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
     return -outer(*pair, root.shape[-1]), of_vectors, None
 
 
-def _keep_factors(ctx: Any, inputs: Any, output: Tensor) -> None:
+def _keep_pair(ctx: Any, inputs: Any, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
+
+
+def _keep_factors(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _keep_pair(ctx, inputs, output)
     ctx.transposed = inputs[2]
 
 
@@ -159,10 +162,6 @@ def _times_backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
     root, vectors = ctx.saved_tensors
     pair = (vectors, slope) if ctx.transposed else (slope, vectors)
     return outer(*pair, root.shape[-1]), times(root, slope, not ctx.transposed), None
-
-
-def _keep_pair(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
 
 
 def _outer_backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:

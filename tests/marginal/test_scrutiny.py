@@ -59,9 +59,7 @@ def test_missed_modes_are_noticed_and_mended(name, monkeypatch):
     model, exact = effects(SEVERAL_MODES[name])
     named = phf.marginalize(model, ["x"], proposal="laplace")
     pilot = named.pilot((Y,), {})
-    assert (
-        named.proposal.name == "laplace" and "take `proposal='prior'`" in named.prepared.remarks[0]
-    )
+    assert named.proposal.name == "laplace" and "take `proposal='prior'`" in named.prepared.remark
     lost = exact(pilot["mean"], Y) - look(named, pilot, Arguments((Y,)), alone=True).log_likelihood
     assert lost.max() > 0.2
 
@@ -69,7 +67,7 @@ def test_missed_modes_are_noticed_and_mended(name, monkeypatch):
     pilot = chosen.pilot((Y,), {})
     assert (
         chosen.proposal.name == "laplace"
-        and "several modes of each are fitted" in chosen.prepared.remarks[0]
+        and "several modes of each are fitted" in chosen.prepared.remark
     )
     prior = look(chosen, pilot, Arguments((Y,)), from_prior=True)
     monkeypatch.setattr(scrutiny_module, "_POINTS", 4096)
@@ -86,7 +84,7 @@ def test_particles_come_from_the_prior_where_modes_are_still_missed(term, monkey
     pilot = chosen.pilot((Y,), {})
     assert (
         chosen.proposal.name == "prior"
-        and "particles come from the prior instead" in chosen.prepared.remarks[0]
+        and "particles come from the prior instead" in chosen.prepared.remark
     )
     found = look(chosen, pilot, Arguments((Y,)), from_prior=True)
     gap = found.log_likelihood - exact(pilot["mean"], Y)
@@ -98,7 +96,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
     model, _ = effects(lambda x: dist.Poisson(x.exp()))
     marginal = phf.marginalize(model, ["x"])
     pilot = marginal.pilot((Y.round(),), {})
-    assert marginal.proposal.name == "laplace" and not marginal.prepared.remarks
+    assert marginal.proposal.name == "laplace" and marginal.prepared.remark is None
     assert misses(marginal, [pilot], Arguments((Y.round(),))) is None
 
 

@@ -34,7 +34,7 @@ class WhiteningFit(NamedTuple):
         followed: How many coordinates of them, from the first on, the sites follow.
         starts: Values of all parameters, about as far from the mode as posterior draws are.
         has_kinks: Whether the rest of the density has kinks in the path.
-        modes: How high other modes of the parameters are, as ratios of densities.
+        other_modes: How high other modes of the parameters are, as ratios of densities.
     """
 
     split: SplitModel
@@ -44,7 +44,7 @@ class WhiteningFit(NamedTuple):
     followed: int
     starts: list[Values]
     has_kinks: bool
-    modes: tuple[float, ...]
+    other_modes: tuple[float, ...]
 
     @property
     def u(self) -> Tensor:
@@ -77,7 +77,7 @@ def fit_whitening(model: Model, data: Arguments, names: Sequence[str]) -> Whiten
     """
     split = SplitModel(model, data, names)
     search = Search(split)
-    theta = search.top() if len(split.start) else split.start
+    theta, modes = search.top() if len(split.start) else (split.start, ())
     held = search.sites(theta)
     search.hold()
     size = min(split.num_before, MOST_FOLLOWED)
@@ -92,4 +92,4 @@ def fit_whitening(model: Model, data: Arguments, names: Sequence[str]) -> Whiten
     search.u = held.mode
     starts = [split.values(start) for start in search.draws(theta)]
     prior, has_kinks = split.prior._replace(others=others), search.place is not None
-    return WhiteningFit(split, prior, sites, theta, size, starts, has_kinks, search.others)
+    return WhiteningFit(split, prior, sites, theta, size, starts, has_kinks, modes)

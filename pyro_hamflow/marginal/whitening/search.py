@@ -51,7 +51,6 @@ class Search:
 
     Attributes:
         u: Where it was found last.
-        others: How high other modes of the parameters are, beside that of :meth:`top`.
         place: With the deviations about it, where the density has kinks; else none.
     """
 
@@ -63,7 +62,6 @@ class Search:
         self._density = _captured(self._density_at, split.start, self.u)
         example = self.u.new_ones(len(self.u), split.width)
         self._laplace = _captured(self._laplace_at, split.start, self.u, example)
-        self.others: tuple[float, ...] = ()
         self.place: Cells | None = None
         self._cells: Cells | None = None
         self._rest: Program = self._rest_at
@@ -201,8 +199,10 @@ class Search:
             self.u = before
         return float(value), slope
 
-    def top(self) -> Tensor:
+    def top(self) -> tuple[Tensor, tuple[float, ...]]:
         """The parameters of highest density, from the middle of their priors and from draws.
+
+        And how high other modes are beside them, as ratios of densities.
 
         Chains start about them, so that no diagnostic tells of modes that none comes to.
         """
@@ -223,11 +223,11 @@ class Search:
             paths.append((self.u, self.place))
         finite = [number for number, top in enumerate(tops) if math.isfinite(top.value)]
         if not finite:
-            return start
+            return start, ()
         best = min(finite, key=lambda number: tops[number].value)
-        self.others = other_modes(slope, tops[best], tops)
+        others = other_modes(slope, tops[best], tops)
         self.u, self.place = paths[best]
-        return start + spread * tops[best].position
+        return start + spread * tops[best].position, others
 
     def draws(self, theta: Tensor) -> Tensor:
         """Draws about the top, as Laplace's approximation has them, of shape ``(draws, k)``.

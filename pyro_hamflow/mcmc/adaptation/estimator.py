@@ -113,9 +113,9 @@ class EstimatorTuning:
         if not isinstance(model, MarginalModel):
             return
         found = model.prepared
-        for remark in reversed(found.remarks):
-            self.plan.say(remark, first=True)
-        if not found.remarks and found.distance > FAR:
+        if found.remark:
+            self.plan.say(found.remark, first=True)
+        elif found.distance > FAR:
             self.plan.say(
                 "the search for the posterior's mode did not come to rest; the chains may start "
                 f"{found.distance:.2g} posterior standard deviations from it, and warm-up "

@@ -98,7 +98,7 @@ class TreeBuilder:
     def info(self, tree: Tree) -> Info:
         """The statistics of a transition to the draw of a finished tree."""
         if bool(tree.diverging.any()):
-            self.places += tree.here.position.mT[tree.diverging].clone()
+            self.places += tree.here.position.mT[tree.diverging]
         depth = torch.log2(tree.num_points.double() + 1.0).ceil()  # a broken doubling counts too
         return Info(
             accepted=tree.draw.error != 0.0,
