@@ -206,6 +206,18 @@ def missing_filled(y, x):
         pyro.sample("y", dist.Normal(a + b * x, 1.0), obs=y.nan_to_num())
 
 
+@IDIOMS.case(y=missing(normal(40)))
+def missing_written_in(y):
+    """Sites in the place of missing numbers, in a copy of the data."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    gaps = y.isnan()
+    unseen = dist.Normal(mean, 1.0).expand([int(gaps.sum())]).to_event(1).mask(False)
+    full = y.clone()
+    full[gaps] = pyro.sample("unseen", unseen)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=full)
+
+
 @IDIOMS.case(y=counts(20, 4))
 def multinomial(y):
     share = pyro.sample("share", dist.Dirichlet(torch.ones(4)))

@@ -17,6 +17,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from pyro_hamflow.programs.graph_recorder import Recorder
 from pyro_hamflow.programs.joining import joined
 from pyro_hamflow.programs.pure_recorder import PureRecorder
 from pyro_hamflow.programs.recording import PART, Recording
+from pyro_hamflow.programs.replay import replay
 from pyro_hamflow.programs.rules import BATCHED, PURE, UNFAILING
 
 Program = Callable[..., Any]
@@ -93,7 +95,8 @@ def capture(
     # Views are replayed, not re-strided, in gradients of in-place writes: that can be batched.
     with torch.autograd.grad_mode._force_original_view_tracking(True):
         result = recorder.record(function, *examples)
-    if live and _has_gradient_of_its_own(result, recorder.constants()):
+    constants = recorder.constants()
+    if live and _has_gradient_of_its_own(result, constants.values()):
         raise RuntimeError("a function with a gradient of its own cannot be recorded by its value")
     for number, name in itertools.islice(recorder.fallible.items(), _MOST_CHECKS):
         if _goes_on(function, examples, number):
@@ -101,7 +104,8 @@ def capture(
     flat = flat or len(recorder.graph.find_nodes(op="call_function", target=PART)) > 1
     simple = PureRecorder(PURE, live=live, flat=flat)
     with torch.no_grad():
-        simple.record(torch.func.functionalize(recorder.replay), *examples)
+        pure = torch.func.functionalize(partial(replay, recorder.graph))
+        simple.record(partial(pure, constants), *examples)
     graph = simple.module()
     graph.meta["fallible"] = set(recorder.fallible.values())
     return graph if live else joined(graph, *examples)

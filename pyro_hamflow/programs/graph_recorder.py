@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -81,13 +81,9 @@ class Recorder(TorchDispatchMode):
         self.graph.output(tree_map(self._node_of, result))
         return result
 
-    def constants(self) -> Iterator[Tensor]:
+    def constants(self) -> dict[str, Tensor]:
         """The tensors that the function has got from elsewhere."""
-        return self._constants.buffers()
-
-    def replay(self, *inputs: Tensor) -> Any:
-        """Performs the same operations on other arguments."""
-        return Interpreter(self._constants, graph=self.graph).run(*inputs)
+        return dict(self._constants.named_buffers())
 
     def module(self) -> Recording:
         """The graph as a module, without operations whose results nobody uses."""

@@ -241,6 +241,27 @@ def test_literals_that_are_written_to_are_new_in_each_run():
         torch.testing.assert_close(graph(a), torch.tensor([4.0, 2.0]))
 
 
+def test_a_copy_of_the_data_takes_values_of_arguments():
+    data = torch.tensor([0.2, 0.9, torch.nan, 0.4])
+    missing = data.isnan()
+
+    def by_mask(a):
+        full = data.clone()
+        full[missing] = a[:1]
+        return full
+
+    def through_a_view(a):
+        full = data.expand(2, 4).clone()
+        full.T[2] = a
+        return full.sum(0)
+
+    a = torch.randn(3, 2)
+    for function in (by_mask, through_a_view):
+        graph = batch(capture(function, a[0]), a)
+        torch.testing.assert_close(graph(a), torch.stack([function(row) for row in a]))
+    assert data.isnan().sum() == 1  # the data stay as they were
+
+
 def test_repeated_operations_are_done_once_and_random_ones_each_time():
     def function(a):
         return a.exp() + a.exp() + a.clone().reshape(a.shape), torch.rand(2) - torch.rand(2)
