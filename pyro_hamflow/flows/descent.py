@@ -52,11 +52,18 @@ class Descent:
 
     def value_and_gradient(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Potentials, infinite where they are no number, and gradients, zero there."""
-        program = self._machine or self.potential.programs.program("gradient", len(position))
-        value, gradient, *_ = program(position, self.noise.expand(len(position), -1))
+        noise = self.noise.expand(len(position), -1)
+        value, gradient, *_ = self._program(position)(position, noise)
         good = value.isfinite() & gradient.isfinite().all(-1)
         value, gradient = value.to(position), gradient.to(position)
         return torch.where(good, value, torch.inf), torch.where(good[:, None], gradient, 0.0)
+
+    def value(self, position: Tensor, noise: Tensor) -> Tensor:
+        """Potentials, whatever they are, of other noise."""
+        return self._program(position)(position, noise)[0].to(position)
+
+    def _program(self, position: Tensor) -> Program:
+        return self._machine or self.potential.programs.program("gradient", len(position))
 
     def run(self, position: Tensor) -> Ends:
         """Where descents from positions ``(descents, dimension)`` end."""
@@ -116,7 +123,5 @@ def _updated(inverse: Tensor, step: Tensor, change: Tensor) -> Tensor:
     rate = torch.where(good, 1.0 / curvature.where(good, 1.0), 0.0)[:, None]
     along = (inverse @ change[..., None])[..., 0]
     weight = rate * (1.0 + rate * (change * along).sum(-1, keepdim=True))
-    cross = rate[..., None] * along[..., :, None] * step[..., None, :]
-    own = weight[..., None] * step[..., :, None] * step[..., None, :]
-    updated = inverse - cross - cross.mT + own
-    return torch.where(good[:, None, None], updated, inverse)
+    other = 0.5 * weight * step - rate * along  # nothing where curvature is not upwards
+    return torch.baddbmm(inverse, torch.stack([step, other], -1), torch.stack([other, step], -2))

@@ -86,6 +86,7 @@ def _start(
             layer.add_linear(*parts)
 
         fresh = _each_divergence(layer, *points)
+        fresh = fresh.where(fresh > torch.finfo(fresh.dtype).eps, 0.0)  # beyond rounding
         _change(layer, points, add_linear, _BETTER * fresh)
         least = _each_divergence(layer, x, g, held_out)
         limit = (_WORTH * least).where(least > _STRAIGHT, 0.0)

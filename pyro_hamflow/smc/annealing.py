@@ -62,11 +62,6 @@ class Population:
     lineages: Lineages = MANY
 
     @property
-    def leaves_open(self) -> bool:
-        """Whether there is more than one mode, or too few particles have found them to tell."""
-        return len(self.found) > 1 or self.lineages.are_few
-
-    @property
     def log_evidence(self) -> float:
         """The logarithm of the mean weight."""
         return float(log_mean_exp(self.parts_log_evidence))

@@ -110,12 +110,12 @@ def look_for_modes(
         picked = weights.multinomial(max(count // _OWN, _FEWEST), replacement=True)
         stretched = _stretched(drawn, max(count // _STRETCHED, _FEWEST))
         blocks = max(int(_COST * num_gradients), 1)
-        likely = _likely(prior, max(count // _LIKELY, _FEWEST), blocks, len(position))
+        likely = _likely(descent, prior, max(count // _LIKELY, _FEWEST), blocks, len(position))
         starts = torch.cat([starts, position[picked], stretched, likely])
         modes = find_modes(descent, starts, _MOST_MODES)
         if not modes:
             return nothing
-        held = _log_masses(potential, modes, len(position))
+        held = _log_masses(descent, modes, len(position))
     level = log_weights.max()
     masses = (log_weights - level).exp() / len(position)
     in_parts = (_belongs(modes, position).reshape(-1, *masses.shape) * masses).sum(-1)
@@ -177,7 +177,7 @@ def _stretched(drawn: Tensor, count: int) -> Tensor:
     return middle + factor[:, None] * (picked - middle)
 
 
-def _likely(prior: Prior, count: int, blocks: int, rows: int) -> Tensor:
+def _likely(descent: Descent, prior: Prior, count: int, blocks: int, rows: int) -> Tensor:
     """So many draws of the prior, picked by their likelihood from so many blocks of rows.
 
     The likelihood counts by the power by which the weights are worth as many as are picked.
@@ -185,7 +185,7 @@ def _likely(prior: Prior, count: int, blocks: int, rows: int) -> Tensor:
     positions, log_ratios = [], []
     for _ in range(blocks):
         position, noise = prior.draw(rows)
-        log_ratio = prior.value(position, noise) - prior.potential.value(position, noise)
+        log_ratio = prior.value(position, noise) - descent.value(position, noise)
         positions.append(position)
         log_ratios.append(log_ratio.double())
     log_ratio = torch.cat(log_ratios).nan_to_num(-torch.inf, posinf=-torch.inf)[None]
@@ -207,7 +207,7 @@ def _belongs(modes: list[Mode], position: Tensor) -> Tensor:
     return nearest & (squares < dimension + 3.0 * math.sqrt(2.0 * dimension))
 
 
-def _log_masses(potential: Potential, modes: list[Mode], count: int) -> Tensor:
+def _log_masses(descent: Descent, modes: list[Mode], count: int) -> Tensor:
     """The logarithms of what modes hold, by importance sampling, ``(modes,)``."""
     each = max(1, count // len(modes))
     log_masses = []
@@ -220,7 +220,8 @@ def _log_masses(potential: Potential, modes: list[Mode], count: int) -> Tensor:
         norm = root.diagonal().log().sum() - 0.5 * len(mode.position) * math.log(2.0 * math.pi)
         log_densities.append(norm - 0.5 * standard.square().sum(-1))
     position = _padded(torch.cat(positions), count)
-    value = potential.value(position[:count], potential.draw_noise(count)).double()
+    noise = descent.potential.draw_noise(count)
+    value = descent.value(position[:count], noise).double()
     value = value[: each * len(modes)].reshape(len(modes), each)
     belongs = _belongs(modes, torch.cat(positions)).reshape(len(modes), len(modes), each)
     for index, log_density in enumerate(log_densities):

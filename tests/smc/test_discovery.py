@@ -118,7 +118,7 @@ def num_high(seed):
 
 def test_hollows_that_few_draws_are_in_are_found_by_the_likeliest(monkeypatch):
     assert [num_high(seed) for seed in (2, 3, 5)] == [2, 2, 2]
-    monkeypatch.setattr(discovery, "_likely", lambda prior, *_: prior.draw(1)[0])
+    monkeypatch.setattr(discovery, "_likely", lambda descent, prior, *_: prior.draw(1)[0])
     assert [num_high(seed) for seed in (2, 3, 5)] != [2, 2, 2]
 
 

@@ -14,6 +14,7 @@ from pyro_hamflow.flows.modes import Mode, beside
 from pyro_hamflow.mcmc.adaptation.base import RunPlan
 from pyro_hamflow.mcmc.adaptation.flow_training import FlowTraining, can_learn
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
+from pyro_hamflow.mcmc.adaptation.scattered import leaves_open
 from pyro_hamflow.mcmc.adaptation.tune import Tune
 from pyro_hamflow.mcmc.adaptation.walkers import MOST_STEPS, Jumps, Walkers
 from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
@@ -125,7 +126,8 @@ class FlowSearch:
         walkers = self._walkers(first)
         persistence = walkers.persistence()
         modes: list[Mode] = []
-        if isinstance(first, Population) and (persistence >= _SLOW or first.leaves_open):
+        slow = persistence >= _SLOW
+        if isinstance(first, Population) and (slow or leaves_open(first, walkers, _SLOW)):
             population = self._population(first)
             modes = [*first.found, *beside(first.found, population.found)]
             walkers = self._walkers(population)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
 from pyro_hamflow.mcmc.adaptation.hamiltonian import Hamiltonian
 from pyro_hamflow.mcmc.adaptation.step_and_mass import warmed
-from pyro_hamflow.mcmc.transitions.base import State, Transition, judge
+from pyro_hamflow.mcmc.transitions.base import Info, State, Transition, Tuning, judge
 from pyro_hamflow.mcmc.transitions.independence import IndependenceTransition, choose
 from pyro_hamflow.mcmc.transitions.native import NativeMoves
 from pyro_hamflow.model.guides import DensityGuide
@@ -31,6 +32,8 @@ _WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
 # Jumps that are tried where a chain is, on average, beyond the first: as long as more proposals may
 # be made; and by as many as may be, for which other flows would at best make half as many.
 _LONGEST_STAY, _TOLERABLE_STAY = 1.2, 2.0
+# Of the logarithm of the step size of a walker that starts anywhere, for each unit of acceptance
+_GAIN, _TARGET = 2.0, 0.8  # below or above this
 _REMOTE = 1000.0  # jumps, after which a walker leaves where it is: they are as good as none
 
 
@@ -94,14 +97,31 @@ class Walkers:
         )
         self.tuning = warmup.tuning._replace(step_scale=None)
 
+    def at(self, position: Tensor, noise: Tensor) -> Walkers:
+        """As many others, tuned alike, that start elsewhere."""
+        others = copy.copy(self)
+        others.state = self.transition.state_at(position, noise)
+        others._path = []
+        return others
+
+    def approach(self, count: int) -> None:
+        """Moves from wherever they are, each by steps short enough for it to get on."""
+        scale = self.state.position.new_ones(len(self.state.position), dtype=torch.float64)
+        for _ in range(count):
+            rate = self._move(self.tuning._replace(step_scale=scale)).acceptance_rate.double()
+            scale = (scale * torch.exp(_GAIN * (rate - _TARGET))).clamp(max=1.0)
+
     def move(self, count: int) -> None:
         """Makes local moves, and remembers where they led."""
         for _ in range(count):
-            steps = self.hamiltonian.trajectories.draw_num_steps(self.tuning.step_size)
-            steps = min(steps, MOST_STEPS)
-            self.state, info = self.transition.step(self.state, self.tuning, steps)
-            self.num_steps = torch.as_tensor(info.n_steps).double()
+            self._move(self.tuning)
             self._path.append(Visited(self.state.position, self.state.noise))
+
+    def _move(self, tuning: Tuning) -> Info:
+        steps = self.hamiltonian.trajectories.draw_num_steps(tuning.step_size)
+        self.state, info = self.transition.step(self.state, tuning, min(steps, MOST_STEPS))
+        self.num_steps = torch.as_tensor(info.n_steps).double()
+        return info
 
     def jump(self, guide: DensityGuide) -> float:
         """Makes a jump, and tells its acceptance."""
