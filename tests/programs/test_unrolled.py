@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 
 import pyro
@@ -273,6 +274,45 @@ def test_vectors_and_matrices_among_numbers_are_loops(monkeypatch, tmp_path):
     part = _part(graph, [x, x[:0]])
     text = Unrolled(part.graph, part.inputs, 20 * count).text("program")
     assert text.count("\n") < 4000  # number by number there would be some ten thousand
+    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
+    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
+    expected = graph(x + 0.1, x[:0])
+    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+
+
+def learners(x, steps):
+    """What twenty people learn at each step, by rates of their own."""
+    value, rate, total = torch.zeros(20).double(), x.sigmoid(), 0.0
+    for t in range(steps):
+        total = total + torch.nn.functional.softplus(value * x).sum()
+        value = value + rate * (math.sin(t) - value)
+    return total
+
+
+def test_loops_of_all_steps_are_one_function(tmp_path, monkeypatch):
+    """Machine code is made of each loop once, however many steps repeat it."""
+    monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked
+
+    def graph_of(steps):
+        def gradient(x, noise):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                value = learners(x, steps)
+                return value.detach(), *torch.autograd.grad(value, x)
+
+        return capture(gradient, x, x[:0])
+
+    x = 0.3 * torch.randn(20, dtype=torch.float64)
+    functions, calls = [], []
+    for steps in (40, 60):
+        graph = graph_of(steps)
+        part = _part(graph, [x, x[:0]])
+        text = Unrolled(part.graph, part.inputs, 10**6).text("program")
+        functions.append(text.count("void loop"))
+        calls.append(text.count("\nloop"))
+    assert functions[1] <= functions[0] + 2
+    assert calls[1] > calls[0] + 100
     program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
     value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
     expected = graph(x + 0.1, x[:0])

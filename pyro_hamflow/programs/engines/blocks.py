@@ -15,9 +15,12 @@ from torch import Tensor
 from pyro_hamflow.programs.engines import elements
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of, loops
 from pyro_hamflow.programs.engines.regions import ZERO
+from pyro_hamflow.programs.engines.shared_loops import joined_dimensions
 from pyro_hamflow.programs.engines.statements import Statements
 
-_LEAST = 48  # numbers, from which on a loop is written
+# Numbers from which on a loop is written. From 12 or fewer on, models of states of three numbers
+# took up to twice as long; from 24 or 48 on, none was faster, and some took g++ thrice as long.
+_LEAST = 16
 _MOST = 2**14  # beyond which a loop for each operation is slow: all of them should be one
 _SPARSE = 0.25  # of the numbers zero, from which on single ones are better: most are left out
 
@@ -72,29 +75,42 @@ def mapped(
     moving = [ids for (ids, _), same in zip(parts, is_same, strict=True) if not same]
     if not moving or not all(map(is_block, moving)):
         return None
-    shape = tuple(moving[0].shape)
-    (head, indices), body = loops(shape), Statements(10**6)
-    scalars, needs, after, numbers = list[str](), list[int](), list[int](), list[int]()
+    made = writer.allocate(moving[0].shape, _row_by_row(moving[0].shape), out)
+    needs, after, given = list[int](), list[int](), list[tuple[str, str]]()
+    read: list[Buffer | int] = []
     for (ids, kind), same in zip(parts, is_same, strict=True):
-        if not same:
-            buffer, step = in_memory(writer, ids, kind)
-            after += [] if step is None else [step]
-            numbers.append(body.read(f"*{buffer.at(indices)}", buffer.dtype))
+        if same:
+            read.append(int(ids.reshape(-1)[0]))
             continue
-        number = int(ids.reshape(-1)[0])
-        known = writer.numbers[number]
-        if known.is_constant:
-            numbers.append(ZERO if number == ZERO else body.given(known))
-            continue
-        name = f"s{len(scalars)}"
-        scalars.append(f"const {kind_of(known.dtype)} {name} = {writer.name(number)};")
-        needs.append(number)
-        numbers.append(body.read(name, known.dtype))
+        buffer, step = in_memory(writer, ids, kind)
+        after += [] if step is None else [step]
+        read.append(buffer)
+    buffers = [part for part in read if isinstance(part, Buffer)]
+    strides = [part.strides for part in (made, *buffers)]
+    shape, (own, *steps) = joined_dimensions(made.shape, *strides)
+    (head, indices), body, numbers = loops(shape), Statements(10**6), list[int]()
+    constants: dict[str, torch.dtype] = {}
+    for part in read:
+        name = f"x{len(given)}"
+        if isinstance(part, Buffer):
+            given.append((f"const {part.kind}*", part.place))
+            there = Buffer(part.dtype, name, shape, steps.pop(0))
+            numbers.append(body.read(f"*{there.at(indices)}", part.dtype))
+        elif (known := writer.numbers[part]).is_constant:
+            numbers.append(ZERO if part == ZERO else body.given(known))
+            if part != ZERO and known.dtype.is_floating_point:
+                constants[known.text] = known.dtype
+        else:
+            given.append((f"const {kind_of(known.dtype)}", writer.name(part)))
+            needs.append(part)
+            numbers.append(body.read(name, known.dtype))
     result = elements.operand(body, rule(body, dtype, numbers), out)
-    made = writer.allocate(shape, torch.empty(shape, device="meta").stride(), out)
-    turn = " ".join([*body.lines(), f"*{made.at(indices)} = {result};"])
-    step = writer.step(needs, [f"{{ {' '.join(scalars)} {head}{{ {turn} }} }}"], after)
-    return written(writer, made, step)
+    turn = " ".join([*body.lines(), f"*{Buffer(out, 'y', shape, own).at(indices)} = {result};"])
+    for text, kind in constants.items():  # seen by the rule; loops shall not differ in them
+        turn = turn.replace(text, f"x{len(given)}")
+        given.append((f"const {kind_of(kind)}", text))
+    call = writer.shared.call(made, given, f"{head}{{ {turn} }}")
+    return written(writer, made, writer.step(needs, [call], after))
 
 
 def summed(writer: Statements, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -104,15 +120,20 @@ def summed(writer: Statements, rows: Tensor, dtype: torch.dtype) -> Tensor | Non
     buffer, before = in_memory(writer, rows, dtype)
     if buffer.dtype != dtype:
         return None
-    head, indices = loops(rows.shape[:-1])
-    made = writer.allocate(
-        rows.shape[:-1], torch.empty(rows.shape[:-1], device="meta").stride(), dtype
-    )
-    kind, there = kind_of(dtype), buffer.at([*indices, "k"])
+    made = writer.allocate(rows.shape[:-1], _row_by_row(rows.shape[:-1]), dtype)
+    (head, indices), kind = loops(made.shape), kind_of(dtype)
+    there = Buffer(dtype, "x0", buffer.shape, buffer.strides).at([*indices, "k"])
+    to = Buffer(dtype, "y", made.shape, made.strides).at(indices)
     loop = f"for (long k = 0; k < {rows.shape[-1]}; k++) s += *{there};"
-    line = f"{head}{{ {kind} s = 0; {loop} *{made.at(indices)} = s; }}"
-    step = writer.step([], [line], [] if before is None else [before])
+    body = f"{head}{{ {kind} s = 0; {loop} *{to} = s; }}"
+    call = writer.shared.call(made, [(f"const {kind}*", buffer.place)], body)
+    step = writer.step([], [call], [] if before is None else [before])
     return written(writer, made, step)
+
+
+def _row_by_row(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps."""
+    return torch.empty(tuple(shape), device="meta").stride()
 
 
 def written(writer: Statements, part: Buffer, step: int) -> Tensor:

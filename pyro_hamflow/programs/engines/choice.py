@@ -27,6 +27,7 @@ _COMPILER, _COMPILED_EACH = 1.7, 0.0065
 # recurrences and equations of 1,300 to 6,300 operations, and of sums of 109 slices, it took from
 # eight tenths to eleven tenths of that, and down to a thirtieth of what is told of Inductor.
 _WRITTEN, _WRITTEN_EACH, _WRITTEN_NUMBER = 0.15, 1.5e-4, 1e-4
+_IN_A_LOOP = 16  # numbers, as which more are counted that a loop works out
 # Seconds that the torch engine takes for a step of its own, besides the gradient: on five models,
 # of 2 to 202 dimensions, with 1 to 64 chains, within a quarter of it but in one case.
 _BOOKKEEPING = 5e-4
@@ -200,7 +201,8 @@ def _seconds_to_compile(graph: GraphModule) -> float:
     seconds = _COMPILER + _COMPILED_EACH * len(sizes)
     if not is_written_out(graph):
         return seconds
-    written = _WRITTEN + _WRITTEN_EACH * len(sizes) + _WRITTEN_NUMBER * sum(sizes)
+    single = sum(min(size, _IN_A_LOOP) for size in sizes)
+    written = _WRITTEN + _WRITTEN_EACH * len(sizes) + _WRITTEN_NUMBER * single
     return min(seconds, written)
 
 

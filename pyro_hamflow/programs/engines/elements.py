@@ -163,11 +163,9 @@ def called(
     else:
         buffer, step = writer.stored(cases, dtype)
         out = writer.allocate((len(cases),), (1,), dtype)
-        loop = (
-            f"for (long k = 0; k < {len(cases)}; k++) "
-            f"{out.place}[k] = {kind}({function}({buffer.place}[k]));"
-        )
-        done = writer.step([], [loop], [step])
+        loop = f"for (long k = 0; k < {len(cases)}; k++) y[k] = {kind}({function}(x0[k]));"
+        call = writer.shared.call(out, [(f"const {kind}*", buffer.place)], loop)
+        done = writer.step([], [call], [step])
         made = [writer.read(f"{out.place}[{k}]", dtype, done) for k in range(len(cases))]
     known = dict(zip(cases, made, strict=True))
     return [known[cast(writer, number, dtype)] for number in numbers]

@@ -38,13 +38,19 @@ class Row(NamedTuple):
 
     Attributes:
         length: How many.
-        text: The one at ``k``.
+        place: The address of the first; none of zeros.
         step: Which statement writes them.
     """
 
     length: int
-    text: str
+    place: str | None
     step: int | None
+
+    def copied(self, to: str) -> str:
+        """A statement that writes them to an address."""
+        if self.place is None:
+            return f"std::fill_n({to}, {self.length}, 0);"
+        return f"std::copy_n({self.place}, {self.length}, {to});"
 
 
 class Regions:
@@ -86,7 +92,7 @@ class Regions:
         if length < _ROW:
             return None
         if number == ZERO:
-            return Row(length, "0", None)
+            return Row(length, None, None)
         region = self._of(number)
         if region is None:
             return None
@@ -94,7 +100,7 @@ class Regions:
         beside = int(places[0]) + torch.arange(len(places), device="cpu")
         if len(places) < _ROW or not torch.equal(places, beside):
             return None
-        return Row(len(places), f"{region.place}[{int(places[0])} + k]", region.step)
+        return Row(len(places), f"{region.place} + {int(places[0])}", region.step)
 
     def _of(self, number: int) -> Region | None:
         """The memory in which a number lies, if it is one of many there."""

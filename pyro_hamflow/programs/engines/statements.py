@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, UsesScratch, kind_of
 from pyro_hamflow.programs.engines.regions import ZERO, Region, Regions
+from pyro_hamflow.programs.engines.shared_loops import SharedLoops
 
 _IN_A_FUNCTION = 300
 
@@ -63,6 +64,7 @@ class Statements(UsesScratch):
 
     Attributes:
         scratch: How many bytes of memory they use.
+        shared: The loops that they call.
     """
 
     def __init__(self, most: int) -> None:
@@ -73,6 +75,7 @@ class Statements(UsesScratch):
         self._known: dict[tuple[str, torch.dtype], int] = {}
         self._made_by: dict[int, int] = {}
         self._regions = Regions()
+        self.shared = SharedLoops()
 
     def constant(self, value: float, dtype: torch.dtype) -> int:
         """A number that is known."""
@@ -154,8 +157,7 @@ class Statements(UsesScratch):
                 lines.append(f"{buffer.place}[{place}] = {self.name(numbers[place])};")
             else:
                 after += [] if row.step is None else [row.step]
-                each = f"{buffer.place}[{place} + k] = {row.text};"
-                lines.append(f"for (long k = 0; k < {row.length}; k++) {each}")
+                lines.append(row.copied(f"{buffer.place} + {place}"))
             place += 1 if row is None else row.length
         return buffer, self.step(needs, lines, after)
 
@@ -182,7 +184,8 @@ class Statements(UsesScratch):
         ]
         calls = [f"  part{i}(a, w, r);" for i in range(len(parts))]
         head = f"static void call({arguments}) {{"
-        return "\n".join([f"namespace {name} {{", *parts, head, *calls, "}", "}"])
+        loops = self.shared.text()
+        return "\n".join([f"namespace {name} {{", *loops, *parts, head, *calls, "}", "}"])
 
     def _number(self, number: _Number) -> int:
         key = number.text, number.dtype
