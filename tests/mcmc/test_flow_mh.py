@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from pyro_hamflow import (
     MCMC,
@@ -319,3 +320,20 @@ def test_starts_where_the_density_is_finite():
 
     with pytest.raises(ValueError, match="no point of finite density.*'cut'"):
         MCMC(FlowMH(nowhere, guide), 20, 0).run(Y)
+
+
+def two_modes():
+    x = pyro.sample("x", dist.Normal(0.0, 3.0))
+    pyro.sample("y", dist.Normal(x.abs(), 0.3), obs=torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(("centre", "width", "is_told"), [(2.0, 0.3, True), (0.0, 2.0, False)])
+def test_modes_that_no_proposal_leads_to_are_told(centre, width, is_told):
+    """All chains start in the mode that the guide has, so that no statistic of theirs tells."""
+    where = init_to_value(values={"x": torch.tensor(centre)})
+    guide = AutoNormal(two_modes, init_loc_fn=where, init_scale=width)
+    mcmc = MCMC(FlowMH(two_modes, guide), 400, num_chains=4, seed=0, disable_progbar=True)
+    mcmc.run()
+    told = any("lost modes with about 50 % of the posterior" in said for said in mcmc.messages)
+    assert told == is_told
+    assert bool((mcmc.get_samples()["x"] > 0.0).all()) == is_told

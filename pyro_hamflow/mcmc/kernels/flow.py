@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_hamflow.checks import whole
+from pyro_hamflow.flows.lost_modes import describe_lost_modes
 from pyro_hamflow.flows.pyro_guides import as_guide
 from pyro_hamflow.marginal.model_target import ModelTarget
 from pyro_hamflow.mcmc.kernels.base import Kernel
@@ -35,7 +36,8 @@ class FlowMH(Kernel):
 
     Its moves jump between modes, as far as the guide covers them; no gradient is evaluated. It runs
     in :class:`pyro_hamflow.MCMC` and in :class:`pyro.infer.MCMC`, needs no warm-up, and starts from
-    draws of the guide. On a model with noise sites each proposal brings fresh noise.
+    draws of the guide. On a model with noise sites each proposal brings fresh noise. Where descents
+    from elsewhere find modes that the guide lacks, a message says so: no chain would come there.
 
     Arguments:
         model: A Pyro model.
@@ -104,7 +106,10 @@ class FlowMH(Kernel):
     def start(
         self, num_chains: int, initial_params: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """From draws of the guide, unless told where."""
+        """From draws of the guide, unless told where; tells of modes that it has lost."""
+        lost = describe_lost_modes(self._guide, self.potential)
+        if lost is not None:
+            self.plan.say(lost[0].lower() + lost[1:])
         if initial_params is not None:
             return super().start(num_chains, initial_params)
         potential = self.potential
