@@ -240,7 +240,7 @@ def test_arguments_of_an_unknown_form_are_left_to_inductor(potential, monkeypatc
 def test_a_few_operations_and_many_numbers_are_left_to_inductor(potential, monkeypatch):
     part = _part(potential.programs.base("gradient"), [p[0] for p in potential.vectors(1)])
     monkeypatch.setattr(model_library, "_MOST", 10**6)
-    monkeypatch.setattr(model_library, "_EACH", 1)
+    monkeypatch.setattr(model_library, "_EACH", 0)
     assert model_library._function(part) == "Inductor"
     monkeypatch.setattr(model_library, "_EACH", 20)
     monkeypatch.setattr(model_library, "_MANY", 10**6)
@@ -320,6 +320,30 @@ def test_loops_of_all_steps_are_one_function(tmp_path, monkeypatch):
     torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
 
 
+def test_numbers_that_lie_apart_are_copied_once(tmp_path, monkeypatch):
+    """However many operations read them in one row; and types are told without any copy."""
+    monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked
+
+    def gradient(x, noise):
+        state, states = x[0], []
+        for t in range(80):
+            state = 0.5 * state.tanh() + x[t]
+            states.append(state)
+        whole = torch.stack(states)
+        return (whole * x).sum(), whole.exp() + whole.sin() + whole.cos() + 2.0 * whole
+
+    x = 0.3 * torch.randn(80, dtype=torch.float64)
+    graph = capture(gradient, x, x[:0])
+    unrolled = Unrolled(_part(graph, [x, x[:0]]).graph, [x, x[:0]], 10**6)
+    lines = [line for step in unrolled._writer._steps for line in step.lines]
+    assert sum("] = v" in line for line in lines) == 80
+    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
+    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
+    expected = graph(x + 0.1, x[:0])
+    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+
+
 def test_a_dense_matrix_by_its_bands_takes_few_lines(tmp_path, monkeypatch):
     """As a path has whose data follow from all of it, among the steps of its recursion."""
     monkeypatch.setattr(model_library, "source_of", None)
@@ -357,7 +381,7 @@ def test_a_dense_matrix_by_its_bands_takes_few_lines(tmp_path, monkeypatch):
 def test_graphs_too_long_for_inductor_are_run_by_torch_which_says_so(potential, monkeypatch):
     graph = potential.programs.base("gradient")
     position, noise = potential.vectors(2)
-    monkeypatch.setattr(model_library, "_EACH", 1)
+    monkeypatch.setattr(model_library, "_EACH", 0)
     monkeypatch.setattr(model_library, "_MOST", 500)
     monkeypatch.setattr(model_library, "source_of", None)
     monkeypatch.setattr(Store, "find", lambda *_: None)

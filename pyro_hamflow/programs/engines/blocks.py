@@ -49,7 +49,7 @@ def in_memory(writer: Statements, ids: Tensor, dtype: torch.dtype) -> tuple[Buff
     for dim in range(ids.dim()):
         if bool((small == small.narrow(dim, 0, 1)).all()):
             small = small.narrow(dim, 0, 1)
-    buffer, step = writer.stored(small.reshape(-1).tolist(), dtype)
+    buffer, step = writer.copied(small.reshape(-1).tolist(), dtype)
     strides = zip(small.shape, small.contiguous().stride(), strict=True)
     steps = tuple(0 if size == 1 else stride for size, stride in strides)
     return Buffer(dtype, buffer.place, tuple(ids.shape), steps), step

@@ -161,7 +161,7 @@ def called(
             for n in cases
         ]
     else:
-        buffer, step = writer.stored(cases, dtype)
+        buffer, step = writer.copied(cases, dtype)
         out = writer.allocate((len(cases),), (1,), dtype)
         loop = f"for (long k = 0; k < {len(cases)}; k++) y[k] = {kind}({function}(x0[k]));"
         call = writer.shared.call(out, [(f"const {kind}*", buffer.place)], loop)

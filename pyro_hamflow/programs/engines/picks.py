@@ -53,7 +53,7 @@ def index(writer: Statements, func: Any, a: Any, indices: list[Any]) -> Numbers:
     place = _places(writer, given, [a.shape[d] for d in dims])
     rows = a.ids.permute([*dims, *rest]).reshape(-1, *[a.shape[d] for d in rest])
     width = math.prod(rows.shape[1:])
-    buffer, step = writer.stored(rows.reshape(-1).tolist(), a.dtype)
+    buffer, step = writer.copied(rows.reshape(-1).tolist(), a.dtype)
     made = [
         _read(writer, buffer.place, at, width, k, a.dtype, step)
         for at in place.row
@@ -136,7 +136,7 @@ def gather(writer: Statements, func: Any, a: Any, dim: int, places: Any, **other
     a, places = known(writer, a), known(writer, places)
     if not a.dim():
         raise NotSupported("aten.gather of a number")
-    buffer, step = writer.stored(a.row, a.dtype)
+    buffer, step = writer.copied(a.row, a.dtype)
     found = _along(a, dim, places)
     made = [_read(writer, buffer.place, at, w, k, a.dtype, step) for at, w, k in found]
     return Numbers(writer, made, a.dtype, places.shape)

@@ -75,6 +75,7 @@ class Statements(UsesScratch):
         self._known: dict[tuple[str, torch.dtype], int] = {}
         self._made_by: dict[int, int] = {}
         self._regions = Regions()
+        self._copies: dict[tuple[tuple[int, ...], torch.dtype], tuple[Buffer, int]] = {}
         self.shared = SharedLoops()
 
     def constant(self, value: float, dtype: torch.dtype) -> int:
@@ -160,6 +161,13 @@ class Statements(UsesScratch):
                 lines.append(row.copied(f"{buffer.place} + {place}"))
             place += 1 if row is None else row.length
         return buffer, self.step(needs, lines, after)
+
+    def copied(self, numbers: Sequence[int], dtype: torch.dtype) -> tuple[Buffer, int]:
+        """As :meth:`stored`, for what is only read there: once of the same numbers."""
+        key = tuple(numbers), dtype
+        if key not in self._copies:
+            self._copies[key] = self.stored(numbers, dtype)
+        return self._copies[key]
 
     def text(self, name: str, results: Sequence[Sequence[int]]) -> str:
         """A namespace with the function ``call``, that writes numbers to where they are wanted.

@@ -31,13 +31,24 @@ def _floating(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
 
+def _together(*args: Any) -> torch.dtype:
+    """The type of what is made of tensors and plain numbers, by their types and as torch has it."""
+    empty = [
+        torch.empty((1,) * part.dim(), dtype=part.dtype, device="meta")
+        if isinstance(part, Tensor)
+        else part
+        for part in args
+    ]
+    return torch.result_type(*empty)
+
+
 def _each(rule: elements.Rule, kind: str) -> Callable[..., Numbers]:
     """The rule for an operation on each number."""
 
     def apply(writer: Statements, func: Any, *args: Any, alpha: float = 1, **others: Any) -> Any:
         if any(value is not None for value in others.values()):
             raise NotSupported(func._schema.name)
-        dtype = torch.result_type(*args) if len(args) == 2 else args[0].dtype
+        dtype = _together(*args) if len(args) == 2 else args[0].dtype
         dtype = _floating(dtype) if kind == "floating" else dtype
         if alpha != 1:
             args = args[0], RULES["mul"](writer, func, args[1], alpha)
@@ -104,7 +115,7 @@ def _padded(writer: Statements, func: Any, a: Numbers, pad: list[int], value: fl
 
 
 def _chosen(writer: Statements, func: Any, where: Any, a: Any, b: Any) -> Numbers:
-    dtype = torch.result_type(a, b)
+    dtype = _together(a, b)
     return over(writer, elements.chosen, dtype, dtype, where, a, b)
 
 
