@@ -344,6 +344,28 @@ def test_numbers_that_lie_apart_are_copied_once(tmp_path, monkeypatch):
     torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
 
 
+def test_columns_of_a_matrix_are_copied_whole(tmp_path, monkeypatch):
+    """As those of the states of a recurrence, not number by number."""
+    monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked
+
+    def columns(x, noise):
+        state, states = x, []
+        for _ in range(150):
+            state = 0.5 * state.tanh() + x
+            states.append(state)
+        return torch.stack(states, -1).exp().sum(), x
+
+    x = 0.3 * torch.randn(20, dtype=torch.float64)
+    graph = capture(columns, x, x[:0])
+    unrolled = Unrolled(_part(graph, [x, x[:0]]).graph, [x, x[:0]], 10**6)
+    lines = [line for step in unrolled._writer._steps for line in step.lines]
+    assert len(lines) < 1000  # and 3,000 more, one for each number
+    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
+    expected = graph(x + 0.1, x[:0])[0]
+    value = program.gradient(x[None] + 0.1, torch.zeros(1, 0))[0]
+    torch.testing.assert_close(value[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_dense_matrix_by_its_bands_takes_few_lines(tmp_path, monkeypatch):
     """As a path has whose data follow from all of it, among the steps of its recursion."""
     monkeypatch.setattr(model_library, "source_of", None)

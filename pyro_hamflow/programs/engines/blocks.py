@@ -49,9 +49,16 @@ def in_memory(writer: Statements, ids: Tensor, dtype: torch.dtype) -> tuple[Buff
     for dim in range(ids.dim()):
         if bool((small == small.narrow(dim, 0, 1)).all()):
             small = small.narrow(dim, 0, 1)
-    buffer, step = writer.copied(small.reshape(-1).tolist(), dtype)
-    strides = zip(small.shape, small.contiguous().stride(), strict=True)
-    steps = tuple(0 if size == 1 else stride for size, stride in strides)
+    if not small.dim():
+        small = small[None]
+    # Rows go along the dimension in which most numbers lie behind each other: those are copied
+    # together, as each of the vectors that are columns of a matrix is.
+    inner = max(range(small.dim()), key=lambda dim: (int((small.diff(dim=dim) == 1).sum()), dim))
+    rows = small.movedim(inner, -1).contiguous()
+    buffer, step = writer.copied(rows.reshape(-1).tolist(), dtype)
+    places = torch.empty(rows.shape, device="meta").movedim(-1, inner)
+    strides = zip(small.shape, places.stride(), strict=True)
+    steps = tuple(0 if size == 1 else stride for size, stride in strides)[: ids.dim()]
     return Buffer(dtype, buffer.place, tuple(ids.shape), steps), step
 
 
