@@ -60,9 +60,9 @@ class MCMC(Outcome):
         mp_context: Has no meaning here, where chains share a process.
         disable_progbar: Whether to show no progress: else it is a bar, or where nobody watches (in
             a file, or where ``CI`` is set) a line each half minute.
-        disable_validation: Whether the model is run without the checks of its distributions. If
-            not, it is run with them once before sampling, at a draw from the prior; if None, where
-            Pyro's own setting says so.
+        disable_validation: Whether a model that fails the checks of its distributions, at draws
+            from its prior before sampling, is sampled with a warning, and not refused; if None, as
+            Pyro's own setting says.
         transforms: The kernel's ``transforms``, where it has none of its own.
         save_params: The sites that draws, diagnostics and summary are of; all if not given.
         chain_method: ``"vectorized"`` moves all chains at once and tunes on all of them;

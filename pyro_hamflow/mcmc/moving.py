@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_hamflow.marginal.whiten import WhitenedModel
 from pyro_hamflow.mcmc.chains import Chains
 from pyro_hamflow.mcmc.draws import Record
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.stopping import StopWhen
 from pyro_hamflow.mcmc.transitions.base import Info
 from pyro_hamflow.model.kinds import Args
+from pyro_hamflow.model.validity import fault_of
 from pyro_hamflow.process import random_state_kept
 
 _LONGEST = 4  # times the fewest iterations of warm-up
@@ -92,15 +95,27 @@ class Mover:
         return planned_warmup(self.warmup_steps, self.tuned_together)
 
     def validate(self, *, disabled: bool | None) -> None:
-        """Runs the model once with the checks of its distributions, if that is wanted.
+        """Runs the model with the checks of its distributions.
 
         Arguments:
-            disabled: Whether it is not; as Pyro's own setting says if None.
+            disabled: Whether what they find is told, and no error; as Pyro's own setting says if
+                None.
         """
         model = self.kernel.model
-        if model is None or not (
-            disabled is False or (disabled is None and is_validation_enabled())
-        ):
+        if model is None:
+            return
+        if disabled or (disabled is None and not is_validation_enabled()):
+            written = model.model if isinstance(model, WhitenedModel) else model
+            written = getattr(written, "model_of_data", written)
+            fault = fault_of(written, self.args, self.kwargs)
+            if fault is not None:
+                warnings.warn(
+                    f"The model fails the checks of its distributions: {fault}. Its density is "
+                    "taken as it is written, and may not be the one that is meant; "
+                    "`disable_validation=False` makes this an error.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return
         with random_state_kept(), poutine.block(), pyro.validation_enabled():
             poutine.trace(model).get_trace(*self.args, **self.kwargs).compute_log_prob()

@@ -27,12 +27,13 @@ from pyro.infer.autoguide.initialization import (
 )
 from pyro.infer.mcmc.adaptation import ArrowheadMassMatrix
 from pyro.infer.mcmc.util import initialize_model
-from torch.distributions import transforms
+from torch.distributions import constraints, transforms
 
 import pyro_hamflow as phf
 from pyro_hamflow import HMC, MCMC, NUTS
 from pyro_hamflow.mcmc.adaptation.mass import mass_form
 from pyro_hamflow.model.sites import Site
+from pyro_hamflow.model.validity import fault_of
 from tests.helpers.kinds import long_but
 from tests.helpers.laws import scores
 
@@ -632,8 +633,43 @@ def test_validation_where_it_is_wanted():
     with pyro.validation_enabled(), pytest.raises(ValueError, match="within the support"):
         run(model, negative, disable_validation=None)
     with pyro.validation_enabled(is_validate=False):
-        run(model, negative, disable_validation=None)
-    run(model, negative)
+        with pytest.warns(RuntimeWarning, match="Expected value argument"):
+            run(model, negative, disable_validation=None)
+    with pytest.warns(RuntimeWarning, match="fails the checks of its distributions: Expected"):
+        run(model, negative)
+
+
+def test_a_factor_in_place_of_a_covariance_is_told():
+    def model(y):
+        factor = pyro.sample("factor", dist.LKJCholesky(2, 1.0))
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), factor), obs=y)
+
+    with pytest.warns(RuntimeWarning, match="Expected parameter covariance_matrix"):
+        run(model, torch.ones(2))
+
+
+def far_prior():
+    """Its scale is no number at some draws of the prior."""
+    wide = pyro.sample("wide", dist.Normal(0.0, 1e3))
+    pyro.sample("y", dist.Normal(0.0, wide.exp()), obs=torch.tensor(1.0))
+
+
+def masked_data():
+    mean = pyro.sample("mean", dist.Gamma(2.0, 1.0))
+    with pyro.poutine.mask(mask=torch.tensor([True, False])):
+        pyro.sample("y", dist.Poisson(mean.expand([2])), obs=torch.tensor([1.0, -999.0]))
+
+
+def improper():
+    mean = pyro.sample("mean", dist.ImproperUniform(constraints.real, (), ()))
+    pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("model", [far_prior, masked_data, improper, two_sites])
+def test_nothing_is_told_of_a_model_without_fault(model, recwarn):
+    torch.manual_seed(4)  # of the first draw of the far one the scale is zero
+    assert fault_of(model, (), {}) is None
+    assert not recwarn
 
 
 def test_summary_is_printed_and_returned(capsys):
