@@ -54,13 +54,11 @@ def describe_lost_modes(
         share, where = _lost(guide, potential, draws)
     if share < _LARGEST_LOSS or where is None:
         return None
-    values = potential.constrain(where)
-    place = ", ".join(f"{name} = {_rounded(value)}" for name, value in values.items())
     return (
         f"The guide has lost modes with about {100 * share:.0f} % of the posterior, the largest at "
-        f"{place[:200]}: neither its draws nor weights, evidence or chains made of them are right. "
-        "Train it by `ForwardKL` on draws of an `AnnealedSampler`, or sample with `FlowNUTS`: both "
-        "look for all modes."
+        f"{place_of(potential, where)}: neither its draws nor weights, evidence or chains made of "
+        "them are right. Train it by `ForwardKL` on draws of an `AnnealedSampler`, or sample with "
+        "`FlowNUTS`: both look for all modes."
     )
 
 
@@ -112,5 +110,8 @@ def _log_density(guide: Any, position: Tensor) -> Tensor | None:
     return (ratios.logsumexp(0) - math.log(_MOMENTA)).double()
 
 
-def _rounded(value: Tensor) -> str:
-    return str(torch.round(value, decimals=2).tolist())
+def place_of(potential: Potential, position: Tensor) -> str:
+    """A position's values, in short."""
+    values = potential.constrain(position)
+    rounded = {name: torch.round(value, decimals=2).tolist() for name, value in values.items()}
+    return ", ".join(f"{name} = {value}" for name, value in rounded.items())[:200]

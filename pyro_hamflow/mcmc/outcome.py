@@ -18,6 +18,7 @@ from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.mcmc.edges import earliest_edge, edge_message
 from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.messages import report
+from pyro_hamflow.mcmc.unvisited import unvisited_message, unvisited_modes
 from pyro_hamflow.model.rounding import describe_ends
 
 
@@ -149,6 +150,10 @@ class Outcome:
         if edge is not None and edge.excess > 1.0:
             found.values["beyond_draws"] = edge.share
             found.messages.append(edge_message(edge, potential.sites))
+        unvisited = unvisited_modes(self.kernel, self.draws)
+        if unvisited is not None:
+            found.values["unvisited"] = unvisited.share
+            found.messages.append(unvisited_message(unvisited, potential))
         if left_out:
             heard.append(
                 f"recovered sites were not kept, for their draws take {left_out / 2**30:.3g} "

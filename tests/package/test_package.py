@@ -33,7 +33,14 @@ ROOMS = ["version", "checks", "process", "progress", "files", "arviz_bridge"]
 ROOMS += ["programs", "dynamics", "networks", "model", "marginal"]
 ROOMS += ["surrogates", "flows", "mcmc.__init__", "mcmc.transitions", "smc"]
 ROOMS += ["mcmc.adaptation", "mcmc.draws", "mcmc.chains", "mcmc.diagnosis", "mcmc.necks"]
-ROOMS += ["mcmc.messages", "mcmc.stopping", "mcmc.kernels", "mcmc.edges", "mcmc.moving"]
+ROOMS += [
+    "mcmc.messages",
+    "mcmc.stopping",
+    "mcmc.kernels",
+    "mcmc.edges",
+    "mcmc.unvisited",
+    "mcmc.moving",
+]
 ROOMS += ["mcmc.outcome"]
 ROOMS += ["mcmc.storable", "mcmc.frozen", "mcmc.identity", "mcmc.snapshot", "mcmc.packing"]
 ROOMS += ["mcmc.files", "mcmc.chunks", "mcmc.states", "mcmc.store", "mcmc.stored_draws"]
