@@ -46,6 +46,7 @@ def elementwise(x):
     return [
         *(x.exp(), x.expm1(), y.log(), y.log1p(), x.sin(), x.cos(), x.tanh(), x.atan(), x.erf()),
         *(x.sigmoid(), y.lgamma(), y.digamma(), y.sqrt(), y.rsqrt(), y.reciprocal(), x.abs()),
+        *(x.asinh(), (y + 1.0).acosh(), (x / 2).atanh(), (x / 2).asin(), (x / 2).acos()),
         *(x.sign(), x.floor(), x.ceil(), x**3, x**2, y**0.5, y**-1, y**x, 2.0 - x, x / y),
         *(functional.softplus(x), functional.logsigmoid(x), torch.xlogy(x.relu(), y)),
         *(torch.maximum(x, y), torch.minimum(x, y), x.clamp(min=0.1), x.clamp(-0.2, 0.3)),

@@ -130,7 +130,7 @@ CALLS = {
     name: f"std::{name}"
     for name in (
         *("exp", "expm1", "log", "log1p", "sin", "cos", "tan", "tanh", "sinh", "cosh"),
-        *("atan", "erf", "erfc", "lgamma"),
+        *("asin", "acos", "atan", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma"),
     )
 }
 # With a result that is true or not.
