@@ -15,7 +15,15 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent, Transform, biject_to, constraints
+from torch.distributions import (
+    ComposeTransform,
+    Independent,
+    IndependentTransform,
+    Transform,
+    TransformedDistribution,
+    biject_to,
+    constraints,
+)
 from torch.nn.functional import logsigmoid, pad
 
 from pyro_hamflow.model.kinds import Node
@@ -205,9 +213,9 @@ def transform_of(name: str, fn: TorchDistribution) -> Any:
     support = support_of(name, fn)
     if is_circular(fn):
         return Angle()
-    innermost = support
-    while isinstance(innermost, constraints.independent):
-        innermost = innermost.base_constraint
+    if (image := _map_to_image(name, fn)) is not None:
+        return image
+    innermost = _innermost(support)
     if innermost is dist.constraints.sphere:
         return Direction()
     if innermost is constraints.positive_definite:
@@ -222,6 +230,32 @@ def transform_of(name: str, fn: TorchDistribution) -> Any:
             "which no map from the real line is registered: expected another distribution, or a "
             "map in `torch.distributions.biject_to`"
         ) from error
+
+
+def _innermost(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _map_to_image(name: str, fn: TorchDistribution) -> Any:
+    """The map to what transforms make of a base's support; none where that is all their range.
+
+    A transformed distribution's support is its last transform's range: of an exponential variable
+    that is shifted, the whole line, on much of which torch's density is not zero.
+    """
+    inner = base_of(fn)
+    if getattr(type(inner), "support", None) is not TransformedDistribution.support:
+        return None
+    base, transforms = inner.base_dist, inner.transforms
+    reals = (constraints.real, constraints.real_vector)
+    if not all(transform.bijective for transform in transforms):
+        return None
+    if _innermost(transforms[0].domain) not in reals or _innermost(base.support) in reals:
+        return None
+    image = ComposeTransform([transform_of(name, base), *transforms])
+    around = fn.event_dim - image.codomain.event_dim
+    return IndependentTransform(image, around) if around else image
 
 
 def point_of(name: str, fn: TorchDistribution, like: Tensor) -> tuple[Any, Tensor]:

@@ -239,6 +239,36 @@ def test_density_of_directions_integrates_to_one():
     assert abs(without_length - 1.0) > 1.0
 
 
+SHIFTED = {
+    "exponential": (dist.Exponential(1.0), [dist.transforms.AffineTransform(2.0, 1.0)]),
+    "mirrored": (dist.HalfNormal(3.0), [dist.transforms.AffineTransform(0.0, -1.0)]),
+    "interval": (dist.Uniform(0.0, 1.0), [dist.transforms.AffineTransform(-1.0, 2.0)]),
+    "logarithm": (dist.Uniform(-1.0, 2.0), [dist.transforms.ExpTransform()]),
+    "whole": (dist.Normal(0.5, 1.0), [dist.transforms.AffineTransform(1.0, 2.0)]),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+@pytest.mark.parametrize("event", [0, 1])
+def test_a_transformed_variable_lies_where_its_base_does(name, event):
+    """Over the line the density of a likelihood and a prior integrates to what base draws give."""
+    base, transforms = SHIFTED[name]
+    fn = dist.TransformedDistribution(base, transforms).expand([1]).to_event(event)
+
+    def model():
+        x = pyro.sample("x", fn)
+        pyro.factor("likelihood", -x.sum().square())
+
+    potential = Potential(model)
+    line = torch.linspace(-40.0, 40.0, 40_001).double()[:, None].to(potential.example)
+    value = potential.value(line, potential.draw_noise(len(line))).double()
+    total = float((-value).exp().sum() * (line[1] - line[0]))
+    x = base.icdf((torch.arange(100_000) + 0.5) / 100_000)
+    for transform in transforms:
+        x = transform(x)
+    assert abs(total / float((-x.square()).exp().mean()) - 1.0) < 2e-3
+
+
 @pytest.mark.slow
 def test_heavy_tails_and_intervals():
     def model():
