@@ -7,6 +7,7 @@ own draws; what the modes hold that they end in is told by Laplace's approximati
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -82,11 +83,9 @@ def _starts(potential: Potential, drawn: Tensor, count: int) -> Tensor:
     own = count // _OWN
     picked = drawn[torch.randint(len(drawn), (own,), device=drawn.device)]
     box = torch.empty_like(drawn[:1].expand(count - own, -1)).uniform_(-RADIUS, RADIUS)
-    try:
-        half = len(box) // 2
+    half = len(box) // 2
+    with suppress(Exception):  # of improper priors, or whatever a model raises at its prior's draws
         box[:half] = Prior(potential).draw(half)[0]
-    except ValueError:  # there are no draws of the prior
-        pass
     return torch.cat([picked, box])
 
 

@@ -73,6 +73,18 @@ def test_one_mode_is_not_told(model, dtype):
     assert not told_by(NUTS(model), dtype)[1]
 
 
+def test_models_that_fail_at_draws_of_their_prior_keep_their_draws():
+    def model(zero):
+        r = pyro.sample("r", dist.Normal(zero, 1.0))
+        covariance = torch.stack([torch.stack([zero + 1.0, r]), torch.stack([r, zero + 1.0])])
+        law = dist.MultivariateNormal(zero.expand(2), covariance)  # where -1 < r < 1 alone
+        pyro.sample("y", law, obs=zero + torch.tensor([0.3, 0.9]))
+
+    mcmc, told = told_by(NUTS(model))
+    assert mcmc.get_samples()["r"].abs().max() < 1.0
+    assert not told
+
+
 def test_short_runs_are_not_looked_at(monkeypatch):
     monkeypatch.setattr(unvisited, "find_modes", None)
     mcmc = MCMC(NUTS(two_modes), 50, num_chains=4, seed=0, disable_progbar=True)
