@@ -249,7 +249,7 @@ def _map_to_image(name: str, fn: TorchDistribution) -> Any:
         return None
     base, transforms = inner.base_dist, inner.transforms
     reals = (constraints.real, constraints.real_vector)
-    if not all(transform.bijective for transform in transforms):
+    if not transforms or not all(transform.bijective for transform in transforms):
         return None
     if _innermost(transforms[0].domain) not in reals or _innermost(base.support) in reals:
         return None

@@ -245,6 +245,7 @@ SHIFTED = {
     "interval": (dist.Uniform(0.0, 1.0), [dist.transforms.AffineTransform(-1.0, 2.0)]),
     "logarithm": (dist.Uniform(-1.0, 2.0), [dist.transforms.ExpTransform()]),
     "whole": (dist.Normal(0.5, 1.0), [dist.transforms.AffineTransform(1.0, 2.0)]),
+    "nothing": (dist.Normal(0.5, 1.0), []),
 }
 
 
