@@ -38,15 +38,19 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
 def mean_error(log_weights: Tensor, smoothed: Tensor, k: float) -> float:
     """Half of what the error of the log mean of weights stays within 95 times in 100.
 
+    It is no less than the standard error of the mean: a weight far beyond the tail that was fitted
+    may have a share of the mean that is seldom drawn.
+
     Arguments:
         log_weights: Their logarithms.
         smoothed: What :func:`smooth_weights` makes of them.
         k: The shape of their tail; where it is no finite number, no tail was found.
     """
     count = len(log_weights)
+    relative = (log_weights - log_weights.logsumexp(0)).exp() * count
+    standard = float(relative.std()) / math.sqrt(count)
     if not math.isfinite(k):
-        relative = (log_weights - log_weights.logsumexp(0)).exp() * count
-        return float(relative.std()) / math.sqrt(count)
+        return standard
     if k >= 1.0:
         return math.inf
     ordered = np.sort(smoothed.cpu().numpy())
@@ -62,7 +66,7 @@ def mean_error(log_weights: Tensor, smoothed: Tensor, k: float) -> float:
     noise = body.std() * np.sqrt(count - inside) * generator.standard_normal(_REPEATS)
     sums = (count - inside) * body.mean() + noise + inside * cutoff + excess.sum(1)
     mean = body.sum() + tail * (cutoff + scale / (1.0 - k))
-    return 0.5 * float(np.quantile(np.abs(np.log(sums / mean)), _COVERAGE))
+    return max(standard, 0.5 * float(np.quantile(np.abs(np.log(sums / mean)), _COVERAGE)))
 
 
 def _tail_length(count: int) -> int:

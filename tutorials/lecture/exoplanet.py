@@ -117,7 +117,7 @@ print(f"periods {share.numpy().round(4)}: total variation {distance:.4f}")
 # The frozen flow's weights give the evidence; so does a population alone, of any model.
 
 # %%
-weighted = phf.importance_sample(circular, kernel.flow, DAYS, SPEEDS, num_samples=20_000, seed=0)
+weighted = phf.importance_sample(circular, kernel.flow, DAYS, SPEEDS, num_samples=100_000, seed=0)
 print(weighted.message, weighted)
 found = {}
 for model in (no_planet, circular, eccentric):
