@@ -259,6 +259,15 @@ def series(x):
     return (table.sum(1).log() + table.sum(0).log() - whole / 3.0).sum() + table.mean()
 
 
+def assert_runs_as_its_graph(graph, x, folder):
+    """Machine code gives the graph's value and slope elsewhere than where it was captured."""
+    program = NativeProgram(graph, [x, x[:0]], None, Store(folder))
+    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
+    expected = graph(x + 0.1, x[:0])
+    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+
+
 def test_vectors_and_matrices_among_numbers_are_loops(monkeypatch, tmp_path):
     monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked
 
@@ -275,11 +284,7 @@ def test_vectors_and_matrices_among_numbers_are_loops(monkeypatch, tmp_path):
     part = _part(graph, [x, x[:0]])
     text = Unrolled(part.graph, part.inputs, 20 * count).text("program")
     assert text.count("\n") < 4000  # number by number there would be some ten thousand
-    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
-    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
-    expected = graph(x + 0.1, x[:0])
-    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+    assert_runs_as_its_graph(graph, x, tmp_path)
 
 
 def learners(x, steps):
@@ -314,11 +319,7 @@ def test_loops_of_all_steps_are_one_function(tmp_path, monkeypatch):
         calls.append(text.count("\nloop"))
     assert functions[1] <= functions[0] + 2
     assert calls[1] > calls[0] + 100
-    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
-    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
-    expected = graph(x + 0.1, x[:0])
-    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+    assert_runs_as_its_graph(graph, x, tmp_path)
 
 
 def test_numbers_that_lie_apart_are_copied_once(tmp_path, monkeypatch):
@@ -338,11 +339,7 @@ def test_numbers_that_lie_apart_are_copied_once(tmp_path, monkeypatch):
     unrolled = Unrolled(_part(graph, [x, x[:0]]).graph, [x, x[:0]], 10**6)
     lines = [line for step in unrolled._writer._steps for line in step.lines]
     assert sum("] = v" in line for line in lines) == 80
-    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
-    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
-    expected = graph(x + 0.1, x[:0])
-    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+    assert_runs_as_its_graph(graph, x, tmp_path)
 
 
 def test_columns_of_a_matrix_are_copied_whole(tmp_path, monkeypatch):
@@ -394,11 +391,7 @@ def test_a_dense_matrix_by_its_bands_takes_few_lines(tmp_path, monkeypatch):
     part = _part(graph, [x, x[:0]])
     text = Unrolled(part.graph, part.inputs, 10**6).text("program")
     assert text.count("\n") < 6000  # copied one number at a time there were 23,000
-    program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
-    value, slope = program.gradient(x[None] + 0.1, torch.zeros(1, 0))
-    expected = graph(x + 0.1, x[:0])
-    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(slope[0], expected[1], rtol=1e-12, atol=1e-12)
+    assert_runs_as_its_graph(graph, x, tmp_path)
 
 
 def test_graphs_too_long_for_inductor_are_run_by_torch_which_says_so(potential, monkeypatch):
