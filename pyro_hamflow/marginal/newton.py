@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 _STEPS = 30  # of Newton at most
+_SLACK = 1e3  # times rounding, by which the density may fall: sums of many terms are no closer
+_DAMPED = 0.5  # of the largest curvature, that is added after a step that has failed
+_NEWTON = 0.01  # of the least curvature, up to which a damped step leads where Newton's does
+_HOPELESS = 1e8  # the damping at which steps have failed that are too short for anything else
 
 
 class Top(NamedTuple):
@@ -34,22 +38,28 @@ def maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> Top:
         log_joint: From coordinates to the log joint density of each element.
         v: Where to begin, of shape ``(*elements, dimension)``.
     """
-    damping = torch.full(v.shape[:-1], 1e-3, dtype=v.dtype, device=v.device)
+    damping = torch.full(v.shape[:-1], 1e-6, dtype=v.dtype, device=v.device)
     value, gradient, hessian = _derivatives(log_joint, v)
     eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    eps = torch.finfo(v.dtype).eps
     for _ in range(_STEPS):
         values, vectors = torch.linalg.eigh(hessian)
-        curvature = vectors @ (values.abs().clamp(min=1e-6)[..., None] * vectors.mT)
-        step = torch.linalg.solve(curvature + damping[..., None, None] * eye, gradient)
+        size = values.abs().clamp(min=1e-6)
+        added = damping * size.amax(-1)
+        curvature = vectors @ (size[..., None] * vectors.mT)
+        step = torch.linalg.solve(curvature + added[..., None, None] * eye, gradient)
+        # The square of the way to go, in standard deviations: this step squares it once more.
+        decrement = (gradient * step).sum(-1)
+        rests = (decrement <= eps**0.5) & (added <= _NEWTON * size.amin(-1))
         moved = v + step
         new_value, new_gradient, new_hessian = _derivatives(log_joint, moved)
-        better = new_value >= value
-        damping = torch.where(better, damping * 0.2, damping * 10).clamp(1e-9, 1e9)
+        better = new_value >= value - _SLACK * eps * (1.0 + value.abs())
+        damping = torch.where(better, damping * 0.1, (damping * 10).clamp(min=_DAMPED))
         v = torch.where(better[..., None], moved, v)
         gradient = torch.where(better[..., None], new_gradient, gradient)
         hessian = torch.where(better[..., None, None], new_hessian, hessian)
         value = torch.where(better, new_value, value)
-        if gradient.abs().max() < 1e-8:
+        if bool((rests | (damping > _HOPELESS)).all()):
             break
     return Top(v, value, gradient, hessian)
 
