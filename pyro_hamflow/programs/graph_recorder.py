@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_hamflow.programs.functions import InOtherWords
 from pyro_hamflow.programs.recording import Recording
+from pyro_hamflow.programs.triangular import linalg_solve_triangular
 from pyro_hamflow.programs.values import ValueDependence, ValueGuard
 from pyro_hamflow.programs.watching import as_written, watching
 
@@ -89,7 +90,7 @@ class Recorder(TorchDispatchMode):
         """The graph as a module, without operations whose results nobody uses."""
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         for node in self.graph.nodes:
-            node.target = _BINDINGS.get(node.target, node.target)
+            node.target = _CALLED.get(node.target, node.target)
         return Recording(self._constants, self.graph)
 
     def __torch_dispatch__(
@@ -256,6 +257,8 @@ _BINDINGS = {
         """.split()
     )
 }
+# Functions that stand in graphs for operations, which may be derived and batched again.
+_CALLED = _BINDINGS | {_aten.linalg_solve_triangular.default: linalg_solve_triangular}
 
 
 def is_random(target: Any) -> bool:
