@@ -26,6 +26,8 @@ _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _SHAPES = {*_VIEWS, _aten.reshape.default, _aten.expand.default}
 _COPY = _aten.copy.default
 _PRODUCT, _TRANSPOSE = _aten.mm.default, _aten.permute.default
+_TIMES = _aten.mul.Tensor
+_MANY = 1024  # numbers, whose products with others take longer to write down than to add up
 
 
 class PureRecorder(Recorder):
@@ -70,6 +72,13 @@ class PureRecorder(Recorder):
         if (factors := _product_of_transposes(target, inputs[0])) is not None:
             turned = self._call(_TRANSPOSE, (factors[0], [1, 0]), {}, varies=True)
             node = self._call(_PRODUCT, (factors[1], turned), {}, varies=True)
+        elif (summed := _summed_product(target, inputs[0])) is not None:
+            matrix, vector, over_rows = summed
+            if over_rows:
+                matrix = self._call(_TRANSPOSE, (matrix, [1, 0]), {}, varies=True)
+            flat = self._call(_aten.reshape.default, (vector, [-1]), {}, varies=True)
+            product = self._call(_aten.mv.default, (matrix, flat), {}, varies=True)
+            node = self._call(_aten.reshape.default, (product, list(result.shape)), {}, varies=True)
         else:
             node = self._call(target, *inputs, varies=True)
         self._note(result, node)
@@ -136,3 +145,33 @@ def _product_of_transposes(target: OpOverload, args: Any) -> tuple[Node, Node] |
 
 def _is_transpose(target: OpOverload, args: Any) -> bool:
     return target == _TRANSPOSE and list(args[1]) == [1, 0]
+
+
+def _summed_product(target: OpOverload, args: Any) -> tuple[Node, Node, bool] | None:
+    """A matrix and a vector whose product is what an operation adds up; whether over rows.
+
+    Linear predictors are often written so, and gradients of what they are of.
+    """
+    if target is not _aten.sum.dim_IntList or len(args[1]) != 1 or args[0].target is not _TIMES:
+        return None
+    kind = args[0].meta["kind"]
+    if len(kind[0]) != 2 or kind[0].numel() < _MANY or not kind[1].is_floating_point:
+        return None
+    over_rows = args[1][0] % 2 == 0
+    wanted = [kind[0][0], 1] if over_rows else [1, kind[0][1]]
+    left, right = map(_not_repeated, args[0].args)
+    for matrix, vector in ((left, right), (right, left)):
+        if matrix is None or vector is None:
+            continue
+        shape, *others = vector.meta["kind"]
+        aligned = [1] * (2 - len(shape)) + list(shape)
+        if matrix.meta["kind"] == kind and tuple(others) == kind[1:] and aligned == wanted:
+            return matrix, vector, over_rows
+    return None
+
+
+def _not_repeated(factor: Any) -> Node | None:
+    """A factor, or what it repeats; none where it is a number."""
+    if not isinstance(factor, Node) or "kind" not in factor.meta:
+        return None
+    return factor.args[0] if factor.target is _aten.expand.default else factor

@@ -100,6 +100,20 @@ def _copy(tensor: Tensor, source: Tensor, *_: Any) -> Tensor:
     return source.to(tensor).expand(tensor.shape)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of a matrix and a vector for what it is: of others ``vmap`` copies the matrix.
+
+    ``einsum``, ``tensordot`` and ``inner`` make a batch of one of it.
+    """
+    if left.dim() == 3:
+        return _product(left[0], right[0])[None] if len(left) == 1 else NotImplemented
+    if right.shape[-1] == 1:
+        return _aten.mv.default(left, right[:, 0])[:, None]
+    if left.shape[0] == 1:
+        return _aten.mv.default(right.mT, left[0])[None]
+    return _aten.mm.default(left, right)
+
+
 def _has_no_batching_rule(target: OpOverload) -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
@@ -124,6 +138,8 @@ PURE: dict[Any, Rule] = _DECOMPOSED | {
     _aten.as_strided.default: _as_strided,
     _aten.as_strided_scatter.default: _as_strided_scatter,
     _aten.copy.default: _copy,
+    _aten.bmm.default: _product,
+    _aten.mm.default: _product,
 }
 
 
