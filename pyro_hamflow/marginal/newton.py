@@ -20,9 +20,9 @@ class Top(NamedTuple):
 
     Attributes:
         place: Of shape ``(*elements, dimension)``.
-        value: The log joint density there.
-        gradient: Its gradient.
-        curvature: Minus its Hessian.
+        value: The log joint density there, or one last short step before.
+        gradient: Its gradient, likewise.
+        curvature: Minus its Hessian, likewise.
     """
 
     place: Tensor
@@ -52,6 +52,9 @@ def maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> Top:
         decrement = (gradient * step).sum(-1)
         rests = (decrement <= eps**0.5) & (added <= _NEWTON * size.amin(-1))
         moved = v + step
+        if bool((rests | (damping > _HOPELESS)).all()):
+            # What a step this short changes of the curvature is not worth a run of the model.
+            return Top(torch.where(rests[..., None], moved, v), value, gradient, hessian)
         new_value, new_gradient, new_hessian = _derivatives(log_joint, moved)
         better = new_value >= value - _SLACK * eps * (1.0 + value.abs())
         damping = torch.where(better, damping * 0.1, (damping * 10).clamp(min=_DAMPED))
@@ -59,8 +62,6 @@ def maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> Top:
         gradient = torch.where(better[..., None], new_gradient, gradient)
         hessian = torch.where(better[..., None, None], new_hessian, hessian)
         value = torch.where(better, new_value, value)
-        if bool((rests | (damping > _HOPELESS)).all()):
-            break
     return Top(v, value, gradient, hessian)
 
 
