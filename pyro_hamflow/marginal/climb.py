@@ -12,7 +12,8 @@ _STEPS = 100  # at most
 _TRIALS = 12  # of steps, each shorter than the last by .3
 _MEMORY = 20  # changes of position and slope that Newton's direction is made of
 _FIRST_LENGTH = 1.0  # the longest change of an unconstrained coordinate at first; then it grows
-_SLACK = 0.01  # by which the potential may rise where its slope falls: gradients are approximate
+_SLACK = 0.1  # by which the potential may rise where its slope falls: gradients are approximate
+_LEAST = 1e-4  # of the potential's fall by a step that is made shorter: less does not show
 NEAR = 0.05  # posterior standard deviations
 SAME = 0.1  # of unconstrained coordinates, within which ends of climbs are one top
 _BELOW = 2.0  # a top's logarithm, from where on a step that leads to it is believed
@@ -64,7 +65,7 @@ def climb(
             break
         step = step * min(1.0, longest / max(float(step.abs().max()), 1e-300))
         fall = float(-(slope @ step))
-        for _ in range(_TRIALS):
+        for trial in range(_TRIALS):
             new = position + step
             new_value, new_slope = gradient(new)
             if new_value <= value - 1e-4 * fall and bool(new_slope.isfinite().all()):
@@ -72,7 +73,10 @@ def climb(
             if new_value <= value + _SLACK and abs(float(new_slope @ step)) <= 0.9 * fall:
                 break
             step, fall, longest = 0.3 * step, 0.3 * fall, 0.3 * float(step.abs().max())
-        else:
+            if fall < _LEAST or trial == _TRIALS - 1:
+                new = position
+                break
+        if new is position:
             if not pairs:
                 break
             pairs = []

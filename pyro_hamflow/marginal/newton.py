@@ -57,6 +57,7 @@ def maximise(log_joint: Callable[[Tensor], Tensor], v: Tensor) -> Top:
             return Top(torch.where(rests[..., None], moved, v), value, gradient, hessian)
         new_value, new_gradient, new_hessian = _derivatives(log_joint, moved)
         better = new_value >= value - _SLACK * eps * (1.0 + value.abs())
+        better = better & new_gradient.isfinite().all(-1)
         damping = torch.where(better, damping * 0.1, (damping * 10).clamp(min=_DAMPED))
         v = torch.where(better[..., None], moved, v)
         gradient = torch.where(better[..., None], new_gradient, gradient)

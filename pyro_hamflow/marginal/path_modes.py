@@ -25,6 +25,7 @@ from pyro_hamflow.programs.capture import capture
 
 _STEPS = 100  # of Newton at most
 _DAMPED = 1e-2  # of the precision's diagonal, that is added after a step that has failed
+_ASIDE = 0.1  # of the way from the prior's centre to a draw
 _REST = 1e-9  # of the Newton decrement, squared standard deviations for each coordinate
 _LIGHTEST = 3.0  # by how much the log mass of another mode may be lower that is told of
 _LEAST = 1e-2  # of the precision of where gradients are taken: it has to be positive
@@ -147,6 +148,24 @@ def captured_looks(
     return look_at
 
 
+def higher_start(parts: Parts, x: Tensor, width: int) -> Tensor:
+    """Where to begin a climb: at a draw of the prior, or beside the prior's centre, if higher.
+
+    Draws of a wide prior may lie where the likelihood is far from anything that Newton's method
+    knows. The centre itself may be a saddle.
+
+    Arguments:
+        parts: The log densities.
+        x: The draw, of shape ``(*group.shape, n)``.
+        width: How many bands the prior has.
+    """
+    prior = expand(parts.prior, x, width)
+    way = banded.solve_both(banded.nearest_root(prior.bands), prior.gradient)
+    inner = x + (1.0 - _ASIDE) * way
+    heights = [(parts.prior(at) + parts.likelihood(at)).nan_to_num(-math.inf) for at in (inner, x)]
+    return torch.where((heights[0] > heights[1])[..., None], inner, x)
+
+
 def climb(look: Callable[[Tensor], Look], x: Tensor) -> Tensor:
     """Finds the mode of each element's joint density by damped Newton steps.
 
@@ -164,7 +183,7 @@ def climb(look: Callable[[Tensor], Look], x: Tensor) -> Tensor:
         decrement = (here.slope * step).sum(-1)
         new = x + step
         there = look(new)
-        better = there.value >= here.value - 1e-12 * here.value.abs()
+        better = (there.value >= here.value - 1e-12 * here.value.abs()) & _is_finite(there)
         rests = (decrement <= _REST * x.shape[-1]) & (damping[..., 0] <= _DAMPED)
         damping = torch.where(better[..., None], damping * 0.1, (damping * 10).clamp(min=_DAMPED))
         x = torch.where(better[..., None], new, x).detach()
@@ -176,6 +195,11 @@ def climb(look: Callable[[Tensor], Look], x: Tensor) -> Tensor:
         if bool((rests | (damping[..., 0] > 1e8)).all()):
             break
     return x
+
+
+def _is_finite(look: Look) -> Tensor:
+    """Where something is known to second order, ``(*group.shape)``."""
+    return look.slope.isfinite().all(-1) & look.precision.isfinite().all(-1).all(-1)
 
 
 def other_modes(look: Callable[[Tensor], Look], mode: Tensor, starts: list[Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ def prepare(
     bare = copy.copy(marginal)
     found = _find(marginal, data, start)
     marginal.fit(*data.args, pilot=found.values, **data.kwargs)
-    if marginal.proposal.remark and not marginal.proposal.is_comparable:
+    if marginal.proposal.misses_modes:
         found = _higher(marginal, bare, found, data)
     if marginal.num_particles is None and marginal.proposal.needs_fit:
         settle_particles(marginal, data, moves=moves)

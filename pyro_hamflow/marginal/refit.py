@@ -59,7 +59,7 @@ def refit_at(
         closer, farthest = other.proposal.closer(), max(best.variances)
         while closer is not None and farthest > _FAR:
             candidate = copy.copy(best.model)
-            candidate.take(closer)
+            candidate.take(closer, best.model.settled_particles)
             best = min(best, places.fitted(candidate, centre), key=lambda fit: fit.seconds)
             closer = candidate.proposal.closer()
         if beyond:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,7 @@ class Structure:
         hidden: Sites that take part in an estimate, or follow from local values.
         placeholders: A value for each local and each discrete site, to run the rest with.
         nesting: How many dimensions, counted from the right, are plates.
+        programs: What is captured of the model for whatever proposal, by its owner's key.
     """
 
     key: str
@@ -102,6 +104,11 @@ class Structure:
     hidden: frozenset[str]
     placeholders: dict[str, Tensor]
     nesting: int
+    programs: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is saved of it: programs are captured anew."""
+        return self.__dict__ | {"programs": {}}
 
     @property
     def rest(self) -> dict[str, Tensor]:

@@ -331,6 +331,21 @@ def test_a_proposal_that_follows_more_closely_is_worth_its_time(variances, steps
     assert (found and found.proposal.steps) == steps
 
 
+def test_particles_beyond_the_chains_are_as_many_as_before(monkeypatch):
+    """Far more for a closer proposal would be taken back by the next look: programs made twice."""
+    marginal = marginalize(volatility, ["x"])
+    marginal.fit(returns(100), pilot=at({"phi": 0.95, "s": 0.2}))
+    marginal.settle(2)
+    places = [at({"phi": phi, "s": 0.2}) for phi in (0.9, 0.95)]
+
+    def look(model, parameters, data):
+        return SimpleNamespace(variance=lambda count: 60.0 if model.proposal.steps == 0 else 0.5)
+
+    monkeypatch.setattr(refit, "look", look)
+    found = refit_at(marginal, places[1], places, Arguments((returns(100),), {}), beyond=True)
+    assert (found.proposal.steps, found.settled_particles) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("variances", "moves", "count"),
     [

@@ -91,6 +91,7 @@ class Proposal(ABC):
         is_comparable: Whether particles from the prior can tell what it misses, as they can where
             elements have few coordinates.
         remark: What it was found to miss where it was fitted, in a sentence.
+        misses_modes: Whether these were modes.
         is_final: Whether nothing takes its place in the search for a pilot, and warm-up leaves it
             as it is: the user wrote it for this model.
         tails: Factors by which its noise may be stretched, to be tried where it is fitted.
@@ -106,6 +107,7 @@ class Proposal(ABC):
     needs_fit: bool = False
     is_comparable: bool = True
     remark: str | None = None
+    misses_modes: bool = False
     is_final: bool = True
     tails: tuple[float, ...] = ()
     fades: bool = False

@@ -25,18 +25,23 @@ from torch import Tensor
 from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
-from pyro_hamflow.marginal.path_bands import Bands, find_bands
+from pyro_hamflow.marginal.path_bands import find_bands
 from pyro_hamflow.marginal.path_density import (
     Order,
     Parts,
-    PartsAt,
     PathCoordinates,
-    captured_parts,
     gradient,
     path_parts,
 )
 from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
-from pyro_hamflow.marginal.path_modes import LookAt, captured_looks, other_modes
+from pyro_hamflow.marginal.path_modes import captured_looks, higher_start, other_modes
+from pyro_hamflow.marginal.path_programs import (
+    PathPrograms,
+    densities_at,
+    in_order,
+    keep_programs,
+    known_programs,
+)
 from pyro_hamflow.marginal.path_tails import tail_variance
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw, Proposal, stretched
@@ -55,23 +60,6 @@ _SEARCHES = 4  # for other modes
 _SHORT = 100
 _LONG_FOR_NOISE = 30  # numbers, from which on it is said
 _LARGEST_VARIANCE = 4.0  # somewhat above the one for which particles are taken
-
-
-@dataclass(frozen=True)
-class PathPrograms:
-    """What is computed again and again of one group's path in one model.
-
-    Attributes:
-        key: Which model.
-        parts_at: The log densities of the path, in the order of its sites.
-        bands: The path's order and bands.
-        look_at: The joint density to second order, in that order.
-    """
-
-    key: str
-    parts_at: PartsAt
-    bands: Bands
-    look_at: LookAt
 
 
 class PathParticle:
@@ -104,14 +92,14 @@ class PathProposal(Proposal):
         steps: How many expansions of the likelihood each parameter value takes; none if that of the
             pilot is held.
         fitted: The approximation of each group; none before the fit.
-        programs: What is computed of each group's path.
         remark: What it misses, in a sentence.
+        misses_modes: Whether these are modes.
     """
 
     steps: int = 0
     fitted: Mapping[str, PathFit] = field(default_factory=dict)
-    programs: Mapping[str, PathPrograms] = field(default_factory=dict, repr=False)
     remark: str | None = None
+    misses_modes: bool = False
     name = "laplace"
     stratified = False
     enough_particles = 16
@@ -119,10 +107,6 @@ class PathProposal(Proposal):
     is_comparable = False
     is_final = False
     fades = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is saved of it: programs are captured anew."""
-        return self.__dict__ | {"programs": {}}
 
     def noise_shapes(
         self, plan: Plan, group: Group, trace: poutine.Trace, splits: Mapping[str, int | None]
@@ -160,10 +144,9 @@ class PathProposal(Proposal):
         self, plan: Plan, group: Group, fit: PathFit, parameters: dict[str, Tensor]
     ) -> Parts:
         """The log densities of a group's path."""
-        programs = self.programs.get(group.name)
-        is_known = programs is not None and programs.key == plan.structure.key
-        if programs is not None and is_known and parameters.keys() <= fit.anchor.values.keys():
-            return _ordered(programs.parts_at, fit.bands.order, parameters)
+        programs = known_programs(plan, group, fit.anchor.values)
+        if programs is not None and parameters.keys() <= fit.anchor.values.keys():
+            return in_order(programs.parts_at, fit.bands.order, parameters)
         path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
         return path_parts(plan, path, parameters)
 
@@ -178,7 +161,9 @@ class PathProposal(Proposal):
     def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         continuous = set(plan.structure.parameters) - set(plan.structure.placeholders)
         found = self._fitted(plan, pilot, tuple(name for name in pilot if name in continuous))
-        return replace(found, remark=found._told_of_modes(plan, pilot) or found._told_of_noise())
+        missed = found._told_of_modes(plan, pilot)
+        told = missed or found._told_of_noise()
+        return replace(found, remark=told, misses_modes=missed is not None)
 
     def follow(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
         return self._fitted(plan, pilot, ())
@@ -189,9 +174,10 @@ class PathProposal(Proposal):
         for group in plan.structure.groups:
             fit = self.fitted[group.name]
             path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
-            look_at = self.programs[group.name].look_at
+            programs = known_programs(plan, group, values)
+            assert programs is not None
             starts = [_somewhere(plan, path, values, seed) for seed in range(1, 1 + _SEARCHES)]
-            count = int(other_modes(look_at(values), fit.mode, starts).sum())
+            count = int(other_modes(programs.look_at(values), fit.mode, starts).sum())
             if count and not fit.is_exact:
                 paths = "the path" if not group.shape else f"{count} paths of {group.shape.numel()}"
                 return (
@@ -236,52 +222,43 @@ class PathProposal(Proposal):
 
     def _fitted(self, plan: Plan, pilot: Mapping[str, Tensor], followed: tuple[str, ...]) -> Self:
         values = {name: value.detach() for name, value in pilot.items()}
-        fitted, known = {}, dict(self.programs)
+        fitted = {}
         for group in plan.structure.groups:
             name, layout = group.name, plan.layouts[group.name]
             natural = torch.arange(layout.dimension, device=layout.example.device)
             path = PathCoordinates(group, layout, Order(natural))
-            key, programs = plan.structure.key, known.get(name)
-            if programs is not None and programs.key != key:
-                programs = None
-            of_values = programs.parts_at if programs else _densities(plan, path, values)
+            programs = known_programs(plan, group, values)
+            of_values = programs.parts_at if programs else None
+            if of_values is None:
+                of_values = densities_at(plan, path, _somewhere(plan, path, values), values)
             drawn = {n: plan.structure.values[n] for n in values}
             before = self.fitted.get(name)
             if before is None or len(before.bands.order.places) != layout.dimension:
-                start = _somewhere(plan, path, values)
                 looks = [(of_values(v), _somewhere(plan, path, v)) for v in (values, drawn)]
-                bands = find_bands(looks, group, layout)
-                start, near = bands.order.from_sites(start), None
+                found = programs.bands if programs else None
+                bands, start = find_bands(looks, group, layout, found), None
             else:
-                bands, start, near = before.bands, before.mode, before
-            parts_at = partial(_ordered, of_values, bands.order)
+                bands, start = before.bands, before.mode
+            parts_at = partial(in_order, of_values, bands.order)
+            near, parts = before, parts_at(values)
+            if start is None or not bool(gradient(parts.likelihood, start).isfinite().all()):
+                start = bands.order.from_sites(_somewhere(plan, path, values))
+                near, start = None, higher_start(parts, start, bands.prior)
             if programs is None or programs.bands is not bands:
                 look_at = captured_looks(parts_at, bands, start, values)
-                programs = PathPrograms(key, of_values, bands, look_at)
-            known[name] = programs
-            # What is held at the pilot is the likelihood: it had better not hold the path together,
-            # nor depend on the parameters, whose chains would then not leave the pilot.
-            pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
-            least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
-            steps = max(self.steps, least) if followed else 0
+                programs = PathPrograms(of_values, bands, look_at)
+                keep_programs(plan, group, values, programs)
+            steps = self.steps if followed else 0
+            if followed:
+                # What is held at the pilot is the likelihood: it had better not hold the path
+                # together, nor depend on the parameters, whose chains would then not leave it.
+                pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
+                least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
+                steps = max(steps, least)
             fitted[name] = fit_path(
                 parts_at, programs.look_at, Anchor(values, followed), bands, start, steps, near
             )
-        return replace(self, fitted=fitted, programs=known)
-
-
-def _densities(plan: Plan, path: PathCoordinates, values: dict[str, Tensor]) -> PartsAt:
-    """The log densities of a path for values of the parameters, captured where that is possible."""
-    try:
-        return captured_parts(plan, path, _somewhere(plan, path, values), values)
-    except Exception:  # whatever the model's own code may raise
-        return partial(path_parts, plan, path)
-
-
-def _ordered(of_values: PartsAt, order: Order, parameters: dict[str, Tensor]) -> Parts:
-    """Log densities as functions of the path in another order."""
-    prior, likelihood = of_values(parameters)
-    return Parts(lambda x: prior(order.to_sites(x)), lambda x: likelihood(order.to_sites(x)))
+        return replace(self, fitted=fitted)
 
 
 def _somewhere(

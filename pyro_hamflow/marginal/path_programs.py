@@ -1,0 +1,70 @@
+"""What is captured of a path's densities, and kept with what is known of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from pyro_hamflow.marginal.path_bands import Bands
+from pyro_hamflow.marginal.path_density import (
+    Order,
+    Parts,
+    PartsAt,
+    PathCoordinates,
+    captured_parts,
+    path_parts,
+)
+from pyro_hamflow.marginal.path_modes import LookAt
+from pyro_hamflow.marginal.plan import Plan
+from pyro_hamflow.marginal.structure import Group
+
+
+@dataclass(frozen=True)
+class PathPrograms:
+    """What is computed again and again of one group's path in one model.
+
+    Attributes:
+        parts_at: The log densities of the path, in the order of its sites.
+        bands: The path's order and bands.
+        look_at: The joint density to second order, in that order.
+    """
+
+    parts_at: PartsAt
+    bands: Bands
+    look_at: LookAt
+
+
+def known_programs(plan: Plan, group: Group, values: Mapping[str, Tensor]) -> PathPrograms | None:
+    """What has been captured of a group's path, for values of these parameters."""
+    found: PathPrograms | None = plan.structure.programs.get(_key(group, values))
+    return found
+
+
+def keep_programs(
+    plan: Plan, group: Group, values: Mapping[str, Tensor], programs: PathPrograms
+) -> None:
+    """Keeps what has been captured, for all proposals of models with this structure."""
+    plan.structure.programs[_key(group, values)] = programs
+
+
+def _key(group: Group, values: Mapping[str, Tensor]) -> tuple[str, frozenset[str]]:
+    return group.name, frozenset(values)
+
+
+def densities_at(
+    plan: Plan, path: PathCoordinates, x: Tensor, values: dict[str, Tensor]
+) -> PartsAt:
+    """The log densities of a path for values of the parameters, captured where that is possible."""
+    try:
+        return captured_parts(plan, path, x, values)
+    except Exception:  # whatever the model's own code may raise
+        return partial(path_parts, plan, path)
+
+
+def in_order(of_values: PartsAt, order: Order, parameters: dict[str, Tensor]) -> Parts:
+    """Log densities as functions of the path in another order."""
+    prior, likelihood = of_values(parameters)
+    return Parts(lambda x: prior(order.to_sites(x)), lambda x: likelihood(order.to_sites(x)))
