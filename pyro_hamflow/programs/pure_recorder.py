@@ -172,6 +172,6 @@ def _summed_product(target: OpOverload, args: Any) -> tuple[Node, Node, bool] | 
 
 def _not_repeated(factor: Any) -> Node | None:
     """A factor, or what it repeats; none where it is a number."""
-    if not isinstance(factor, Node) or "kind" not in factor.meta:
-        return None
-    return factor.args[0] if factor.target is _aten.expand.default else factor
+    if isinstance(factor, Node) and factor.target is _aten.expand.default:
+        factor = factor.args[0]
+    return factor if isinstance(factor, Node) and "kind" in factor.meta else None
