@@ -22,6 +22,7 @@ from pyro_hamflow.marginal.grouping import check_site, describe_plates, group_si
 from pyro_hamflow.marginal.structure import LONG, Group, Structure, chains, sites_named
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
+from pyro_hamflow.model.look import cause_of_change
 from pyro_hamflow.model.rounding import warn_of_rounding
 from pyro_hamflow.model.trace import (
     is_deterministic,
@@ -199,9 +200,9 @@ def _certain_key(run: Run) -> str:
     for term, random in zip(terms, first.random, strict=False):
         if random or _differs(terms[term], again[term]):
             raise ValueError(
-                f"the model draws random numbers that are no sample sites: the log density of "
-                f"'{term}' differs between two runs on the same values; expected all randomness "
-                "to come from `pyro.sample`"
+                f"the model {cause_of_change(random=random)}: the log density of '{term}' differs "
+                "between two runs on the same values; expected all randomness to come from "
+                "`pyro.sample`, and data to stay as they are"
             )
     if first.key is None:
         for name in run.values:

@@ -92,13 +92,23 @@ def key_of_two(first: Fingerprint, second: Fingerprint) -> str | None:
         second: Of the second.
 
     Raises:
-        ValueError: If they tell of random numbers that the model draws by itself.
+        ValueError: If they tell that the density is no function of the sample sites.
     """
     values = first.result[0], second.result[0]
     if first.random[0] or not torch.equal(*(value.nan_to_num() for value in values)):
         raise ValueError(
-            "the model draws random numbers that are no sample sites: its log density at one "
-            f"and the same point was {-values[0].item():.6g}, then {-values[1].item():.6g}; "
-            "expected all noise to come from `pyro_hamflow.noise`"
+            f"the model {cause_of_change(random=first.random[0])}: its log density at one and "
+            f"the same point was {-values[0].item():.6g}, then {-values[1].item():.6g}; expected "
+            "all noise to come from `pyro_hamflow.noise`, and data to stay as they are"
         )
     return first.key if first.key == second.key else None
+
+
+def cause_of_change(*, random: bool) -> str:
+    """Why a density differs between two runs on the same values.
+
+    Arguments:
+        random: Whether it is computed from random numbers of torch's, as far as is seen.
+    """
+    draws = "draws random numbers that are no sample sites"
+    return draws if random else f"changes its data in place, or {draws}"

@@ -311,6 +311,32 @@ def test_it_would_not_with_one_step_for_all(monkeypatch):
     assert distance_after_warmup() > 30.0
 
 
+def distance_of_draws():
+    start = torch.zeros(16, 2)
+    start[3] = 1000.0
+    mcmc = MCMC(HMC(steep), 20, None, {"x": start}, 16, seed=0, disable_progbar=True)
+    mcmc.run()
+    assert any("went on" in message for message in mcmc.messages)
+    return mcmc.draws.position.abs().max().item()
+
+
+def test_chain_that_starts_very_badly_arrives_as_warmup_goes_on():
+    assert distance_of_draws() < 3.0
+
+
+def test_it_would_not_if_steps_differed_at_first_alone(monkeypatch):
+    honest = WarmUp._set_step_scale
+
+    def at_first(self, acceptance_rate):
+        if self.opening:
+            honest(self, acceptance_rate)
+        else:
+            self.tuning = self.tuning._replace(step_scale=None)
+
+    monkeypatch.setattr(WarmUp, "_set_step_scale", at_first)
+    assert distance_of_draws() > 30.0
+
+
 # --- a density without a bound --------------------------------------------------------------------
 
 
@@ -345,6 +371,7 @@ def test_density_without_a_bound_is_told_and_ends(monkeypatch):
     mcmc = run_near_the_pole(0.0)
     told = [message for message in mcmc.messages if "led nowhere" in message]
     assert len(told) == 1 and "The density may have no bound" in told[0]
+    assert "Or torch.float32 rounds it away" in told[0]
     assert sum("went on to" in message for message in mcmc.messages) == 0  # it was not worth it
     assert taken.count(63) < 0.6 * len(taken) and 31 in taken
 

@@ -310,6 +310,14 @@ def own_randomness(y):
     pyro.sample("y", dist.Normal(a + torch.randn(4), 1.0).to_event(1), obs=y)
 
 
+def own_data(y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    y += 1.0
+    with pyro.plate("subject", 4):
+        x = pyro.sample("x", dist.Normal(a, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
 def own_mask(y):
     a = pyro.sample("a", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
     pyro.sample("y", dist.Normal(a[a > 0], 1.0).to_event(1), obs=y)
@@ -349,6 +357,7 @@ POTENTIALS = {
     ),
     "moving support": (moving_support, Y, "support of site 'a' depends on other latent sites"),
     "randomness": (own_randomness, Y, "random numbers that are no sample sites.*hamflow.noise"),
+    "data in place": (own_data, Y.clone(), "changes its data in place, or draws random numbers"),
 }
 
 

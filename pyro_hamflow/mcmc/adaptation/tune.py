@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from pyro_hamflow.mcmc.adaptation.base import Moves, Phase, RunPlan, Sample
 from pyro_hamflow.mcmc.adaptation.estimator import EstimatorTuning
 from pyro_hamflow.mcmc.adaptation.step_and_mass import StepAndMass
@@ -123,11 +125,14 @@ class Tune:
         warmup = self.warmup
         if self._standstill.found:
             highest = -float(state.evaluation.value.min())
+            is_wide = state.position.dtype == torch.float64
+            coarse = f" Or {state.position.dtype} rounds it away: try torch.float64."
             self.plan.say(
                 "in warm-up most trajectories took all the steps that they may and led nowhere, so "
                 f"that later ones were cut shorter; the step size is {warmup.tuning.step_size:.1e} "
                 f"where the log density is {highest:.4g}. The density may have no bound, as where "
-                "a scale goes to zero for data that are fitted exactly: look at priors of scales.",
+                "a scale goes to zero for data that are fitted exactly: look at priors of scales."
+                + ("" if is_wide else coarse),
                 first=True,
             )
         count = self.plan.before + warmup.warmup_steps

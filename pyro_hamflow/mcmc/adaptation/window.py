@@ -285,10 +285,11 @@ class WarmUp:
         """Shortens the steps of chains that would not move, as far out, until the opening ends.
 
         The step that suits most chains may be too long for one that started badly: tuned on the
-        mean of all, it would stay where it is for ever.
+        mean of all, it would stay where it is for ever. So where chains did not agree, their steps
+        differ once more until the mass is settled.
         """
         scale = None
-        if self.opening:
+        if self.opening or (self.has_gone_on and self._windows):
             old = self.tuning.step_scale
             old = torch.ones_like(acceptance_rate) if old is None else old
             scale = (old * torch.exp(acceptance_rate - self.target)).clamp(max=1.0)
