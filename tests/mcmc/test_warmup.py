@@ -275,6 +275,14 @@ def test_few_positions_give_a_diagonal_mass():
     assert (many.inverse_mass(ones).fill_diagonal_(0.0) != 0).sum() == 380
 
 
+def test_mass_stays_where_nothing_moves():
+    still = Covariance(3, dense=True)
+    for _ in range(100):
+        still.update(torch.zeros(2, 3))
+    old = torch.diag(torch.tensor([1e-3, 1.0, 1e3]))
+    assert torch.equal(still.inverse_mass(old), old)
+
+
 @pytest.mark.parametrize(("dimension", "dense"), [(500, True), (501, False)])
 def test_mass_is_dense_where_that_is_cheap(dimension, dense):
     def model():

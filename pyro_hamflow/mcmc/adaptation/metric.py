@@ -79,10 +79,11 @@ class Covariance:
         if not self.dense:
             return torch.where(self.value() > 0.0, self.value(), old.double()).to(old)
         value = self.value()
-        spread = torch.diag(torch.where(value.diag() > 0.0, value.diag(), old.diag().double()))
         few = self.count < _FEWEST_PER_DIMENSION * len(value)
         share = 0.0 if few else self.count / (self.count + 5.0)
-        return (share * value + (1.0 - share) * spread).to(old)
+        spread = value.diag()
+        rest = torch.where(spread > 0.0, (1.0 - share) * spread, old.diag().double())
+        return (share * value + torch.diag(rest)).to(old)
 
 
 class Metric:
