@@ -114,6 +114,17 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return _aten.mm.default(left, right)
 
 
+def _log_sigmoid_slope(slope: Tensor, tensor: Tensor, buffer: Tensor) -> Tensor:
+    """Gives a slope that all rows share to each: torch takes its shape for the result's, and warns.
+
+    The terms that are alike in a loop's graph have such slopes.
+    """
+    shape = broadcast_shape(slope.shape, tensor.shape)
+    if slope.shape == shape:
+        return NotImplemented
+    return _aten.log_sigmoid_backward.default(slope.expand(shape), tensor, buffer)
+
+
 def _has_no_batching_rule(target: OpOverload) -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
@@ -138,6 +149,7 @@ PURE: dict[Any, Rule] = _DECOMPOSED | {
     _aten.as_strided.default: _as_strided,
     _aten.as_strided_scatter.default: _as_strided_scatter,
     _aten.copy.default: _copy,
+    _aten.log_sigmoid_backward.default: _log_sigmoid_slope,
     _aten.bmm.default: _product,
     _aten.mm.default: _product,
 }

@@ -171,3 +171,20 @@ def test_random_numbers_are_each_their_own():
     found = graph(point(STEPS, 1))
     torch.manual_seed(0)
     torch.testing.assert_close(found, noisy(point(STEPS, 1)))
+
+
+def of_log_sigmoids(x: Tensor) -> Tensor:
+    total = x.new_zeros(())
+    for t in range(len(x) - 1):
+        total = total + torch.nn.functional.logsigmoid((x[t : t + 2] * x[0]).exp()).sum()
+    return total
+
+
+def test_slopes_that_rows_share_are_given_to_each(capfd):
+    """Of log sigmoids torch takes the slope's shape for the result's, and warns for each call."""
+    run = value_and_gradient(of_log_sigmoids)
+    graph = capture(run, point(STEPS, 0))
+    place = point(STEPS, 1)
+    for found, expected in zip(graph(place), run(place), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert "resized" not in capfd.readouterr().err
