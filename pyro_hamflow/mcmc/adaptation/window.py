@@ -284,9 +284,8 @@ class WarmUp:
     def _set_step_scale(self, acceptance_rate: Tensor) -> None:
         """Shortens the steps of chains that would not move, as far out, until the opening ends.
 
-        The step that suits most chains may be too long for one that started badly: tuned on the
-        mean of all, it would stay where it is for ever. So where chains did not agree, their steps
-        differ once more until the mass is settled.
+        The step that suits most chains may be too long for one that started badly, which would stay
+        where it is for ever. Where chains do not agree, steps differ again in the windows to come.
         """
         scale = None
         if self.opening or (self.has_gone_on and self._windows):
