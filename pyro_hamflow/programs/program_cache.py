@@ -254,8 +254,12 @@ class ProgramCache:
                 same = all_equal(captured, right, tolerance)
                 if not same:
                     ways = [moves_by_rounding(partial(way, *point)) for way in (graph, one)]
-                    moves = list(map(torch.maximum, *ways))
-                    same = same_but_for_rounding(captured, right, moves, tolerance)
+                    same = any(
+                        same_but_for_rounding(
+                            captured, right, list(map(torch.maximum, *moves)), tolerance
+                        )
+                        for moves in zip(*ways, strict=True)
+                    )
             except Exception:  # whatever a model's own code may raise
                 same = not bool(captured[0].isfinite())
             if not same:

@@ -6,7 +6,7 @@ it is a large step for what comes of it, and arguments that move by a rounding d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,15 @@ def _is_all_there(part: Tensor) -> bool:
     )
 
 
-def moves_by_rounding(function: Callable[[], Any]) -> list[Tensor]:
+def moves_by_rounding(function: Callable[[], Any]) -> Iterator[list[Tensor]]:
     """By how much each number of a function's results moves where operations round worse.
 
     Arguments:
         function: Runs operations of torch and returns tensors.
 
-    Returns:
-        Of each tensor the largest move of its numbers in several runs; infinite where one run
-        gave a number and another none.
+    Yields:
+        Of each tensor the largest move of its numbers in one run, in two, and so on; infinite where
+        one run gave a number and another none. What they explain, more runs explain.
     """
     right = tree_leaves(function())
     moves = [torch.zeros_like(part, dtype=torch.float64) for part in right]
@@ -69,7 +69,7 @@ def moves_by_rounding(function: Callable[[], Any]) -> list[Tensor]:
             made = tree_leaves(function())
         pairs = zip(moves, made, right, strict=True)
         moves = [torch.maximum(move, _gaps(a, b)) for move, a, b in pairs]
-    return moves
+        yield moves
 
 
 def _gaps(one: Tensor, other: Tensor) -> Tensor:

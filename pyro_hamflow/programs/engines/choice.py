@@ -175,10 +175,12 @@ def _same(
     pairs = list(zip(found, expected, strict=True))
     if all(is_near(*pair, tolerance) for pair in pairs):
         return True
-    moves = moves_by_rounding(lambda: known(row))
-    return all(
-        is_near(one, other, tolerance) or same_but_for_rounding([one], [other], [move], 0.0)
-        for (one, other), move in zip(pairs, moves, strict=True)
+    return any(
+        all(
+            is_near(one, other, tolerance) or same_but_for_rounding([one], [other], [move], 0.0)
+            for (one, other), move in zip(pairs, moves, strict=True)
+        )
+        for moves in moves_by_rounding(lambda: known(row))
     )
 
 
