@@ -27,14 +27,19 @@ def linalg_solve_triangular(
 ) -> Tensor:
     """What :func:`torch.linalg.solve_triangular` gives; its arguments are explained there."""
     transforms = {level.key() for level in get_interpreter_stack() or []}
-    if not transforms or TransformType.Functionalize in transforms:  # which such rules know not
+    is_plain = not (transforms or (torch.is_grad_enabled() and _has_gradient(triangle, right)))
+    if is_plain or TransformType.Functionalize in transforms:  # which such rules know not
         return _SOLVE(triangle, right, upper=upper, left=left, unitriangular=unitriangular)
     if left:
-        return _Solution.apply(triangle, right, upper, unitriangular)
-    return _Solution.apply(triangle.mT, right.mT, not upper, unitriangular).mT  # of the transposes
+        return Solution.apply(triangle, right, upper, unitriangular)
+    return Solution.apply(triangle.mT, right.mT, not upper, unitriangular).mT  # of the transposes
 
 
-class _Solution(torch.autograd.Function):
+def _has_gradient(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
+
+
+class Solution(torch.autograd.Function):
     """The solution, for which ``vmap`` puts right sides of one matrix beside each other."""
 
     @staticmethod
@@ -52,17 +57,19 @@ class _Solution(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> Any:
         triangle, solution = ctx.saved_tensors
         upper, unitriangular = ctx.settings
-        in_right = _Solution.apply(triangle.mT, slope, not upper, unitriangular)
-        in_triangle = _triangle_of(-in_right @ solution.mT, upper, unitriangular)
-        shapes = triangle.shape, ctx.shape
-        return *map(Tensor.sum_to_size, (in_triangle, in_right), shapes), None, None
+        in_right = Solution.apply(triangle.mT, slope, not upper, unitriangular)
+        in_triangle = None
+        if ctx.needs_input_grad[0]:
+            product = _triangle_of(-in_right @ solution.mT, upper, unitriangular)
+            in_triangle = product.sum_to_size(triangle.shape)
+        return in_triangle, in_right.sum_to_size(ctx.shape), None, None
 
     @staticmethod
     def jvp(ctx: Any, of_triangle: Tensor, of_right: Tensor, *_: None) -> Tensor:
         triangle, solution = ctx.saved_tensors
         upper, unitriangular = ctx.settings
         moved = of_right - _triangle_of(of_triangle, upper, unitriangular) @ solution
-        return _Solution.apply(triangle, moved, upper, unitriangular)
+        return Solution.apply(triangle, moved, upper, unitriangular)
 
     @staticmethod
     def vmap(
@@ -75,12 +82,12 @@ class _Solution(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         if dims[0] is None:
             columns = right.movedim(dims[1], -1)
-            solved = _Solution.apply(triangle, columns.flatten(-2), upper, unitriangular)
+            solved = Solution.apply(triangle, columns.flatten(-2), upper, unitriangular)
             return solved.unflatten(-1, columns.shape[-2:]), -1
         most = max(triangle.dim() - 1, right.dim() - (dims[1] is not None))
         pairs = zip((triangle, right), dims[:2], strict=True)
         parts = [_batch_first(part, dim, most) for part, dim in pairs]
-        return _Solution.apply(*parts, upper, unitriangular), 0
+        return Solution.apply(*parts, upper, unitriangular), 0
 
 
 def _batch_first(part: Tensor, dim: int | None, most: int) -> Tensor:

@@ -50,16 +50,12 @@ def _products(gradient: Tensor, u: Tensor, vectors: Tensor) -> Tensor:
     """The Hessian's products with each of some vectors, ``(count, n)``."""
     if not gradient.requires_grad:
         return torch.zeros_like(vectors)
-    (products,) = torch.autograd.grad(
-        gradient,
-        u,
-        vectors,
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-        is_grads_batched=True,
-    )
-    return products
+    (slope,) = torch.func.vmap(
+        lambda vector: torch.autograd.grad(
+            gradient, u, vector, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )(vectors)
+    return slope
 
 
 def find_width(function: Callable[[Tensor], Tensor], u: Tensor) -> int:
