@@ -48,6 +48,33 @@ static void factorise_pairs(long n, const T *matrix, T *root) {
     root[i * 2] = share[i], root[i * 2 + 1] = matrix[i * 2 + 1] * inverse[i - 1];
   delete[] inverse;
 }
+// With all bands: column by column in a square of its own, from four columns before at a time.
+template <class T>
+static void factorise_full(long n, const T *matrix, T *root) {
+  T *square = new T[n * n];
+  for (long j = 0; j < n; j++) {
+    T *column = square + j * n;
+    for (long i = j; i < n; i++) column[i] = matrix[i * n + i - j];
+    long k = 0;
+    for (; k + 4 <= j; k += 4) {
+      const T *a = square + k * n, *b = a + n, *c = b + n, *d = c + n;
+      const T x = a[j], y = b[j], z = c[j], w = d[j];
+#pragma omp simd
+      for (long i = j; i < n; i++) column[i] -= (x * a[i] + y * b[i]) + (z * c[i] + w * d[i]);
+    }
+    for (; k < j; k++) {
+      const T *a = square + k * n, x = a[j];
+#pragma omp simd
+      for (long i = j; i < n; i++) column[i] -= x * a[i];
+    }
+    const T corner = std::sqrt(column[j]), inverse = 1 / corner;
+    root[j * n] = corner;
+    for (long i = j + 1; i < n; i++) root[i * n + i - j] = column[i] *= inverse;
+    for (k = j + 1; k < n; k++) root[j * n + k] = 0;
+    column[j] = corner;
+  }
+  delete[] square;
+}
 // Pivots first, so that one division alone lies between rows, which wait for each other.
 template <class T>
 static void factorise(long batch, long n, long q, const T *matrix, T *root) {
@@ -55,6 +82,10 @@ static void factorise(long batch, long n, long q, const T *matrix, T *root) {
   for (long r = 0; r < batch; r++, matrix += n * q, root += n * q) {
     if (q == 2) {
       factorise_pairs(n, matrix, root);
+      continue;
+    }
+    if (q == n) {
+      factorise_full(n, matrix, root);
       continue;
     }
     for (long i = 0; i < n; i++) {
