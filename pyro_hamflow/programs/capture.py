@@ -35,7 +35,6 @@ from pyro_hamflow.programs.pure_recorder import PureRecorder
 from pyro_hamflow.programs.recording import PART, Recording
 from pyro_hamflow.programs.replay import replay
 from pyro_hamflow.programs.rules import BATCHED, PURE, UNFAILING
-from pyro_hamflow.programs.triangular import Solution
 
 Program = Callable[..., Any]
 
@@ -134,16 +133,11 @@ def _has_gradient_of_its_own(result: Any, constants: Iterable[Tensor]) -> bool:
     waiting = [part.grad_fn for part in tree_leaves(result)]
     while waiting:
         if (node := waiting.pop()) not in seen:
-            if isinstance(node, BackwardCFunction) and not _is_solution(node):
+            if isinstance(node, BackwardCFunction):
                 return True
             seen.add(node)
             waiting += [source for source, _ in node.next_functions]
     return False
-
-
-def _is_solution(node: BackwardCFunction) -> bool:
-    """Whether it is of a triangular system, whose gradient is that of the operation."""
-    return getattr(node, "_forward_cls", None) is Solution
 
 
 @_collecting_later()

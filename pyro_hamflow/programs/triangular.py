@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _SOLVE = torch.ops.aten.linalg_solve_triangular.default
 
@@ -27,16 +28,18 @@ def linalg_solve_triangular(
 ) -> Tensor:
     """What :func:`torch.linalg.solve_triangular` gives; its arguments are explained there."""
     transforms = {level.key() for level in get_interpreter_stack() or []}
-    is_plain = not (transforms or (torch.is_grad_enabled() and _has_gradient(triangle, right)))
-    if is_plain or TransformType.Functionalize in transforms:  # which such rules know not
+    is_derived = torch.is_grad_enabled() and (triangle.requires_grad or right.requires_grad)
+    knows_no_rules = TransformType.Functionalize in transforms or _is_recorded_live()
+    if knows_no_rules or not (transforms or is_derived):
         return _SOLVE(triangle, right, upper=upper, left=left, unitriangular=unitriangular)
     if left:
         return Solution.apply(triangle, right, upper, unitriangular)
     return Solution.apply(triangle.mT, right.mT, not upper, unitriangular).mT  # of the transposes
 
 
-def _has_gradient(*tensors: Tensor) -> bool:
-    return any(tensor.requires_grad for tensor in tensors)
+def _is_recorded_live() -> bool:
+    """Whether a recorder keeps gradients: those of a function's own rule it takes for stopped."""
+    return any(getattr(mode, "live", False) for mode in _get_current_dispatch_mode_stack())
 
 
 class Solution(torch.autograd.Function):

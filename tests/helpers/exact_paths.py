@@ -70,7 +70,7 @@ class ExtendedPath:
     def noise_of(self, position, path):
         """The noise that leads to a path."""
         (fit,) = self.model.proposal.fitted.values()
-        (programs,) = self.model.proposal.programs.values()
+        (programs,) = self.model.plan(Y).structure.programs.values()
         assert torch.equal(fit.bands.order.places, torch.arange(len(Y))) and not fit.is_exact
 
         def inverse(position, path):

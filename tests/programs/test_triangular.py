@@ -139,3 +139,21 @@ def test_a_captured_density_keeps_it():
         return torch.func.grad(lambda root: vmap(along)(root.detach()).square().sum())(root)
 
     assert largest_tensor(capture(curvatures, root)) == root.numel()
+
+
+@SQUARES
+def test_a_live_graph_keeps_its_gradients(squares):
+    """A recorder takes the gradient of a function with a rule of its own for stopped."""
+    root = torch.eye(4, dtype=torch.float64) + torch.ones(4, 4, dtype=torch.float64).tril(-1)
+
+    def value(root, x):
+        root = root.tril()  # whose other triangle torch gives slopes that mean nothing
+        slope = grad(lambda x: squares(root, x))(x)
+        return squares(root, x).sin() + slope.square().sum()
+
+    inputs = [root.requires_grad_(), torch.arange(4.0, dtype=torch.float64).requires_grad_()]
+    graph = capture(value, *inputs, live=True)
+    found, known = (torch.autograd.grad(f(*inputs), inputs) for f in (graph, value))
+    torch.testing.assert_close(found, known)
+    again = capture(lambda *given: graph(*given), *inputs, live=True)
+    torch.testing.assert_close(torch.autograd.grad(again(*inputs), inputs), known)
