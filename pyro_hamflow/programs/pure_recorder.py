@@ -72,7 +72,7 @@ class PureRecorder(Recorder):
         if (factors := _product_of_transposes(target, inputs[0])) is not None:
             turned = self._call(_TRANSPOSE, (factors[0], [1, 0]), {}, varies=True)
             node = self._call(_PRODUCT, (factors[1], turned), {}, varies=True)
-        elif (summed := _summed_product(target, inputs[0])) is not None:
+        elif (summed := _summed_product(target, *inputs)) is not None:
             matrix, vector, over_rows = summed
             if over_rows:
                 matrix = self._call(_TRANSPOSE, (matrix, [1, 0]), {}, varies=True)
@@ -147,12 +147,14 @@ def _is_transpose(target: OpOverload, args: Any) -> bool:
     return target == _TRANSPOSE and list(args[1]) == [1, 0]
 
 
-def _summed_product(target: OpOverload, args: Any) -> tuple[Node, Node, bool] | None:
+def _summed_product(target: OpOverload, args: Any, kwargs: Any) -> tuple[Node, Node, bool] | None:
     """A matrix and a vector whose product is what an operation adds up; whether over rows.
 
     Linear predictors are often written so, and gradients of what they are of.
     """
-    if target is not _aten.sum.dim_IntList or len(args[1]) != 1 or args[0].target is not _TIMES:
+    if target is not _aten.sum.dim_IntList or kwargs or not args[1] or len(args[1]) != 1:
+        return None
+    if args[0].target is not _TIMES:
         return None
     kind = args[0].meta["kind"]
     if len(kind[0]) != 2 or kind[0].numel() < _MANY or not kind[1].is_floating_point:

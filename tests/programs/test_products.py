@@ -73,6 +73,10 @@ def test_by_torch_alone_it_would(name, monkeypatch):
         lambda x: ((DATA > 0.0) * x).sum(-1),
         lambda x: (x[:, None] * x.repeat(90)).sum(1),  # an outer product
         lambda x: (x * DATA.float()).sum(-1),
+        lambda x: (x.float() * DATA.float()).sum(-1, dtype=torch.float64),
+        lambda x: (x * DATA).sum(dim=None),
+        lambda x: (x * DATA).sum(dim=(0, 1)),
+        lambda x: (x * DATA).sum(()),
     ],
 )
 def test_other_sums_are_what_they_were(other):
