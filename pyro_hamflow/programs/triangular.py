@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.fx import Proxy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _SOLVE = torch.ops.aten.linalg_solve_triangular.default
@@ -27,19 +28,27 @@ def linalg_solve_triangular(
     unitriangular: bool = False,
 ) -> Tensor:
     """What :func:`torch.linalg.solve_triangular` gives; its arguments are explained there."""
-    transforms = {level.key() for level in get_interpreter_stack() or []}
-    is_derived = torch.is_grad_enabled() and (triangle.requires_grad or right.requires_grad)
-    knows_no_rules = TransformType.Functionalize in transforms or _is_recorded_live()
-    if knows_no_rules or not (transforms or is_derived):
+    if not _knows_rules(triangle, right):
         return _SOLVE(triangle, right, upper=upper, left=left, unitriangular=unitriangular)
     if left:
         return Solution.apply(triangle, right, upper, unitriangular)
     return Solution.apply(triangle.mT, right.mT, not upper, unitriangular).mT  # of the transposes
 
 
-def _is_recorded_live() -> bool:
-    """Whether a recorder keeps gradients: those of a function's own rule it takes for stopped."""
-    return any(getattr(mode, "live", False) for mode in _get_current_dispatch_mode_stack())
+def _knows_rules(*operands: Any) -> bool:
+    """Whether something derives or batches an operation, which goes by a function's own rules.
+
+    Where a graph is unpickled it is only traced; and a recorder that keeps gradients takes those of
+    a function with a rule of its own for stopped.
+    """
+    if any(isinstance(operand, Proxy) for operand in operands):
+        return False
+    if any(getattr(mode, "live", False) for mode in _get_current_dispatch_mode_stack()):
+        return False
+    transforms = {level.key() for level in get_interpreter_stack() or []}
+    if transforms:
+        return TransformType.Functionalize not in transforms
+    return torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
 
 
 class Solution(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from functools import partial
 
 import pytest
@@ -157,3 +158,9 @@ def test_a_live_graph_keeps_its_gradients(squares):
     torch.testing.assert_close(found, known)
     again = capture(lambda *given: graph(*given), *inputs, live=True)
     torch.testing.assert_close(torch.autograd.grad(again(*inputs), inputs), known)
+
+
+def test_a_graph_can_be_pickled():
+    root, x = torch.eye(4, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64)
+    graph = pickle.loads(pickle.dumps(capture(by_root, root, x)))
+    torch.testing.assert_close(graph(2.0 * root, x), 0.25 * x.square().sum())
