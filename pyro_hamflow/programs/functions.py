@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pyro_hamflow.programs.triangular import linalg_solve_triangular
+from pyro_hamflow.programs.triangular import cholesky_solve, linalg_solve_triangular
 
 _STRAIGHT = 40.0  # log(1 + exp(x)) - x is less than rounding of x in double precision
 
@@ -38,16 +38,9 @@ def _cross_entropy_of_logits(
     return (1.0 - target) * logits + functional.softplus(-logits, threshold=_STRAIGHT)
 
 
-def _cholesky_solve(right: Tensor, factor: Tensor, upper: bool = False) -> Tensor:  # noqa: FBT001, FBT002
-    """Two triangular systems, which stay so under ``vmap``."""
-    lower = factor.mT if upper else factor
-    half = linalg_solve_triangular(lower, right, upper=False)
-    return linalg_solve_triangular(lower.mT, half, upper=True)
-
-
 _WORDS: dict[Any, Callable[..., Any]] = {
     functional.binary_cross_entropy_with_logits: _cross_entropy_of_logits,
     torch.linalg.solve_triangular: linalg_solve_triangular,
-    torch.cholesky_solve: _cholesky_solve,
-    Tensor.cholesky_solve: _cholesky_solve,
+    torch.cholesky_solve: cholesky_solve,
+    Tensor.cholesky_solve: cholesky_solve,
 }

@@ -35,6 +35,13 @@ def linalg_solve_triangular(
     return Solution.apply(triangle.mT, right.mT, not upper, unitriangular).mT  # of the transposes
 
 
+def cholesky_solve(right: Tensor, factor: Tensor, upper: bool = False) -> Tensor:  # noqa: FBT001, FBT002
+    """What :func:`torch.cholesky_solve` gives, by two systems."""
+    lower = factor.mT if upper else factor
+    half = linalg_solve_triangular(lower, right, upper=False)
+    return linalg_solve_triangular(lower.mT, half, upper=True)
+
+
 def _knows_rules(*operands: Any) -> bool:
     """Whether something derives or batches an operation, which goes by a function's own rules.
 

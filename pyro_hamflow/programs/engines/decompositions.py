@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_hamflow.programs.triangular import cholesky_solve
+
 
 def _variance(
     a: Tensor,
@@ -45,15 +47,9 @@ def _layer_norm(
     return found if bias is None else found + bias, mean, scale
 
 
-def _cholesky_solve(b: Tensor, factor: Tensor, upper: bool = False) -> Tensor:  # noqa: FBT001, FBT002
-    lower = factor.mT if upper else factor
-    half = torch.linalg.solve_triangular(lower, b, upper=False)
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True)
-
-
 def _cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:  # noqa: FBT001, FBT002
     one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return _cholesky_solve(one.expand_as(factor), factor, upper)
+    return cholesky_solve(one.expand_as(factor), factor, upper)
 
 
 def _gaps(a: Tensor, b: Tensor) -> Tensor:
@@ -184,7 +180,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.std.correction: _deviation,
     _aten.var_mean.correction: _variance_and_mean,
     _aten.native_layer_norm.default: _layer_norm,
-    _aten.cholesky_solve.default: _cholesky_solve,
+    _aten.cholesky_solve.default: cholesky_solve,
     _aten.cholesky_inverse.default: _cholesky_inverse,
     _aten._cdist_forward.default: _distances,
     _aten._cdist_backward.default: _distances_adjoint,
