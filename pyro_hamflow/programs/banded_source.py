@@ -15,7 +15,8 @@ from torch import Tensor
 from pyro_hamflow.programs.machine_code import compiler, libraries
 from pyro_hamflow.programs.machine_code.store import key_of, user_store
 
-_HEADER = Path(__file__).parent / "engines" / "banded.hpp"
+_ENGINES = Path(__file__).parent / "engines"
+_HEADERS = (_ENGINES / "matrices.hpp", _ENGINES / "banded.hpp")
 # How many sizes and tensors each loop takes.
 LOOPS = {
     "factorise": (3, 2),
@@ -37,7 +38,7 @@ def library() -> ctypes.CDLL | None:
         The library; none where no compiler works, and torch does them more slowly.
     """
     exported = (_exported(name, kind) for name in LOOPS for kind in _KINDS.values())
-    source = "\n".join([_HEADER.read_text(), *exported])
+    source = "\n".join([*(header.read_text() for header in _HEADERS), *exported])
     key = key_of(source, compiler.description())
     try:
         return libraries.library(key, partial(compiler.compiled, source), user_store())

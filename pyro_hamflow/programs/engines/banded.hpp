@@ -48,31 +48,14 @@ static void factorise_pairs(long n, const T *matrix, T *root) {
     root[i * 2] = share[i], root[i * 2 + 1] = matrix[i * 2 + 1] * inverse[i - 1];
   delete[] inverse;
 }
-// With all bands: column by column in a square of its own, from four columns before at a time.
+// With all bands: as a matrix, whose number at (i, j) lies at i (n + 1) - j.
 template <class T>
 static void factorise_full(long n, const T *matrix, T *root) {
   T *square = new T[n * n];
-  for (long j = 0; j < n; j++) {
-    T *column = square + j * n;
-    for (long i = j; i < n; i++) column[i] = matrix[i * n + i - j];
-    long k = 0;
-    for (; k + 4 <= j; k += 4) {
-      const T *a = square + k * n, *b = a + n, *c = b + n, *d = c + n;
-      const T x = a[j], y = b[j], z = c[j], w = d[j];
-#pragma omp simd
-      for (long i = j; i < n; i++) column[i] -= (x * a[i] + y * b[i]) + (z * c[i] + w * d[i]);
-    }
-    for (; k < j; k++) {
-      const T *a = square + k * n, x = a[j];
-#pragma omp simd
-      for (long i = j; i < n; i++) column[i] -= x * a[i];
-    }
-    const T corner = std::sqrt(column[j]), inverse = 1 / corner;
-    root[j * n] = corner;
-    for (long i = j + 1; i < n; i++) root[i * n + i - j] = column[i] *= inverse;
-    for (k = j + 1; k < n; k++) root[j * n + k] = 0;
-    column[j] = corner;
-  }
+  cholesky(matrix, square, n, n + 1, -1, 1, n);
+  std::fill(root, root + n * n, T(0));
+  for (long j = 0; j < n; j++)
+    for (long i = j; i < n; i++) root[i * (n + 1) - j] = square[j * n + i];
   delete[] square;
 }
 // Pivots first, so that one division alone lies between rows, which wait for each other.

@@ -1,4 +1,9 @@
 // Products, factors and solutions of dense matrices.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
 // Four sums at once, of four rows of a matrix times a vector: one alone waits for its additions.
 template <class T>
 static inline void four_products(const T* a, long stride, const T* x, long n, T* sums) {
