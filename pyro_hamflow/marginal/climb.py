@@ -66,6 +66,8 @@ def climb(
         step = step * min(1.0, longest / max(float(step.abs().max()), 1e-300))
         fall = float(-(slope @ step))
         for trial in range(_TRIALS):
+            if trial and fall < _LEAST:
+                continue
             new = position + step
             new_value, new_slope = gradient(new)
             if new_value <= value - 1e-4 * fall and bool(new_slope.isfinite().all()):
@@ -73,10 +75,7 @@ def climb(
             if new_value <= value + _SLACK and abs(float(new_slope @ step)) <= 0.9 * fall:
                 break
             step, fall, longest = 0.3 * step, 0.3 * fall, 0.3 * float(step.abs().max())
-            if fall < _LEAST or trial == _TRIALS - 1:
-                new = position
-                break
-        if new is position:
+        else:
             if not pairs:
                 break
             pairs = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import pyro.poutine as poutine
@@ -227,14 +227,17 @@ class PathProposal(Proposal):
             name, layout = group.name, plan.layouts[group.name]
             natural = torch.arange(layout.dimension, device=layout.example.device)
             path = PathCoordinates(group, layout, Order(natural))
+            somewhere = cache(partial(_somewhere, plan, path, values))
             programs = known_programs(plan, group, values)
-            of_values = programs.parts_at if programs else None
-            if of_values is None:
-                of_values = densities_at(plan, path, _somewhere(plan, path, values), values)
+            if programs is None:
+                of_values = densities_at(plan, path, somewhere(), values)
+            else:
+                of_values = programs.parts_at
             drawn = {n: plan.structure.values[n] for n in values}
             before = self.fitted.get(name)
             if before is None or len(before.bands.order.places) != layout.dimension:
-                looks = [(of_values(v), _somewhere(plan, path, v)) for v in (values, drawn)]
+                there = _somewhere(plan, path, drawn)
+                looks = [(of_values(values), somewhere()), (of_values(drawn), there)]
                 found = programs.bands if programs else None
                 bands, start = find_bands(looks, group, layout, found), None
             else:
@@ -242,7 +245,7 @@ class PathProposal(Proposal):
             parts_at = partial(in_order, of_values, bands.order)
             near, parts = before, parts_at(values)
             if start is None or not bool(gradient(parts.likelihood, start).isfinite().all()):
-                start = bands.order.from_sites(_somewhere(plan, path, values))
+                start = bands.order.from_sites(somewhere())
                 near, start = None, higher_start(parts, start, bands.prior)
             if programs is None or programs.bands is not bands:
                 look_at = captured_looks(parts_at, bands, start, values)
