@@ -27,6 +27,9 @@ from pyro_hamflow.programs.made import Made
 from pyro_hamflow.programs.program_cache import ProgramCache
 from pyro_hamflow.programs.validation import no_validation
 
+# Runs of the model that are made as one, for each gradient: what its tensors gain in a cache is
+# little beside what it takes to run it.
+_TOGETHER = 16
 _REMEDY = "expected a proper prior, or a guide to start from"
 
 
@@ -79,9 +82,9 @@ class Prior(Made):
         All runs are made as one where the model's operations allow it, and one after the other
         elsewhere.
         """
-        rows = self.potential.programs.rows_at_once("gradient", num_chains)
+        rows = _TOGETHER * self.potential.programs.rows_at_once("gradient", num_chains)
         try:
-            return many_runs(self._draw_one, num_chains, self.example, rows)
+            return many_runs(self._draw_one, num_chains, self.example, min(rows, num_chains))
         except Exception:  # whatever a model's own code may raise where it is batched
             runs = [self._draw_one() for _ in range(num_chains)]
             position, noise = zip(*runs, strict=True)

@@ -8,7 +8,7 @@ times the likelihood to the power of :math:`\lambda`.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -133,6 +133,22 @@ class PriorAndModes:
         return torch.where(with_prior, position, about), noise
 
 
+class Ends(NamedTuple):
+    """What a path's start and its end say at positions.
+
+    Attributes:
+        start: The reference's energy, of shape ``(chains,)``.
+        end: The posterior's.
+        start_gradient: Of the first in the position, of shape ``(chains, dimension)``.
+        end_gradient: Of the second.
+    """
+
+    start: Tensor
+    end: Tensor
+    start_gradient: Tensor
+    end_gradient: Tensor
+
+
 class TemperedTarget:
     """A point of the path between a reference and a posterior, as a target.
 
@@ -168,14 +184,18 @@ class TemperedTarget:
         self.inverse_temperature = torch.zeros_like(potential.example)
 
     def graph(self, kind: str, num_chains: int) -> Program:
-        start = self.reference.graph(kind, num_chains)
-        end = self._end or self.potential.graph(kind, num_chains)
+        start, end = self._programs(kind, num_chains)
 
         def program(position: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             pairs = zip(start(position, noise), end(position, noise), strict=True)
             return tuple(self._between(*pair) for pair in pairs)
 
         return program
+
+    def _programs(self, kind: str, num_chains: int) -> tuple[Program, Program]:
+        """Of the path's start and of its end."""
+        end = self._end or self.potential.graph(kind, num_chains)
+        return self.reference.graph(kind, num_chains), end
 
     def _between(self, start: Tensor, end: Tensor) -> Tensor:
         """What lies between the path's ends, of the finer of their types."""
@@ -201,15 +221,23 @@ class TemperedTarget:
         return lambda *inputs: program(self.inverse_temperature, *inputs)
 
     def evaluate(self, position: Tensor, noise: Tensor) -> Evaluation:
-        values = self.ends(position, noise)
-        return Evaluation(self._between(*values), {}, {})
-
-    def ends(self, position: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The energies of the reference and of the posterior, each of shape ``(chains,)``."""
         start = self.reference.value(position, noise)
         if self._end is not None:
-            return start, self._end(position, noise)[0]
-        return start, self.potential.value(position, noise)
+            end = self._end(position, noise)[0]
+        else:
+            end = self.potential.value(position, noise)
+        return Evaluation(self._between(start, end), {}, {})
+
+    def ends(self, position: Tensor, noise: Tensor) -> Ends:
+        """What lies at the path's ends, which tells the energy and its gradient anywhere on it."""
+        start, end = self._programs("gradient", len(position))
+        (value, gradient), (end_value, end_gradient) = start(position, noise), end(position, noise)
+        return Ends(value, end_value, gradient, end_gradient)
+
+    def between(self, ends: Ends) -> tuple[Tensor, Tensor]:
+        """The energy and its gradient, from what lies at the ends."""
+        gradients = ends.start_gradient, ends.end_gradient
+        return self._between(ends.start, ends.end), self._between(*gradients)
 
     def rows_at_once(self, num_chains: int) -> int:
         """For how many chains to run a program at once, of so many."""

@@ -166,7 +166,8 @@ def anneal(
             course = find(beginning_at(modes, prior))
             cost += course.num_gradients
     if only_first:
-        population = _population(course.particles, course.schedule, [], cost)
+        before = cost - course.num_gradients
+        population = _population(course.particles, course.schedule, [], before)
     else:
         schedule, target = course.schedule, course.particles.target
         if isinstance(transport, CRAFT):
@@ -260,16 +261,14 @@ def follow(
     if moves_on:
         further = max(1, len(schedule) * num_moves // 2)
         drift = particles.move_on(schedule[-1].tuning, further)
-    cost += particles.moves.num_gradients
     return replace(_population(particles, schedule, passages, cost), drift=drift)
 
 
 def _population(
     particles: Particles, schedule: list[Rung], passages: list[Passage], cost: int
 ) -> Population:
-    """Particles at the end of a schedule, and how many gradients each took until then."""
-    log_weights = particles.all_log_weights
-    gradient = particles.moves.scores(particles.position, particles.noise)
+    """Particles at the end of a schedule, and how many gradients each took beside its own."""
+    log_weights, gradient = particles.all_log_weights, particles.gradient
     return Population(
         particles.position,
         particles.noise,
@@ -278,6 +277,6 @@ def _population(
         log_mean_exp(log_weights),
         passages,
         schedule[-1].tuning,
-        cost + 1,
+        cost + particles.moves.num_gradients,
         lineages=lineages_of(particles),
     )

@@ -30,7 +30,7 @@ from pyro_hamflow.smc.resampling import log_mean_exp, next_step, resample_system
 
 _MOST_DIMENSIONS = 200  # of which descents keep a Hessian each
 _PRIOR = 4  # draws of the prior for each particle, whose steepness is looked at
-_COST = 0.05  # of what the population took, that descents may take, and draws of the prior as well
+_COST = 0.07  # of what the population took, that descents may take, and draws of the prior as well
 _LENGTH = 40  # gradients of a descent, about
 _FEWEST, _STARTS = 16, 256  # descents
 _STRETCHED = 2  # of them, for each beside that begins nearer to the prior's middle, or farther

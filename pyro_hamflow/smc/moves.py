@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.transitions.base import Transition, Tuning
+from pyro_hamflow.mcmc.transitions.base import State, Transition, Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
-from pyro_hamflow.model.tempered import TemperedTarget
+from pyro_hamflow.model.recovery import Evaluation
+from pyro_hamflow.model.tempered import Ends, TemperedTarget
 
 _TARGET = 0.8  # of the acceptance
 _GAIN = 1.5  # of the logarithm of the step size, for each unit of acceptance
@@ -52,7 +53,6 @@ class PopulationMoves:
             self.transition = JointTransition(target, self.rows)
         else:
             self.transition = HMCTransition(target, self.rows)
-        self._gradient = target.graph("gradient", self.rows)
         good = position[position.isfinite().all(-1)].double()
         if target.dimension <= _MOST_DENSE:
             spread = torch.cov(good.mT).reshape(target.dimension, target.dimension)
@@ -62,22 +62,30 @@ class PopulationMoves:
         self.tuning = Tuning(0.5, GaussianKinetic(spread.to(position)))
 
     def __call__(
-        self, position: Tensor, noise: Tensor, tuning: Tuning, num_moves: int
+        self, position: Tensor, noise: Tensor, ends: Ends, tuning: Tuning, num_moves: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Moves all particles so many times.
+
+        Arguments:
+            position: Where they are.
+            noise: Their noise.
+            ends: What lies at the path's ends there, as :meth:`ends` tells.
+            tuning: Step size and mass.
+            num_moves: How many times.
 
         Returns:
             Their positions, noise, and mean acceptance, of shape ``(particles,)``.
         """
         num_steps = max(1, min(_MOST_STEPS, round(_TURN / tuning.step_size)))
-        parts = []
-        for some in zip(position.split(self.rows), noise.split(self.rows), strict=True):
-            state, rates = self.transition.state_at(*some), []
+        value, gradient = self.target.between(ends)
+        whole, parts = (position, noise, gradient, value), []
+        for *where, energy in zip(*(part.split(self.rows) for part in whole), strict=True):
+            state, rates = State(*where, Evaluation(energy, {}, {})), []
             for _ in range(num_moves):
                 state, info = self.transition.step(state, self._jittered(tuning), num_steps)
                 rates.append(info.acceptance_rate)
             parts.append((state.position, state.noise, torch.stack(rates).mean(0)))
-        self.num_gradients += 1 + num_moves * num_steps
+        self.num_gradients += num_moves * num_steps
         moved, its_noise, rate = (torch.cat(part) for part in zip(*parts, strict=True))
         return moved, its_noise, rate
 
@@ -85,11 +93,12 @@ class PopulationMoves:
         jitter = torch.randn(self.rows, dtype=torch.float64, device=self.target.example.device)
         return tuning._replace(step_scale=(_JITTER * jitter).exp().clamp(0.5, 1.3))
 
-    def scores(self, position: Tensor, noise: Tensor) -> Tensor:
-        """The target's gradient at all particles."""
+    def ends(self, position: Tensor, noise: Tensor) -> Ends:
+        """What lies at the path's ends at all particles, whatever the temperature."""
         self.num_gradients += 1
         parts = zip(position.split(self.rows), noise.split(self.rows), strict=True)
-        return torch.cat([self._gradient(*some)[1] for some in parts])
+        ends = zip(*(self.target.ends(*some) for some in parts), strict=True)
+        return Ends(*(torch.cat(part) for part in ends))
 
     def tune_step(self, acceptance: float) -> None:
         """Lengthens steps that are mostly accepted, and shortens others."""

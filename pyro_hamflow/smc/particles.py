@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_hamflow.flows.near_identity import NearIdentity
 from pyro_hamflow.mcmc.transitions.base import Tuning
-from pyro_hamflow.model.tempered import TemperedTarget
+from pyro_hamflow.model.tempered import Ends, TemperedTarget
 from pyro_hamflow.smc.moves import PopulationMoves
 from pyro_hamflow.smc.resampling import (
     conditional_size,
@@ -107,7 +107,7 @@ class Particles:
         self.log_evidence = self.log_weights[:, :1].clone()
         self.founder = torch.arange(len(self.position), device=self.position.device)
         self.variance_of_steps = 1.0
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._known: Ends | None = None
         if not bool((self.log_ratio() > -torch.inf).any()):
             raise ValueError(
                 "no draw to start from has a posterior density: expected a guide to start from, or "
@@ -124,21 +124,19 @@ class Particles:
 
         Of shape ``(replicates, particles)``.
         """
-        start, end = self._ends()
-        return self._log(start - end)
+        ends = self._ends()
+        return self._log(ends.start.double() - ends.end.double())
 
-    def _ends(self) -> tuple[Tensor, Tensor]:
-        """Energies of the path's start and end at all particles."""
+    @property
+    def gradient(self) -> Tensor:
+        """Of the energy, in the position, at each particle."""
+        return self.target.between(self._ends())[1]
+
+    def _ends(self) -> Ends:
+        """What lies at the path's ends at all particles."""
         if self._known is None:
-            self._known = self._ends_at(self.position)
+            self._known = self.moves.ends(self.position, self.noise)
         return self._known
-
-    def _ends_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.moves.rows
-        parts = zip(position.split(rows), self.noise.split(rows), strict=True)
-        ends = [self.target.ends(*some) for some in parts]
-        start, end = (torch.cat(part).double() for part in zip(*ends, strict=True))
-        return start, end
 
     def _log(self, increment: Tensor) -> Tensor:
         """What is added to log weights; minus infinity for what is no number."""
@@ -154,7 +152,7 @@ class Particles:
         self.log_weights = self.log_weights + increments
         size = effective_size(self.log_weights) / self.shape[1]
         self._resample(size < _DEPLETED)
-        moved = self.moves(self.position, self.noise, rung.tuning, num_moves)
+        moved = self.moves(self.position, self.noise, self._ends(), rung.tuning, num_moves)
         self.position, self.noise, rate = moved
         self._known = None
         acceptance = float((self.weights * rate).sum())
@@ -164,13 +162,14 @@ class Particles:
         """Takes the population to a temperature, and learns step and mass from what it did."""
         passage = self.pass_on(rung, num_moves)
         self.moves.tune_step(passage.acceptance_rate)
-        self.moves.tune_mass(self.moves.scores(self.position, self.noise), self.weights)
+        self.moves.tune_mass(self.gradient, self.weights)
         return passage
 
     def move_on(self, tuning: Tuning, num_moves: int) -> Drift:
         """Moves the population at its temperature, and tells what that changes."""
         weights, before = self.weights, self.log_ratio().flatten()
-        self.position, self.noise, _ = self.moves(self.position, self.noise, tuning, num_moves)
+        moved = self.moves(self.position, self.noise, self._ends(), tuning, num_moves)
+        self.position, self.noise, _ = moved
         self._known = None
         after = self.log_ratio().flatten()
         good = before.isfinite() & after.isfinite() & (weights > 0.0)
@@ -185,23 +184,25 @@ class Particles:
     @torch.no_grad()
     def reach(
         self, inverse_temperature: float, flow: NearIdentity | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor, Ends]:
         """What the population would be at another temperature, before it is resampled and moves.
 
         Returns:
-            What is added to the log weights, ``(replicates, particles)``, positions, and the
-            energies of the path's start and end there.
+            What is added to the log weights, ``(replicates, particles)``, positions, and what lies
+            at the path's ends there.
         """
-        here = self.target.inverse_temperature
-        there = torch.full_like(here, inverse_temperature).double()
+        here = self.target.inverse_temperature.double()
+        there = torch.full_like(here, inverse_temperature)
         ends = self._ends()
+        start, end = ends.start.double(), ends.end.double()
         if flow is None:
-            return self._log((there - here) * (ends[0] - ends[1])), self.position, ends
-        before = ends[0] if float(here) == 0.0 else torch.lerp(*ends, here.double())
+            return self._log((there - here) * (start - end)), self.position, ends
+        before = start if float(here) == 0.0 else torch.lerp(start, end, here)
         moved, growth = flow(self.position)
         position = moved.to(self.position)
-        ends = self._ends_at(position)
-        return self._log(before - torch.lerp(*ends, there) + growth), position, ends
+        ends = self.moves.ends(position, self.noise)
+        after = torch.lerp(ends.start.double(), ends.end.double(), there)
+        return self._log(before - after + growth), position, ends
 
     @property
     def weights(self) -> Tensor:
@@ -227,6 +228,7 @@ class Particles:
         index = (index + count * torch.arange(rows, device=depleted.device)[:, None]).flatten()
         self.position, self.noise = self.position[index], self.noise[index]
         self.founder = self.founder[index]
+        self._known = Ends(*(part[index] for part in self._ends()))
         gain = log_mean_exp(self.log_weights)[:, None]
         self.log_evidence = self.log_evidence + torch.where(depleted, gain, 0.0)
         self.log_weights = torch.where(depleted, 0.0, self.log_weights)

@@ -76,7 +76,7 @@ def test_groups_of_one_mode_need_no_second_population():
 
 @pytest.mark.usefixtures("in_haste")
 def test_it_is_not_told_where_steps_do_not_suit_those_far_away(monkeypatch):
-    monkeypatch.setattr(Walkers, "approach", Walkers.move)
+    monkeypatch.setattr(Walkers, "approach", lambda self, most, level: self.move(most))
     with pytest.raises(MadeMore):
         run_of(grouped, *answers())
 

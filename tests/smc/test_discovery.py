@@ -117,9 +117,9 @@ def num_high(seed):
 
 
 def test_hollows_that_few_draws_are_in_are_found_by_the_likeliest(monkeypatch):
-    assert [num_high(seed) for seed in (2, 3, 5)] == [2, 2, 2]
+    assert sum(num_high(seed) for seed in range(6)) >= 11  # 79 of 80 by forty seeds
     monkeypatch.setattr(discovery, "_likely", lambda descent, prior, *_: prior.draw(1)[0])
-    assert [num_high(seed) for seed in (2, 3, 5)] != [2, 2, 2]
+    assert sum(num_high(seed) for seed in range(6)) < 10
 
 
 def test_without_descents_it_has_not(monkeypatch):

@@ -9,6 +9,8 @@ forget where they were, nothing was missed that chains find.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from pyro_hamflow.mcmc.adaptation.walkers import Walkers
@@ -16,6 +18,7 @@ from pyro_hamflow.model.start import find_start
 from pyro_hamflow.smc.annealing import Population
 
 _EXCESS = 4.0  # of a population's lineages, from which on luck may have led it where it is
+_CHAINS = 100  # half of them from the population
 _MOVES = 25  # in which chains have come from far away, mostly
 _TRIES = 5  # as many moves again, as a chain that is late looks like one that stays
 
@@ -35,15 +38,18 @@ def leaves_open(population: Population, walkers: Walkers, slow: float) -> bool:
 
 def _lead_to_the_same(walkers: Walkers, slow: float) -> bool:
     """Whether walkers and others that start anywhere soon forget where they were, all alike."""
-    position, noise = walkers.state.position, walkers.state.noise
-    kept = len(position) // 2
+    count = walkers.few(_CHAINS)
+    kept = count // 2
     try:
-        start, its_noise = find_start(walkers.potential, len(position) - kept)
+        start, its_noise = find_start(walkers.potential, count - kept)
     except ValueError:  # there is no place of finite density
         return False
-    both = walkers.at(torch.cat([position[:kept], start]), torch.cat([noise[:kept], its_noise]))
+    position, noise = walkers.state.position[:kept], walkers.state.noise[:kept]
+    both = walkers.at(torch.cat([position, start]), torch.cat([noise, its_noise]))
+    level = float(both.state.evaluation.value[:kept].max())
     for _ in range(_TRIES):
-        both.approach(_MOVES)
+        both.approach(_MOVES, level)
         if both.persistence() < slow:
             return True
+        level = -math.inf  # those that are late have all the moves
     return False

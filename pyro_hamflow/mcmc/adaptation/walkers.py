@@ -21,7 +21,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.smc.resampling import log_mean_exp
 
 _WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
-# Walkers that do so alone, and for each dimension, where every walker's moves cost the same.
+# Walkers that do so, and for each dimension, where few may move alone.
 _TUNERS, _TUNERS_EACH = 100, 4
 _APART = 10  # moves, after which a walker is compared with where it was, at most
 _FORGOTTEN = 0.03  # correlation, below which no more moves are needed
@@ -34,6 +34,7 @@ _WANTED_RATE = 0.5  # of jumps, beyond which more proposals gain little
 _LONGEST_STAY, _TOLERABLE_STAY = 1.2, 2.0
 # Of the logarithm of the step size of a walker that starts anywhere, for each unit of acceptance
 _GAIN, _TARGET = 2.0, 0.8  # below or above this
+_LATE = 0.02  # of walkers, for which others do not wait
 _REMOTE = 1000.0  # jumps, after which a walker leaves where it is: they are as good as none
 
 
@@ -81,9 +82,7 @@ class Walkers:
     def warm_up(self) -> None:
         """Finds step size and mass, each walker's spread about its own mean."""
         step_and_mass = self.hamiltonian.step_and_mass
-        count = len(self.state.position)
-        if isinstance(self.transition, NativeMoves):
-            count = min(count, max(_TUNERS, _TUNERS_EACH * self.potential.dimension))
+        count = self.few(max(_TUNERS, _TUNERS_EACH * self.potential.dimension))
         state: State = tree_map(lambda part: part[:count], self.state)
         if step_and_mass.adapt_step_size and step_and_mass.step_size is None:
             size = step_and_mass.reasonable_step_size(self.transition, state, self.tuning)
@@ -97,17 +96,29 @@ class Walkers:
         )
         self.tuning = warmup.tuning._replace(step_scale=None)
 
+    def few(self, count: int) -> int:
+        """So many walkers, where they may move alone, as each one's moves cost the same; or all."""
+        everyone = len(self.state.position)
+        return min(count, everyone) if isinstance(self.transition, NativeMoves) else everyone
+
     def at(self, position: Tensor, noise: Tensor) -> Walkers:
-        """As many others, tuned alike, that start elsewhere."""
+        """Others, tuned alike, that start elsewhere: as many as :meth:`few` allows."""
         others = copy.copy(self)
         others.state = self.transition.state_at(position, noise)
         others._path = []
         return others
 
-    def approach(self, count: int) -> None:
-        """Moves from wherever they are, each by steps short enough for it to get on."""
+    def approach(self, most: int, level: float) -> None:
+        """Moves from wherever they are, each by steps short enough for it to get on.
+
+        Arguments:
+            most: How many moves.
+            level: The energy to come down to, below which they are done when most walkers are.
+        """
         scale = self.state.position.new_ones(len(self.state.position), dtype=torch.float64)
-        for _ in range(count):
+        for _ in range(most):
+            if float((self.state.evaluation.value > level).double().mean()) <= _LATE:
+                return
             rate = self._move(self.tuning._replace(step_scale=scale)).acceptance_rate.double()
             scale = (scale * torch.exp(_GAIN * (rate - _TARGET))).clamp(max=1.0)
 
