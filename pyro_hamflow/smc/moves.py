@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.dynamics.kinetic import GaussianKinetic
-from pyro_hamflow.mcmc.transitions.base import State, Transition, Tuning
+from pyro_hamflow.mcmc.transitions.base import State, Tuning
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
+from pyro_hamflow.mcmc.transitions.in_blocks import InBlocks
 from pyro_hamflow.mcmc.transitions.pseudo_marginal import JointTransition
 from pyro_hamflow.model.recovery import Evaluation
 from pyro_hamflow.model.tempered import Ends, TemperedTarget
@@ -47,12 +48,9 @@ class PopulationMoves:
     def __init__(self, target: TemperedTarget, position: Tensor) -> None:
         self.target = target
         self.num_gradients = 0
-        self.rows = target.rows_at_once(len(position))
-        self.transition: Transition
-        if target.noise_dimension:
-            self.transition = JointTransition(target, self.rows)
-        else:
-            self.transition = HMCTransition(target, self.rows)
+        self.count, self.rows = len(position), target.rows_at_once(len(position))
+        move = JointTransition if target.noise_dimension else HMCTransition
+        self.transition = InBlocks(move(target, self.rows), self.rows)
         good = position[position.isfinite().all(-1)].double()
         if target.dimension <= _MOST_DENSE:
             spread = torch.cov(good.mT).reshape(target.dimension, target.dimension)
@@ -78,19 +76,15 @@ class PopulationMoves:
         """
         num_steps = max(1, min(_MOST_STEPS, round(_TURN / tuning.step_size)))
         value, gradient = self.target.between(ends)
-        whole, parts = (position, noise, gradient, value), []
-        for *where, energy in zip(*(part.split(self.rows) for part in whole), strict=True):
-            state, rates = State(*where, Evaluation(energy, {}, {})), []
-            for _ in range(num_moves):
-                state, info = self.transition.step(state, self._jittered(tuning), num_steps)
-                rates.append(info.acceptance_rate)
-            parts.append((state.position, state.noise, torch.stack(rates).mean(0)))
+        state, rates = State(position, noise, gradient, Evaluation(value, {}, {})), []
+        for _ in range(num_moves):
+            state, info = self.transition.step(state, self._jittered(tuning), num_steps)
+            rates.append(info.acceptance_rate)
         self.num_gradients += num_moves * num_steps
-        moved, its_noise, rate = (torch.cat(part) for part in zip(*parts, strict=True))
-        return moved, its_noise, rate
+        return state.position, state.noise, torch.stack(rates).mean(0)
 
     def _jittered(self, tuning: Tuning) -> Tuning:
-        jitter = torch.randn(self.rows, dtype=torch.float64, device=self.target.example.device)
+        jitter = torch.randn(self.count, dtype=torch.float64, device=self.target.example.device)
         return tuning._replace(step_scale=(_JITTER * jitter).exp().clamp(0.5, 1.3))
 
     def ends(self, position: Tensor, noise: Tensor) -> Ends:
