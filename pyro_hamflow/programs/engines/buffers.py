@@ -62,10 +62,12 @@ class UsesScratch:
 
     Attributes:
         scratch: How many bytes of it are given away.
+        sizes: How many numbers each buffer spans, by its place.
     """
 
     def __init__(self) -> None:
         self.scratch = 0
+        self.sizes: dict[str, int] = {}
 
     def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
         """A buffer of its own."""
@@ -73,6 +75,7 @@ class UsesScratch:
         numbers = 1 if 0 in shape else 1 + sum(spans)
         place = f"(({kind_of(dtype)}*)(w + {self.scratch}))"
         self.give_away(numbers * dtype.itemsize)
+        self.sizes[place] = numbers
         return Buffer(dtype, place, tuple(shape), tuple(strides))
 
     def give_away(self, size: int) -> None:

@@ -13,7 +13,7 @@ struct Chain : Base {
   // Takes a chain's place, and its noise.
   void place(long chain) {
     Real* own = call.noise + chain * NOISE;
-    note(z, call.position + chain * d);
+    std::copy_n(call.position + chain * d, d, z);
     std::memcpy(z + d, own, sizeof(Real) * MOVING);
     inputs[1] = own;
 #ifdef EVALUATED
@@ -22,7 +22,7 @@ struct Chain : Base {
   }
   void begin(long chain) {
     place(chain);
-    copy(gradient, call.gradient + chain * n);
+    std::copy_n(call.gradient + chain * n, n, gradient);
     value = call.value[chain], step = call.step_sizes[chain];
 #ifdef EVALUATED
     current.value = value;
@@ -31,7 +31,8 @@ struct Chain : Base {
 #endif
   }
   void end(long chain) {
-    note(call.position + chain * d, z), copy(call.gradient + chain * n, gradient);
+    std::copy_n(z, d, call.position + chain * d);
+    std::copy_n(gradient, n, call.gradient + chain * n);
     call.value[chain] = value;
     std::memcpy(call.noise + chain * NOISE, z + d, sizeof(Real) * MOVING);
 #ifdef EVALUATED
@@ -71,7 +72,7 @@ struct Chain : Base {
       const long at = chain * call.draws + draw;
       if (call.uniforms) uniforms = call.uniforms + 3 * call.points * chain;
       const Outcome made = move(random, call.num_steps[draw], chain, at);
-      note(call.positions + at * d, z);
+      std::copy_n(z, d, call.positions + at * d);
       call.values[at] = value, call.rate[at] = made.rate, call.error[at] = made.error;
       call.energy[at] = made.energy, call.n_steps[at] = made.steps;
       call.diverging[at] = made.diverging, call.limited[at] = made.limited;

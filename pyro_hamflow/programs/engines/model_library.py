@@ -27,7 +27,7 @@ from pyro_hamflow.programs.machine_code.libraries import library
 from pyro_hamflow.programs.machine_code.store import Store, key_of
 
 _HERE = Path(__file__).parent
-_NAMES = ("kernels", "matrices", "banded", "call", "trajectories", "noise", "draws")
+_NAMES = ("kernels", "matrices", "banded", "call", "lanes", "trajectories", "noise", "draws")
 HEADERS = {name: (_HERE / f"{name}.hpp").read_text() for name in _NAMES}
 
 # Operations from which on a graph is written number by number, if it has no more lines for each of
@@ -123,12 +123,12 @@ def _source(gradient: Part, evaluation: Part | None) -> tuple[str, bool]:
         "NOISE": len(noise),
         "MOVING": len(noise) if moves_noise(gradient.graph) else 0,
     }
-    headers = [HEADERS["trajectories"], HEADERS["draws"]]
+    headers = [HEADERS["lanes"], HEADERS["trajectories"], HEADERS["draws"]]
     if evaluation is not None:
         sizes |= {"NUM_EVALUATION_INPUTS": len(evaluation.inputs)}
         sizes |= {"CHOICES": len(evaluation.inputs[2]), **_room(evaluation)}
         first.append("#define EVALUATED")
-        headers[1:1] = [_table(evaluation), HEADERS["noise"]]
+        headers[2:2] = [_table(evaluation), HEADERS["noise"]]
     constants = ", ".join(f"{name} = {size}" for name, size in sizes.items())
     source = [
         *first,

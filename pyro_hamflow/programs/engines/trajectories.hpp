@@ -23,44 +23,23 @@ struct Outcome {
   bool diverging, limited, accepted;
 };
 
-// A square matrix of few numbers times a vector, its sums in registers: rows times the vector's
-// numbers, added up. What is written is as long as a row, with its gap.
-struct Square {
-  static const long LANES = 4, PARTS = (DIMENSION + LANES - 1) / LANES, ROW = PARTS * LANES;
-  static const bool FITS = DIMENSION <= 24;
-  typedef Real Lanes __attribute__((vector_size(LANES * sizeof(Real)), aligned(sizeof(Real))));
-  static void times(const Real* rows, const Real* x, Real* out) {
-    Lanes sums[PARTS ? PARTS : 1] = {};
-    for (long j = 0; j < DIMENSION; j++) {
-      const Lanes* row = reinterpret_cast<const Lanes*>(rows + j * ROW);
-#pragma GCC unroll 8
-      for (long part = 0; part < PARTS; part++) sums[part] += x[j] * row[part];
-    }
-    std::memcpy(out, sums, ROW * sizeof(Real));
-  }
-};
-
-// Adds numbers times a factor. What is read and what is written lie apart: both are vectors.
-static inline __attribute__((always_inline)) void add_times(
-    Real* __restrict to, Real factor, const Real* __restrict from, long count) {
-  for (long i = 0; i < count; i++) to[i] += factor * from[i];
-}
-
 // One thread's memory, and the chain that it holds at the time.
 struct Walker {
   static const long d = DIMENSION, n = DIMENSION + MOVING;
+  // With the zeros behind them: all numbers, those of parameters, and these in rows of their own.
+  static const long ALL = whole(n), OWN = MOVING ? d : ALL, ROW = Triangle::ROW;
   const Call& call;
   Real *memory, *free;
   char* scratch;
   void** inputs;
   Point here, ends[2];
   Real *z, *gradient, *taken, *taken_gradient, *there, *last, *sum, *starts, *previous, *sums;
-  Real *rows, *columns;  // of the root, where it is a matrix of few numbers
+  Real *rows, *columns;  // of the root, where it is a diagonal or a matrix of few numbers
   Real value, taken_value, step;
   const double* uniforms = nullptr;
 
   explicit Walker(const Call& call) : call(call) {
-    const size_t bytes = sizeof(Real) * (16 + 3 * call.slots + 2 * Square::ROW) * (n + 16) +
+    const size_t bytes = sizeof(Real) * (16 + 3 * call.slots + 2 * ROW) * (n + 16) +
                          SCRATCH + 256;
     memory = free = static_cast<Real*>(aligned_alloc(64, (bytes + 63) / 64 * 64));
     inputs = static_cast<void**>(malloc(sizeof(void*) * NUM_INPUTS));
@@ -70,74 +49,74 @@ struct Walker {
     for (Real** part : {&z, &gradient, &taken, &taken_gradient, &there, &last, &sum})
       *part = vector(1);
     for (Real** part : {&starts, &previous, &sums}) *part = vector(call.slots);
-    for (Real** part : {&rows, &columns}) *part = vector(Square::ROW);
-    std::fill(rows, columns + Square::ROW * d, Real(0));
-    for (long i = 0; is_square() && i < d; i++)
+    for (Real** part : {&rows, &columns}) *part = vector(Triangle::FITS ? ROW : 1);
+    if (call.root && !call.dense) std::copy_n(call.root, d, rows);
+    for (long i = 0; is_small() && i < d; i++)
       for (long j = 0; j < d; j++)
-        rows[i * Square::ROW + j] = columns[j * Square::ROW + i] = call.root[i * d + j];
+        rows[i * ROW + j] = columns[j * ROW + i] = call.root[i * d + j];
     scratch = reinterpret_cast<char*>(free);
   }
-  bool is_square() const { return Square::FITS && call.dense; }
+  bool is_small() const { return Triangle::FITS && call.dense; }
   ~Walker() { ::free(memory), ::free(inputs); }
 
   Real* vector(long rows) {
     Real* made = free;
-    free += (rows * n + 15) / 16 * 16;
+    free += (rows * ALL + 15) / 16 * 16;
+    std::fill(made, free, Real(0));
     return made;
   }
-  void copy(Real* to, const Real* from) const { std::memcpy(to, from, n * sizeof(Real)); }
-  void copy(const Point& to, const Point& from) const {
+  static void copy(Real* to, const Real* from) { copy_numbers(to, from, ALL); }
+  // Copies where that is so: few numbers without a branch, which nothing foretells.
+  static void take(bool is_so, Real* to, const Real* from) {
+    if (ALL <= FEW) copy(to, is_so ? from : to);
+    else if (is_so) copy(to, from);
+  }
+  static void copy(const Point& to, const Point& from) {
     copy(to.z, from.z), copy(to.r, from.r), copy(to.s, from.s);
   }
-  void note(Real* to, const Real* from) const { std::memcpy(to, from, d * sizeof(Real)); }
+  static void note(Real* to, const Real* from) { copy_numbers(to, from, OWN); }
   void evaluate(Real* at, Real* value, Real* slope) {
     inputs[0] = at;
     if (MOVING) inputs[1] = at + d;
     void* results[3] = {value, slope, slope + d};
     gradient_program::call(inputs, scratch, results);
   }
-  static inline __attribute__((always_inline)) double half_squares(const Real* r, long count) {
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < count; i++) sum += double(r[i]) * double(r[i]);
-    return 0.5 * sum;
-  }
   inline __attribute__((always_inline)) Energy energy(Real potential, const Point& p) const {
-    const double own = double(potential) + half_squares(p.r, d);
+    const double own = double(potential) + half_squares(p.r, OWN);
     return {own + half_squares(p.z + d, MOVING) + half_squares(p.r + d, MOVING), own};
   }
   // The gradient times the root, a lower triangle.
   void whiten(const Real* __restrict slope, Real* __restrict out) const {
-    if (is_square()) Square::times(rows, slope, out);
+    if (!call.dense)
+      for (long i = 0; i < ROW; i += LANES) lanes(out + i) = lanes(rows + i) * lanes(slope + i);
+    else if (is_small()) Triangle::times<true>(rows, slope, out);
+    else {
+      std::fill_n(out, d, Real(0));
+      for (long i = 0; i < d; i += 4) {  // beyond the diagonal there are zeros
+        const long rows = std::min(4L, d - i);
+        add_rows(call.root + i * d, d, rows, slope + i, 1, i + rows, out);
+      }
+    }
     for (long i = d; i < n; i++) out[i] = slope[i];
-    if (is_square()) return;
-    if (!call.dense) {
-      const Real* __restrict root = call.root;
-      for (long i = 0; i < d; i++) out[i] = root[i] * slope[i];
-      return;
-    }
-    for (long j = 0; j < d; j++) out[j] = 0;
-    for (long i = 0; i < d; i += 4) {  // beyond the diagonal there are zeros
-      const long rows = std::min(4L, d - i);
-      add_rows(call.root + i * d, d, rows, slope + i, 1, i + rows, out);
-    }
   }
   void kick(const Point& p, Real time) const {
-    add_times(p.r, -time, p.s, n);
+    add_times(p.r, -time, p.s, ALL);
   }
-  static void scale_into(
-      Real* __restrict z, Real time, const Real* __restrict root, const Real* __restrict r) {
-    for (long i = 0; i < d; i++) z[i] += time * (root[i] * r[i]);
+  void scale_into(Real* __restrict z, Real time, const Real* __restrict r) const {
+    long i = 0;
+    for (; i + LANES <= OWN; i += LANES)
+      lanes(z + i) += time * (lanes(rows + i) * lanes(r + i));
+    for (; i < OWN; i++) z[i] += time * (rows[i] * r[i]);
   }
   // Positions move with their momenta, and the noise turns about the origin.
   void drift(const Point& p, Real time) const {
-    if (!call.dense) scale_into(p.z, time, call.root, p.r);
-    if (is_square()) {
-      Real way[Square::ROW + 1];
-      Square::times(columns, p.r, way);
-      add_times(p.z, time, way, d);
+    if (!call.dense) scale_into(p.z, time, p.r);
+    if (is_small()) {
+      Real way[ROW + 1];
+      Triangle::times<false>(columns, p.r, way);
+      add_times(p.z, time, way, OWN);
     }
-    for (long i = 0; call.dense && !is_square() && i < d; i += 4) {
+    for (long i = 0; call.dense && !is_small() && i < d; i += 4) {
       const long rows = std::min(4L, d - i);
       Real sums[4];
       products(call.root + i * d, d, rows, p.r, i + rows, sums);
@@ -175,8 +154,9 @@ struct Walker {
     return uniforms ? uniforms[which] : random.uniform();
   }
   void launch(long chain, Random& random) {
-    if (call.momenta) copy(here.r, call.momenta + chain * n);
+    if (call.momenta) std::copy_n(call.momenta + chain * n, n, here.r);
     else random.normals(here.r, n);
+    std::fill(here.r + n, here.r + ALL, Real(0));  // what was no number may have come there
     copy(here.z, z);
     whiten(gradient, here.s);
   }
@@ -215,24 +195,26 @@ struct Walker {
   // Whether the subtree that begins at a mark and ends here turns back, or its halves do where
   // they meet.
   bool turned(long mark) const {
-    const Real *start = starts + mark * d, *middle = start + d, *end = here.r;
-    const Real *last = previous + (mark + 1) * d, *low = sums + mark * d, *high = low + d;
-    Real t0 = 0, t1 = 0, t2 = 0, t3 = 0, t4 = 0, t5 = 0;
-#pragma omp simd reduction(+ : t0, t1, t2, t3, t4, t5)
-    for (long i = 0; i < d; i++) {
-      const Real whole = sum[i] - low[i];
-      const Real left = high[i] - low[i] + middle[i], right = sum[i] - high[i] + last[i];
-      t0 += start[i] * whole, t1 += end[i] * whole;
-      t2 += start[i] * left, t3 += middle[i] * left;
-      t4 += last[i] * right, t5 += end[i] * right;
+    const Real *start = starts + mark * ROW, *middle = start + ROW, *end = here.r;
+    const Real *last = previous + (mark + 1) * ROW, *low = sums + mark * ROW, *high = low + ROW;
+    Lanes products[6] = {};
+    for (long i = 0; i < ROW; i += LANES) {
+      const Lanes begun = lanes(low + i), met = lanes(high + i), now = lanes(sum + i);
+      const Lanes first = lanes(middle + i), before = lanes(last + i);
+      const Lanes left = met - begun + first, right = now - met + before;
+      products[0] += lanes(start + i) * (now - begun), products[1] += lanes(end + i) * (now - begun);
+      products[2] += lanes(start + i) * left, products[3] += first * left;
+      products[4] += before * right, products[5] += lanes(end + i) * right;
     }
-    return (t0 <= 0) | (t1 <= 0) | (t2 <= 0) | (t3 <= 0) | (t4 <= 0) | (t5 <= 0);
+    bool found = false;
+    for (const Lanes& product : products) found |= total<LANES>(product) <= 0;
+    return found;
   }
 
   // A trajectory that doubles until it turns back.
   Outcome doubling(Random& random, long limit) {
     copy(ends[0], here), copy(ends[1], here), note(sum, here.r);
-    std::memset(sums, 0, d * sizeof(Real));
+    std::fill_n(sums, ROW, Real(0));
     const Energy first = energy(value, here);
     // Weights are multiples of exp(level), which moves up where they would become too large.
     double level = 0.0, weight = 1.0, candidate_weight = 0.0, rate_sum = 0.0;
@@ -258,15 +240,15 @@ struct Walker {
       const double own = std::exp(-error - level);
       rate_sum += level == 0.0 ? std::min(own, 1.0) : std::exp(-std::max(error, 0.0));
       candidate_weight += own;
-      if (uniform(random, 1) * candidate_weight < own) {
-        copy(taken, here.z), copy(taken_gradient, there);
-        taken_value = found, error_taken = error, energy_taken = reached.parameters;
-      }
+      const bool takes = uniform(random, 1) * candidate_weight < own;
+      take(takes, taken, here.z), take(takes, taken_gradient, there);
+      taken_value = takes ? found : taken_value, error_taken = takes ? error : error_taken;
+      energy_taken = takes ? reached.parameters : energy_taken;
       const long ones = __builtin_popcountl(number), trailing = __builtin_ctzl(~number);
-      note(starts + ones * d, here.r);
-      note(previous + ones * d, last);
-      note(sums + ones * d, sum);
-      add_times(sum, Real(1), here.r, d);
+      note(starts + ones * ROW, here.r);
+      note(previous + ones * ROW, last);
+      note(sums + ones * ROW, sum);
+      add_times(sum, Real(1), here.r, OWN);
       const bool complete = (number & (number + 1)) == 0;
       bool broken = diverging, back = false;
       for (long mark = ones - 1; mark >= ones - trailing && !broken; mark--)

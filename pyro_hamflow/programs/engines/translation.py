@@ -9,6 +9,7 @@ declined by its name.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -66,10 +67,31 @@ class Function(UsesScratch):
         where its results go.
         """
         kernels = [kernel_text(kernel, text) for kernel, text in self._kernels.items()]
-        results = [_copied(i, buffer) for i, buffer in enumerate(self._results)]
-        body = "\n".join(f"  {line}" for line in (*self._lines, *results))
+        body = "\n".join(f"  {line}" for line in self._with_results())
         head = "static void call(void* const* a, char* w, void* const* r) {"
         return "\n".join([f"namespace {name} {{", *kernels, head, body, "}", "}"])
+
+    def _with_results(self) -> list[str]:
+        """The statements, and what brings results to where the caller wants them.
+
+        A buffer that is a result as it stands lies there from the start.
+        """
+        there: dict[str, str] = {}
+        copied = []
+        for i, result in enumerate(self._results):
+            if result.place not in there and self._is_all_of_its_buffer(result):
+                there[result.place] = f"(({result.kind}*)r[{i}])"
+            else:
+                copied.append(_copied(i, result))
+        lines = [*self._lines, *copied]
+        for place, wanted in there.items():
+            lines = [line.replace(place, wanted) for line in lines]
+        return lines
+
+    def _is_all_of_its_buffer(self, result: Buffer) -> bool:
+        """Whether a result is a buffer of this function, number by number as the caller's."""
+        same = result.dtype == self._examples[0].dtype and result.empty().is_contiguous()
+        return same and self.sizes.get(result.place) == math.prod(result.shape)
 
     def emit(self, line: str) -> None:
         self._lines.append(line)
@@ -123,7 +145,8 @@ class Function(UsesScratch):
             if name == "reinterpret_tensor":
                 whole = self._buffer(args[0])
                 shape, strides, offset = map(ast.literal_eval, args[1:])
-                return Buffer(whole.dtype, f"({whole.place} + {offset})", shape, strides)
+                place = f"({whole.place} + {offset})" if offset else whole.place
+                return Buffer(whole.dtype, place, shape, strides)
             if name in ("empty_strided_cpu", "empty_strided"):
                 shape, strides = map(ast.literal_eval, args[:2])
                 return self.allocate(shape, strides, _TYPES[ast.unparse(args[2])])
