@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -72,6 +73,18 @@ def random_state_kept() -> AbstractContextManager[None]:
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return torch.random.fork_rng(devices, device_type="cuda")
+
+
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """Looks for no garbage where nearly all of many new objects stay: in graphs, in modules."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class HeldSignals:

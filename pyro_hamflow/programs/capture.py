@@ -11,12 +11,10 @@ not depend on the values of its inputs.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -28,6 +26,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_hamflow.process import collecting_later
 from pyro_hamflow.programs.forced_failure import FailAt
 from pyro_hamflow.programs.graph_recorder import Recorder
 from pyro_hamflow.programs.joining import joined
@@ -46,19 +45,7 @@ _LARGE = 30_000  # numbers in a tensor, from which on it is slower to compute th
 _MOST_CHECKS = 20  # of factorisations that are made to fail, one at a time; more are in loops
 
 
-@contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Makes graphs without looking for garbage: nearly all of the many new objects stay."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_collecting_later()
+@collecting_later()
 def capture(
     function: Program, *examples: Tensor, live: bool = False, flat: bool = True
 ) -> GraphModule:
@@ -140,7 +127,7 @@ def _has_gradient_of_its_own(result: Any, constants: Iterable[Tensor]) -> bool:
     return False
 
 
-@_collecting_later()
+@collecting_later()
 def batch(graph: Program, *examples: Tensor) -> GraphModule:
     """Gives every argument and result of a program a leading batch dimension.
 
@@ -222,7 +209,7 @@ def batched_graph(graph: GraphModule, *inputs: Tensor) -> Any:
         return _ByOperation(graph).run(*inputs)
 
 
-@_collecting_later()
+@collecting_later()
 def first_result(graph: GraphModule) -> GraphModule:
     """A program's first result alone, without what only the others need.
 
@@ -237,7 +224,7 @@ def first_result(graph: GraphModule) -> GraphModule:
     return Recording(graph, shorter)
 
 
-@_collecting_later()
+@collecting_later()
 def result_of(graph: GraphModule, number: int) -> GraphModule:
     """One of a program's results, without what only the others need."""
     shorter = Graph()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from pyro_hamflow.process import collecting_later
 from pyro_hamflow.programs.compilation import writing_before_reading, writing_to_copies
 from pyro_hamflow.programs.engines import factors
 from pyro_hamflow.programs.engines.buffers import NotSupported
@@ -163,8 +164,9 @@ def source_of(graph: GraphModule, examples: list[Tensor]) -> ast.Module:
     Raises:
         NotSupported: If Inductor does not know what to do with it.
     """
-    import torch._inductor as inductor  # here, for it takes a second to import
-    from torch._inductor.graph import GraphLowering  # likewise
+    with collecting_later():
+        import torch._inductor as inductor  # here, for it takes a second to import
+        from torch._inductor.graph import GraphLowering  # likewise
 
     written: list[str] = []
 
