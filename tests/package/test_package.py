@@ -324,6 +324,19 @@ def test_import_leaves_to_later_what_takes_long():
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
 
 
+FILLED = """
+import sys, torch
+from pyro_hamflow.programs.capture import capture
+graph = capture(lambda x: (x * x).masked_fill_(x < 0.5, -1.0).exp(), torch.arange(3.0))
+right = graph(torch.tensor([0.0, 1.0, 2.0])).log().tolist() == [-1.0, 1.0, 4.0]
+raise SystemExit(not right or "sympy" in sys.modules)
+"""
+
+
+def test_a_capture_does_not_import_symbolic_shapes():
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", FILLED]).returncode == 0
+
+
 IMPORTS = """
 from time import process_time as now
 start = now(); import pyro; middle = now(); import pyro_hamflow
