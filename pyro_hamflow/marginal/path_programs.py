@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.path_bands import Bands
@@ -50,8 +51,10 @@ def keep_programs(
     plan.structure.programs[_key(group, values)] = programs
 
 
-def _key(group: Group, values: Mapping[str, Tensor]) -> tuple[str, frozenset[str]]:
-    return group.name, frozenset(values)
+def _key(group: Group, values: Mapping[str, Tensor]) -> tuple[object, ...]:
+    """Programs hold constants, in the precision that they were captured with."""
+    types = frozenset((name, value.dtype) for name, value in values.items())
+    return group.name, types, torch.get_default_dtype()
 
 
 def densities_at(

@@ -57,14 +57,16 @@ def _exported(name: str, kind: str) -> str:
 
 
 def call(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> bool:
-    """Runs a loop of the library on contiguous tensors of one type, the last of them its results.
+    """Runs a loop of the library on contiguous tensors, the last of them its results.
 
     Returns:
-        Whether there is such a loop.
+        Whether there is such a loop: only for tensors that all have one of its types.
     """
     dtype, code = tensors[0].dtype, library()
     if dtype not in _KINDS or code is None:
         return False
+    if any(tensor.dtype != dtype for tensor in tensors):
+        return False  # the loops read and write past numbers of half the size
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     getattr(code, f"{name}_{_KINDS[dtype]}")(*map(ctypes.c_long, sizes), *pointers)
     return True

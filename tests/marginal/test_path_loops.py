@@ -1,4 +1,4 @@
-"""Loops of states in panels: ragged by masks, and with plates inside loops."""
+"""Loops of states: in panels, ragged by masks, with plates inside, and in single precision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pyro_hamflow import marginalize
 from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.model.kinds import Arguments
+from pyro_hamflow.programs import banded_source
 
 LENGTHS = torch.tensor([18, 12, 5])
 AT = {"q": torch.tensor(0.4, dtype=torch.float64), "s": torch.tensor(0.6, dtype=torch.float64)}
@@ -117,3 +118,28 @@ def test_effects_that_a_short_loop_draws_apart_are_no_path():
     marginal = marginalize(model, ["x"])
     marginal.plan(torch.arange(6.0))
     assert not isinstance(marginal.proposal, PathProposal)
+
+
+def single(y):
+    scale, x = pyro.sample("scale", dist.HalfNormal(1.0)), torch.zeros(())
+    for t in range(len(y)):
+        x = pyro.sample(f"x_{t}", dist.Normal(0.8 * x, scale))
+        pyro.sample(f"y_{t}", dist.Normal(x, 0.5), obs=y[t])
+
+
+def test_programs_of_a_path_are_those_of_its_precision(monkeypatch):
+    """The search for the pilot, in double precision, has programs of its own."""
+    types, call = set(), banded_source.call
+
+    def seen(name, sizes, *tensors):
+        types.add(frozenset(tensor.dtype for tensor in tensors))
+        return call(name, sizes, *tensors)
+
+    monkeypatch.setattr(banded_source, "call", seen)
+    torch.set_default_dtype(torch.float32)
+    y = torch.linspace(-1.0, 1.0, 12).sin()
+    marginal = marginalize(single, ["x"])
+    pilot = marginal.prepare((y,), {}).pilot
+    assert types == {frozenset({torch.float64}), frozenset({torch.float32})}
+    marginalize(single, ["x"], proposal=marginal.proposal).fit(y, pilot=pilot)
+    assert types == {frozenset({torch.float64}), frozenset({torch.float32})}

@@ -180,6 +180,15 @@ def test_single_precision(way):
     torch.testing.assert_close(root.double(), banded.cholesky(bands), rtol=1e-5, atol=1e-5)
 
 
+def test_vectors_of_another_precision_than_the_root(way):
+    """The loops know one type of number: read as another, memory would be written past its end."""
+    bands, vectors = some_bands(40, 2), random(40)
+    exact = banded.solve(banded.cholesky(bands), vectors)
+    for root, given in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        found = banded.solve(banded.cholesky(bands.to(root)), vectors.to(given))
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_long_roots_of_two_bands_are_true_to_every_entry(way, dtype):
     """Whatever the sizes of entries, and where the matrix is next to singular."""
