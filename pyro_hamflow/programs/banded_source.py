@@ -166,5 +166,34 @@ def root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def root_adjoint(matrix: Tensor, factor: Tensor, mended: Tensor, slope: Tensor) -> Tensor:
     """From slopes in what :func:`root` finds to those in the matrix; ``slope`` is written over."""
     found = factorise_adjoint(factor, slope)
-    moved: Tensor = torch.func.vjp(dominated, matrix)[1](found)[0]
-    return torch.where(mended[:, None, None] != 0, moved, found)
+    return torch.where(mended[:, None, None] != 0, dominated_adjoint(matrix, found), found)
+
+
+def dominated_adjoint(bands: Tensor, slope: Tensor) -> Tensor:
+    """From slopes in what :func:`dominated` finds to those in the matrix.
+
+    Written out: a function transformed within an operator cannot be recorded.
+    """
+    n, width = bands.shape[-2:]
+    pad, diagonal, size = torch.nn.functional.pad, bands[..., 0], bands[..., 0].abs()
+    least = 1e-6 * size.amax(-1, keepdim=True)
+    scale = size.clamp(min=least).sqrt()
+    raised = torch.where(diagonal < dominated(bands)[..., 0], slope[..., 0], 0.0)
+    of_sum, of_scale = 1.01 * scale.square() * raised, torch.zeros_like(scale)
+    result = slope.clone()
+    for k in range(1, min(width, n)):
+        sizes = scale[..., k:] * scale[..., :-k]
+        relative = bands[..., k:, k].abs() / sizes
+        of_relative = of_sum[..., k:] + of_sum[..., :-k]
+        result[..., k:, k] += of_relative * bands[..., k:, k].sign() / sizes
+        for own, side in ((k, (k, 0)), (0, (0, k))):
+            here = slice(own, n - k + own)
+            gained = 2.02 * raised[..., here] * scale[..., here]
+            lost = of_relative / scale[..., here]
+            of_scale = of_scale + pad((gained - lost) * relative, side)
+    of_size, is_least = of_scale / (2.0 * scale), size < least
+    of_least = raised.sum(-1) + torch.where(is_least, of_size, 0.0).sum(-1)
+    of_size = torch.where(is_least, 0.0, of_size)
+    of_size.scatter_add_(-1, size.argmax(-1, keepdim=True), 1e-6 * of_least[..., None])
+    result[..., 0] = slope[..., 0] - raised + of_size * diagonal.sign()
+    return result

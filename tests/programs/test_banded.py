@@ -242,3 +242,19 @@ def test_bands_are_seen_by_products(n, p):
     assert len(probes) == min(2 * p + 1, n)
     products = torch.stack([banded.multiply(bands, probe.expand(2, n)) for probe in probes])
     torch.testing.assert_close(banded.bands_seen(products, p + 1), bands, rtol=0.0, atol=0.0)
+
+
+def test_gradients_of_a_mended_root_are_recorded(way):
+    bands = some_bands(6, 1)
+    bands[3, 0] = -1.0  # it has no root, and is made dominated by its diagonal
+
+    def slope(bands: Tensor) -> Tensor:
+        bands = bands.detach().requires_grad_()
+        (found,) = torch.autograd.grad(banded.log_det(banded.nearest_root(bands)).sum(), bands)
+        return found
+
+    torch.testing.assert_close(capture(slope, bands)(bands), slope(bands))
+    mended = slope(banded_source.dominated(bands))
+    exact = torch.func.vjp(banded_source.dominated, bands)[1](mended)[0]
+    torch.testing.assert_close(slope(bands)[:, 0], exact[:, 0])
+    torch.testing.assert_close(slope(bands)[1:, 1], exact[1:, 1])
