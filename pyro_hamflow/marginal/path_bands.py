@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -32,6 +33,7 @@ _UNEVEN = 30.0  # times what sums of directions say of rounding
 _ASIDE = 0.1  # by which paths are moved that are looked at
 _PLACES = 3  # at which paths are looked at: the last is the first's mirror image
 _LONGEST = 2_000  # of a path without bands, whose matrix is dense
+_MANY_SITES = 30  # of a path without bands, from which on it is warned of
 _SHORT = 200  # numbers of a path, up to which the widest bands are tried before all others
 
 
@@ -126,6 +128,14 @@ def find_bands(
             "order: expected a path, each of whose states meets a few states before it in one "
             f"term, or at most {_LONGEST} numbers; write the path itself as the site, not noise "
             "that is summed up to it"
+        )
+    if max(best[1:]) == layout.dimension and len(layout.blocks) >= _MANY_SITES:
+        warnings.warn(
+            f"{_names(layout)} depend on each other without order, so that they count as one "
+            "vector, and every estimate takes long: expected a path, each of whose states meets a "
+            "few states before it in one term",
+            RuntimeWarning,
+            stacklevel=2,
         )
     return best
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import arviz
@@ -17,6 +19,7 @@ from pyro_hamflow.marginal import path_bands, refit, settle
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.refit import refit_at
 from pyro_hamflow.marginal.settle import repeated_estimates
+from pyro_hamflow.mcmc.adaptation import estimator
 from pyro_hamflow.mcmc.adaptation.spread_of_estimates import places_beyond, variance_at
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
@@ -395,8 +398,9 @@ def intensity(x, y):
     pyro.sample("y", dist.Poisson((1.0 + root @ z).exp()).to_event(1), obs=y)
 
 
-def test_warm_up_looks_beyond_the_chains(monkeypatch):
-    """Estimates are quiet where chains are; those that are not hardly ever let them go there."""
+@pytest.fixture
+def tuned():
+    """An estimate of counts along a line, its tuning, and where chains are."""
     x = torch.linspace(0.0, 5.0, 30, dtype=torch.float64)
     data = x, (1.0 + (2.0 * x).sin()).exp().round()
     marginal = marginalize(intensity, ["z"], num_particles=1)
@@ -408,7 +412,13 @@ def test_warm_up_looks_beyond_the_chains(monkeypatch):
     places = [{"length": 0.9 * math.exp(side), "height": 0.9} for side in (-0.4, 0.4)]
     state = SimpleNamespace(position=torch.stack([potential.flatten(at(v)) for v in places * 2]))
     torch.manual_seed(0)
-    assert variance_at(potential, state.position) < 1.0
+    return marginal, tuning, state
+
+
+def test_warm_up_looks_beyond_the_chains(tuned, monkeypatch):
+    """Estimates are quiet where chains are; those that are not hardly ever let them go there."""
+    marginal, tuning, state = tuned
+    assert variance_at(tuning.source.potential, state.position) < 1.0
     monkeypatch.setattr(PathProposal, "fades", False)
     tuning.note(state)
     assert tuning.retuned(state) is None
@@ -416,6 +426,27 @@ def test_warm_up_looks_beyond_the_chains(monkeypatch):
     tuning.note(state)
     assert tuning.retuned(state) is not None
     assert marginal.proposal.steps == 2
+
+
+def test_a_fit_that_is_no_number_where_a_chain_is_is_not_kept(tuned, monkeypatch):
+    """A mode that follows the parameters may be carried off where they are far from the fit."""
+    marginal, tuning, state = tuned
+    before = marginal.prepared
+
+    def spoilt(model, *given, **settings):
+        (name, fit), *_ = model.proposal.fitted.items()
+        candidate = copy.copy(model)
+        lost = replace(fit, mode=torch.full_like(fit.mode, math.nan))
+        candidate.take(replace(model.proposal, fitted={name: lost}))
+        return candidate
+
+    monkeypatch.setattr(estimator, "refit_at", spoilt)
+    monkeypatch.setattr(estimator, "wanted_variance", lambda *given, **settings: 0.0)
+    tuning.note(state)
+    potential, position, noise = tuning.retuned(state)
+    assert marginal.prepared is before
+    assert torch.equal(position, state.position)
+    assert bool(potential.value(position, noise).isfinite().all())
 
 
 def process(y):
@@ -547,3 +578,22 @@ def test_many_estimates_run_the_model_a_few_times_and_are_the_same(monkeypatch):
         found.append(repeated_estimates(marginal, at(AT), 40, Arguments((Y,), {})))
         assert (len(runs) < 10) == (least == 20)
     torch.testing.assert_close(*found)
+
+
+def test_sites_that_meet_all_before_them_are_told_of(monkeypatch):
+    """They count as one vector, which a user of a loop does not expect."""
+    monkeypatch.setattr(path_bands, "_MANY_SITES", 8)
+    y = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64)
+
+    def remembering(y):
+        scale = pyro.sample("s", dist.HalfNormal(y.new_ones(())))
+        past = [y.new_zeros(())]
+        for t in range(len(y)):
+            ages = torch.arange(1.0, len(past) + 1.0).to(y)
+            mean = (torch.stack(past[::-1]) / ages**2).sum()
+            past.append(pyro.sample(f"x_{t}", dist.Normal(mean, scale)))
+            pyro.sample(f"y_{t}", dist.Normal(past[-1], 1.0), obs=y[t])
+
+    marginal = marginalize(remembering, [f"x_{t}" for t in range(len(y))])
+    with pytest.warns(RuntimeWarning, match="sites 'x_0' to 'x_11' depend on each other without"):
+        marginal.fit(y, pilot=at({"s": 1.0}))

@@ -191,7 +191,8 @@ class EstimatorTuning:
                 that serves them all, and a proposal that was fitted at one would hide the others.
 
         Returns:
-            The new target, with the positions and fresh noise; none if nothing has changed.
+            The new target, with the positions and fresh noise; none if nothing has changed. A
+            fit by which some chain's estimate is no number is not kept.
         """
         window, self._window = self._window, []
         model, potential = self.source.model, self.source.potential
@@ -224,8 +225,17 @@ class EstimatorTuning:
                     better = candidate if is_mended else better
             if better is None:
                 return None
+            kept = model.prepared
             model.adopt(better)
             potential = self.source.capture(*data)
+        try:
+            return self._at(potential, state)
+        except ValueError:  # a chain is far off, and the proposal does not follow to there
+            model.take_over(kept)
+            return self._at(self.source.capture(*data), state)
+
+    def _at(self, potential: Potential, state: State) -> tuple[Potential, Tensor, Tensor]:
+        """A new target, with chains where they are and fresh noise."""
         return potential, *find_start(potential, len(state.position), state.position, 0.0)
 
     def _noisy_beyond(self, model: MarginalModel, position: Tensor, centre: Tensor) -> Tensor:
