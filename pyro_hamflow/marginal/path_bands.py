@@ -116,20 +116,22 @@ def find_bands(
             if best is None or max(found[1:]) < max(best[1:]):
                 best = found
     assert best is not None
-    if max(best[1:]) == layout.dimension and group.joined:
+    if max(best[1:]) < layout.dimension:
+        return best
+    if group.joined:
         raise ValueError(
             f"the elements of {describe_plates(group.joined)} are not independent given the "
             f"parameters: those of '{group.sites[0]}' meet, and each meets more than a few before "
             "it, so that they are no path; expected independent elements, or a path"
         )
-    if max(best[1:]) == layout.dimension > _LONGEST:
+    if layout.dimension > _LONGEST:
         raise ValueError(
             f"the {layout.dimension} numbers of {_names(layout)} depend on each other without "
             "order: expected a path, each of whose states meets a few states before it in one "
             f"term, or at most {_LONGEST} numbers; write the path itself as the site, not noise "
             "that is summed up to it"
         )
-    if max(best[1:]) == layout.dimension and len(layout.blocks) >= _MANY_SITES:
+    if len(layout.blocks) >= _MANY_SITES:
         warnings.warn(
             f"{_names(layout)} depend on each other without order, so that they count as one "
             "vector, and every estimate takes long: expected a path, each of whose states meets a "

@@ -21,7 +21,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.smc.resampling import log_mean_exp
 
 _WARM_UP = 14  # iterations: of a thousand walkers these tell step and mass
-# Walkers that do so, and for each dimension, where few may move alone.
+# Walkers that do so, and for each dimension, where these may move without the others.
 _TUNERS, _TUNERS_EACH = 100, 4
 _APART = 10  # moves, after which a walker is compared with where it was, at most
 _FORGOTTEN = 0.03  # correlation, below which no more moves are needed
@@ -97,7 +97,7 @@ class Walkers:
         self.tuning = warmup.tuning._replace(step_scale=None)
 
     def few(self, count: int) -> int:
-        """So many walkers, where they may move alone, as each one's moves cost the same; or all."""
+        """How many walkers move where so many would do: all, where one program moves them all."""
         everyone = len(self.state.position)
         return min(count, everyone) if isinstance(self.transition, NativeMoves) else everyone
 
