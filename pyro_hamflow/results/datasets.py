@@ -29,6 +29,8 @@ class Array(NamedTuple):
         is_density: Whether it holds log densities, in which event dimensions are summed up.
         entries: Which of the site's entries, counted flat, its one dimension holds; ``None`` for
             all.
+        numbers: Of a loop's sites, those at the end of their names; they lie side by side along the
+            first dimension that is no plate's. Empty for others.
     """
 
     sites: tuple[str, ...]
@@ -37,6 +39,7 @@ class Array(NamedTuple):
     event_dim: int
     is_density: bool = False
     entries: Tensor | None = None
+    numbers: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -93,6 +96,8 @@ class Datasets:
         self.names, self.dims, self.coords = names, dims, coords
         self._seen_sites: set[str] = set()
         self._seen_dimensions: dict[str, str] = {}  # by the name in the model
+        # Of dimensions of loops: the sites that lie along them, by their numbers.
+        self._numbers: dict[str, dict[tuple[int, ...], str]] = {}
 
     def make(self, arrays: Sequence[Array], *, drawn: bool) -> xarray.Dataset:
         """A dataset of arrays, the first two of whose dimensions are chains and draws if drawn.
@@ -152,7 +157,11 @@ class Datasets:
                 continue
             else:
                 own = given[number] if number < len(given) else None
-                names.append(self._numbered(array, number) if own is None else self._named(own))
+                is_time = bool(array.numbers) and i == batch
+                part = "time" if is_time else f"dim_{number}"
+                names.append(self._unnamed(array, part) if own is None else self._named(own))
+                if is_time:
+                    self._numbers.setdefault(names[-1], {})[array.numbers] = array.label
                 number += 1
             kept.append(size)
         if len(given) > number and not array.is_density:
@@ -170,8 +179,8 @@ class Datasets:
         self._seen_dimensions[name] = self.names.dimension(name)
         return self._seen_dimensions[name]
 
-    def _numbered(self, array: Array, number: int) -> str:
-        name = self.names.numbered(self.names.site(*array.sites), number)
+    def _unnamed(self, array: Array, part: str) -> str:
+        name = self.names.unnamed(self.names.site(*array.sites), part)
         self._seen_dimensions.setdefault(name, name)
         return name
 
@@ -187,6 +196,15 @@ class Datasets:
                         f"{size}, as site '{array.label}' has"
                     )
                 return values
+        numbers = self._numbers.get(dimension, {})
+        if len(numbers) > 1:
+            (first, site), (second, other), *_ = numbers.items()
+            raise ValueError(
+                f"dimension '{dimension}' has numbers {first[0]} to {first[-1]} at site '{site}' "
+                f"and {second[0]} to {second[-1]} at site '{other}': expected `coords` of it"
+            )
+        if numbers:
+            return np.asarray(next(iter(numbers)))
         return np.arange(size) if array.entries is None else to_numpy(array.entries)
 
 

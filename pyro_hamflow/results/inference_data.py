@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,8 @@ from pyro_hamflow.model.trace import is_computed, is_latent, run_with, vectorize
 from pyro_hamflow.process import random_state_kept, undisturbed
 from pyro_hamflow.results.datasets import Array, Datasets, array_of, to_numpy
 from pyro_hamflow.results.deterministic import deterministic_values
+from pyro_hamflow.results.given_draws import by_chain, of_one_chain
+from pyro_hamflow.results.loops import find_loops, stacked
 from pyro_hamflow.results.names import Names
 from pyro_hamflow.results.pointwise import Pointwise, pointwise
 from pyro_hamflow.results.run import Run
@@ -70,6 +72,13 @@ def to_inference_data(
     without a plate are called as ``dims`` says, or ``SITE_dim_0``, ``SITE_dim_1`` and so on,
     counted from the left among those of the site that are no plates, event dimensions included. A
     name that is still taken gets its ending once more.
+
+    Sites of a loop, ``x_1``, ``x_2`` and so on, are one variable ``x`` with a dimension ``x_time``,
+    whose coordinates are the numbers: where there are three or more, no number is missing, all are
+    latent, observed or deterministic alike, in the same plates and of the same shape, and no site
+    is called ``x``. It comes after the plates and counts as the first of the other dimensions, so
+    that ``dims={"x": ["day"]}`` names it; where ``dims`` names ``x_1`` itself, sites stay apart. A
+    run's ``get_samples`` and a checkpoint have them by their own names.
 
     Weighted draws of :func:`~pyro_hamflow.importance_sample` and of a
     :class:`~pyro_hamflow.AnnealedSampler` become draws of equal weight, as many as they are
@@ -145,7 +154,7 @@ def build_groups(
     """The groups of :func:`to_inference_data` as datasets, and the attributes of the whole."""
     run = Run(result)
     attributes = run.attributes()
-    model = _Model(run.kernel)
+    model = _Model(run.kernel, apart=dims or {})
     datasets = Datasets(model.names, dims or {}, coords or {})
     groups: Groups = {}
     for prefix, draws in (("", run.draws), ("warmup_", run.warmup_draws)):
@@ -161,10 +170,10 @@ def build_groups(
                 groups["log_likelihood"].attrs.update(own)
     groups["observed_data"] = datasets.make(model.observed(), drawn=False)
     if prior is not None:
-        values = _of_one_chain(prior)
+        values = of_one_chain(prior)
         groups["prior"] = datasets.make(model.arrays(values), drawn=True)
     if posterior_predictive is not None:
-        values = _by_chain(posterior_predictive, run.draws.position.shape[:2])
+        values = by_chain(posterior_predictive, run.draws.position.shape[:2])
         groups["posterior_predictive"] = datasets.make(model.arrays(values), drawn=True)
     datasets.refuse_unknown()
     for note in model.notes:
@@ -179,12 +188,16 @@ def build_groups(
 class _Model:
     """A model's sites, and what can be computed from draws of them.
 
+    Arguments:
+        kernel: What was run.
+        apart: Sites that are not to be joined with others of a loop.
+
     Attributes:
         names: Under which names they come out.
         notes: What the user should know, a sentence each.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, apart: Collection[str]) -> None:
         self.potential, self.sampled = kernel.potential, kernel.model
         marginal = isinstance(self.sampled, MarginalModel)
         self.model = self.sampled.model if marginal else self.sampled
@@ -198,8 +211,10 @@ class _Model:
             for name, site in (self.potential.plain_trace.nodes | self.trace.nodes).items()
             if site["type"] == "sample" and (site["is_observed"] or is_latent(site))
         }
-        frames = [frame for node in self.nodes.values() for frame in vectorized_frames(node)]
-        self.names = Names(self.nodes, [frame.name for frame in frames])
+        self._loops = find_loops(self.nodes, apart)
+        frames = {frame.name: frame for n in self.nodes.values() for frame in vectorized_frames(n)}
+        joined = {site: loop.stem for loop in self._loops for site in loop.sites}
+        self.names = Names([joined.get(name, name) for name in self.nodes], frames)
         self.notes: list[str] = []
 
     def posterior(self, draws: Draws) -> list[Array]:
@@ -235,7 +250,7 @@ class _Model:
         for term, value in zip(found.terms, found.values, strict=True):
             labels = tuple(n for n in term.labels if not is_computed(self.nodes[n]))
             arrays.append(Array(labels, value.cpu(), term.frames, 0, True, term.entries))
-        return arrays
+        return stacked(arrays, self._loops)
 
     def observed(self) -> list[Array]:
         """The data, as many as there are densities of; factors have none."""
@@ -247,43 +262,16 @@ class _Model:
             if 0 not in node["fn"].event_shape:
                 value = value.expand(torch.broadcast_shapes(value.shape, shape))
                 arrays.append(array_of(name, value, node, 0))
-        return arrays
+        return stacked(arrays, self._loops)
 
     def arrays(self, values: Mapping[str, Any]) -> list[Array]:
         """Values of sites, chains and draws first."""
-        return [array_of(name, v, self.nodes.get(name), 2) for name, v in values.items()]
+        arrays = [array_of(name, v, self.nodes.get(name), 2) for name, v in values.items()]
+        return stacked(arrays, self._loops)
 
     def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
             self.notes.append(sentence)
-
-
-def _of_one_chain(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Draws from the prior, as those of one chain."""
-    parts = {name: torch.as_tensor(value) for name, value in values.items()}
-    for name, part in parts.items():
-        if not part.dim():
-            raise ValueError(f"`prior` of site '{name}' has 1 draw: expected draws first")
-        count = len(next(iter(parts.values())))
-        if len(part) != count:
-            raise ValueError(
-                f"`prior` of site '{name}' has {len(part)} draws: expected {count}, as others have"
-            )
-    return {name: part[None] for name, part in parts.items()}
-
-
-def _by_chain(values: Mapping[str, Any], lead: torch.Size) -> dict[str, Tensor]:
-    """Predictions for all draws of all chains, chains and draws apart."""
-    parted = {}
-    for name, given in values.items():
-        value = torch.as_tensor(given)
-        if value.shape[:1] != (lead.numel(),):
-            raise ValueError(
-                f"`posterior_predictive` of site '{name}' has {len(value) if value.dim() else 1} "
-                f"draws: expected {lead.numel()}, all draws of all chains"
-            )
-        parted[name] = value.reshape(lead + value.shape[1:])
-    return parted
 
 
 def _stats(draws: Draws) -> xarray.Dataset:

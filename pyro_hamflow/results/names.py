@@ -37,7 +37,7 @@ class Names:
         >>> names = Names(["chain", "x", "x_dim_0", "a/b"], ["x", "draw"])
         >>> [names.site(name) for name in ("chain", "x", "x_dim_0", "a/b")]
         ['chain_site', 'x', 'x_dim_0', 'a.b']
-        >>> names.dimension("x"), names.dimension("draw"), names.numbered("x", 0)
+        >>> names.dimension("x"), names.dimension("draw"), names.unnamed("x", "dim_0")
         ('x_dim', 'draw_dim', 'x_dim_0_dim')
     """
 
@@ -60,9 +60,9 @@ class Names:
         """The name of a dimension that a plate or the user has named."""
         return self._dimension(name, legal(name))
 
-    def numbered(self, site: str, index: int) -> str:
-        """The name of a dimension that nobody has named."""
-        return self._dimension((site, index), f"{site}_dim_{index}")
+    def unnamed(self, site: str, part: str) -> str:
+        """The name of a dimension that nobody has named, from what it is of its site."""
+        return self._dimension((site, part), f"{site}_{part}")
 
     def _dimension(self, key: Hashable, name: str) -> str:
         if key not in self._dimensions:

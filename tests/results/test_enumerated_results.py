@@ -81,7 +81,7 @@ def chains_truth(p):
     forward = MOVES[0].log() + emitted[..., 0, :]
     for t in (1, 2):
         forward = (forward[..., :, None] + MOVES.log()).logsumexp(-2) + emitted[..., t, :]
-    return {"y_0_y_1_y_2": forward.logsumexp(-1)}
+    return {"y": forward.logsumexp(-1)}
 
 
 def before():
@@ -133,7 +133,7 @@ CASES = {
     "mixture": (mixture, mixture_truth, {"y": ("datum",)}),
     "nested": (nested, nested_truth, {"y": ("group",), "other": ()}),
     "shared": (shared, shared_truth, {"y": ()}),
-    "chains": (chains, chains_truth, {"y_0_y_1_y_2": ("sequence",)}),
+    "chains": (chains, chains_truth, {"y": ("sequence",)}),
     "before": (before, before_truth, {"y": ("datum",)}),
     "masked": (masked, masked_truth, {"y": ("datum",)}),
     "single": (single, single_truth, {"y": ("datum",)}),

@@ -209,7 +209,7 @@ def test_names_do_not_depend_on_their_order():
     names = Names(["x", "y"], ["x", "x/", "x_dim"])
     found = [names.dimension(name) for name in ("x", "x/", "x_dim")]
     assert found == ["x_dim_dim", "x.", "x_dim"]
-    assert names.site("x", "y") == "x_y" and names.numbered("x", 1) == "x_dim_1"
+    assert names.site("x", "y") == "x_y" and names.unnamed("x", "dim_1") == "x_dim_1"
 
 
 # --- names and coordinates that a user gives ----------------------------------------------------
