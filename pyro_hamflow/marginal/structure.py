@@ -35,13 +35,21 @@ def chains(names: Iterable[str]) -> dict[str, list[str]]:
 def sites_named(name: str, latent: Iterable[str]) -> list[str]:
     """The latent sites that a name stands for: this one, or a loop of sites with numbers after it.
 
+    Where no site has the name and one number, those with two are meant, of loops within a loop.
+
     Example:
         >>> sites_named("x", ["scale", "x_0", "x_1"]), sites_named("scale", ["scale", "x_0", "x_1"])
         (['x_0', 'x_1'], ['scale'])
+        >>> sites_named("x", ["scale", "x_0_0", "x_0_1", "x_1_0"])
+        ['x_0_0', 'x_0_1', 'x_1_0']
     """
-    names = list(latent)
-    loop = [other for other in names if _stem(other) == name.rstrip("_")]
-    return loop if loop and name not in names else [name]
+    names, stem = list(latent), name.rstrip("_")
+    stems = {} if name in names or not stem else {other: _stem(other) for other in names}
+    while any(stems.values()):
+        if loop := [other for other, found in stems.items() if found == stem]:
+            return loop
+        stems = {other: _stem(found) for other, found in stems.items()}
+    return [name]
 
 
 def _stem(name: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data
+from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data, whiten
 from pyro_hamflow.marginal import path_bands, refit, settle
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from pyro_hamflow.marginal.refit import refit_at
@@ -299,6 +299,25 @@ def test_a_path_without_order_may_not_be_long(model, sites, monkeypatch):
     monkeypatch.setattr(path_bands, "_LONGEST", 10)
     with pytest.raises(ValueError, match=f"20 numbers of {sites} depend on each other without"):
         marginalize(model, ["x"]).fit(Y, pilot={})
+
+
+@pytest.mark.parametrize("transformed", [marginalize, whiten])
+def test_it_is_said_before_sampling_how_long_many_numbers_without_bands_take(
+    transformed, monkeypatch
+):
+    monkeypatch.setattr(path_bands, "_COSTLY", 20)
+    places = torch.linspace(0.0, 3.0, 20, dtype=torch.float64).sin()
+    kernel = (-(places[:, None] - places).abs()).exp() + 0.1 * torch.eye(20).double()
+
+    def model(y, covariance):
+        x = pyro.sample("x", dist.MultivariateNormal(torch.zeros_like(places), covariance))
+        pyro.sample("y", dist.Bernoulli(logits=x[: len(y)]).to_event(1), obs=y)
+
+    y = torch.ones(20, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="20 numbers of site 'x' .* cube .* inducing points"):
+        transformed(model, ["x"])(y, kernel)
+    monkeypatch.setattr(path_bands, "_COSTLY", 21)
+    transformed(model, ["x"])(y, kernel)
 
 
 def test_warm_up_takes_a_proposal_that_follows_more_closely(monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pyro_hamflow.marginal.path_bands import tell_of_cube
 from pyro_hamflow.marginal.path_density import Order
 from pyro_hamflow.marginal.structure import sites_named
 from pyro_hamflow.marginal.whitening.curvature import (
@@ -23,6 +24,7 @@ from pyro_hamflow.model.supports import is_discrete
 from pyro_hamflow.model.trace import is_latent
 
 _MOST = 3000  # variables without a band: a factor of as many takes a second
+_SECONDS = 0.45  # for each gradient and chain of 1,000 variables without a band, on one core
 _ALIKE = 1e-3  # of a precision, up to which it is the same elsewhere, in the root of rounding
 
 
@@ -103,7 +105,9 @@ def lay_out(
     u = 0.3 * torch.randn(n, generator=generator, device="cpu").to(potential.example)
     u = u.to(layout.order.places.device)
     nodes = potential.runs.plain_trace.nodes
+    words = f"site '{names[0]}'" if len(names) == 1 else f"sites '{names[0]}' to '{names[-1]}'"
     if len(names) == 1 and multivariate_normal(nodes[names[0]]) is not None:
+        tell_of_cube(words, n, _SECONDS)
         return replace(layout, width=None), find_width(log_rest, u)
 
     def log_prior(u: Tensor) -> Tensor:
@@ -132,6 +136,8 @@ def lay_out(
             f"the {where} of the path {list(names)} has no band: each of its {n} variables meets "
             f"many others; expected a Markov path, or at most {_MOST} variables"
         )
+    if max(best) == n:
+        tell_of_cube(words, n, _SECONDS)
     laid_out = replace(layout, order=chosen, width=best[0])
     return replace(laid_out, is_gaussian=_is_gaussian(prior, laid_out, u)), best[1]
 
