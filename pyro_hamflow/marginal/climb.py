@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 _STEPS = 100  # at most
@@ -93,6 +94,15 @@ def newton_distance(pairs: Sequence[tuple[Tensor, Tensor]], slope: Tensor) -> fl
     if not pairs or not bool(slope.isfinite().all()):
         return math.inf
     return math.sqrt(max(float(slope @ _newton(pairs, slope)), 0.0))
+
+
+def covariance_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """The inverse curvature, ``(dimension, dimension)``; none if nothing is known of it."""
+    if not pairs:
+        return None
+    step, _ = pairs[-1]
+    unit = torch.eye(len(step), dtype=step.dtype, device=step.device)
+    return torch.stack([_newton(pairs, row) for row in unit])
 
 
 def _newton(pairs: Sequence[tuple[Tensor, Tensor]], slope: Tensor) -> Tensor:

@@ -179,13 +179,24 @@ class ModelTarget:
                 return find_start(potential, num_chains, torch.stack(places), 0.0)
             if self._pilot is None or self.init_strategy is not None:
                 return find_start(potential, num_chains, strategy=self.init_strategy)
-            return find_start(potential, num_chains, potential.flatten(self._pilot), _PILOT_RADIUS)
+            place, around = potential.flatten(self._pilot), self._covariance(potential.dimension)
+            return find_start(potential, num_chains, place, _PILOT_RADIUS, covariance=around)
         for name, value in initial_params.items():
             if not bool(torch.as_tensor(value).isfinite().all()):
                 raise ValueError(
                     f"`initial_params` of site '{name}' is not finite: expected finite numbers"
                 )
         return find_start(potential, num_chains, potential.ravel(initial_params, num_chains), 0.0)
+
+    def _covariance(self, dimension: int) -> Tensor | None:
+        """That of the posterior about the pilot, roughly; none if it is not known.
+
+        That is of as many numbers on the real line, where no other maps lead than the pilot's own.
+        """
+        known = None
+        if isinstance(self.model, MarginalModel) and self.given_transforms is None:
+            known = self.model.prepared.covariance
+        return known if known is not None and len(known) == dimension else None
 
     @property
     def other_modes(self) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform, Transform
 
-from pyro_hamflow.marginal.climb import NEAR, Top, climb, newton_distance
+from pyro_hamflow.marginal.climb import NEAR, Top, climb, covariance_of, newton_distance
 from pyro_hamflow.marginal.even_noise import even_noise
 from pyro_hamflow.marginal.other_modes import other_modes
 from pyro_hamflow.marginal.proposals.choice import choose_proposal
@@ -53,6 +53,7 @@ class Pilot(NamedTuple):
         escaped: Sites that every climb has led to the end of their support.
         refused: The error that a search in double precision ended with; empty if it was made.
         other_modes: How high other modes' tops are beside this one, as ratios of densities.
+        covariance: Roughly the posterior's, of unconstrained values; none if nothing is known.
     """
 
     values: dict[str, Tensor]
@@ -60,6 +61,7 @@ class Pilot(NamedTuple):
     escaped: tuple[str, ...] = ()
     refused: str = ""
     other_modes: tuple[float, ...] = ()
+    covariance: Tensor | None = None
 
 
 def find_pilot(
@@ -128,7 +130,8 @@ def find_pilot(
             best = _undefended(rough, best, count, data)
         if best.position.dtype != torch.float64:
             best = _doubted(gradient, best)
-    return Pilot(potential.constrain(best.position), best.distance, other_modes=others)
+    values, covariance = potential.constrain(best.position), covariance_of(best.pairs)
+    return Pilot(values, best.distance, other_modes=others, covariance=covariance)
 
 
 def typical(marginal: TunedEstimator, data: Arguments) -> dict[str, Tensor]:

@@ -53,7 +53,11 @@ def prepare(
     if found.distance <= FAR or not marginal.proposal.is_comparable:
         remark = mend_proposal(marginal, [found.values], data) or remark
     marginal.prepared = replace(
-        marginal.prepared, distance=found.distance, remark=remark, other_modes=found.other_modes
+        marginal.prepared,
+        distance=found.distance,
+        remark=remark,
+        other_modes=found.other_modes,
+        covariance=found.covariance if found.distance <= FAR else None,
     )
 
 

@@ -44,6 +44,8 @@ class Prepared:
         distance: How far these may be from the posterior's top, in its standard deviations.
         remark: What the proposal misses there, or what the search found, in a sentence.
         other_modes: How high other modes' tops are beside the pilot's, as ratios of densities.
+        covariance: Roughly the posterior's about the pilot, of unconstrained values; none if
+            nothing is known.
     """
 
     proposal: Proposal | None
@@ -53,6 +55,7 @@ class Prepared:
     distance: float = 0.0
     remark: str | None = None
     other_modes: tuple[float, ...] = ()
+    covariance: Tensor | None = None
 
 
 class TunedEstimator(ABC):

@@ -28,6 +28,7 @@ def find_start(
     centre: Tensor | None = None,
     radius: float = RADIUS,
     strategy: Strategy | None = None,
+    covariance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws positions, uniformly around a centre, until every chain's potential is finite.
 
@@ -38,6 +39,8 @@ def find_start(
             given.
         radius: Half the width of the box around it, for each coordinate.
         strategy: One of Pyro's, to draw positions by instead: a site's value, from the site.
+        covariance: Roughly that of the posterior about the centre, ``(dimension, dimension)``, to
+            draw positions by instead; those outside the box are drawn in to its edge.
 
     Returns:
         Positions and noise.
@@ -49,7 +52,12 @@ def find_start(
     shape = (num_chains, potential.dimension)
     middle = potential.example.new_zeros(shape) if centre is None else centre.expand(shape)
 
+    root = None if covariance is None else _root_of(covariance).to(middle)
+
     def draw() -> Tensor:
+        if root is not None:
+            step = torch.randn_like(middle) @ root
+            return middle + step * (radius / step.abs().amax(-1, keepdim=True)).clamp(max=1.0)
         if strategy is None:
             return middle + torch.empty_like(middle).uniform_(-radius, radius)
         return _by_strategy(potential, strategy, num_chains)
@@ -66,6 +74,12 @@ def find_start(
     raise ValueError(
         f"no finite starting point in {_TRIES} tries: {fault(potential, position[bad], noise[bad])}"
     )
+
+
+def _root_of(covariance: Tensor) -> Tensor:
+    """A symmetric root of a covariance, which rounding may have made negative somewhere."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.mT
 
 
 def _by_strategy(potential: Potential, strategy: Strategy, num_chains: int) -> Tensor:
