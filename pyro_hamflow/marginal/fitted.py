@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_hamflow.marginal.likelihood_site import LikelihoodSite, Sites, Spread
 from pyro_hamflow.marginal.noise_layout import Components
+from pyro_hamflow.model.supports import support_of
 
 _NOTHING = 1e-5  # relative to the largest slope, what differences may leave of none
 
@@ -35,10 +38,12 @@ class Anchor:
     Attributes:
         values: Constrained values of all parameters.
         followed: The names of those that are followed.
+        ratios: Of these the positive ones that are followed by their logarithms.
     """
 
     values: dict[str, Tensor]
     followed: tuple[str, ...]
+    ratios: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> list[int]:
@@ -49,18 +54,40 @@ class Anchor:
         """By how much parameters differ from here, a vector.
 
         In their supports, for there cut points and gaps between them are parts of linear
-        predictors, with which the modes move in proportion.
+        predictors, with which the modes move in proportion; or by the logarithms of their ratios.
         """
-        parts = [(parameters[name] - self.values[name]).reshape(-1) for name in self.followed]
-        return torch.cat(parts) if parts else None
+        parts = []
+        for name in self.followed:
+            new, old = parameters[name], self.values[name]
+            parts.append((new / old).log() if name in self.ratios else new - old)
+        return torch.cat([part.reshape(-1) for part in parts]) if parts else None
 
     def at(self, shift: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`shift`."""
         parts = dict(zip(self.followed, shift.split(self.sizes), strict=True))
-        return self.values | {
-            name: self.values[name] + part.reshape(self.values[name].shape)
-            for name, part in parts.items()
-        }
+        moved = {}
+        for name, part in parts.items():
+            old = self.values[name]
+            step = part.reshape(old.shape)
+            moved[name] = old * step.exp() if name in self.ratios else old + step
+        return self.values | moved
+
+    def by_ratios(self, slopes: Tensor) -> Tensor:
+        """From slopes in parameters, their last dimension, to those in shifts from here."""
+        factors = []
+        for name in self.followed:
+            value = self.values[name].reshape(-1)
+            factors.append(value if name in self.ratios else torch.ones_like(value))
+        return slopes * torch.cat(factors).to(slopes)
+
+
+def is_positive(name: str, fn: TorchDistribution) -> bool:
+    """Whether a site's support is that of positive numbers, as a scale's is."""
+    support = support_of(name, fn)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    bounded_below = isinstance(support, constraints.greater_than | constraints.greater_than_eq)
+    return bounded_below and bool((torch.as_tensor(support.lower_bound) == 0.0).all())
 
 
 @dataclass(frozen=True)

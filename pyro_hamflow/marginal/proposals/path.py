@@ -22,7 +22,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.fitted import Anchor
+from pyro_hamflow.marginal.fitted import Anchor, is_positive
 from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.path_bands import find_bands
@@ -222,7 +222,7 @@ class PathProposal(Proposal):
 
     def _fitted(self, plan: Plan, pilot: Mapping[str, Tensor], followed: tuple[str, ...]) -> Self:
         values = {name: value.detach() for name, value in pilot.items()}
-        fitted = {}
+        anchor, positive, fitted = Anchor(values, followed), _positive(plan, values, followed), {}
         for group in plan.structure.groups:
             name, layout = group.name, plan.layouts[group.name]
             natural = torch.arange(layout.dimension, device=layout.example.device)
@@ -251,16 +251,13 @@ class PathProposal(Proposal):
                 look_at = captured_looks(parts_at, bands, start, values)
                 programs = PathPrograms(of_values, bands, look_at)
                 keep_programs(plan, group, values, programs)
-            steps = self.steps if followed else 0
-            if followed:
-                # What is held at the pilot is the likelihood: it had better not hold the path
-                # together, nor depend on the parameters, whose chains would then not leave it.
-                pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
-                least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
-                steps = max(steps, least)
-            fitted[name] = fit_path(
-                parts_at, programs.look_at, Anchor(values, followed), bands, start, steps, near
-            )
+            # What is held at the pilot is the likelihood: it had better not hold the path together,
+            # nor depend on the parameters, whose chains would then not leave it.
+            pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
+            least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
+            steps = max(self.steps, least)
+            look_at = programs.look_at
+            fitted[name] = fit_path(parts_at, look_at, anchor, bands, start, steps, near, positive)
         return replace(self, fitted=fitted)
 
 
@@ -270,9 +267,22 @@ def _somewhere(
     """A path from the prior."""
     with random_state_kept():
         torch.manual_seed(seed)
-        trace = run_with(
-            plan.model, lambda msg: parameters.get(msg["name"]), *plan.args, **plan.kwargs
-        )
+        trace = _run(plan, parameters)
     nodes = {name: trace.nodes[name] for name in path.group.sites}
     assert all(map(is_latent, nodes.values()))
     return path.collect({name: (node["fn"], node["value"]) for name, node in nodes.items()})
+
+
+def _positive(plan: Plan, parameters: dict[str, Tensor], names: tuple[str, ...]) -> list[str]:
+    """Which parameters are positive, so that their logarithms may be followed."""
+    if not names:
+        return []
+    with random_state_kept():
+        nodes = _run(plan, parameters).nodes
+    positive = (name for name in names if is_positive(name, nodes[name]["fn"]))
+    return [name for name in positive if bool((parameters[name] > 0.0).all())]
+
+
+def _run(plan: Plan, parameters: dict[str, Tensor]) -> poutine.Trace:
+    """A run of the model at values of the parameters."""
+    return run_with(plan.model, lambda msg: parameters.get(msg["name"]), *plan.args, **plan.kwargs)
