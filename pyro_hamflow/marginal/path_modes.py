@@ -19,7 +19,7 @@ from pyro_hamflow.marginal.path_density import (
     expand,
     gradient,
 )
-from pyro_hamflow.marginal.path_kinks import Cells, Kinks, about, has_kinks, is_flat
+from pyro_hamflow.marginal.path_kinks import Cells, Kinks, about, has_kinks, is_flat, is_steep
 from pyro_hamflow.programs import banded
 from pyro_hamflow.programs.capture import capture
 
@@ -28,6 +28,7 @@ _DAMPED = 1e-2  # of the precision's diagonal, that is added after a step that h
 _ASIDE = 0.1  # of the way from the prior's centre to a draw
 _REST = 1e-9  # of the Newton decrement, squared standard deviations for each coordinate
 _LIGHTEST = 3.0  # by how much the log mass of another mode may be lower that is told of
+_AT_ONCE = 2**22  # numbers of paths whose gradients are taken
 _LEAST = 1e-2  # of the precision of where gradients are taken: it has to be positive
 _SPREAD = math.sqrt(3.0)  # of the points of Gauss and Hermite, in standard deviations
 _CENTRE, _SIDE = 2.0 / 3.0, 1.0 / 6.0  # their weights
@@ -63,18 +64,24 @@ def site_at(parts: Parts, x: Tensor, width: int, deviations: Tensor | None) -> E
 
 
 def find_kinks(parts: Parts, cells: Cells, bands: Bands) -> Kinks:
-    """Which log densities have kinks about a path."""
+    """Which log densities have kinks about a path, or a prior's heavy tails."""
     x, deviations = cells
+    at_once = max(1, _AT_ONCE // x.numel())
 
-    def found(density: Density, width: int) -> bool:
+    def found(density: Density, width: int, *, tails: bool) -> bool:
         exact = expand(density, x, width).bands
         is_dense = 1 < width == x.shape[-1]  # as many gradients would be needed
-        if is_dense or not bool(is_flat(exact, deviations).any()):
+        if is_dense or not (tails or bool(is_flat(exact, deviations).any())):
             return False
-        _, told = about(torch.func.vmap(partial(gradient, density)), cells, *cells, width)
-        return has_kinks(exact, told, deviations)
+        slopes = torch.func.vmap(partial(gradient, density), chunk_size=at_once)
+        _, told = about(slopes, cells, *cells, width)
+        is_misled = tails and is_steep(exact, told, deviations)
+        return is_misled or has_kinks(exact, told, deviations)
 
-    return Kinks(found(parts.prior, bands.prior), found(parts.likelihood, bands.likelihood))
+    return Kinks(
+        found(parts.prior, bands.prior, tails=True),
+        found(parts.likelihood, bands.likelihood, tails=False),
+    )
 
 
 def expand_about(

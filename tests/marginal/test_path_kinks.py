@@ -15,6 +15,7 @@ from pyro_hamflow.marginal.path_kinks import Cells, Kinks, about, reaches
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.marginal.whitening.fit import log_prob_of
 from pyro_hamflow.model.kinds import Arguments
+from tests.helpers.estimates import assert_unbiased
 from tests.helpers.kinds import long_but
 
 T = 20
@@ -94,6 +95,28 @@ def test_without_gradients_at_points_nothing_tells_of_a_path_with_kinks(monkeypa
     marginal.fit(Y, pilot=PILOT)
     found = repeated_estimates(marginal, PILOT, 100, Arguments((Y,), {}))[:, 0]
     assert float(found.var()) > 100.0
+
+
+def student(x, scale):
+    return dist.StudentT(3.0, x, scale)
+
+
+def test_steps_with_heavy_tails_are_as_wide_as_they_mostly_are(monkeypatch):
+    """By the curvature of their narrow middle, mean weights come from paths hardly ever drawn."""
+    y = Y + 4.0 * (torch.arange(T) >= T // 2)
+    values = {"s": torch.tensor(0.4).double(), "r": torch.tensor(0.7).double()}
+
+    def estimated():
+        marginal = marginalize(steps(dist.Normal, student), ["step"], num_particles=4)
+        marginal.fit(y, pilot=values)
+        torch.manual_seed(0)
+        return repeated_estimates(marginal, values, 4000, Arguments((y,), {}))[:, 0]
+
+    found = estimated()
+    truth = filtered(y, dist.Normal, student, **values, points=3001, reach=30.0)
+    assert_unbiased(found[:, None], truth)
+    monkeypatch.setattr(path_modes, "is_steep", lambda *_: False)
+    assert estimated().var() > 2.5 * found.var()
 
 
 def test_states_of_one_time_may_share_a_kink():
