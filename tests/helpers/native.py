@@ -35,6 +35,27 @@ def native_estimate_transition(potential, refresh, max_tree_depth, *, walks=Fals
     return NativeEstimateTransition(potential, max_tree_depth, refresh, Stream(), walks=walks)
 
 
+def one_by_one(monkeypatch):
+    """Machine code that is made from here on moves one chain after the other."""
+    monkeypatch.setattr(model_library, "_SIDE_MOST", 0)
+    monkeypatch.setattr(native, "_programs", WeakKeyDictionary())
+
+
+def side_by_side(monkeypatch):
+    """Machine code that is made from here on is to move several chains at once."""
+
+    def made(part, honest=model_library.side_by_side):
+        source = honest(part)
+        assert source is not None
+        return source
+
+    monkeypatch.setattr(model_library, "side_by_side", made)
+    monkeypatch.setattr(native, "_programs", WeakKeyDictionary())
+
+
+WAYS = {"one by one": one_by_one, "side by side": side_by_side}
+
+
 def spoil_line(header, right, wrong, monkeypatch):
     """Machine code that is made from here on has a line spoilt."""
     text = model_library.HEADERS[header]

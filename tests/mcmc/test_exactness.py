@@ -38,7 +38,13 @@ from tests.helpers.exact_draws import (
     potential_of,
 )
 from tests.helpers.kinds import long_but
-from tests.helpers.native import native_estimate_transition, native_transition, spoil_line
+from tests.helpers.native import (
+    WAYS,
+    native_estimate_transition,
+    native_transition,
+    one_by_one,
+    spoil_line,
+)
 
 # --- checks -------------------------------------------------------------------------------------
 
@@ -159,9 +165,11 @@ def test_invariance_hmc(name, mass):
     check_hmc(name, mass)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mass", ["diagonal", "dense"])
 @pytest.mark.parametrize("name", HMC_TARGETS)
-def test_invariance_native_hmc(name, mass):
+def test_invariance_native_hmc(name, mass, way, monkeypatch):
+    WAYS[way](monkeypatch)
     check_known(name, mass, native_transition(potential_of(name), None), 0.5, 4)
 
 
@@ -177,12 +185,14 @@ def test_invariance_nuts(name, step_size, mass):
     check_nuts(name, mass, step_size)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mass", ["diagonal", "dense"])
 @pytest.mark.parametrize(
     ("name", "step_size"),
     [("skewed", 0.3), ("skewed", 0.7), ("conjugate", 0.4), ("conjugate", 0.7)],
 )
-def test_invariance_native_nuts(name, step_size, mass):
+def test_invariance_native_nuts(name, step_size, mass, way, monkeypatch):
+    WAYS[way](monkeypatch)
     transition = native_transition(potential_of(name), DEPTH)
     check_known(name, mass, transition, step_size, MOST_POINTS)
 
@@ -372,24 +382,37 @@ def test_adapting_hmc_is_found_out():
 SPOILT_LINES = {
     "accept always": ("uniform(random, 0) < rate", "true"),
     "forget kinetic energy": ("(after - before)", "0.0"),
-    "grow forwards alone": ("uniform(random, 0) < 0.5", "true"),
     "take every doubling": ("uniform(random, 2) * weight < candidate_weight", "true"),
     "take the first": ("uniform(random, 1) * candidate_weight < own", "own == candidate_weight"),
-    "keep subtrees that turn": ("(mark ? broken : back) = turned(mark)", "back = turned(0)"),
+    "keep subtrees that turn": ("(mark ? broken : back) = turned(mark,", "back = turned(0,"),
+}
+# The same of chains side by side.
+SPOILT_SIDES = {
+    "accept always": ("together<Wide>(chances) < rate", "rate == rate"),
+    "forget kinetic energy": ("(after - before)", "0.0 * (after - before)"),
+    "carry over the candidate": ("take(doubles.all(), candidate, Wide{});", ""),
+    "take every doubling": ("tree.uniform(2) * weight[k] < candidate[k]", "true"),
+    "take the first": ("together<Wide>(chances) * candidate < own", "own == candidate"),
+    "keep subtrees that turn": ("(mark ? broken : back) =", "back ="),
+    "keep to one end": ("exchange(turned, here.z, other.z), ", ""),
 }
 QUICK_SPOILT_LINES = ("accept always", "take every doubling")
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("way", "name"),
     [
-        name if name in QUICK_SPOILT_LINES else pytest.param(name, marks=pytest.mark.slow)
-        for name in SPOILT_LINES
+        pytest.param(way, name, marks=[] if name in QUICK_SPOILT_LINES else pytest.mark.slow)
+        for way, lines in (("one by one", SPOILT_LINES), ("side by side", SPOILT_SIDES))
+        for name in lines
     ],
 )
-def test_spoilt_machine_code_is_found_out(name, monkeypatch):
-    right, wrong = SPOILT_LINES[name]
-    spoil_line("trajectories", right, wrong, monkeypatch)
+def test_spoilt_machine_code_is_found_out(way, name, monkeypatch):
+    if way == "one by one":
+        one_by_one(monkeypatch)
+        spoil_line("trajectories", *SPOILT_LINES[name], monkeypatch)
+    else:
+        spoil_line("side_by_side", *SPOILT_SIDES[name], monkeypatch)
     depth = None if name in ("accept always", "forget kinetic energy") else DEPTH
     transition = native_transition(potential_of("skewed"), depth)
     step_size, num_steps = (0.5, 4) if depth is None else (0.5, MOST_POINTS)

@@ -16,11 +16,18 @@ from pyro_hamflow.mcmc.transitions.random_walk import RandomWalkTransition
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs.machine_code import compiler
 from tests.helpers.exact_draws import bent
-from tests.helpers.native import assert_same, by_both, native_transition, native_walk
+from tests.helpers.native import WAYS, assert_same, by_both, native_transition, native_walk
 from tests.helpers.zoo import ZOO, correlations, eight_schools_noncentred
 
 CHAINS, DEPTH = 24, 6
 MASSES = ["diagonal", "dense"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """How machine code moves several chains."""
+    WAYS[request.param](monkeypatch)
+    return request.param
 
 
 def kinetic_of(dimension, mass):
@@ -54,7 +61,7 @@ def both(model, mass, step_size, num_steps, monkeypatch, *, move, spread=1.0):
 
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("step_size", [0.05, 0.3, 0.8])
-def test_trees_are_those_of_torch(step_size, mass, monkeypatch):
+def test_trees_are_those_of_torch(step_size, mass, way, monkeypatch):
     expected, found = both(bent, mass, step_size, 2**DEPTH - 1, monkeypatch, move="tree")
     assert_same(expected, found)
     info = found[1]
@@ -64,13 +71,13 @@ def test_trees_are_those_of_torch(step_size, mass, monkeypatch):
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 20])
-def test_limited_trees_are_those_of_torch(num_steps, monkeypatch):
+def test_limited_trees_are_those_of_torch(num_steps, way, monkeypatch):
     assert_same(*both(bent, "dense", 0.1, num_steps, monkeypatch, move="tree"))
 
 
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("step_size", [0.1, 0.4])
-def test_straight_trajectories_are_those_of_torch(step_size, mass, monkeypatch):
+def test_straight_trajectories_are_those_of_torch(step_size, mass, way, monkeypatch):
     expected, found = both(bent, mass, step_size, 7, monkeypatch, move="line")
     assert_same(expected, found)
     accepted = found[1].accepted
@@ -116,7 +123,7 @@ def draws_of(transition, *, cuts, threads=1):
     return torch.cat(parts, 1)
 
 
-def test_draws_depend_neither_on_threads_nor_on_calls():
+def test_draws_depend_neither_on_threads_nor_on_calls(way):
     potential = Potential(bent)
     torch.manual_seed(0)
     expected = draws_of(native_transition(potential, 5), cuts=[12])
@@ -127,7 +134,42 @@ def test_draws_depend_neither_on_threads_nor_on_calls():
     assert len(expected[0].unique(dim=0)) > 6
 
 
-def test_random_numbers_are_those_of_their_laws():
+def quartic():
+    x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), (2,)))
+    pyro.factor("quartic", -0.25 * x.pow(4).sum())
+
+
+def test_large_gains_of_energy_are_those_of_torch(way, monkeypatch):
+    """Weights go beyond what a number holds, where the first steps fall from far out."""
+    potential = Potential(quartic)
+    transitions = [make(potential) for make in MOVES["tree"]]
+    position = 20.0 + torch.rand(CHAINS, 2)
+    tuning = Tuning(1.8**0.5 / 20.0, GaussianKinetic(torch.ones(2)))
+    expected, found = by_both(*transitions, position, tuning, 31, monkeypatch, tree=True)
+    assert_same(expected, found)
+    assert (found[1].energy_error < -1000.0).any()
+
+
+@pytest.mark.parametrize("depth", [5, None])
+def test_chains_side_by_side_draw_what_each_draws(depth, monkeypatch):
+    """With a rest of chains, and trees of other lengths."""
+    potential, found = Potential(bent), []
+    position = torch.randn(10, 3)
+    tuning = Tuning(0.1, kinetic_of(3, "dense"), torch.linspace(0.5, 2.0, 10))
+    for make in WAYS.values():
+        with monkeypatch.context() as patch:
+            make(patch)
+            transition = native_transition(potential, depth)
+            transition.stream.seed = 3
+            state = transition.state_at(position, position[:, :0])
+            found.append(transition.draw(state, tuning, [31] * 10)[1])
+    assert len(found[0].n_steps.unique()) > (3 if depth else 0)
+    for name, one in found[0]._asdict().items():
+        other = getattr(found[1], name)
+        assert torch.allclose(one.double(), other.double(), rtol=1e-6, atol=1e-6), name
+
+
+def test_random_numbers_are_those_of_their_laws(way):
     """Where every move is accepted, as on a flat density, momenta are what moves."""
 
     def flat():

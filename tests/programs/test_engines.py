@@ -329,8 +329,8 @@ def test_libraries_serve_other_data_and_are_checked(tmp_path, monkeypatch):
     store = Store(tmp_path)
     assert slope_at_zero(program_of(torch.tensor([1.0, 2.0]), store)) == -3.0
     built = []
-    build = model_library._source
-    monkeypatch.setattr(model_library, "_source", lambda *a: built.append(1) or build(*a))
+    build = model_library._made
+    monkeypatch.setattr(model_library, "_made", lambda *a: built.append(1) or build(*a))
     assert slope_at_zero(program_of(torch.tensor([5.0, 2.0]), store)) == -7.0
     assert not built, "other data of the same shapes"
     (path,) = tmp_path.iterdir()

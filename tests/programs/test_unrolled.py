@@ -28,6 +28,7 @@ from pyro_hamflow.programs.engines.model_library import Unrolled
 from pyro_hamflow.programs.engines.native import NativeProgram, _part
 from pyro_hamflow.programs.machine_code.store import Store
 from tests.helpers.kinds import long_but
+from tests.helpers.native import side_by_side
 
 PLACES = torch.tensor([[2, 0, -1], [1, 1, 0]])
 GROUPS = torch.tensor([0, 2, 2, 1])
@@ -130,11 +131,60 @@ def test_operations_give_what_torch_gives(operations, as_loops, by_number, monke
         row = torch.cat([part.double().reshape(-1) for part in found])
         return position.sum(), row
 
-    graph = capture(row, x, x[:0])
-    graph = _as_wide(graph, x, row)
+    assert_same_results(row, x, shapes, tmp_path)
+
+
+def of_several_chains(x):
+    """What is worked out of numbers of several chains: no whole numbers, nothing in memory."""
+    y = x.square() + 0.5
+    data = torch.linspace(-1.0, 1.0, 12, dtype=x.dtype)
+    same = torch.arange(12) % 2 == 0
+    rows = x.reshape(3, 4)
+    return [
+        *(x.exp(), x.expm1(), y.log(), y.log1p(), x.sin(), x.cos(), x.tanh(), x.atan(), x.erf()),
+        *(x.sigmoid(), y.lgamma(), y.digamma(), y.sqrt(), y.rsqrt(), y.reciprocal(), x.abs()),
+        *(x.asinh(), (y + 1.0).acosh(), (x / 2).atanh(), (x / 2).asin(), (x / 2).acos()),
+        *(x.sinh(), x.cosh(), (x / 2).tan(), x.erfc(), (3.0 * x).round(), x.floor(), x.ceil()),
+        *(x.sign(), x.trunc(), x**3, x**2, y**0.5, y**-1, y**x, 2.0**x, y**data, 2.0 - x, x / y),
+        *(functional.softplus(x), functional.logsigmoid(x), torch.xlogy(x.relu(), y)),
+        *(torch.xlogy(data.relu(), y), x / data.exp(), data / y, x * data, data - x, x - data),
+        *(torch.maximum(x, y), torch.maximum(x, data), torch.minimum(data, x), x.clamp(-0.2, 0.3)),
+        *(torch.where(x > 0.0, x, 2.0 * y), torch.where(same, x, y), torch.where(same, x, 1.0)),
+        *(torch.where(x > data, 1.0, 0.0), torch.where(x > 0.0, data, 0.0), (x > 0.0) | (y > 1.0)),
+        *(x == data, ~(x >= 0.0), (x > 0.0) & same, x.isnan(), (1.0 / x.relu()).isinf()),
+        *(x.masked_fill(x < 0.0, 7.0), x.masked_fill(same, 7.0), torch.where(x > 0.0, same, False)),
+        *((x > 0.0).to(x.dtype), (x > 0.0) * y, torch.zeros_like(x), torch.ones_like(x)),
+        *(rows.sum(0), rows.mean(1), rows.prod(1), rows.amax(0), rows.logsumexp(0), rows.var(1)),
+        *(rows.softmax(1), rows.cumsum(1), (rows > 0.0).any(1), rows.norm()),
+        *(rows @ rows.mT, rows[0] @ rows.mT, rows @ data[:4], rows[0] @ rows[1], rows.flip(0)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_several_chains_get_what_each_gets(dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(model_library, "_SIDE_LINES", 10**5)
+    monkeypatch.setattr(model_library, "_SIDE_MOST", 10**5)
+    side_by_side(monkeypatch)
+    torch.set_default_dtype(dtype)
+    x = torch.linspace(-1.6, 1.4, 12, dtype=dtype)
+
+    def row(position, noise):
+        found = of_several_chains(position)
+        return position.sum(), torch.cat([part.to(dtype).reshape(-1) for part in found])
+
+    assert_same_results(row, x, [part.shape for part in of_several_chains(x)], tmp_path)
+
+
+def assert_same_results(row, x, shapes, tmp_path):
+    """At some places, each result in a row of them is that of torch."""
+    graph = _as_wide(capture(row, x, x[:0]), x, row)
     program = NativeProgram(graph, [graph.start, x[:0]], None, Store(tmp_path))
-    found = program.gradient(graph.start[None], torch.zeros(1, 0))[1][0]
-    expected = row(x, x[:0])[1]
+    places = graph.start + torch.tensor([0.0, 0.1, -0.3, 0.0, 0.2])[:, None].to(x.dtype)
+    for place, found in zip(places, program.gradient(places, x.new_zeros(5, 0))[1], strict=True):
+        assert_results(found, row(place[: len(x)], x[:0])[1], shapes)
+
+
+def assert_results(found, expected, shapes):
     begin = 0
     for number, shape in enumerate(shapes):
         parts = [part[begin : begin + shape.numel()] for part in (found, expected)]
@@ -398,6 +448,7 @@ def test_graphs_too_long_for_inductor_are_run_by_torch_which_says_so(potential, 
     graph = potential.programs.base("gradient")
     position, noise = potential.vectors(2)
     monkeypatch.setattr(model_library, "_EACH", 0)
+    monkeypatch.setattr(model_library, "_SIDE_MOST", 0)
     monkeypatch.setattr(model_library, "_MOST", 500)
     monkeypatch.setattr(model_library, "source_of", None)
     monkeypatch.setattr(Store, "find", lambda *_: None)

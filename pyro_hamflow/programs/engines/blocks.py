@@ -78,6 +78,8 @@ def mapped(
         out: The type of its results.
         parts: Numbers of one shape, and their types.
     """
+    if writer.one_each:
+        return None
     is_same = [bool((ids == ids.reshape(-1)[0]).all()) if ids.numel() else True for ids, _ in parts]
     moving = [ids for (ids, _), same in zip(parts, is_same, strict=True) if not same]
     if not moving or not all(map(is_block, moving)):
@@ -122,7 +124,9 @@ def mapped(
 
 def summed(writer: Statements, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Sums of numbers along the last dimension, in a loop."""
-    if not dtype.is_floating_point or rows.numel() < _LEAST or not is_block(rows):
+    if writer.one_each or not dtype.is_floating_point:
+        return None
+    if rows.numel() < _LEAST or not is_block(rows):
         return None
     buffer, before = in_memory(writer, rows, dtype)
     if buffer.dtype != dtype:

@@ -15,7 +15,7 @@ struct Random {
     place[0] = 0, place[1] = uint32_t(chain);
     place[2] = uint32_t(draw), place[3] = uint32_t(draw >> 32);
   }
-  void fill() {
+  __attribute__((noinline)) void fill() {
 #pragma omp simd
     for (int i = 0; i < BLOCKS; i++) {
       uint32_t c0 = place[0] + i, c1 = place[1], c2 = place[2], c3 = place[3];

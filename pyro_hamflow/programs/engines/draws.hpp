@@ -1,5 +1,4 @@
 // Draws of many chains, each chain for itself, on as many threads as are asked for.
-#include <pthread.h>
 
 #ifdef EVALUATED
 using Base = NoisyWalker;
@@ -88,32 +87,7 @@ struct Chain : Base {
   }
 };
 
-// Each thread takes the next chain that nobody has taken.
-struct Team {
-  const Call& call;
-  long next;
-};
-
-static void* work(void* argument) {
-  Team& team = *static_cast<Team*>(argument);
-  Chain walker(team.call);
-  for (;;) {
-    const long chain = __atomic_fetch_add(&team.next, 1, __ATOMIC_RELAXED);
-    if (chain >= team.call.chains) return nullptr;
-    walker.run(chain);
-  }
-}
-
-extern "C" void make_draws(const Call* call) {
-  Team team{*call, 0};
-  pthread_t* others = static_cast<pthread_t*>(malloc(sizeof(pthread_t) * call->threads));
-  long started = 0;
-  while (started < call->threads - 1 && !pthread_create(others + started, nullptr, work, &team))
-    started++;
-  work(&team);
-  for (long i = 0; i < started; i++) pthread_join(others[i], nullptr);
-  free(others);
-}
+extern "C" void make_draws(const Call* call) { Team<Chain>::share(*call, call->chains); }
 
 // Potentials and gradients of all chains.
 extern "C" void evaluate(const Call* call) {

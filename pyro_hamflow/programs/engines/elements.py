@@ -69,6 +69,9 @@ def multiplied(writer: Statements, dtype: torch.dtype, numbers: list[int]) -> in
 def _divided(writer: Statements, dtype: torch.dtype, numbers: list[int]) -> int:
     if is_constant(writer, numbers[1], 1.0):
         return cast(writer, numbers[0], dtype)
+    if writer.same_for_all(numbers[1]) and not writer.same_for_all(numbers[0]):
+        one = writer.constant(1.0, dtype)
+        return _MUL(writer, dtype, [numbers[0], _DIV(writer, dtype, [one, numbers[1]])])
     return _DIV(writer, dtype, numbers)
 
 
@@ -89,7 +92,7 @@ def chosen(writer: Statements, dtype: torch.dtype, numbers: list[int]) -> int:
     if first == second or condition == ZERO:
         return cast(writer, second, dtype)
     texts = [operand(writer, n, dtype) for n in (first, second)]
-    made = f"({writer.name(condition)} ? {texts[0]} : {texts[1]})"
+    made = f"choose({writer.name(condition)}, {texts[0]}, {texts[1]})"
     return writer.made(made, numbers, dtype)
 
 
@@ -155,7 +158,7 @@ def called(
     """A function of some numbers; of many, in a loop."""
     kind = kind_of(dtype)
     cases = list(dict.fromkeys(cast(writer, number, dtype) for number in numbers))
-    if len(cases) < _LEAST:
+    if len(cases) < _LEAST or writer.one_each:
         made = [
             writer.made(f"{kind}({function}({operand(writer, n, dtype)}))", [n], dtype)
             for n in cases

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #define TORCH_CHECK(...)
 #ifndef C10_LIKELY
@@ -26,6 +27,20 @@ static inline To convert(From from) {
   return static_cast<To>(from);
 }
 }  // namespace c10
+
+// The first where a condition holds. Each of them may be a vector, and one number stands for many.
+template <class T>
+static constexpr bool is_one = std::is_arithmetic<T>::value;
+template <class A, class B>
+using Both = decltype(std::declval<A>() + std::declval<B>());
+template <class C, class A, class B>
+static inline auto choose(C condition, A first, B second) {
+  if constexpr (is_one<C> && std::is_same<A, B>::value) return condition ? first : second;
+  else if constexpr (std::is_same<A, bool>::value || std::is_same<B, bool>::value)
+    return (condition && first) || (!condition && second);
+  else if constexpr (!is_one<C>) return condition ? first : second;
+  else return condition ? Both<A, B>(first - Both<A, B>{}) : Both<A, B>(second - Both<A, B>{});
+}
 
 template <class T>
 static inline T max_propagate_nan(T a, T b) {

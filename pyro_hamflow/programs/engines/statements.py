@@ -65,7 +65,10 @@ class Statements(UsesScratch):
     Attributes:
         scratch: How many bytes of memory they use.
         shared: The loops that they call.
+        one_each: Whether numbers of several chains are one each, of which no loop is written.
     """
+
+    one_each = False
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -77,6 +80,7 @@ class Statements(UsesScratch):
         self._regions = Regions()
         self._copies: dict[tuple[tuple[int, ...], torch.dtype], tuple[Buffer, int]] = {}
         self.shared = SharedLoops()
+        self._places: dict[int, str] = {}
 
     def constant(self, value: float, dtype: torch.dtype) -> int:
         """A number that is known."""
@@ -122,13 +126,17 @@ class Statements(UsesScratch):
         ]
         return reads + [line for step in self._steps for line in step.lines]
 
+    def same_for_all(self, number: int) -> bool:
+        """Whether a number of several chains is the same for all, and worked out once."""
+        return False
+
     def made(self, text: str, needs: Sequence[int], dtype: torch.dtype, *after: int) -> int:
         """A number that is worked out of others, whose names are in a text."""
         known = self._known.get((text, dtype))
         if known is not None:
             return known
         number = self._number(_Number(dtype, text, tuple(needs)))
-        kind = kind_of(dtype)
+        kind = self._kind(number)
         self._made_by[number] = self.step(needs, [f"const {kind} v{number} = {text};"], after)
         self._steps[-1].makes = number
         return number
@@ -176,11 +184,7 @@ class Statements(UsesScratch):
             name: The namespace's.
             results: Of each result its numbers, in order.
         """
-        for r, numbers in enumerate(results):
-            for k, number in enumerate(numbers):
-                line = f"((Real*)r[{r}])[{k}] = {self.name(number)};"
-                self.step([number], [line])
-        wanted = self._wanted(sum(map(len, results)))
+        wanted = self._written(results, "((Real*)r[{r}])[{k}] = {name};")
         chunks = _cut(wanted, lambda step: len(self._steps[step].lines))
         self._share(chunks)
         arguments = "void* const* a, char* w, void* const* r"
@@ -194,6 +198,16 @@ class Statements(UsesScratch):
         head = f"static void call({arguments}) {{"
         loops = self.shared.text()
         return "\n".join([f"namespace {name} {{", *loops, *parts, head, *calls, "}", "}"])
+
+    def _kind(self, number: int) -> str:
+        return kind_of(self.numbers[number].dtype)
+
+    def _written(self, results: Sequence[Sequence[int]], line: str) -> list[int]:
+        """Adds lines that write results; gives all steps that these need, in order."""
+        for r, numbers in enumerate(results):
+            for k, number in enumerate(numbers):
+                self.step([number], [line.format(r=r, k=k, name=self.name(number))])
+        return self._wanted(sum(map(len, results)))
 
     def _number(self, number: _Number) -> int:
         key = number.text, number.dtype
@@ -224,7 +238,6 @@ class Statements(UsesScratch):
     def _share(self, chunks: list[list[int]]) -> None:
         """Gives each number a place in memory that is used by a later function than its own."""
         self._chunk_of = {step: i for i, chunk in enumerate(chunks) for step in chunk}
-        self._places: dict[int, str] = {}
         for i, chunk in enumerate(chunks):
             for step in chunk:
                 for number in self._steps[step].needs:
@@ -246,7 +259,7 @@ class Statements(UsesScratch):
                 if number not in here and not known.is_constant:
                     here.add(number)
                     text = self._places.get(number, known.text)
-                    lines.append(f"const {kind_of(known.dtype)} v{number} = {text};")
+                    lines.append(f"const {self._kind(number)} v{number} = {text};")
             lines += step.lines
             if step.makes is not None:
                 here.add(step.makes)

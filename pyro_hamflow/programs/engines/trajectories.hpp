@@ -3,9 +3,6 @@
 // Momenta are whitened: N(0, I), with velocities and gradients times the root of the inverse mass.
 // The tree is that of the package's torch transitions: points numbered from the start, marks of
 // the points that begin balanced subtrees, in the slot that their number of binary ones names.
-static const double DIVERGENCE = 1000.0;
-static const double MOST_GAINED = 100.0;  // of which the exponential is no large number
-
 // A point: position, whitened momentum, whitened gradient; of the parameters, and behind them of the
 // noise, where it moves with them.
 struct Point {
@@ -192,25 +189,6 @@ struct Walker {
     return {rate, error, double(value), 0, false, false, accepted};
   }
 
-  // Whether the subtree that begins at a mark and ends here turns back, or its halves do where
-  // they meet.
-  bool turned(long mark) const {
-    const Real *start = starts + mark * ROW, *middle = start + ROW, *end = here.r;
-    const Real *last = previous + (mark + 1) * ROW, *low = sums + mark * ROW, *high = low + ROW;
-    Lanes products[6] = {};
-    for (long i = 0; i < ROW; i += LANES) {
-      const Lanes begun = lanes(low + i), met = lanes(high + i), now = lanes(sum + i);
-      const Lanes first = lanes(middle + i), before = lanes(last + i);
-      const Lanes left = met - begun + first, right = now - met + before;
-      products[0] += lanes(start + i) * (now - begun), products[1] += lanes(end + i) * (now - begun);
-      products[2] += lanes(start + i) * left, products[3] += first * left;
-      products[4] += before * right, products[5] += lanes(end + i) * right;
-    }
-    bool found = false;
-    for (const Lanes& product : products) found |= total<LANES>(product) <= 0;
-    return found;
-  }
-
   // A trajectory that doubles until it turns back.
   Outcome doubling(Random& random, long limit) {
     copy(ends[0], here), copy(ends[1], here), note(sum, here.r);
@@ -252,7 +230,7 @@ struct Walker {
       const bool complete = (number & (number + 1)) == 0;
       bool broken = diverging, back = false;
       for (long mark = ones - 1; mark >= ones - trailing && !broken; mark--)
-        (mark ? broken : back) = turned(mark);
+        (mark ? broken : back) = turned(mark, starts, previous, sums, sum, here.r);
       bool limited = false;
       if (complete && !broken) {
         if (uniform(random, 2) * weight < candidate_weight) {

@@ -21,6 +21,7 @@ from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of
 from pyro_hamflow.programs.engines.numbers import Numbers, known
 from pyro_hamflow.programs.engines.operators import write_operation
 from pyro_hamflow.programs.engines.picks import PICKS
+from pyro_hamflow.programs.engines.side_statements import SideStatements
 from pyro_hamflow.programs.engines.statements import Statements
 from pyro_hamflow.programs.engines.unrolled_rules import RULES
 from pyro_hamflow.programs.failures import first_line
@@ -33,6 +34,7 @@ class Unrolled:
         graph: The graph, without constants.
         examples: Arguments of the shapes it will be called with.
         most: How many lines of C++ there may be.
+        sides: Whether it is of several chains side by side: of one number of each as a vector.
 
     Attributes:
         needs_torch_headers: Whether it calls special functions of torch's.
@@ -43,12 +45,18 @@ class Unrolled:
 
     needs_torch_headers = False
 
-    def __init__(self, graph: GraphModule, examples: Sequence[Tensor], most: int) -> None:
-        writer = self._writer = Statements(most)
+    def __init__(
+        self, graph: GraphModule, examples: Sequence[Tensor], most: int, *, sides: bool = False
+    ) -> None:
+        sided = SideStatements(most, examples[0].dtype) if sides else None
+        writer = self._writer = sided or Statements(most)
         given = []
         for i, example in enumerate(examples):
             kind, count = kind_of(example.dtype), example.numel()
-            ids = writer.region(f"(({kind}*)a[{i}])", example.dtype, range(count))
+            if sided and not i:
+                ids = sided.positions(count)
+            else:
+                ids = writer.region(f"(({kind}*)a[{i}])", example.dtype, range(count))
             given.append(Numbers(writer, ids, example.dtype, example.shape))
         try:
             with torch.no_grad():
