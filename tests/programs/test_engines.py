@@ -341,6 +341,11 @@ def test_libraries_serve_other_data_and_are_checked(tmp_path, monkeypatch):
     assert built, "a file that was cut short"
 
 
+def test_chains_move_one_by_one_where_the_compiler_knows_no_vectors(tmp_path, monkeypatch):
+    monkeypatch.setitem(model_library.HEADERS, "side_by_side", "#error")
+    assert slope_at_zero(program_of(torch.tensor([1.0, 2.0]), Store(tmp_path))) == -3.0
+
+
 def test_a_home_that_cannot_be_written_to_is_no_hindrance(tmp_path):
     file = tmp_path / "file"
     file.write_text("in the way of a folder")

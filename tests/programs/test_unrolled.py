@@ -21,6 +21,7 @@ from pyro_hamflow.programs.engines import (
     blocks,
     choice,
     model_library,
+    sides,
     statements,
     unrolled_rules,
 )
@@ -164,6 +165,7 @@ def of_several_chains(x):
 def test_several_chains_get_what_each_gets(dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(model_library, "_SIDE_LINES", 10**5)
     monkeypatch.setattr(model_library, "_SIDE_MOST", 10**5)
+    monkeypatch.setattr(sides, "_MOST_ONE_BY_ONE", 10**5)
     side_by_side(monkeypatch)
     torch.set_default_dtype(dtype)
     x = torch.linspace(-1.6, 1.4, 12, dtype=dtype)

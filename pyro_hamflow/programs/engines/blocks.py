@@ -78,7 +78,7 @@ def mapped(
         out: The type of its results.
         parts: Numbers of one shape, and their types.
     """
-    if writer.one_each:
+    if writer.sides:
         return None
     is_same = [bool((ids == ids.reshape(-1)[0]).all()) if ids.numel() else True for ids, _ in parts]
     moving = [ids for (ids, _), same in zip(parts, is_same, strict=True) if not same]
@@ -124,7 +124,7 @@ def mapped(
 
 def summed(writer: Statements, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Sums of numbers along the last dimension, in a loop."""
-    if writer.one_each or not dtype.is_floating_point:
+    if writer.sides or not dtype.is_floating_point:
         return None
     if rows.numel() < _LEAST or not is_block(rows):
         return None

@@ -69,7 +69,8 @@ def multiplied(writer: Statements, dtype: torch.dtype, numbers: list[int]) -> in
 def _divided(writer: Statements, dtype: torch.dtype, numbers: list[int]) -> int:
     if is_constant(writer, numbers[1], 1.0):
         return cast(writer, numbers[0], dtype)
-    if writer.same_for_all(numbers[1]) and not writer.same_for_all(numbers[0]):
+    vectors = writer.sides.vectors if writer.sides else ()
+    if numbers[0] in vectors and numbers[1] not in vectors:  # the same for all chains
         one = writer.constant(1.0, dtype)
         return _MUL(writer, dtype, [numbers[0], _DIV(writer, dtype, [one, numbers[1]])])
     return _DIV(writer, dtype, numbers)
@@ -158,7 +159,7 @@ def called(
     """A function of some numbers; of many, in a loop."""
     kind = kind_of(dtype)
     cases = list(dict.fromkeys(cast(writer, number, dtype) for number in numbers))
-    if len(cases) < _LEAST or writer.one_each:
+    if len(cases) < _LEAST or writer.sides:
         made = [
             writer.made(f"{kind}({function}({operand(writer, n, dtype)}))", [n], dtype)
             for n in cases

@@ -107,7 +107,8 @@ def _made(gradient: Part, evaluation: Part | None) -> bytes:
     compiler.check_compiler()
     sides = side_by_side(gradient) if evaluation is None else None
     if sides is not None:
-        return compiler.compiled(sides, "-march=native")
+        with suppress(compiler.NotCompiled):  # vectors are an extension, which compilers differ in
+            return compiler.compiled(sides, "-march=native")
     source, with_torch_headers = _source(gradient, evaluation)
     headers = [f"-I{folder}" for folder in _torch_headers()] if with_torch_headers else []
     return compiler.compiled(source, "-march=native", *headers)

@@ -59,6 +59,13 @@ class Numbers(Tensor):
         return Numbers.apply(writer, func, args, kwargs or {})
 
 
+def name_of(func: Any) -> str:
+    """The name of an operation of torch's, as the dispatcher has it or as users do."""
+    schema = getattr(func, "_schema", None)
+    name: str = func.__name__ if schema is None else schema.name.removeprefix("aten::")
+    return name
+
+
 def known(writer: Statements, part: Any, dtype: torch.dtype | None = None) -> Numbers:
     """A tensor or a plain number as one whose numbers are known."""
     if isinstance(part, Numbers):

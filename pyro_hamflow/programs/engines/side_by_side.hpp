@@ -229,8 +229,8 @@ struct SideBySide {
 
   // Trajectories that double until they turn back.
   void doublings() {
-    for (long k = 0; k < count; k++) launch(k, 0);
-    for (long num_active = count; num_active > 0;) {
+    for (long k = 0; k < count && call.draws > 0; k++) launch(k, 0);
+    for (long num_active = call.draws > 0 ? count : 0; num_active > 0;) {
       if (begins.any()) begin_trees();
       double_trees();
       std::swap(last, latest);

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, UsesScratch, kind_of
 from pyro_hamflow.programs.engines.regions import ZERO, Region, Regions
 from pyro_hamflow.programs.engines.shared_loops import SharedLoops
+from pyro_hamflow.programs.engines.sides import Sides
 
 _IN_A_FUNCTION = 300
 
@@ -61,26 +62,26 @@ class Statements(UsesScratch):
 
     Arguments:
         most: How many lines there may be.
+        sides: As below.
 
     Attributes:
         scratch: How many bytes of memory they use.
         shared: The loops that they call.
-        one_each: Whether numbers of several chains are one each, of which no loop is written.
+        sides: Which of the numbers are vectors of one of each of several chains, if any are.
     """
 
-    one_each = False
-
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, sides: Sides | None = None) -> None:
         super().__init__()
         self._room = most
+        self.sides = sides
         self.numbers = [_Number(torch.float64, "0", is_constant=True)]
-        self._steps: list[_Step] = []
+        self.steps: list[_Step] = []
         self._known: dict[tuple[str, torch.dtype], int] = {}
         self._made_by: dict[int, int] = {}
         self._regions = Regions()
         self._copies: dict[tuple[tuple[int, ...], torch.dtype], tuple[Buffer, int]] = {}
         self.shared = SharedLoops()
-        self._places: dict[int, str] = {}
+        self.places: dict[int, str] = {}
 
     def constant(self, value: float, dtype: torch.dtype) -> int:
         """A number that is known."""
@@ -124,21 +125,27 @@ class Statements(UsesScratch):
             for number, known in enumerate(self.numbers)
             if not known.is_constant and number not in self._made_by
         ]
-        return reads + [line for step in self._steps for line in step.lines]
+        return reads + [line for step in self.steps for line in step.lines]
 
-    def same_for_all(self, number: int) -> bool:
-        """Whether a number of several chains is the same for all, and worked out once."""
-        return False
+    def allocate(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Buffer:
+        if self.sides is not None:
+            raise NotSupported("numbers of several chains in memory")
+        return super().allocate(shape, strides, dtype)
 
     def made(self, text: str, needs: Sequence[int], dtype: torch.dtype, *after: int) -> int:
         """A number that is worked out of others, whose names are in a text."""
+        vector = self.sides is not None and not self.sides.vectors.isdisjoint(needs)
+        if self.sides is not None and vector:
+            text = self.sides.expression(text, dtype)
         known = self._known.get((text, dtype))
         if known is not None:
             return known
         number = self._number(_Number(dtype, text, tuple(needs)))
-        kind = self._kind(number)
+        if self.sides is not None and vector:
+            self.sides.vectors.add(number)
+        kind = self.kind(number)
         self._made_by[number] = self.step(needs, [f"const {kind} v{number} = {text};"], after)
-        self._steps[-1].makes = number
+        self.steps[-1].makes = number
         return number
 
     def step(self, needs: Sequence[int], lines: list[str], after: Sequence[int] = ()) -> int:
@@ -146,8 +153,8 @@ class Statements(UsesScratch):
         self._room -= len(lines)
         if self._room < 0:
             raise NotSupported("so many numbers")
-        self._steps.append(_Step(None, tuple(needs), tuple(after), lines))
-        return len(self._steps) - 1
+        self.steps.append(_Step(None, tuple(needs), tuple(after), lines))
+        return len(self.steps) - 1
 
     def name(self, number: int) -> str:
         """What a number is called in a statement."""
@@ -184,25 +191,28 @@ class Statements(UsesScratch):
             name: The namespace's.
             results: Of each result its numbers, in order.
         """
-        wanted = self._written(results, "((Real*)r[{r}])[{k}] = {name};")
-        chunks = _cut(wanted, lambda step: len(self._steps[step].lines))
+        wanted = self.written(results, "((Real*)r[{r}])[{k}] = {name};")
+        chunks = _cut(wanted, lambda step: len(self.steps[step].lines))
         self._share(chunks)
         arguments = "void* const* a, char* w, void* const* r"
         parts = [
             "\n".join(
                 [f"static __attribute__((noinline)) void part{i}({arguments}) {{", *lines, "}"]
             )
-            for i, lines in enumerate(map(self._chunk_text, chunks))
+            for i, lines in enumerate(map(self.chunk_text, chunks))
         ]
         calls = [f"  part{i}(a, w, r);" for i in range(len(parts))]
         head = f"static void call({arguments}) {{"
         loops = self.shared.text()
         return "\n".join([f"namespace {name} {{", *loops, *parts, head, *calls, "}", "}"])
 
-    def _kind(self, number: int) -> str:
+    def kind(self, number: int) -> str:
+        """The type of a number, in C++."""
+        if self.sides is not None and number in self.sides.vectors:
+            return "auto"
         return kind_of(self.numbers[number].dtype)
 
-    def _written(self, results: Sequence[Sequence[int]], line: str) -> list[int]:
+    def written(self, results: Sequence[Sequence[int]], line: str) -> list[int]:
         """Adds lines that write results; gives all steps that these need, in order."""
         for r, numbers in enumerate(results):
             for k, number in enumerate(numbers):
@@ -218,12 +228,12 @@ class Statements(UsesScratch):
 
     def _wanted(self, last: int) -> list[int]:
         """The steps that the last ones need, in order."""
-        wanted = [False] * len(self._steps)
-        for step in reversed(range(len(self._steps))):
-            if step >= len(self._steps) - last:
+        wanted = [False] * len(self.steps)
+        for step in reversed(range(len(self.steps))):
+            if step >= len(self.steps) - last:
                 wanted[step] = True
             if wanted[step]:
-                for before in self._before(self._steps[step]):
+                for before in self._before(self.steps[step]):
                     wanted[before] = True
         return [step for step, is_wanted in enumerate(wanted) if is_wanted]
 
@@ -240,31 +250,31 @@ class Statements(UsesScratch):
         self._chunk_of = {step: i for i, chunk in enumerate(chunks) for step in chunk}
         for i, chunk in enumerate(chunks):
             for step in chunk:
-                for number in self._steps[step].needs:
+                for number in self.steps[step].needs:
                     maker = self._made_by.get(number)
-                    if maker is None or self._chunk_of[maker] == i or number in self._places:
+                    if maker is None or self._chunk_of[maker] == i or number in self.places:
                         continue
                     kind = kind_of(self.numbers[number].dtype)
-                    place = self.scratch + 8 * len(self._places)
-                    self._places[number] = f"*({kind}*)(w + {place})"
-        self.give_away(8 * len(self._places))
+                    place = self.scratch + 8 * len(self.places)
+                    self.places[number] = f"*({kind}*)(w + {place})"
+        self.give_away(8 * len(self.places))
 
-    def _chunk_text(self, chunk: list[int]) -> list[str]:
+    def chunk_text(self, chunk: list[int]) -> list[str]:
         """The lines of a function; what is not made there is read where it is first needed."""
         lines: list[str] = []
         here: set[int] = set()
-        for step in map(self._steps.__getitem__, chunk):
+        for step in map(self.steps.__getitem__, chunk):
             for number in step.needs:
                 known = self.numbers[number]
                 if number not in here and not known.is_constant:
                     here.add(number)
-                    text = self._places.get(number, known.text)
-                    lines.append(f"const {self._kind(number)} v{number} = {text};")
+                    text = self.places.get(number, known.text)
+                    lines.append(f"const {self.kind(number)} v{number} = {text};")
             lines += step.lines
             if step.makes is not None:
                 here.add(step.makes)
-                if step.makes in self._places:
-                    lines.append(f"{self._places[step.makes]} = v{step.makes};")
+                if step.makes in self.places:
+                    lines.append(f"{self.places[step.makes]} = v{step.makes};")
         return lines
 
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.fx import GraphModule, Interpreter
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_hamflow.programs.engines.blocks import in_memory, written
 from pyro_hamflow.programs.engines.buffers import Buffer, NotSupported, kind_of
-from pyro_hamflow.programs.engines.numbers import Numbers, known
+from pyro_hamflow.programs.engines.numbers import Numbers, known, name_of
 from pyro_hamflow.programs.engines.operators import write_operation
 from pyro_hamflow.programs.engines.picks import PICKS
-from pyro_hamflow.programs.engines.side_statements import SideStatements
+from pyro_hamflow.programs.engines.side_text import text_of_sides
+from pyro_hamflow.programs.engines.sides import Sides
 from pyro_hamflow.programs.engines.statements import Statements
 from pyro_hamflow.programs.engines.unrolled_rules import RULES
 from pyro_hamflow.programs.failures import first_line
@@ -48,19 +49,20 @@ class Unrolled:
     def __init__(
         self, graph: GraphModule, examples: Sequence[Tensor], most: int, *, sides: bool = False
     ) -> None:
-        sided = SideStatements(most, examples[0].dtype) if sides else None
-        writer = self._writer = sided or Statements(most)
+        vectors = Sides(examples[0].dtype) if sides else None
+        writer = self._writer = Statements(most, vectors)
         given = []
         for i, example in enumerate(examples):
             kind, count = kind_of(example.dtype), example.numel()
-            if sided and not i:
-                ids = sided.positions(count)
-            else:
-                ids = writer.region(f"(({kind}*)a[{i}])", example.dtype, range(count))
+            position = vectors is not None and i == 0
+            place = "z" if position else f"(({kind}*)a[{i}])"
+            ids = writer.region(place, example.dtype, range(count))
+            if vectors is not None and position:
+                vectors.vectors.update(ids)
             given.append(Numbers(writer, ids, example.dtype, example.shape))
         try:
             with torch.no_grad():
-                self._results = [known(writer, part) for part in Interpreter(graph).run(*given)]
+                self._results = [known(writer, part) for part in _Writing(graph).run(*given)]
         except NotSupported:
             raise
         except Exception as error:  # a rule's, or torch's, for arguments of an unknown form
@@ -73,11 +75,29 @@ class Unrolled:
 
     def text(self, name: str) -> str:
         """A namespace with the function ``call``, as that of Inductor's kernels."""
-        return self._writer.text(name, [part.row for part in self._results])
+        writer, rows = self._writer, [part.row for part in self._results]
+        if writer.sides is not None:
+            return text_of_sides(writer, writer.sides, name, rows)
+        return writer.text(name, rows)
+
+
+class _Writing(Interpreter):
+    """Goes through a graph.
+
+    Operations that have a rule do not go through torch's dispatcher: at the first tensor of a type
+    of its own it imports what takes a second of a processor.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if name_of(target) in PICKS | RULES:
+            for part in tree_leaves((args, kwargs)):
+                if isinstance(part, Numbers):
+                    return _apply(part.writer, target, args, kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def _apply(writer: Statements, func: Any, args: Any, kwargs: Any) -> Any:
-    name = func._schema.name.removeprefix("aten::")
+    name = name_of(func)
     rule: Any = PICKS.get(name) or RULES.get(name)
     if rule is not None:
         found = rule(writer, func, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_hamflow.programs.engines import blocks, elements
 from pyro_hamflow.programs.engines.buffers import NotSupported, kind_of
-from pyro_hamflow.programs.engines.numbers import Numbers, halved, known, over
+from pyro_hamflow.programs.engines.numbers import Numbers, halved, known, name_of, over
 from pyro_hamflow.programs.engines.statements import Statements
 
 _aten = torch.ops.aten
@@ -22,7 +22,7 @@ _MOVES = (
     *("diagonal_backward", "view", "_unsafe_view", "reshape", "lift_fresh_copy", "select_scatter"),
     *("slice_scatter", "contiguous", "_reshape_alias", "diagonal_scatter"),
 )
-_RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias")
+_RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias")
 _LARGE = 512  # products in a product of matrices, from which on it is a loop
 _FILLED = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1}
 
@@ -47,7 +47,7 @@ def _each(rule: elements.Rule, kind: str) -> Callable[..., Numbers]:
 
     def apply(writer: Statements, func: Any, *args: Any, alpha: float = 1, **others: Any) -> Any:
         if any(value is not None for value in others.values()):
-            raise NotSupported(func._schema.name)
+            raise NotSupported(name_of(func))
         dtype = _together(*args) if len(args) == 2 else args[0].dtype
         dtype = _floating(dtype) if kind == "floating" else dtype
         if alpha != 1:
@@ -84,19 +84,19 @@ def _move(writer: Statements, func: Any, *args: Any, **kwargs: Any) -> Any:
     parts = [part for part in tree_leaves(args) if isinstance(part, torch.Tensor)]
     dtype = parts[0].dtype
     if any(part.dtype != dtype for part in parts):
-        raise NotSupported(func._schema.name)
+        raise NotSupported(name_of(func))
 
     def ids(part: Any) -> Any:
         return known(writer, part).ids if isinstance(part, torch.Tensor) else part
 
     moved = tree_map(ids, args)
-    if func._schema.name in _RESHAPES:
+    if name_of(func) in _RESHAPES:
         return Numbers(writer, moved[0].reshape(moved[1]), dtype)
     return tree_map(lambda made: Numbers(writer, made, dtype), func(*moved))
 
 
 def _filled(writer: Statements, func: Any, a: Numbers, *args: Any, **kwargs: Any) -> Numbers:
-    name = func._schema.name.removeprefix("aten::")
+    name = name_of(func)
     dtype = kwargs.get("dtype") or a.dtype
     number = writer.constant(_FILLED[name], dtype)
     shape = tuple(args[0] if name.startswith("new") else a.shape)
