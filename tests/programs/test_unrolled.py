@@ -389,7 +389,7 @@ def test_numbers_that_lie_apart_are_copied_once(tmp_path, monkeypatch):
     x = 0.3 * torch.randn(80, dtype=torch.float64)
     graph = capture(gradient, x, x[:0])
     unrolled = Unrolled(_part(graph, [x, x[:0]]).graph, [x, x[:0]], 10**6)
-    lines = [line for step in unrolled._writer._steps for line in step.lines]
+    lines = [line for step in unrolled._writer.steps for line in step.lines]
     assert sum("] = v" in line for line in lines) == 80
     assert_runs_as_its_graph(graph, x, tmp_path)
 
@@ -408,7 +408,7 @@ def test_columns_of_a_matrix_are_copied_whole(tmp_path, monkeypatch):
     x = 0.3 * torch.randn(20, dtype=torch.float64)
     graph = capture(columns, x, x[:0])
     unrolled = Unrolled(_part(graph, [x, x[:0]]).graph, [x, x[:0]], 10**6)
-    lines = [line for step in unrolled._writer._steps for line in step.lines]
+    lines = [line for step in unrolled._writer.steps for line in step.lines]
     assert len(lines) < 1000  # and 3,000 more, one for each number
     program = NativeProgram(graph, [x, x[:0]], None, Store(tmp_path))
     expected = graph(x + 0.1, x[:0])[0]
