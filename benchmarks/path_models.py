@@ -133,3 +133,75 @@ def binary(count: int) -> tuple[Tensor, Tensor]:
     x = torch.linspace(0.0, 5.0, count)
     uniform = torch.tensor(np.random.default_rng(0).random(count))
     return x, (uniform < (2.0 * (2.0 * x).sin()).sigmoid()).double()
+
+
+_MONTH = 1.0 / 12.0
+_MATURITIES = torch.tensor([0.25, 1.0, 2.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0], dtype=torch.float64)
+_WIDTHS = torch.tensor([0.5, 1.0, 2.0, 2.0, 2.5, 4.0, 5.0, 7.5, 10.0], dtype=torch.float64)
+
+
+def _yields(r: Any, w: Any, supply: Any, kappa: Any, rbar: Any, s_r: Any, gamma: Any) -> Any:
+    duration = (1.0 - (-kappa * _MATURITIES).exp()) / kappa
+    b = duration / _MATURITIES
+    risk = gamma * (supply * duration * _WIDTHS).sum(-1, keepdim=True) * (-w).exp()
+    rest = (1.0 - (-2.0 * kappa * _MATURITIES).exp()) / (2.0 * kappa * _MATURITIES)
+    mean = b * r + (1.0 - b) * (rbar + s_r**2 * risk / kappa)
+    return mean - s_r**2 / (2.0 * kappa**2) * (1.0 - 2.0 * b + rest)
+
+
+class Steps(dist.TorchDistribution):
+    """A path whose every state is normal about `slope` times the last one, and a drift."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.real_vector
+
+    def __init__(self, first: Any, slope: Any, drift: Tensor, scale: Tensor, length: int) -> None:
+        self.first, self.slope, self.drift, self.scale = first, slope, drift, scale
+        super().__init__(torch.Size(), torch.Size([length]), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        mean = self.slope * value[:-1] + self.drift
+        steps = dist.Normal(mean, self.scale).log_prob(value[1:])
+        return self.first.log_prob(value[0]) + steps.sum()
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        return self.first.sample() + 0.01 * torch.randn(self.event_shape)
+
+
+def premium(yields: Tensor, supply: Tensor) -> None:
+    """Yields of bonds by a short rate and investors' wealth, as in the gallery of tutorials."""
+    medians = {"kappa": 0.25, "s_r": 0.01, "gamma": 5.0, "s_w": 0.1, "s_e": 0.001}
+    p = {
+        name: pyro.sample(name, dist.LogNormal(np.log(median), 1.0 if name == "gamma" else 0.5))
+        for name, median in medians.items()
+    }
+    rbar = pyro.sample("rbar", dist.Normal(0.03, 0.015))
+    omega = pyro.sample("omega", dist.Normal(0.03, 0.03))
+    keep = (-p["kappa"] * _MONTH).exp()
+    spread = p["s_r"] / (2.0 * p["kappa"]).sqrt()
+    first, step = dist.Normal(rbar, spread), spread * (1.0 - keep**2).sqrt()
+    r = pyro.sample("r", Steps(first, keep, rbar * (1.0 - keep), step, len(supply)))
+    drift, step = omega * _MONTH, p["s_w"] * _MONTH**0.5
+    w = pyro.sample("w", Steps(dist.Normal(drift, step), 1.0, drift, step, len(supply) - 1))
+    w = torch.cat([w.new_zeros(1), w])
+    mean = _yields(r[:, None], w[:, None], supply, p["kappa"], rbar, p["s_r"], p["gamma"])
+    pyro.sample("y", dist.Normal(mean, p["s_e"]).to_event(2), obs=yields)
+
+
+def bonds(months: int) -> tuple[Tensor, Tensor]:
+    """Simulated yields of nine maturities, and the supply of bonds of each."""
+    rng, keep = np.random.default_rng(7), np.exp(-0.25 * _MONTH)
+    level = np.zeros((2, months))
+    for t in range(1, months):
+        level[:, t] = 0.98 * level[:, t - 1] + 0.07 * rng.standard_normal(2)
+    tilt = level[:1].T + np.outer(level[1], 0.5 * np.log(_MATURITIES.numpy() / 5.0))
+    supply = torch.from_numpy(0.05 * np.exp(tilt + 0.04 * _MONTH * np.arange(months)[:, None]))
+    r, w = np.full((months, 1), 0.02), np.zeros((months, 1))
+    for t in range(1, months):
+        shock = 0.012 * np.sqrt((1.0 - keep**2) / 0.5) * rng.standard_normal()
+        r[t] = 0.03 + keep * (r[t - 1] - 0.03) + shock
+        w[t] = w[t - 1] + 0.04 * _MONTH + 0.1 * np.sqrt(_MONTH) * rng.standard_normal()
+    exact = _yields(
+        *map(torch.from_numpy, (r, w)), supply, torch.tensor(0.25).double(), 0.03, 0.012, 5.0
+    )
+    return exact + 0.001 * torch.from_numpy(rng.standard_normal(exact.shape)), supply

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from benchmarks.path_models import (
     binary,
+    bonds,
     classification,
     counts,
+    premium,
     simulated,
     steps,
     volatility,
@@ -27,9 +29,12 @@ def measure(*, quick: bool) -> list[Table]:
     """How much log estimates vary at the posterior's mean, and over its draws."""
     torch.set_default_dtype(torch.float64)
     lengths, places = ((40, 80), (20,)) if quick else ((500, 2000), (100, 500))
-    series = [(f"volatility, {n} times", volatility, "path", (simulated(n),)) for n in lengths]
-    series += [(f"counts, {lengths[0]} times", steps, "step", (counts(lengths[0]),))]
-    series += [(f"process, {n} places", classification, "f", binary(n)) for n in places]
+    series: list[Any]
+    series = [(f"volatility, {n} times", volatility, ["path"], (simulated(n),)) for n in lengths]
+    series += [(f"counts, {lengths[0]} times", steps, ["step"], (counts(lengths[0]),))]
+    series += [(f"process, {n} places", classification, ["f"], binary(n)) for n in places]
+    months = 24 if quick else 240
+    series += [(f"term premium, {months} months", premium, ["r", "w"], bonds(months))]
     rows = [_noise(*each) for each in series]
     worst = max(float(row["4, largest"]) for row in rows)
     table = Table(
@@ -42,14 +47,12 @@ def measure(*, quick: bool) -> list[Table]:
     return [table]
 
 
-def _noise(name: str, model: Callable[..., Any], site: str, data: tuple[Tensor, ...]) -> Row:
-    mcmc = MCMC(NUTS(whiten(model, [site])), 100, 200, num_chains=2, seed=0, disable_progbar=True)
+def _noise(name: str, model: Callable[..., Any], sites: list[str], data: tuple[Tensor, ...]) -> Row:
+    mcmc = MCMC(NUTS(whiten(model, sites)), 100, 300, num_chains=2, seed=0, disable_progbar=True)
     mcmc.run(*data)
-    every = {
-        n: v[:: 200 // _LOOKS] for n, v in mcmc.get_samples().items() if not n.startswith(site)
-    }
+    every = {n: v[:: 200 // _LOOKS] for n, v in mcmc.get_samples().items() if v[0].numel() == 1}
     mean = {n: v.mean(0) for n, v in every.items()}
-    marginal = marginalize(model, [site])
+    marginal = marginalize(model, sites)
     marginal.fit(*data, pilot=mean)
     draws = [{n: v[i] for n, v in every.items()} for i in range(_LOOKS)]
     row: Row = {"model": name}

@@ -37,11 +37,24 @@ def cast(writer: Statements, number: int, dtype: torch.dtype) -> int:
     return writer.made(text, [number], dtype)
 
 
-def _expression(pattern: str, result: torch.dtype | None = None) -> Rule:
+def _expression(pattern: str, result: torch.dtype | None = None, *, of_masks: bool = False) -> Rule:
+    """The rule of an expression.
+
+    Arguments:
+        pattern: The expression.
+        result: The type of its result, if it is not that of its numbers.
+        of_masks: Whether it is right of conditions of several chains as they are, masks of zeros
+            and minus ones; else these are numbers in it, zeros and ones.
+    """
+
     def rule(writer: Statements, dtype: torch.dtype, numbers: list[int]) -> int:
-        texts = [operand(writer, n, dtype) for n in numbers]
-        made = pattern.format(*texts, kind=kind_of(dtype))
-        return writer.made(made, numbers, result or dtype)
+        kind = dtype
+        if dtype == torch.bool and writer.sides and not of_masks:
+            kind = writer.sides.dtype
+            numbers = [cast(writer, number, kind) for number in numbers]
+        texts = [operand(writer, n, kind) for n in numbers]
+        made = pattern.format(*texts, kind=kind_of(kind))
+        return cast(writer, writer.made(made, numbers, result or kind), result or dtype)
 
     return rule
 
@@ -111,8 +124,8 @@ SAME: Mapping[str, Rule] = {
     "sgn": _expression("{kind}(sgn({0}))"),
     "maximum": _expression("max_propagate_nan({0}, {1})"),
     "minimum": _expression("min_propagate_nan({0}, {1})"),
-    "bitwise_and": _expression("{kind}({0} & {1})"),
-    "bitwise_or": _expression("{kind}({0} | {1})"),
+    "bitwise_and": _expression("{kind}({0} & {1})", of_masks=True),
+    "bitwise_or": _expression("{kind}({0} | {1})", of_masks=True),
     "pow": _power,
 }
 # In a type of floating numbers.
@@ -140,14 +153,14 @@ CALLS = {
 # With a result that is true or not.
 LOGICAL: Mapping[str, Rule] = {
     **{
-        name: _expression(f"({{0}} {sign} {{1}})", torch.bool)
+        name: _expression(f"({{0}} {sign} {{1}})", torch.bool, of_masks=sign in ("&&", "||"))
         for name, sign in {
             **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
             **{"logical_and": "&&", "logical_or": "||"},
         }.items()
     },
-    "logical_not": _expression("!{0}", torch.bool),
-    "bitwise_not": _expression("!{0}", torch.bool),
+    "logical_not": _expression("!{0}", torch.bool, of_masks=True),
+    "bitwise_not": _expression("!{0}", torch.bool, of_masks=True),
     "isnan": _expression("({0} != {0})", torch.bool),
     "isinf": _expression("std::isinf({0})", torch.bool),
 }

@@ -18,6 +18,8 @@ _OF_VECTORS = [
     (re.compile(r"\bmin_propagate_nan\b"), "smaller"),
     (re.compile(r"\bcalc_digamma\b"), "digamma"),
 ]
+_WHOLE = re.compile(r"\bu?int\d+_t\(")  # conditions as whole numbers, say
+
 # Functions that processors have no vectors for, and how many of them there may be: one chain alone
 # waits for those of three others.
 _ONE_BY_ONE = re.compile(r"\b(lgamma|calc_digamma|pow)\(")
@@ -33,11 +35,12 @@ class Sides:
         dtype: The type of positions, and of all that is worked out of them but what is true or not.
 
     Attributes:
+        dtype: As given.
         vectors: The numbers.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._slow = 0
         self.vectors: set[int] = set()
 
@@ -47,7 +50,7 @@ class Sides:
         Raises:
             NotSupported: If its results are of another type, or too many take one after the other.
         """
-        if dtype not in (self._dtype, torch.bool):
+        if dtype not in (self.dtype, torch.bool) or _WHOLE.search(text):
             raise NotSupported(f"numbers of several chains of {dtype}")
         self._slow += bool(_ONE_BY_ONE.search(text))
         if self._slow > _MOST_ONE_BY_ONE:

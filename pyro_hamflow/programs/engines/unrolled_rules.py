@@ -83,7 +83,7 @@ def _move(writer: Statements, func: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation that only moves numbers, or puts zeros beside them."""
     parts = [part for part in tree_leaves(args) if isinstance(part, torch.Tensor)]
     dtype = parts[0].dtype
-    if any(part.dtype != dtype for part in parts):
+    if any(part.dtype != dtype for part in parts) or kwargs.keys() - {"memory_format"}:
         raise NotSupported(name_of(func))
 
     def ids(part: Any) -> Any:
@@ -194,7 +194,9 @@ def _extreme(sign: str, combine: str) -> Callable[..., Any]:
         dim: int | None = None,
         keepdim: bool = False,  # noqa: FBT001, FBT002  # torch's order
     ) -> Any:
-        if dim is None or not isinstance(dim, int):
+        if isinstance(dim, Tensor):
+            raise NotSupported(name_of(func))
+        if dim is None:
             return _reduced(elements.SAME[combine])(writer, func, a)
         rows, shape = _rows(a, dim, keepdim=keepdim)
         values, places = [], []
