@@ -3,11 +3,8 @@
 // A step of the integrator moves all of them at once. They do not wait for each other: each is at a
 // point of a tree of its own, and where that ends its next one begins. What trees keep of momenta
 // lies in memory chain by chain.
-static const long WIDTH = 4;  // chains; of eight each took as long, in vectors twice as wide
-
 struct SideBySide {
   static const long d = DIMENSION, ROW = Triangle::ROW;
-  using Numbers = Vector<Real, WIDTH>::Type;
   using Wide = Vector<double, WIDTH>::Type;
   using Which = decltype(Numbers{} < Numbers{});
   using WideWhich = decltype(Wide{} < Wide{});

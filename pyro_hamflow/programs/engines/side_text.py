@@ -33,7 +33,6 @@ def text_of_sides(
             f"namespace {name} {{",
             *("struct Data {", *(f"{writer.kind(n)} v{n};" for n in kept), "};"),
             *("static void prepare(void* const* a, Data& c) {", *prepared, "}"),
-            "template <class Numbers>",
             "static void call(const Data& c, const Numbers* z, Numbers* r0, Numbers* r1) {",
             *(*writer.chunk_text(of_vectors), "}", "}"),
         ]

@@ -1,5 +1,10 @@
 // One number of each of several chains, as a vector of the processor, and what a gradient that is
 // written number by number does with it. Numbers of the data are the same for all chains.
+static const long WIDTH = 4;  // chains; of eight each took as long, in vectors twice as wide
+// They may lie anywhere in memory. A template whose argument this is would forget that, and read and
+// write as if they lay at whole vectors.
+using Numbers = Vector<Real, WIDTH>::Type;
+
 template <class V>
 using Side = std::enable_if_t<!is_one<V>, V>;
 template <class V>
