@@ -42,9 +42,8 @@ _MOST = 2500
 TOO_LONG = f"graphs of more than {_MOST} operations"
 
 # Lines up to which chains move side by side: of few operations, for each of many, and at most. Of
-# 19 gradients of up to 3,400 lines most took a third to seven tenths of the time that each chain's
-# takes, one took 1.4 times it, and none took longer to be made but one of 3,100 lines for 200
-# operations.
+# 16 gradients of up to 3,400 lines most took a quarter to seven tenths of the time that those of
+# each chain take, none took longer, and they were made in about as long.
 _SIDE_LINES, _SIDE_EACH, _SIDE_MOST = 2500, 2, 5000
 
 _PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried

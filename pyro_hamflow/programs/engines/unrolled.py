@@ -89,7 +89,8 @@ class _Writing(Interpreter):
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if name_of(target) in PICKS | RULES:
+        name = name_of(target)
+        if name in PICKS or name in RULES:
             for part in tree_leaves((args, kwargs)):
                 if isinstance(part, Numbers):
                     return _apply(part.writer, target, args, kwargs)
