@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from pyro_hamflow import arviz_bridge
 from pyro_hamflow.marginal.marginalize import MarginalModel
 from pyro_hamflow.marginal.structure import sites_named
+from pyro_hamflow.marginal.whiten import WhitenedModel
 from pyro_hamflow.mcmc.draws import Draws
 from pyro_hamflow.model.trace import is_computed, is_latent, run_with, vectorized_frames
 from pyro_hamflow.process import random_state_kept, undisturbed
@@ -74,11 +76,13 @@ def to_inference_data(
     name that is still taken gets its ending once more.
 
     Sites of a loop, ``x_1``, ``x_2`` and so on, are one variable ``x`` with a dimension ``x_time``,
-    whose coordinates are the numbers: where there are three or more, no number is missing, all are
-    latent, observed or deterministic alike, in the same plates and of the same shape, and no site
-    is called ``x``. It comes after the plates and counts as the first of the other dimensions, so
-    that ``dims={"x": ["day"]}`` names it; where ``dims`` names ``x_1`` itself, sites stay apart. A
-    run's ``get_samples`` and a checkpoint have them by their own names.
+    whose coordinates are the numbers: where each depends on the one before it, or belongs to such a
+    path as its data do, there are three or more, no number is missing, all are latent, observed or
+    deterministic alike, in the same plates and of the same shape, and no site is called ``x``.
+    Numbered sites that are no path, such as coefficients of a regression, keep their names. The
+    dimension comes after the plates and counts as the first of the others, so that
+    ``dims={"x": ["day"]}`` names it; where ``dims`` names ``x_1`` itself, sites stay apart. A run's
+    ``get_samples`` and a checkpoint have them by their own names.
 
     Weighted draws of :func:`~pyro_hamflow.importance_sample` and of a
     :class:`~pyro_hamflow.AnnealedSampler` become draws of equal weight, as many as they are
@@ -201,17 +205,21 @@ class _Model:
         self.potential, self.sampled = kernel.potential, kernel.model
         marginal = isinstance(self.sampled, MarginalModel)
         self.model = self.sampled.model if marginal else self.sampled
+        given = partial(self.model, *self.potential.args, **self.potential.kwargs)
         with random_state_kept():
             torch.manual_seed(0)
-            self.trace = run_with(
-                self.model, lambda msg: None, *self.potential.args, **self.potential.kwargs
-            )
+            self.trace = run_with(given, lambda msg: None)
         self.nodes = {
             name: site
             for name, site in (self.potential.plain_trace.nodes | self.trace.nodes).items()
             if site["type"] == "sample" and (site["is_observed"] or is_latent(site))
         }
-        self._loops = find_loops(self.nodes, apart)
+        written = self.model
+        while isinstance(written, MarginalModel | WhitenedModel):
+            written = written.model
+        with random_state_kept():
+            given = partial(written, *self.potential.args, **self.potential.kwargs)
+            self._loops = find_loops(self.nodes, apart, given)
         frames = {frame.name: frame for n in self.nodes.values() for frame in vectorized_frames(n)}
         joined = {site: loop.stem for loop in self._loops for site in loop.sites}
         self.names = Names([joined.get(name, name) for name in self.nodes], frames)

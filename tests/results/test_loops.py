@@ -13,6 +13,7 @@ import torch
 import xarray
 
 import pyro_hamflow as phf
+from pyro_hamflow.results import loops
 from tests.helpers.arviz_versions import TREES, datasets
 
 LEAD = ("chain", "draw")
@@ -158,6 +159,60 @@ def test_what_is_no_path_keeps_its_names():
     assert {"own", "own_0", "pair_1", "gap_3", "twice0", "uneven_2", "element_2"} <= names
 
 
+def regression(y):
+    """Coefficients by number, of which each datum reads all; a third reads the one before it."""
+    beta = [pyro.sample(f"beta_{i}", dist.Normal(0.0, 1.0)) for i in range(3)]
+    group = [pyro.sample("effect_0", dist.Normal(0.0, 1.0))]
+    group += [pyro.sample(f"effect_{i}", dist.Normal(group[0], 1.0)) for i in (1, 2, 3)]
+    for i in range(3):
+        pyro.sample(f"mean_{i}", dist.Normal(beta[i], 1.0))
+    for i in range(len(y)):
+        pyro.sample(f"y_{i}", dist.Normal(beta[0] + beta[1] * i + beta[2], 1.0), obs=y[i])
+
+
+def test_numbered_sites_without_a_path_keep_their_names():
+    idata = phf.to_inference_data(run(phf.NUTS(regression), Y))
+    expected = {*(f"beta_{i}" for i in range(3)), *(f"effect_{i}" for i in range(4))}
+    assert {*idata.posterior.data_vars} == expected | {f"mean_{i}" for i in range(3)}
+    assert {*idata.log_likelihood.data_vars} == {f"y_{i}" for i in range(5)}
+    assert list(arviz.summary(idata, var_names=["beta_1"]).index) == ["beta_1"]
+
+
+def test_what_moves_along_with_a_path_is_stacked_as_well():
+    """Innovations, a path of two lags made of them, what is foretold, and data in a second loop."""
+
+    def model(y):
+        phi = [pyro.sample(f"phi_{i}", dist.Normal(0.0, 0.3)) for i in range(3)]
+        x = [torch.zeros(()), torch.zeros(())]
+        for t in range(1, 1 + len(y)):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0))
+            x.append(pyro.deterministic(f"x_{t}", phi[0] * x[-1] + phi[1] * x[-2] + phi[2] + z))
+        held = torch.zeros(len(y))
+        for t in range(len(y)):
+            held[t] = x[t + 2]  # written in place
+            pyro.sample(f"y_{t}", dist.Normal(held[t], 1.0), obs=y[t])
+        pyro.sample("alone", dist.Normal(0.0, 1.0))
+
+    idata = phf.to_inference_data(run(phf.NUTS(model), Y))
+    assert {*idata.posterior.data_vars} == {"phi_0", "phi_1", "phi_2", "z", "x", "alone"}
+    assert idata.posterior["z"].dims == (*LEAD, "z_time")
+    assert idata.log_likelihood["y"].dims == (*LEAD, "y_time")
+    assert list(idata.posterior["x_time"]) == [1, 2, 3, 4, 5]
+    assert list(idata.observed_data["y_time"]) == [0, 1, 2, 3, 4]
+
+
+def test_a_model_that_cannot_be_followed_keeps_its_names(monkeypatch):
+    mcmc = run(phf.NUTS(counts), Y)
+
+    def fail(*args):
+        raise RuntimeError("an operation that cannot be followed")
+
+    monkeypatch.setattr(loops, "run_with", fail)
+    idata = phf.to_inference_data(mcmc)
+    assert {"x_1", "rate_5"} < {*idata.posterior.data_vars}
+    assert {*idata.log_likelihood.data_vars} == {f"y_{t}" for t in range(1, 6)}
+
+
 def test_a_name_of_a_single_site_keeps_its_loop_apart():
     mcmc = run(phf.NUTS(panel), torch.zeros(3, 2, 3))
     posterior = phf.to_inference_data(mcmc, dims={"x1": ["factor"]}).posterior
@@ -167,9 +222,10 @@ def test_a_name_of_a_single_site_keeps_its_loop_apart():
 
 def test_loops_of_other_numbers_along_one_dimension_are_refused():
     def model():
+        x = 0.0
         for t in range(3):
-            pyro.sample(f"x_{t}", dist.Normal(0.0, 1.0))
-            pyro.sample(f"z_{t + 1}", dist.Normal(0.0, 1.0))
+            x = pyro.sample(f"x_{t}", dist.Normal(x, 1.0))
+            pyro.sample(f"z_{t + 1}", dist.Normal(x, 1.0))
 
     mcmc, dims = run(phf.NUTS(model)), {"x": ["day"], "z": ["day"]}
     with pytest.raises(ValueError, match=r"'day' has numbers 0 to 2 at site 'x' and 1 to 3 at sit"):
