@@ -71,6 +71,7 @@ def marginalize(
     num_particles: int | None = None,
     proposal: str | Proposal | Callable[..., Any] = "auto",
     points: str = "iid",
+    follow: str = "auto",
 ) -> MarginalModel:
     r"""Integrates local latent sites out of a model by an unbiased likelihood estimate.
 
@@ -115,14 +116,23 @@ def marginalize(
             these do.
         points: ``"iid"`` for independent particles, ``"antithetic"`` for pairs of opposite noise,
             which suit paths, ``"rqmc"`` for a randomly shifted lattice, which suits a few numbers.
+        follow: How the Gaussian approximation of a path follows the parameters, from what costs
+            least to what serves furthest: ``"prior"`` holds that of the likelihood as it was at the
+            pilot, under each value's own prior; ``"linear"`` takes it where the path's mode moves
+            to first order; ``"newton"`` a differentiable Newton step from there, which moves the
+            mode itself. Warm-up still fits it anew at its own draws. ``"auto"`` begins with the
+            first that does for the likelihood's form, and goes on in warm-up where estimates vary
+            too much at draws and beyond them, to that by which chains take the least time. Kinks
+            take ``"linear"`` at least; where all is Gaussian, each is exact.
 
     Returns:
         The marginal model, a Pyro model with the same arguments. Names in it: for local site
         ``x``, the noise is ``x_noise`` and the estimate ``x_log_likelihood``.
 
     Raises:
-        ValueError: If an argument is none of the above; faults of the sites are found when the
-            model is first run, and raise a ValueError that names the site.
+        ValueError: If an argument is none of the above; faults of the sites, and another `follow`
+            than ``"auto"`` for sites that are no path, are found when the model is first run, and
+            raise a ValueError that names the site.
 
     Invariant:
         The mean of the likelihood estimate over the noise is the likelihood.
@@ -142,7 +152,7 @@ def marginalize(
         >>> [name for name in trace.stochastic_nodes if name != "group"]
         ['mean', 'x_noise']
     """
-    return MarginalModel(model, sites, num_particles, proposal, points)
+    return MarginalModel(model, sites, num_particles, proposal, points, follow)
 
 
 class MarginalModel(TunedEstimator):
@@ -155,6 +165,7 @@ class MarginalModel(TunedEstimator):
         num_particles: int | None,
         proposal: str | Proposal | Callable[..., Any],
         points: str,
+        follow: str = AUTO,
     ) -> None:
         if isinstance(sites, str) or not list(sites):
             raise ValueError(f"`sites` is {sites!r}: expected a list of names of local sites")
@@ -162,11 +173,11 @@ class MarginalModel(TunedEstimator):
             raise TypeError(f"`num_particles` is {num_particles!r}: expected an integer")
         if num_particles is not None and num_particles < 1:
             raise ValueError(f"`num_particles` is {num_particles}: expected 1 or more")
-        given = proposal_of(proposal)
+        given = proposal_of(proposal, follow)
         if points not in POINTS:
             expected = ", ".join(map(repr, POINTS))
             raise ValueError(f"`points` is {points!r}: expected one of {expected}")
-        super().__init__(model, sites, num_particles, given, points)
+        super().__init__(model, sites, num_particles, given, points, follow)
 
     @property
     def max_plate_nesting(self) -> int:

@@ -67,6 +67,7 @@ class TunedEstimator(ABC):
         num_particles: How many particles each element has, if that is given.
         proposal: Where they come from; ``None`` if that is to be chosen by the model.
         points: ``"iid"``, ``"antithetic"`` or ``"rqmc"``.
+        follows: How Gaussian paths follow the parameters; ``"auto"`` if that is to be chosen.
 
     Attributes:
         prepared: What is known of the estimator; replaced as a whole.
@@ -79,11 +80,13 @@ class TunedEstimator(ABC):
         num_particles: int | None,
         proposal: Proposal | None,
         points: str,
+        follows: str,
     ) -> None:
         self.model = model
         self.sites = tuple(dict.fromkeys(sites))
         self.num_particles = num_particles
         self.points = points
+        self.follows = follows
         self.prepared = Prepared(proposal, num_particles)
         self._given = proposal
         self._structure: Structure | None = None
@@ -130,7 +133,8 @@ class TunedEstimator(ABC):
         if self._layouts:
             return plan
         given = self.prepared.proposal
-        chosen = choose_proposal(plan) if given is None else suited(plan, given)
+        choose = choose_proposal if given is None else partial(suited, proposal=given)
+        chosen = choose(plan, follow=self.follows)
         if chosen is not given:
             self.prepared = replace(self.prepared, proposal=chosen)
         trace, proposal, count = look_at(plan), self.proposal, self.prepared.num_particles

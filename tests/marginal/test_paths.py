@@ -16,14 +16,13 @@ from torch import Tensor
 
 from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize, to_inference_data, whiten
 from pyro_hamflow.marginal import path_bands, refit, settle
-from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
+from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.marginal.refit import refit_at
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.mcmc.adaptation import estimator
 from pyro_hamflow.mcmc.adaptation.spread_of_estimates import places_beyond, variance_at
 from pyro_hamflow.model.kinds import Arguments
 from pyro_hamflow.model.potential import Potential
-from tests.helpers.estimates import assert_unbiased, estimates
 from tests.helpers.paths import (
     Autoregression,
     Y,
@@ -129,28 +128,6 @@ def test_one_particle_is_exact_where_all_is_gaussian(model, sites, widths):
     assert (found - exact(model, Y)).abs().max() < 1e-9
     (fit,) = marginal.proposal.fitted.values()
     assert fit.bands[1:] == widths
-
-
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_estimates_of_a_volatility_are_unbiased(steps, monkeypatch):
-    y = returns(20)
-    marginal = marginalize(volatility, ["x"], num_particles=2, proposal=PathProposal(steps))
-    marginal.fit(y, pilot=at({"phi": 0.9, "s": 0.4}))
-    away = {"phi": 0.6, "s": 0.7}
-
-    def check():
-        torch.manual_seed(0)
-        assert_unbiased(estimates(marginal, at(away), y)["x"], filtered(y, **away))
-
-    check()
-    mix = PathParticle.mix
-    monkeypatch.setattr(
-        PathParticle,
-        "mix",
-        lambda p, ratios: (mix(p, ratios)[0] + 0.1 * p.path.square().mean(-1), None),
-    )
-    with pytest.raises(AssertionError):
-        check()
 
 
 @pytest.mark.slow

@@ -41,6 +41,12 @@ ARGUMENTS = {
     "proposal": (dict(proposal="guess"), ValueError, "`proposal` is 'guess': expected 'auto', "),
     "no proposal": (dict(proposal=None), ValueError, "`proposal` is None: expected 'auto', "),
     "points": (dict(points="sobol"), ValueError, "`points` is 'sobol': expected one of 'iid', "),
+    "follow": (dict(follow="sites"), ValueError, "`follow` is 'sites': expected one of 'auto', "),
+    "follow and proposal": (
+        dict(follow="linear", proposal="prior"),
+        ValueError,
+        "`follow` is 'linear' and `proposal` 'prior': expected `proposal` 'auto' or 'laplace'",
+    ),
 }
 
 

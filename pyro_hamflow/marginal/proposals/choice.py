@@ -14,7 +14,7 @@ from pyro_hamflow.marginal.lay_out import look_at, split_mixtures
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.proposals.laplace import LaplaceProposal
-from pyro_hamflow.marginal.proposals.path import PathProposal
+from pyro_hamflow.marginal.proposals.path import FOLLOWING, PathProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.proposals.user import ProgramProposal
 from pyro_hamflow.marginal.structure import LONG, chains
@@ -27,12 +27,24 @@ _LOOP = 4
 _NAMED: dict[str, Callable[[], Proposal]] = {"prior": PriorProposal, "laplace": LaplaceProposal}
 
 
-def proposal_of(given: str | Proposal | Callable[..., Any]) -> Proposal | None:
+def proposal_of(given: str | Proposal | Callable[..., Any], follow: str) -> Proposal | None:
     """What a user's word or program stands for; none for ``"auto"``, which depends on the model.
 
+    Arguments:
+        given: The word or program.
+        follow: How Gaussian paths are to follow the parameters.
+
     Raises:
-        ValueError: If it stands for nothing.
+        ValueError: If one of both stands for nothing, or they do not go together.
     """
+    if follow not in (AUTO, *FOLLOWING):
+        expected = ", ".join(map(repr, (AUTO, *FOLLOWING)))
+        raise ValueError(f"`follow` is {follow!r}: expected one of {expected}")
+    if follow != AUTO and given not in (AUTO, LaplaceProposal.name):
+        raise ValueError(
+            f"`follow` is {follow!r} and `proposal` {given!r}: expected `proposal` 'auto' or "
+            "'laplace', whose Gaussian paths follow the parameters, or `follow` 'auto'"
+        )
     if isinstance(given, Proposal):
         return given
     if callable(given):
@@ -45,11 +57,17 @@ def proposal_of(given: str | Proposal | Callable[..., Any]) -> Proposal | None:
     raise ValueError(f"`proposal` is {given!r}: expected 'auto', 'prior', 'laplace' or a function")
 
 
-def choose_proposal(plan: Plan) -> Proposal:
-    """The proposal for a model: one that knows the data, where all local priors allow it."""
+def choose_proposal(plan: Plan, follow: str = AUTO) -> Proposal:
+    """The proposal for a model: one that knows the data, where all local priors allow it.
+
+    Arguments:
+        plan: The model.
+        follow: How Gaussian paths are to follow the parameters.
+    """
     trace = look_at(plan)
     if _has_path(plan, trace):
-        return PathProposal()
+        return _path(follow)
+    _refuse(plan, follow)
     for group in plan.structure.groups:
         for name, split in split_mixtures(group, trace).items():
             if not has_gaussian_form(trace.nodes[name]["fn"], None if split is None else 0):
@@ -57,11 +75,28 @@ def choose_proposal(plan: Plan) -> Proposal:
     return LaplaceProposal()
 
 
-def suited(plan: Plan, proposal: Proposal) -> Proposal:
+def suited(plan: Plan, proposal: Proposal, follow: str) -> Proposal:
     """A proposal that a user has named, of the kind that serves the model."""
-    if isinstance(proposal, LaplaceProposal) and _has_path(plan, look_at(plan)):
-        return PathProposal()
+    if isinstance(proposal, LaplaceProposal):
+        if _has_path(plan, look_at(plan)):
+            return _path(follow)
+        _refuse(plan, follow)
     return proposal
+
+
+def _path(follow: str) -> PathProposal:
+    """Gaussian paths that follow the parameters as a word says."""
+    return PathProposal() if follow == AUTO else PathProposal(FOLLOWING[follow], is_told=True)
+
+
+def _refuse(plan: Plan, follow: str) -> None:
+    """Refuses a way for paths to follow the parameters where there is no path."""
+    if follow != AUTO:
+        names = [name for group in plan.structure.groups for name in group.sites]
+        raise ValueError(
+            f"`follow` is {follow!r}, and {names} are no path, but numbers of independent "
+            "elements, whose proposal has one way to follow the parameters: expected 'auto'"
+        )
 
 
 def _has_path(plan: Plan, trace: poutine.Trace) -> bool:

@@ -52,6 +52,8 @@ from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
 
 _MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
+# How many expansions of the likelihood each way of following the parameters takes.
+FOLLOWING = {"prior": 0, "linear": 1, "newton": 2}
 _SEARCHES = 4  # for other modes
 # Where whitening may draw faster. By effective draws per second of sampling, marginalised and
 # whitened: random walks of 60 to 80 counts 92 and 830, 290 and 370; a process at 40 places 84 and
@@ -91,12 +93,14 @@ class PathProposal(Proposal):
     Attributes:
         steps: How many expansions of the likelihood each parameter value takes; none if that of the
             pilot is held.
+        is_told: Whether the user has said so, so that it stays.
         fitted: The approximation of each group; none before the fit.
         remark: What it misses, in a sentence.
         misses_modes: Whether these are modes.
     """
 
     steps: int = 0
+    is_told: bool = False
     fitted: Mapping[str, PathFit] = field(default_factory=dict)
     remark: str | None = None
     misses_modes: bool = False
@@ -201,6 +205,8 @@ class PathProposal(Proposal):
         return None
 
     def closer(self) -> Self | None:
+        if self.is_told:
+            return None
         # Some likelihoods take a step in any case.
         taken = max([self.steps, *(fit.steps for fit in self.fitted.values() if not fit.is_exact)])
         return replace(self, steps=taken + 1) if taken < _MOST_STEPS else None
@@ -251,11 +257,13 @@ class PathProposal(Proposal):
                 look_at = captured_looks(parts_at, bands, start, values)
                 programs = PathPrograms(of_values, bands, look_at)
                 keep_programs(plan, group, values, programs)
-            # What is held at the pilot is the likelihood: it had better not hold the path together,
-            # nor depend on the parameters, whose chains would then not leave it.
-            pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
-            least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
-            steps = max(self.steps, least)
+            steps = self.steps
+            if not self.is_told:
+                # What is held at the pilot is the likelihood: it had better not hold the path
+                # together, nor depend on the parameters, whose chains would then not leave it.
+                pull, other = (gradient(parts_at(v).likelihood, start) for v in (values, drawn))
+                least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
+                steps = max(steps, least)
             look_at = programs.look_at
             fitted[name] = fit_path(parts_at, look_at, anchor, bands, start, steps, near, positive)
         return replace(self, fitted=fitted)
