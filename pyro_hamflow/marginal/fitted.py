@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from torch.distributions import constraints
 
 from pyro_hamflow.marginal.likelihood_site import LikelihoodSite, Sites, Spread
 from pyro_hamflow.marginal.noise_layout import Components
+from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.model.supports import support_of
+from pyro_hamflow.process import random_state_kept
 
 _NOTHING = 1e-5  # relative to the largest slope, what differences may leave of none
 
@@ -88,6 +91,16 @@ def is_positive(name: str, fn: TorchDistribution) -> bool:
         support = support.base_constraint
     bounded_below = isinstance(support, constraints.greater_than | constraints.greater_than_eq)
     return bounded_below and bool((torch.as_tensor(support.lower_bound) == 0.0).all())
+
+
+def positive_of(plan: Plan, values: dict[str, Tensor], names: Sequence[str]) -> list[str]:
+    """Which of some parameters are positive, so that their logarithms may be followed."""
+    if not names:
+        return []
+    with random_state_kept():
+        nodes = plan.trace(values).nodes
+    positive = (name for name in names if is_positive(name, nodes[name]["fn"]))
+    return [name for name in positive if bool((values[name] > 0.0).all())]
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ _ASIDE = 0.1  # by which paths are moved that are looked at
 _PLACES = 3  # at which paths are looked at: the last is the first's mirror image
 _LONGEST = 2_000  # of a path without bands, whose matrix is dense
 _MANY_SITES = 30  # of a path without bands, from which on it is warned of
-# Seconds for each gradient and chain of a vector of 1,000 numbers without bands, on one core: .87,
-# where 300 take .036; its fit took 55 to 67. For four chains, memory grew to 1.3 GiB.
-_SECONDS = 0.9
-_FIT = 75  # times as long as a gradient
+# Seconds for each gradient and chain of a vector of 1,000 numbers without bands, on one core: .18
+# to .2 where the model gives its covariance and the likelihood looks at each number alone, else
+# .75. All that comes before sampling took 74, of which 57 were the search for a pilot, in 1 GiB.
+_SECONDS, _ALONE_SECONDS, _BEFORE = 0.75, 0.2, 75.0
 _WHITENED = "`NUTS(whiten(model, ...))` takes half of that. "
 _COSTLY = 500  # numbers without bands, from which on it is said how long they take
 _SHORT = 200  # numbers of a path, up to which the widest bands are tried before all others
@@ -145,27 +145,30 @@ def find_bands(
             RuntimeWarning,
             stacklevel=2,
         )
-    tell_of_cube(_names(layout), layout.dimension, _SECONDS, _WHITENED)
+    alone = best.likelihood == 1
+    seconds, instead = (_ALONE_SECONDS, "") if alone else (_SECONDS, _WHITENED)
+    tell_of_cube(_names(layout), layout.dimension, seconds, _BEFORE, instead)
     return best
 
 
-def tell_of_cube(names: str, count: int, seconds: float, instead: str = "") -> None:
+def tell_of_cube(names: str, count: int, seconds: float, before: float, instead: str = "") -> None:
     """Warns of a vector without bands that is so long that its factors take most of the time.
 
     Arguments:
         names: Its sites, in words.
         count: How many numbers it has.
         seconds: What a gradient for one chain takes of 1,000 numbers.
+        before: What all that comes before sampling takes of them.
         instead: A sentence of what takes less.
     """
     if count < _COSTLY:
         return
-    took = seconds * (count / 1000) ** 3
+    times = (count / 1000) ** 3
     warnings.warn(
         f"the {count} numbers of {names} depend on each other without order, so that time grows "
-        f"with the cube of their number: about {took:.1g} seconds for each gradient and chain, and "
-        f"{_FIT} times that before sampling. {instead}A process along one axis takes far less as a "
-        "Markov path, one over places by way of inducing points.",
+        f"with the cube of their number: about {seconds * times:.1g} seconds for each gradient and "
+        f"chain, and {before * times:.1g} before sampling. {instead}A process along one axis takes "
+        "far less as a Markov path, one over places by way of inducing points.",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -65,6 +65,8 @@ class PathFit:
         is_exact: Whether the joint density is Gaussian, so that all paths have the same weight.
         kinks: Which of the log densities have kinks.
         cells: Where gradients of these are taken; none without kinks.
+        by_covariance: Whether the prior is one multivariate normal, whose covariance serves as it
+            is (:mod:`~pyro_hamflow.marginal.path_covariance`).
     """
 
     anchor: Anchor
@@ -78,6 +80,17 @@ class PathFit:
     is_exact: bool
     kinks: Kinks = Kinks(prior=False, likelihood=False)
     cells: Cells | None = None
+    by_covariance: bool = False
+
+    def moved(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The mode and the deviations for values of the parameters, to first order."""
+        place, deviations, shift = self.mode, self.deviations, self.anchor.shift(parameters)
+        if shift is not None and self.slopes is not None:
+            place = place + self.slopes @ shift.to(place)
+        if shift is not None and deviations is not None and self.growth is not None:
+            grown = (self.growth @ shift.to(place)).clamp(-_LARGEST_GROWTH, _LARGEST_GROWTH)
+            deviations = deviations * grown.exp()
+        return place, deviations
 
 
 @dataclass(frozen=True)
@@ -98,18 +111,16 @@ class PathGaussian:
         """The path that noise of shape ``(*group.shape, n)`` makes."""
         return self.place + banded.solve(self.root, self.forward + noise, transposed=True)
 
+    def pulled(self, direction: Tensor) -> Tensor:
+        """The direction of the noise that moves the path in one the furthest."""
+        return banded.solve(self.root, direction)
+
 
 def gaussian_at(fit: PathFit, parts: Parts, parameters: dict[str, Tensor]) -> PathGaussian:
     """The Gaussian approximation for some values of the parameters."""
-    place = fit.mode
     if fit.steps == 0:
-        return _gaussian(place, expand(parts.prior, place, fit.bands.prior), fit.held)
-    shift, deviations = fit.anchor.shift(parameters), fit.deviations
-    if shift is not None and fit.slopes is not None:
-        place = place + fit.slopes @ shift.to(place)
-    if shift is not None and deviations is not None and fit.growth is not None:
-        grown = (fit.growth @ shift.to(place)).clamp(-_LARGEST_GROWTH, _LARGEST_GROWTH)
-        deviations = deviations * grown.exp()
+        return _gaussian(fit.mode, expand(parts.prior, fit.mode, fit.bands.prior), fit.held)
+    place, deviations = fit.moved(parameters)
     for step in range(fit.steps):
         if fit.cells is not None and deviations is not None:
             prior, site = expand_about(parts, place, deviations, fit.bands, fit.kinks, fit.cells)

@@ -9,13 +9,14 @@ furthest. On a line the moments of the weight are sums over a grid.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.path_density import Parts
-from pyro_hamflow.marginal.path_fit import PathFit, PathGaussian
+from pyro_hamflow.marginal.path_fit import PathFit
 from pyro_hamflow.marginal.proposals.base import stretched
-from pyro_hamflow.programs import banded
 
 _END, _POINTS = 10.0, 41  # of a line, in standard deviations of the noise
 _MOST_LINES = 24  # of one path, evenly spread over its states
@@ -23,7 +24,17 @@ _RAREST = 1e-4  # of the posterior's paths on a line: those of the largest weigh
 _AT_ONCE = 2**21  # numbers of paths
 
 
-def tail_variance(fit: PathFit, found: PathGaussian, parts: Parts) -> float:
+class PathMap(Protocol):
+    """From standard normal noise to a Gaussian path."""
+
+    def draw(self, noise: Tensor, /) -> Tensor:
+        """The path that noise of shape ``(*group.shape, n)`` makes."""
+
+    def pulled(self, direction: Tensor, /) -> Tensor:
+        """The direction of the noise that moves the path in one the furthest."""
+
+
+def tail_variance(fit: PathFit, found: PathMap, parts: Parts) -> float:
     r"""The variance of a log-normal weight with as large a ratio of moments as the worst line's.
 
     That ratio, :math:`E[w^2] / E[w]^2` under the noise, is about how long the posterior's paths
@@ -44,22 +55,23 @@ def tail_variance(fit: PathFit, found: PathGaussian, parts: Parts) -> float:
     worst = [
         _log_moments(line, found, parts, places, log_noise)
         for part in states.split(at_once)
-        for line in [_lines(part, found, n)]
+        for line in [_lines(part, found, fit.mode)]
     ]
     return float(torch.stack(worst).max())
 
 
-def _lines(states: Tensor, found: PathGaussian, n: int) -> Tensor:
+def _lines(states: Tensor, found: PathMap, like: Tensor) -> Tensor:
     """The directions of the noise that move some states the furthest, ``(states, *shape, n)``."""
-    one = torch.nn.functional.one_hot(states, n).to(found.place)
-    one = one.reshape(len(states), *[1] * (found.place.dim() - 1), n)
-    one = one.expand(len(states), *found.place.shape)
-    solved = torch.func.vmap(lambda vector: banded.solve(found.root, vector))(one)
-    return solved / solved.norm(dim=-1, keepdim=True)
+    n = like.shape[-1]
+    one = torch.nn.functional.one_hot(states, n).to(like)
+    one = one.reshape(len(states), *[1] * (like.dim() - 1), n)
+    one = one.expand(len(states), *like.shape)
+    lines: Tensor = torch.func.vmap(found.pulled)(one)
+    return lines / lines.norm(dim=-1, keepdim=True)
 
 
 def _log_moments(
-    lines: Tensor, found: PathGaussian, parts: Parts, places: Tensor, log_noise: Tensor
+    lines: Tensor, found: PathMap, parts: Parts, places: Tensor, log_noise: Tensor
 ) -> Tensor:
     """The largest log ratio of moments on some lines."""
 

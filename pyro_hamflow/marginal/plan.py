@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pyro.poutine import Trace
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
@@ -37,6 +38,10 @@ class Plan:
     kwargs: Kwargs
     structure: Structure
     layouts: dict[str, Layout]
+
+    def trace(self, values: Mapping[str, Tensor]) -> Trace:
+        """A run of the model with values of some sites."""
+        return run_with(self.model, lambda msg: values.get(msg["name"]), *self.args, **self.kwargs)
 
     def run(
         self,

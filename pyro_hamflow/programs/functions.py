@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pyro_hamflow.programs.large_factors import cholesky
 from pyro_hamflow.programs.triangular import cholesky_solve, linalg_solve_triangular
 
 _STRAIGHT = 40.0  # log(1 + exp(x)) - x is less than rounding of x in double precision
@@ -40,6 +41,7 @@ def _cross_entropy_of_logits(
 
 _WORDS: dict[Any, Callable[..., Any]] = {
     functional.binary_cross_entropy_with_logits: _cross_entropy_of_logits,
+    torch.linalg.cholesky: cholesky,
     torch.linalg.solve_triangular: linalg_solve_triangular,
     torch.cholesky_solve: cholesky_solve,
     Tensor.cholesky_solve: cholesky_solve,

@@ -28,7 +28,7 @@ def linalg_solve_triangular(
     unitriangular: bool = False,
 ) -> Tensor:
     """What :func:`torch.linalg.solve_triangular` gives; its arguments are explained there."""
-    if not _knows_rules(triangle, right):
+    if not knows_rules(triangle, right):
         return _SOLVE(triangle, right, upper=upper, left=left, unitriangular=unitriangular)
     if left:
         return Solution.apply(triangle, right, upper, unitriangular)
@@ -42,7 +42,7 @@ def cholesky_solve(right: Tensor, factor: Tensor, upper: bool = False) -> Tensor
     return linalg_solve_triangular(lower.mT, half, upper=True)
 
 
-def _knows_rules(*operands: Any) -> bool:
+def knows_rules(*operands: Any) -> bool:
     """Whether something derives or batches an operation, which goes by a function's own rules.
 
     Where a graph is unpickled it is only traced; and a recorder that keeps gradients takes those of

@@ -14,10 +14,10 @@ import pyro.distributions as dist
 import torch
 
 from pyro_hamflow import marginalize
-from pyro_hamflow.marginal.path_fit import gaussian_at
+from pyro_hamflow.marginal.path_covariance import map_at
 from pyro_hamflow.marginal.proposals.path import PathProposal
+from pyro_hamflow.marginal.whitening.affine import CovariancePrior
 from pyro_hamflow.model.potential import Potential
-from pyro_hamflow.programs import banded
 from tests.helpers.exact_draws import CHAINS
 
 Y = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
@@ -71,13 +71,13 @@ class ExtendedPath:
         """The noise that leads to a path."""
         (fit,) = self.model.proposal.fitted.values()
         (programs,) = self.model.plan(Y).structure.programs.values()
-        assert torch.equal(fit.bands.order.places, torch.arange(len(Y))) and not fit.is_exact
+        assert fit.by_covariance and not fit.is_exact
 
         def inverse(position, path):
             parameters = {"mean": position[0], "scale": position[1].exp()}
-            found = gaussian_at(fit, programs.parts_at(parameters), parameters)
-            along = banded.multiply_root(found.root, path - found.place, transposed=True)
-            return along - found.forward
+            root = parameters["scale"] * torch.ones(len(Y), len(Y)).tril()
+            prior = CovariancePrior(parameters["mean"].expand(len(Y)), root)
+            return map_at(fit, programs.parts_at(parameters), parameters, prior).inverse(path)
 
         stretched = torch.func.vmap(inverse)(position, path)
         noise = stretched

@@ -9,7 +9,7 @@ import torch
 
 from pyro_hamflow import marginalize
 from pyro_hamflow.marginal.refit import refit_at
-from pyro_hamflow.marginal.scrutiny import look
+from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.marginal.tails import NARROW, tail, told_of_tails
 from pyro_hamflow.model.kinds import Arguments
 from tests.helpers.paths import returns, volatility
@@ -65,7 +65,7 @@ def test_ratio_of_moments_is_that_of_a_single_state():
 
 def test_narrow_proposals_are_found_where_estimates_vary_little():
     marginal, data = fitted(), Arguments((CLASSES,), {})
-    assert look(marginal, WIDE, data).variance(1) < 4.0
+    assert repeated_estimates(marginal, WIDE, 200, data).var() < 1.0
     assert tail(marginal, [WIDE], data) > 5.0
     assert tail(marginal, [{"height": torch.tensor(1.5).double()}], data) < 0.1
     assert "['f'] is far too narrow" in str(told_of_tails(marginal, [WIDE], data))

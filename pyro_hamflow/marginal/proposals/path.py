@@ -22,10 +22,11 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.fitted import Anchor, is_positive
+from pyro_hamflow.marginal.fitted import Anchor, positive_of
 from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.path_bands import find_bands
+from pyro_hamflow.marginal.path_covariance import CovarianceParticle, has_covariance, map_at
 from pyro_hamflow.marginal.path_density import (
     Order,
     Parts,
@@ -44,10 +45,11 @@ from pyro_hamflow.marginal.path_programs import (
 )
 from pyro_hamflow.marginal.path_tails import tail_variance
 from pyro_hamflow.marginal.plan import Plan
-from pyro_hamflow.marginal.proposals.base import Draw, Proposal, stretched
+from pyro_hamflow.marginal.proposals.base import Draw, Particle, Proposal, stretched
 from pyro_hamflow.marginal.structure import LONG, Group
+from pyro_hamflow.marginal.whitening.affine import CovariancePrior
 from pyro_hamflow.model.supports import transform_of
-from pyro_hamflow.model.trace import is_latent, plate_shape, run_with
+from pyro_hamflow.model.trace import is_latent, plate_shape
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
 
@@ -130,19 +132,23 @@ class PathProposal(Proposal):
         coordinates: Tensor,
         parameters: dict[str, Tensor],
         source: Tensor | None,
-    ) -> PathParticle:
+    ) -> Particle:
         fit = self.fitted.get(group.name)
         if fit is None:
             raise RuntimeError("the proposal is not fitted yet: call `fit` with the model's data")
         path = PathCoordinates(group, plan.layouts[group.name], fit.bands.order)
-        found = gaussian_at(fit, self._parts(plan, group, fit, parameters), parameters)
+        parts = self._parts(plan, group, fit, parameters)
         noise, log_stretch = coordinates, torch.zeros_like(coordinates[..., 0])
         if not fit.is_exact:
             noise, log_stretch = stretched(coordinates)
-        log_noise = -0.5 * (coordinates.square() + math.log(2.0 * math.pi)).sum(-1)
-        density = log_noise - log_stretch + 0.5 * banded.log_det(found.root)
+        log_noise = -0.5 * (coordinates.square() + math.log(2.0 * math.pi)).sum(-1) - log_stretch
         shape = plate_shape(group.frames, plan.structure.nesting)
-        return PathParticle(path, found.draw(noise), density.reshape(shape))
+        if fit.by_covariance:
+            sites_at = partial(map_at, fit, parts, parameters)
+            return CovarianceParticle(path, sites_at, noise, log_noise.reshape(shape))
+        found = gaussian_at(fit, parts, parameters)
+        density = log_noise + 0.5 * banded.log_det(found.root).reshape(shape)
+        return PathParticle(path, found.draw(noise), density)
 
     def _parts(
         self, plan: Plan, group: Group, fit: PathFit, parameters: dict[str, Tensor]
@@ -159,7 +165,12 @@ class PathProposal(Proposal):
         for group in plan.structure.groups:
             fit = self.fitted[group.name]
             parts = self._parts(plan, group, fit, parameters)
-            found.append(tail_variance(fit, gaussian_at(fit, parts, parameters), parts))
+            if fit.by_covariance:
+                fn = plan.trace(parameters).nodes[group.sites[0]]["fn"]
+                prior = CovariancePrior(fn.loc, fn.scale_tril)
+                found.append(tail_variance(fit, map_at(fit, parts, parameters, prior), parts))
+            else:
+                found.append(tail_variance(fit, gaussian_at(fit, parts, parameters), parts))
         return max(found, default=0.0)
 
     def fit(self, plan: Plan, pilot: Mapping[str, Tensor]) -> Self:
@@ -228,7 +239,7 @@ class PathProposal(Proposal):
 
     def _fitted(self, plan: Plan, pilot: Mapping[str, Tensor], followed: tuple[str, ...]) -> Self:
         values = {name: value.detach() for name, value in pilot.items()}
-        anchor, positive, fitted = Anchor(values, followed), _positive(plan, values, followed), {}
+        anchor, positive, fitted = Anchor(values, followed), positive_of(plan, values, followed), {}
         for group in plan.structure.groups:
             name, layout = group.name, plan.layouts[group.name]
             natural = torch.arange(layout.dimension, device=layout.example.device)
@@ -265,7 +276,9 @@ class PathProposal(Proposal):
                 least = int(bands.likelihood > bands.prior or not torch.allclose(pull, other))
                 steps = max(steps, least)
             look_at = programs.look_at
-            fitted[name] = fit_path(parts_at, look_at, anchor, bands, start, steps, near, positive)
+            fit = fit_path(parts_at, look_at, anchor, bands, start, steps, near, positive)
+            by_covariance = has_covariance(fit, group, partial(plan.trace, values))
+            fitted[name] = replace(fit, by_covariance=by_covariance)
         return replace(self, fitted=fitted)
 
 
@@ -275,22 +288,7 @@ def _somewhere(
     """A path from the prior."""
     with random_state_kept():
         torch.manual_seed(seed)
-        trace = _run(plan, parameters)
+        trace = plan.trace(parameters)
     nodes = {name: trace.nodes[name] for name in path.group.sites}
     assert all(map(is_latent, nodes.values()))
     return path.collect({name: (node["fn"], node["value"]) for name, node in nodes.items()})
-
-
-def _positive(plan: Plan, parameters: dict[str, Tensor], names: tuple[str, ...]) -> list[str]:
-    """Which parameters are positive, so that their logarithms may be followed."""
-    if not names:
-        return []
-    with random_state_kept():
-        nodes = _run(plan, parameters).nodes
-    positive = (name for name in names if is_positive(name, nodes[name]["fn"]))
-    return [name for name in positive if bool((parameters[name] > 0.0).all())]
-
-
-def _run(plan: Plan, parameters: dict[str, Tensor]) -> poutine.Trace:
-    """A run of the model at values of the parameters."""
-    return run_with(plan.model, lambda msg: parameters.get(msg["name"]), *plan.args, **plan.kwargs)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_hamflow.marginal.path_modes import added, deviations_of
 from pyro_hamflow.programs import banded
+from pyro_hamflow.programs.large_factors import weighted_square
 
 
 class AffineMap(Protocol):
@@ -135,11 +136,10 @@ class CovariancePrior(NamedTuple):
 
     def _root(self, precision: Tensor) -> Tensor:
         """Of the precision of prior times sites, in the prior's own standard normal noise."""
-        if precision.shape[-1] == 1:
-            weighted = precision * self.root
-        else:
-            weighted = banded.dense(precision) @ self.root
         eye = torch.eye(len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        if precision.shape[-1] == 1:
+            return torch.linalg.cholesky(eye + weighted_square(self.root, precision))
+        weighted = banded.dense(precision) @ self.root
         return torch.linalg.cholesky(eye + self.root.mT @ weighted)
 
 
@@ -166,6 +166,14 @@ class CovarianceMap(NamedTuple):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.prior.loc + self.prior.root @ self.scores(z)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """What :meth:`forward` gives, by the name that paths are drawn by."""
+        return self.forward(noise)
+
+    def pulled(self, direction: Tensor) -> Tensor:
+        """The direction of the noise that moves the variables in one the furthest."""
+        return _solve(self.root, self.prior.root.mT @ direction)
 
     def inverse(self, x: Tensor) -> Tensor:
         v = _solve(self.prior.root, x - self.prior.loc)
