@@ -15,9 +15,11 @@ import torch
 
 from pyro_hamflow import marginalize
 from pyro_hamflow.marginal.path_covariance import map_at
+from pyro_hamflow.marginal.path_fit import gaussian_at
 from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.marginal.whitening.affine import CovariancePrior
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs import banded
 from tests.helpers.exact_draws import CHAINS
 
 Y = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
@@ -31,6 +33,12 @@ def walk(y):
     level, root = mean.expand(len(y)), scale * torch.ones(len(y), len(y)).tril()
     x = pyro.sample("x", dist.MultivariateNormal(level, scale_tril=root))
     pyro.sample("y", dist.Bernoulli(logits=SLOPE * x).to_event(1), obs=y)
+
+
+def masked_walk(y):
+    """The same by its precision: of a prior with a mask, the covariance is not taken."""
+    with pyro.poutine.mask(mask=True):
+        walk(y)
 
 
 def posterior_draws(num_chains):
@@ -48,15 +56,21 @@ def posterior_draws(num_chains):
 
 
 class ExtendedPath:
-    """The marginal model of the walk, and exact draws of its extended target."""
+    """The marginal model of the walk, and exact draws of its extended target.
+
+    Arguments:
+        num_particles: How many paths an estimate has.
+        by_covariance: Whether proposals are made by the covariance that the model gives.
+    """
 
     joint_step = 0.5
     joint_nuts_step = 0.4
 
-    def __init__(self, num_particles):
-        self.num_particles = num_particles
+    def __init__(self, num_particles, by_covariance=False):
+        self.num_particles, self.by_covariance = num_particles, by_covariance
+        model = walk if by_covariance else masked_walk
         self.model = marginalize(
-            walk, ["x"], num_particles=num_particles, proposal=PathProposal(steps=1)
+            model, ["x"], num_particles=num_particles, proposal=PathProposal(steps=1)
         )
         pilot = {"mean": torch.tensor(0.3), "scale": torch.tensor(0.8)}
         self.model.fit(Y, pilot=pilot)
@@ -71,13 +85,19 @@ class ExtendedPath:
         """The noise that leads to a path."""
         (fit,) = self.model.proposal.fitted.values()
         (programs,) = self.model.plan(Y).structure.programs.values()
-        assert fit.by_covariance and not fit.is_exact
+        assert torch.equal(fit.bands.order.places, torch.arange(len(Y))) and not fit.is_exact
+        assert fit.by_covariance == self.by_covariance
 
         def inverse(position, path):
             parameters = {"mean": position[0], "scale": position[1].exp()}
-            root = parameters["scale"] * torch.ones(len(Y), len(Y)).tril()
-            prior = CovariancePrior(parameters["mean"].expand(len(Y)), root)
-            return map_at(fit, programs.parts_at(parameters), parameters, prior).inverse(path)
+            parts = programs.parts_at(parameters)
+            if self.by_covariance:
+                root = parameters["scale"] * torch.ones(len(Y), len(Y)).tril()
+                prior = CovariancePrior(parameters["mean"].expand(len(Y)), root)
+                return map_at(fit, parts, parameters, prior).inverse(path)
+            found = gaussian_at(fit, parts, parameters)
+            along = banded.multiply_root(found.root, path - found.place, transposed=True)
+            return along - found.forward
 
         stretched = torch.func.vmap(inverse)(position, path)
         noise = stretched
@@ -95,10 +115,10 @@ class ExtendedPath:
 
 
 @cache
-def path_target(num_particles):
+def path_target(num_particles, by_covariance=False):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(1)
-    target = ExtendedPath(num_particles)
+    target = ExtendedPath(num_particles, by_covariance)
     torch.set_default_dtype(before)
     return target

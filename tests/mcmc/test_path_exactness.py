@@ -9,6 +9,7 @@ import torch
 
 from pyro_hamflow import StretchRefresh
 from pyro_hamflow.marginal.proposals.path import PathParticle
+from pyro_hamflow.marginal.whitening.affine import CovarianceMap
 from pyro_hamflow.mcmc.transitions import noise_refresh as refresh_module
 from pyro_hamflow.mcmc.transitions.hmc import HMCTransition
 from pyro_hamflow.mcmc.transitions.multiple_proposal import MultipleProposalTransition
@@ -42,6 +43,12 @@ MOVES = [splitting, splitting_nuts, stretches]
 def test_paths_keep_their_target(make):
     """Where parameters and noise move together, and where stretches of the noise are renewed."""
     check(path_target(2), make(path_target(2)))
+
+
+@pytest.mark.parametrize("make", long_but([splitting], MOVES))
+def test_paths_of_a_known_covariance_keep_their_target(make):
+    target = path_target(2, by_covariance=True)
+    check(target, make(target))
 
 
 @pytest.mark.slow
@@ -92,6 +99,21 @@ def favour_far_paths(monkeypatch):
         "mix",
         lambda p, ratios: (mix(p, ratios)[0] + 0.05 * p.path.square().mean(-1), None),
     )
+
+
+def test_spoilt_paths_of_a_known_covariance_are_found_out(monkeypatch):
+    honest = path_target(2, by_covariance=True).draws()
+    monkeypatch.setattr(
+        CovarianceMap, "log_volume", lambda found: -0.5 * found.root.diagonal().log().sum()
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(2)
+    target = ExtendedPath(2, by_covariance=True)
+    torch.set_default_dtype(before)
+    target.draws = lambda: honest
+    with pytest.raises(AssertionError, match="standard errors"):
+        check(target, splitting(target))
 
 
 def accept_every_stretch(monkeypatch):

@@ -58,9 +58,8 @@ _MOST_STEPS = 2  # a third changes next to nothing: Newton's method is there
 FOLLOWING = {"prior": 0, "linear": 1, "newton": 2}
 _SEARCHES = 4  # for other modes
 # Where whitening may draw faster. By effective draws per second of sampling, marginalised and
-# whitened: random walks of 60 to 80 counts 92 and 830, 290 and 370; a process at 40 places 84 and
-# 189; 500 and 2,000 returns 511 and 354, 148 and 60. Without bands, a gradient of a process at 100
-# places took 14 ms and .6 ms.
+# whitened: random walks of 60 to 80 counts 92 and 830, 290 and 370; a process at 40 places 820 and
+# 1,790, at 100 260 and 365; 500 and 2,000 returns 511 and 354, 148 and 60.
 _SHORT = 100
 _LONG_FOR_NOISE = 30  # numbers, from which on it is said
 _LARGEST_VARIANCE = 4.0  # somewhat above the one for which particles are taken
