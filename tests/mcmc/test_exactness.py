@@ -383,7 +383,7 @@ SPOILT_LINES = {
     "accept always": ("uniform(random, 0) < rate", "true"),
     "forget kinetic energy": ("(after - before)", "0.0"),
     "take every doubling": ("uniform(random, 2) * weight < candidate_weight", "true"),
-    "take the first": ("uniform(random, 1) * candidate_weight < own", "own == candidate_weight"),
+    "take the first": ("chance * candidate_weight < own", "own == candidate_weight"),
     "keep subtrees that turn": ("(mark ? broken : back) = turned(mark,", "back = turned(0,"),
 }
 # The same of chains side by side.

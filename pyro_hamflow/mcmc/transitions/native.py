@@ -22,7 +22,7 @@ from pyro_hamflow.surrogates.targets import SurrogateDensity
 
 _SEEDS = 2**62  # of which one is drawn
 _CALL = 0.1  # seconds that a call should last, so that progress is seen and keys are heard
-_GROWTH = 4  # by which calls become longer at most, from one to the next
+_GROWTH = 64  # by which calls become longer at most, from one to the next
 _WORTH_THREADS = 1e-3  # seconds, for which it is worth to start threads
 
 

@@ -1,33 +1,60 @@
 // Random numbers, and what one call is to do.
 #include <cstddef>
 
+// Words of 64 bits, several together, of which the lower 32 are used. Compilers take three
+// instructions for a product of such words where one does.
+#if defined(__AVX512F__) && __has_builtin(__builtin_ia32_pmuludq512_mask)
+typedef uint64_t Words __attribute__((vector_size(64)));
+typedef int Halves __attribute__((vector_size(64)));
+static inline Words product(Words words, uint32_t factor) {
+  typedef long long Left __attribute__((vector_size(64)));
+  const Words factors = Words{} + factor;
+  return Words(__builtin_ia32_pmuludq512_mask(Halves(words), Halves(factors), Left{}, -1));
+}
+#elif defined(__AVX2__) && __has_builtin(__builtin_ia32_pmuludq256)
+typedef uint64_t Words __attribute__((vector_size(32)));
+typedef int Halves __attribute__((vector_size(32)));
+static inline Words product(Words words, uint32_t factor) {
+  return Words(__builtin_ia32_pmuludq256(Halves(words), Halves(Words{} + factor)));
+}
+#else
+using Words = uint64_t;
+static inline Words product(Words word, uint32_t factor) { return uint64_t(uint32_t(word)) * factor; }
+#endif
+
 // Counter-based random numbers: Salmon et al. (2011), Philox4x32 with ten rounds. A stream is a
 // function of seed, chain and draw alone. Several places of it are filled at once, as vectors.
 struct Random {
-  static const int BLOCKS = 8, READY = 2 * BLOCKS, PAIRS = 16;
+  static const int BLOCKS = 16, READY = 2 * BLOCKS, TOGETHER = sizeof(Words) / 8;
   uint32_t key[2], place[4];
   uint64_t bits[READY];
-  int left = 0;
+  unsigned left = 0;
   const double* tape = nullptr;  // numbers to take in place of random ones
 
-  Random(uint64_t seed, uint64_t chain, uint64_t draw) {
+  Random(uint64_t seed, uint64_t chain, uint64_t draw) { begin(seed, chain, draw); }
+  void begin(uint64_t seed, uint64_t chain, uint64_t draw) {
     key[0] = uint32_t(seed), key[1] = uint32_t(seed >> 32);
     place[0] = 0, place[1] = uint32_t(chain);
-    place[2] = uint32_t(draw), place[3] = uint32_t(draw >> 32);
+    place[2] = uint32_t(draw), place[3] = uint32_t(draw >> 32), left = 0;
   }
   __attribute__((noinline)) void fill() {
+    const uint64_t numbers[] = {0, 1, 2, 3, 4, 5, 6, 7}, lower = 0xFFFFFFFFu;
 #pragma omp simd
-    for (int i = 0; i < BLOCKS; i++) {
-      uint32_t c0 = place[0] + i, c1 = place[1], c2 = place[2], c3 = place[3];
+    for (int i = 0; i < BLOCKS; i += TOGETHER) {
+      Words c0, c1 = Words{} + place[1], c2 = Words{} + place[2], c3 = Words{} + place[3];
+      std::memcpy(&c0, numbers, sizeof c0);
+      c0 += place[0] + i;
       uint32_t k0 = key[0], k1 = key[1];
 #pragma GCC unroll 10
       for (int round = 0; round < 10; round++) {
-        const uint64_t first = uint64_t(0xD2511F53u) * c0, second = uint64_t(0xCD9E8D57u) * c2;
-        c0 = uint32_t(second >> 32) ^ c1 ^ k0, c1 = uint32_t(second);
-        c2 = uint32_t(first >> 32) ^ c3 ^ k1, c3 = uint32_t(first);
+        const Words first = product(c0, 0xD2511F53u), second = product(c2, 0xCD9E8D57u);
+        c0 = second >> 32 ^ c1 ^ k0, c1 = second;
+        c2 = first >> 32 ^ c3 ^ k1, c3 = first;
         k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
       }
-      bits[i] = uint64_t(c1) << 32 | c0, bits[BLOCKS + i] = uint64_t(c3) << 32 | c2;
+      const Words even = c1 << 32 | (c0 & lower), odd = c3 << 32 | (c2 & lower);
+      std::memcpy(bits + i, &even, sizeof even);
+      std::memcpy(bits + BLOCKS + i, &odd, sizeof odd);
     }
     place[0] += BLOCKS, left = READY;
   }
@@ -41,26 +68,28 @@ struct Random {
   double uniform() {
     if (tape) return *tape++;
     if (!left) fill();
-    const int number = READY - left--;
+    const unsigned number = READY - left--;
     return between(bits[number % 2 * BLOCKS + number / 2]);
   }
+  // Pairs of them, each from the two numbers of a block: Box and Muller (1958). They begin with
+  // blocks of which nothing has been used.
   void normals(Real* out, long n) {
     for (long i = 0; tape && i < n; i++) out[i] = Real(*tape++);
-    for (long i = 0; !tape && i < n; i += 2 * PAIRS) {
-      const long pairs = std::min(long(PAIRS), (n - i + 1) / 2);
-      double radius[PAIRS] = {}, angle[PAIRS] = {}, along[PAIRS], across[PAIRS], made[2 * PAIRS];
-      for (long k = 0; k < pairs; k++) radius[k] = uniform(), angle[k] = 2.0 * M_PI * uniform();
-      const long whole = (pairs + 3) / 4 * 4;  // vectors
-      for (long k = pairs; k < whole; k++) radius[k] = 1.0;
+    for (long i = 0; !tape && i < n; i += READY) {
+      fill();
+      const long count = std::min(long(READY), n - i), pairs = (count + 1) / 2;
+      double radius[BLOCKS], angle[BLOCKS], made[READY];
+      const long whole = (pairs + 7) / 8 * 8;  // vectors
 #pragma omp simd
-      for (long k = 0; k < whole; k++) radius[k] = std::sqrt(-2.0 * std::log(radius[k]));
+      for (long k = 0; k < whole; k++) radius[k] = std::sqrt(-2.0 * std::log(between(bits[k])));
 #pragma omp simd
-      for (long k = 0; k < whole; k++) along[k] = std::cos(angle[k]);
+      for (long k = 0; k < whole; k++) angle[k] = 2.0 * M_PI * between(bits[BLOCKS + k]);
 #pragma omp simd
-      for (long k = 0; k < whole; k++) across[k] = std::sin(angle[k]);
-      for (long k = 0; k < pairs; k++)
-        made[2 * k] = radius[k] * along[k], made[2 * k + 1] = radius[k] * across[k];
-      for (long k = 0; k < std::min(2 * pairs, n - i); k++) out[i + k] = Real(made[k]);
+      for (long k = 0; k < whole; k++) made[2 * k] = radius[k] * std::cos(angle[k]);
+#pragma omp simd
+      for (long k = 0; k < whole; k++) made[2 * k + 1] = radius[k] * std::sin(angle[k]);
+      for (long k = 0; k < count; k++) out[i + k] = Real(made[k]);
+      left = READY - 2 * pairs;
     }
   }
 };

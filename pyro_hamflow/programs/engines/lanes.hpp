@@ -14,6 +14,22 @@ static constexpr long whole(long count) { return (count + LANES - 1) / LANES * L
 static inline Lanes& lanes(Real* at) { return *reinterpret_cast<Lanes*>(at); }
 static inline const Lanes& lanes(const Real* at) { return *reinterpret_cast<const Lanes*>(at); }
 
+// A sum and a product, in one instruction where the processor has one.
+template <class V>
+static inline __attribute__((always_inline)) V plus_product(V sum, V one, V other) {
+#ifdef FP_FAST_FMA
+  const long count = sizeof(V) / sizeof(sum[0]);
+  std::decay_t<decltype(sum[0])> added[count], left[count], right[count];
+  std::memcpy(added, &sum, sizeof sum), std::memcpy(left, &one, sizeof one);
+  std::memcpy(right, &other, sizeof other);
+#pragma omp simd
+  for (long k = 0; k < count; k++) added[k] = std::fma(left[k], right[k], added[k]);
+  std::memcpy(&sum, added, sizeof sum);
+  return sum;
+#else
+  return sum + one * other;
+#endif
+}
 // The sum of a vector: halves are added until one number is left.
 template <long COUNT, class T>
 static inline __attribute__((always_inline)) auto total(T vector) {

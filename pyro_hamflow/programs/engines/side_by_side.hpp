@@ -40,7 +40,7 @@ struct SideBySide {
   Place now = {}, here = {}, other = {}, taken = {};
   Tree trees[WIDTH];
   // Momenta in rows, one for each chain, or one for each of its marks: see `turned`.
-  Real *starts, *previous, *sums, *momenta, *latest, *last, *sum, *farthest;
+  Real *starts, *previous, *sums, *momenta, *latest, *last, *sum;
   Numbers value = {}, step = {}, time = {}, value_taken = {};
   // Weights of points are multiples of exp(level), which moves up where they would become too large.
   Wide level = {}, weight = {}, candidate = {}, rates = {}, energy_before = {};
@@ -51,13 +51,12 @@ struct SideBySide {
 
   explicit SideBySide(const Call& call) : call(call) {
     gradient_program::prepare(call.data, data);
-    const long rows = 3 * call.slots + 5, size = rows * ROW * WIDTH;
+    const long rows = 3 * call.slots + 4, size = rows * ROW * WIDTH;
     memory = static_cast<Real*>(aligned_alloc(64, (size * sizeof(Real) + 63) / 64 * 64));
     std::fill_n(memory, size, Real(0));
     Real* free = memory;
     for (Real** part : {&starts, &previous, &sums}) *part = free, free += call.slots * ROW * WIDTH;
-    for (Real** part : {&momenta, &latest, &last, &sum, &farthest})
-      *part = free, free += ROW * WIDTH;
+    for (Real** part : {&momenta, &latest, &last, &sum}) *part = free, free += ROW * WIDTH;
   }
   ~SideBySide() { ::free(memory); }
 
@@ -124,19 +123,24 @@ struct SideBySide {
 #pragma GCC unroll 16
     for (long i = 0; i < d; i++)
 #pragma GCC unroll 16
-      for (long j = TRANSPOSED ? 0 : i; j < (TRANSPOSED ? i + 1 : d); j++)
-        sums[j] += call.root[TRANSPOSED ? i * d + j : j * d + i] * x[i];
-    std::copy_n(sums, d, out);
+      for (long j = TRANSPOSED ? 0 : i; j < (TRANSPOSED ? i + 1 : d); j++) {
+        const Real factor = call.root[TRANSPOSED ? i * d + j : j * d + i];
+        sums[j] = plus_product(sums[j], Numbers{factor, factor, factor, factor}, x[i]);
+      }
+#pragma GCC unroll 16
+    for (long i = 0; i < d; i++) out[i] = sums[i];
   }
   void kick(Place& p) const {
-    for (long i = 0; i < d; i++) p.r[i] -= Real(0.5) * time * p.s[i];
+    const Numbers half = Real(-0.5) * time;
+    for (long i = 0; i < d; i++) p.r[i] = plus_product(p.r[i], half, p.s[i]);
   }
-  // A leapfrog step; returns the potential.
-  __attribute__((noinline)) Numbers leap(Place& p) const {
+  // A leapfrog step; returns the potential, and what momenta were in `former`.
+  __attribute__((noinline)) Numbers leap(Place& p, Numbers* former) const {
     Numbers found, slope[d], way[d];
+    for (long i = 0; i < d; i++) former[i] = p.r[i];
     kick(p);
     root_times<false>(p.r, way);
-    for (long i = 0; i < d; i++) p.z[i] += time * way[i];
+    for (long i = 0; i < d; i++) p.z[i] = plus_product(p.z[i], time, way[i]);
     gradient_program::call(data, p.z, &found, slope);
     root_times<true>(slope, p.s);
     kick(p);
@@ -144,7 +148,7 @@ struct SideBySide {
   }
   static Wide half_squares(const Numbers* r) {
     Wide sums[2] = {};
-    for (long i = 0; i < d; i++) sums[i % 2] += wide(r[i]) * wide(r[i]);
+    for (long i = 0; i < d; i++) sums[i % 2] = plus_product(sums[i % 2], wide(r[i]), wide(r[i]));
     return 0.5 * (sums[0] + sums[1]);
   }
 
@@ -181,7 +185,7 @@ struct SideBySide {
   void launch(long k, long draw) {
     Tree& tree = trees[k];
     const long chain = first + k;
-    tree.random = Random(call.seed, uint64_t(chain), call.first_draw + uint64_t(draw));
+    tree.random.begin(call.seed, uint64_t(chain), call.first_draw + uint64_t(draw));
     tree.uniforms = call.uniforms ? call.uniforms + 3 * call.points * chain : nullptr;
     tree.draw = draw, tree.number = 1, tree.active = tree.forwards = true;
     Real* own = momenta + k * ROW;
@@ -205,8 +209,8 @@ struct SideBySide {
       std::copy_n(now.z, d, here.z), std::copy_n(now.s, d, here.s);
       from_rows(momenta, here.r);
       const Wide before = half_squares(here.r);
-      Numbers found = value;
-      for (long i = 0; i < call.num_steps[draw]; i++) found = leap(here);
+      Numbers found = value, former[d];
+      for (long i = 0; i < call.num_steps[draw]; i++) found = leap(here, former);
       const Wide after = half_squares(here.r);
       Wide error = (wide(found) - wide(value)) + (after - before);
       take(error != error, error, Wide{} + INFINITY);
@@ -232,8 +236,7 @@ struct SideBySide {
       double_trees();
       std::swap(last, latest);
       Numbers former[d];
-      std::copy_n(here.r, d, former);
-      const Numbers found = leap(here);
+      const Numbers found = leap(here, former);
       as_rows(here.r, latest);
       const Wide error = weigh(found);
       const Which pairs = pairs_turn(former, here.r);
@@ -247,7 +250,7 @@ struct SideBySide {
         call.accepted[(first + k) * call.draws + tree.draw] = error_kept[k] != 0.0;
         keep(k, rates[k] / tree.number, error_kept[k], energy_kept[k], tree.number);
         if (tree.draw + 1 < call.draws) launch(k, tree.draw + 1);
-        else tree.active = false, step[k] = time[k] = Real(0), num_active--;
+        else tree.active = false, tree.uniforms = nullptr, step[k] = time[k] = Real(0), num_active--;
       }
       ends = Flags();
     }
@@ -265,28 +268,33 @@ struct SideBySide {
     for (Wide* sum : {&level, &rates, &error_kept}) take(begun, *sum, Wide{});
     for (long k = 0; k < count; k++) {
       if (!begins.has(k)) continue;
-      for (Real* row : {latest, farthest, sum}) copy_numbers(row + k * ROW, momenta + k * ROW, ROW);
-      std::fill_n(sums + k * call.slots * ROW, ROW, Real(0));
+      const long mark = k * call.slots * ROW;
+      for (Real* row : {latest + k * ROW, sum + k * ROW, starts + mark})
+        copy_numbers(row, momenta + k * ROW, ROW);
+      std::fill_n(sums + mark, ROW, Real(0));
     }
     begins = Flags();
   }
   // Trees that are complete grow to one side by as many points as they have: `here` is the end that
-  // they grow at, or is exchanged for the other one.
+  // they grow at, or is exchanged for the other one, where the first mark is. The first point that
+  // they grow by is taken whatever its weight is.
   void double_trees() {
     Flags doubles, turns;
     for (long k = 0; k < count; k++) {
       Tree& tree = trees[k];
-      chances[k] = 0.0;
-      if (!tree.active) continue;
-      if ((tree.number & (tree.number - 1)) == 0) {
-        const bool forwards = tree.uniform(0) < 0.5;
-        Real *own = latest + k * ROW, *opposite = farthest + k * ROW;
-        if (forwards != tree.forwards) std::swap_ranges(own, own + ROW, opposite);
-        copy_numbers(starts + k * call.slots * ROW, opposite, ROW);
-        doubles.set(k, true), turns.set(k, forwards != tree.forwards);
-        tree.forwards = forwards;
+      const bool complete = (tree.number & (tree.number - 1)) == 0;
+      const double number = tree.uniform(!complete);
+      const bool forwards = complete ? number < 0.5 : tree.forwards;
+      const bool turned = forwards != tree.forwards;
+      chances[k] = complete ? 0.0 : number;
+      const decltype(Lanes{} < Lanes{}) which = decltype(which){} - turned;
+      Real *own = latest + k * ROW, *opposite = starts + k * call.slots * ROW;
+      for (long i = 0; i < ROW; i += LANES) {
+        const Lanes one = lanes(own + i), other = lanes(opposite + i);
+        lanes(own + i) = which ? other : one, lanes(opposite + i) = which ? one : other;
       }
-      chances[k] = tree.uniform(1);
+      doubles.set(k, complete), turns.set(k, turned);
+      tree.forwards = forwards;
     }
     take(doubles.all(), candidate, Wide{});
     if (!turns.any()) return;
@@ -300,13 +308,12 @@ struct SideBySide {
     Wide error = energy - energy_before;
     take(error != error, error, Wide{} + INFINITY);
     const WideWhich gains = -error > level + MOST_GAINED;
-    if (any(gains)) {
+    Wide own;
+    if (any(gains || level != 0.0)) {
       const Wide factor = exp(gains ? level + error : Wide{});
       weight *= factor, candidate *= factor, take(gains, level, -error);
-    }
-    const Wide own = exp(-error - level);
-    if (any(level != 0.0)) rates += exp(error > 0.0 ? -error : Wide{});
-    else rates += own < 1.0 ? own : Wide{} + 1.0;
+      own = exp(-error - level), rates += exp(error > 0.0 ? -error : Wide{});
+    } else own = exp(-error), rates += own < 1.0 ? own : Wide{} + 1.0;
     candidate += own;
     const WideWhich takes = together<Wide>(chances) * candidate < own;
     const Which which = narrow(takes);
@@ -319,7 +326,8 @@ struct SideBySide {
     Numbers products[2] = {};
     for (long i = 0; i < d; i++) {
       const Numbers both = one[i] + other[i];
-      products[0] += one[i] * both, products[1] += other[i] * both;
+      products[0] = plus_product(products[0], one[i], both);
+      products[1] = plus_product(products[1], other[i], both);
     }
     return products[0] <= 0 || products[1] <= 0;
   }

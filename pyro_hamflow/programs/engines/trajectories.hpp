@@ -199,7 +199,8 @@ struct Walker {
     double error_taken = 0.0, energy_taken = 0.0, kept_error = 0.0, kept_energy = first.parameters;
     bool forwards = true;
     for (long number = 1;; number++) {
-      if ((number & (number - 1)) == 0) {
+      const bool doubles = (number & (number - 1)) == 0;
+      if (doubles) {
         forwards = uniform(random, 0) < 0.5;
         copy(here, ends[forwards]);
         note(starts, ends[!forwards].r);
@@ -218,7 +219,8 @@ struct Walker {
       const double own = std::exp(-error - level);
       rate_sum += level == 0.0 ? std::min(own, 1.0) : std::exp(-std::max(error, 0.0));
       candidate_weight += own;
-      const bool takes = uniform(random, 1) * candidate_weight < own;
+      const double chance = doubles ? 0.0 : uniform(random, 1);  // the first point is taken
+      const bool takes = chance * candidate_weight < own;
       take(takes, taken, here.z), take(takes, taken_gradient, there);
       taken_value = takes ? found : taken_value, error_taken = takes ? error : error_taken;
       energy_taken = takes ? reached.parameters : energy_taken;

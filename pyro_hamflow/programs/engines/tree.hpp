@@ -19,9 +19,10 @@ static inline __attribute__((always_inline)) bool turned(
     const Lanes begun = lanes(low + i), met = lanes(high + i), now = lanes(sum + i);
     const Lanes first = lanes(middle + i), before = lanes(last + i);
     const Lanes left = met - begun + first, right = now - met + before;
-    products[0] += lanes(start + i) * (now - begun), products[1] += lanes(end + i) * (now - begun);
-    products[2] += lanes(start + i) * left, products[3] += first * left;
-    products[4] += before * right, products[5] += lanes(end + i) * right;
+    const Lanes all = now - begun, one = lanes(start + i), other = lanes(end + i);
+    const Lanes pairs[6][2] = {{one, all},    {other, all},    {one, left},
+                               {first, left}, {before, right}, {other, right}};
+    for (long k = 0; k < 6; k++) products[k] = plus_product(products[k], pairs[k][0], pairs[k][1]);
   }
   bool found = false;
   for (const Lanes& product : products) found |= total<LANES>(product) <= 0;
