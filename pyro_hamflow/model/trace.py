@@ -67,13 +67,15 @@ def is_computed(site: Node) -> bool:
 
 
 def refuse_subsampling(trace: poutine.Trace) -> None:
-    """Raises a ValueError if the model sees a random part of its data only."""
+    """Raises a ValueError if the model sees a part of its data only, drawn or given."""
     for name, site in trace.nodes.items():
+        parts = [(f.name, f.full_size, f.size) for f in site.get("cond_indep_stack", ())]
         if isinstance(site.get("fn"), _Subsample):
-            size, part = site["fn"].size, site["fn"].subsample_size
-            if part is not None and part < size:
+            parts.append((name, site["fn"].size, site["fn"].subsample_size))
+        for plate, size, part in parts:
+            if size is not None and part is not None and part < size:
                 raise ValueError(
-                    f"plate '{name}' is subsampled ({part} of {size} elements): expected all of "
+                    f"plate '{plate}' is subsampled ({part} of {size} elements): expected all of "
                     "its elements, since a density of part of the data is not the posterior's"
                 )
 

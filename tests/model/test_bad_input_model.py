@@ -95,6 +95,14 @@ def subsampled(y):
         pyro.sample("y", dist.Normal(x, 1.0), obs=y[index])
 
 
+def subsample_given(y):
+    """The plate's scale counts each of the two data twice."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("subject", 4, subsample=torch.tensor([0, 2])) as index:
+        x = pyro.sample("x", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y[index])
+
+
 def local_count(y):
     with pyro.plate("subject", 4):
         n = pyro.sample("n", dist.Poisson(2.0))
@@ -165,6 +173,7 @@ SITES = {
     "no plate": (no_plate, ["x"], "the plate of local site 'x' cannot be told: .* 4 elements"),
     "sequential plate": (sequential, ["x_1"], "site 'x_1' lies in a sequential plate"),
     "subsampled plate": (subsampled, ["x"], r"plate 'subject' is subsampled \(2 of 4 elements\)"),
+    "subsample given": (subsample_given, ["x"], r"plate 'subject' is subsampled \(2 of 4 elem"),
     "count": (local_count, ["n"], "local site 'n' is discrete: expected a continuous site"),
     "label": (local_label, ["kind"], "local site 'kind' is discrete and enumerable"),
     "label inside": (inner_label, ["x"], "discrete site 'kind' lies in plate 'visit', inside the"),
@@ -354,6 +363,7 @@ POTENTIALS = {
         r"data of observed site 'y' have shape \(3,\): expected \(4,\), that of its distribution",
     ),
     "subsampled": (subsampled, Y, r"plate 'subject' is subsampled \(2 of 4 elements\)"),
+    "subsample given": (subsample_given, Y, r"plate 'subject' is subsampled \(2 of 4 elements\)"),
     "count": (count_parameter, Y, "latent site 'n' is a Poisson, discrete without finite support"),
     "no support": (no_support, Y, "distribution of site 'a', Shaped, has no support: expected"),
     "no map": (
