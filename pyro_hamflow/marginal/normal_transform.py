@@ -2,9 +2,9 @@ r"""Distributions written as smooth transforms of standard normal noise.
 
 A likelihood estimate is a smooth function of parameters and noise only if its particles are:
 :math:`x = g_\theta(u)` with :math:`u \sim N(0, I)`. Location-scale families and transformed normals
-are such maps already; Student's t, beta and Dirichlet variables become so through gamma variables;
-any other univariate distribution through the inverse of its distribution function :math:`F_\theta`,
-whose derivative follows from the implicit function theorem,
+are such maps already; beta, Dirichlet and multivariate Student variables become so through gamma
+variables; any other univariate distribution through the inverse of its distribution function
+:math:`F_\theta`, whose derivative follows from the implicit function theorem,
 :math:`\partial x / \partial\theta = -F_\theta'(x) / f_\theta(x)`, and needs no derivative of the
 search.
 """
@@ -24,6 +24,7 @@ from torch.distributions import constraints
 from torch.distributions.transforms import AbsTransform
 
 from pyro_hamflow.marginal.gamma_quantile import gamma_quantile
+from pyro_hamflow.marginal.student_quantile import student_quantile
 
 _BISECTIONS = 24  # of 330: what is left, 2e-5, each step of Newton squares
 _NEWTON_STEPS = 4  # two from there to rounding, two in reserve
@@ -82,9 +83,7 @@ def normal_transform(fn: TorchDistribution) -> NormalTransform:
     if isinstance(fn, torch_dist.Laplace):
         return NormalTransform(scalar, lambda u: fn.loc + fn.scale * _laplace_quantile(u))
     if isinstance(fn, torch_dist.StudentT):
-        return NormalTransform(
-            torch.Size([2]), lambda u: fn.loc + fn.scale * u[..., 0] * _t_scale(fn.df, u[..., 1])
-        )
+        return NormalTransform(scalar, lambda u: fn.loc + fn.scale * student_quantile(fn.df, u))
     if isinstance(fn, dist.MultivariateStudentT):
         return NormalTransform(
             torch.Size([fn.event_shape[0] + 1]),

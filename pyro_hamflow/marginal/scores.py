@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pyro_hamflow.marginal.gamma_quantile import gamma_score
 from pyro_hamflow.marginal.normal_transform import NormalTransform, folded, has, normal_transform
-from pyro_hamflow.marginal.tail_score import log_tail, score_of_tails
+from pyro_hamflow.marginal.student_quantile import log_density, log_tails
+from pyro_hamflow.marginal.tail_score import log_normal_density, log_tail, score_of_tails
 
 Score = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -36,7 +37,7 @@ class Reference(NamedTuple):
     """Where a coordinate is held.
 
     Attributes:
-        value: A value of the site, of its batch and event shape.
+        value: A value of the site, of its batch and event shape; of Student's t in its own units.
         score: Its normal score under the prior of the fit.
         log_slope: The logarithm of the score's slope there.
     """
@@ -79,7 +80,7 @@ def score_form(fn: TorchDistribution, example: Tensor, near: Reference | None) -
     transform = normal_transform(fn)
     shape = fn.batch_shape + transform.noise_shape
     loc, scale = example.new_zeros(shape), example.new_ones(shape)
-    known = _score(fn)
+    known = _held(fn)
     if near is not None and known is not None:
         score, log_slope = known(near.value)
         scale = (near.log_slope - log_slope).clamp(-_FURTHEST, _FURTHEST).exp()
@@ -90,8 +91,30 @@ def score_form(fn: TorchDistribution, example: Tensor, near: Reference | None) -
 
 def reference(fn: TorchDistribution, value: Tensor) -> Reference | None:
     """Holds the coordinate of a prior at a value; none where it cannot be held."""
-    score = _score(fn)
+    base = fn.base_dist if isinstance(fn, torch_dist.Independent) else fn
+    if isinstance(base, torch_dist.StudentT):
+        value = ((value - base.loc) / base.scale).detach()
+    score = _held(fn)
     return score and Reference(value, *(part.detach() for part in score(value)))
+
+
+def _held(fn: TorchDistribution) -> Score | None:
+    """The score at the values that a reference has.
+
+    Student's t is held in units of its own, against changes of its degrees of freedom alone: held
+    where the likelihood is, its coordinate would be bent between there and the centre of a prior
+    that has become narrow, far out in whose tail that is.
+    """
+    if isinstance(fn, torch_dist.Independent):
+        return _held(fn.base_dist)
+    if not isinstance(fn, torch_dist.StudentT):
+        return _score(fn)
+
+    def score(t: Tensor) -> tuple[Tensor, Tensor]:
+        z = score_of_tails(*log_tails(fn.df, t)).to(t.dtype)
+        return z, log_density(fn.df, t) - log_normal_density(z)
+
+    return score
 
 
 def _score(fn: TorchDistribution) -> Score | None:

@@ -231,7 +231,7 @@ def test_noise_of_a_batch_has_batch_then_noise_shape(batch):
     shape, draw = normal_transform(fn)
     assert shape == (2,)
     assert draw(torch.randn(*batch, *shape)).shape == (*batch, 2)
-    fn = dist.StudentT(torch.full(batch, 3.0), 0.0, 1.0)
+    fn = dist.Beta(torch.full(batch, 3.0), torch.full(batch, 2.0))
     shape, draw = normal_transform(fn)
     assert draw(torch.randn(*batch, *shape)).shape == batch
 
