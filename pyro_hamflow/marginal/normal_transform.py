@@ -27,6 +27,7 @@ from pyro_hamflow.marginal.gamma_quantile import gamma_quantile
 from pyro_hamflow.marginal.student_quantile import student_quantile
 
 _BISECTIONS = 24  # of 330: what is left, 2e-5, each step of Newton squares
+_MARGIN = 10.0  # between logarithms of the smallest numbers and of those that are taken for right
 _NEWTON_STEPS = 4  # two from there to rounding, two in reserve
 
 
@@ -195,8 +196,14 @@ def _t_scale(df: Tensor, u: Tensor) -> Tensor:
 
 
 def _dirichlet_draw(concentration: Tensor, u: Tensor) -> Tensor:
+    """Gamma variables by their sum, by logarithms: of small shapes they are below all numbers."""
     gamma = gamma_quantile(concentration, u)
-    return gamma / gamma.sum(-1, keepdim=True)
+    lowest = math.log(torch.finfo(gamma.dtype).tiny)
+    log_level = torch.log(_normal_tail(-u.clamp(max=0.0)))  # above the median none is so low
+    power = (log_level + (concentration + 1).lgamma()) / concentration  # their lower tail
+    is_low = power < lowest + _MARGIN
+    log_gamma = torch.where(is_low, power, torch.where(is_low, 1.0, gamma).log())
+    return log_gamma.log_softmax(-1).clamp(min=lowest).exp()
 
 
 def _inverse_cdf_draw(fn: TorchDistribution, u: Tensor) -> Tensor:

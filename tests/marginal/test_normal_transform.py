@@ -165,6 +165,22 @@ def test_components_of_a_dirichlet_are_correlated_as_they_should():
     assert abs(product.mean() - expected) < 4 * product.std() / 200
 
 
+@pytest.mark.parametrize("dtype, small", [(torch.float64, 1e-3), (torch.float32, 2e-2)])
+def test_shares_of_tiny_concentrations_are_all_or_nothing(dtype, small):
+    """Their gamma variables are below all numbers; equal for that, they made equal shares."""
+    few = torch.full((3,), small, dtype=dtype)
+    for fn in (dist.Beta(few[0], few[0]), dist.Dirichlet(few)):
+        shape, draw = normal_transform(fn)
+        u = torch.randn(20000, *shape, dtype=dtype, requires_grad=True)
+        x = draw(u)
+        (slope,) = torch.autograd.grad(x.sum(), u)
+        assert bool(slope.isfinite().all()) and bool((x > 0).all())
+        between = ((x > 0.1) & (x < 0.9)).double().mean().item()
+        first = x if x.dim() == 1 else x[:, 0]
+        assert between < 3.0 * small * math.log(9.0)
+        assert abs((first > 0.5).double().mean().item() - fn.mean.flatten()[0].item()) < 0.015
+
+
 def test_rows_of_a_multivariate_t_share_their_scale():
     build, values = COMPOSED["multivariate student t"]
     fn = build(torch.tensor(values))
