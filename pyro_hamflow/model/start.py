@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.model.data_faults import describe_impossible
+from pyro_hamflow.model.far_starts import come_down
 from pyro_hamflow.model.many_runs import many_runs
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import RADIUS, support_of
@@ -31,6 +32,9 @@ def find_start(
     covariance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws positions, uniformly around a centre, until every chain's potential is finite.
+
+    Those that no strategy gives, and that lie far out, come down from there:
+    :func:`~pyro_hamflow.model.far_starts.come_down`.
 
     Arguments:
         potential: The target.
@@ -64,10 +68,12 @@ def find_start(
 
     position, noise = draw(), potential.draw_noise(num_chains)
     for _ in range(_TRIES):
-        value, slope = potential.graph("gradient", num_chains)(position, noise)
+        gradient = potential.graph("gradient", num_chains)
+        value, slope = gradient(position, noise)
         good = value.isfinite() & slope.isfinite().all(-1)
         if good.all():
-            return position, noise
+            given = strategy is not None or not radius
+            return position if given else come_down(gradient, position, noise), noise
         position = torch.where(good[:, None], position, draw())
         noise = torch.where(good[:, None], noise, potential.draw_noise(num_chains))
     bad = int((~good).nonzero()[0])
