@@ -21,11 +21,11 @@ from torch.distributions import (
     IndependentTransform,
     Transform,
     TransformedDistribution,
-    biject_to,
     constraints,
 )
 from torch.nn.functional import logsigmoid, pad
 
+from pyro_hamflow.model.intervals import map_onto
 from pyro_hamflow.model.kinds import Node
 
 _WRAPPERS = (MaskedDistribution, ExpandedDistribution, Independent)
@@ -223,7 +223,7 @@ def transform_of(name: str, fn: TorchDistribution) -> Any:
     if innermost is constraints.simplex:
         return StickBreaking()
     try:
-        return biject_to(support)
+        return map_onto(support)
     except NotImplementedError as error:
         raise ValueError(
             f"the distribution of site '{name}', {type(fn).__name__}, has support {support}, to "
