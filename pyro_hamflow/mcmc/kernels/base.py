@@ -58,6 +58,7 @@ from pyro_hamflow.mcmc.adaptation.window import Findings
 from pyro_hamflow.mcmc.draws import Draws, Record
 from pyro_hamflow.mcmc.kernels.pyro_face import PyroFace
 from pyro_hamflow.mcmc.transitions.base import Info, State, padded
+from pyro_hamflow.model.blind_gradients import warn_of_blind_gradient
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.transported import Transport, TransportedTarget
@@ -216,6 +217,8 @@ class Kernel(PyroFace):
                 self.choices, self.hamiltonian, self.source, self.plan, self._engine
             )
         position, noise = self.start(num_chains, initial_params)
+        if self._hamiltonian is not None and self._hamiltonian.trajectories.kind == "gradient":
+            warn_of_blind_gradient(self.potential, position, noise)
         self._phase, state = self.first_phase(position, noise)
         if estimator is not None:
             estimator.tell_of_pilot()
