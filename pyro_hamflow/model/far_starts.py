@@ -32,6 +32,8 @@ def come_down(gradient: Program, position: Tensor, noise: Tensor) -> Tensor:
     Returns:
         Positions of the same shape.
     """
+    if not position.shape[1]:
+        return position  # of a model of which nothing is to be sampled
     value, slope, *_ = gradient(position, noise)
     radius = torch.full_like(value, _RADIUS)
     falls = torch.ones_like(value, dtype=torch.bool)
