@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 from torch import Tensor
 
 from pyro_hamflow.checks import positive, whole
 from pyro_hamflow.flows.hamiltonian_flow import NeuralHamiltonianFlow
 from pyro_hamflow.flows.losses import GuideLoss, Objective, ReverseKL
 from pyro_hamflow.flows.lost_modes import describe_lost_modes
-from pyro_hamflow.flows.pyro_guides import as_guide
+from pyro_hamflow.flows.pyro_guides import ModeSearch, as_guide
 from pyro_hamflow.model.guides import DensityGuide
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
@@ -68,6 +68,7 @@ def fit_guide(
         guide: An :class:`~pyro_hamflow.AutoFlow` or
             :class:`~pyro_hamflow.AutoNeuralHamiltonianFlow`, one of Pyro's own guides whose density
             is known, or anything that fills the protocol :class:`TrainableGuide`; changed in place.
+            Of an ``AutoLaplaceApproximation`` the mode is found.
         args: The model's arguments.
         loss: What to minimise: :class:`ReverseKL`, hot first or not, or :class:`ForwardKL`.
         num_steps: How many steps at most.
@@ -86,9 +87,11 @@ def fit_guide(
 
     Raises:
         TypeError: If the guide lacks a method of the protocol, or has nothing to train so, as an
-            ``AutoLaplaceApproximation``, whose mode :class:`pyro.infer.SVI` finds.
+            ``AutoGuideList`` with an ``AutoLaplaceApproximation``, whose mode
+            :class:`pyro.infer.SVI` finds.
         ValueError: If a number lies outside its range, the guide's draws are of other shapes than
-            the protocol's, or the model has one of the faults that
+            the protocol's, what an ``AutoLaplaceApproximation`` has come to is no mode, or it is to
+            be trained by :class:`ForwardKL`, or the model has one of the faults that
             :class:`~pyro_hamflow.model.potential.Potential` lists.
 
     Example:
@@ -101,6 +104,8 @@ def fit_guide(
         0
     """
     owner, guide = guide, as_guide("guide", guide, TrainableGuide)
+    if isinstance(owner, AutoLaplaceApproximation):
+        guide = ModeSearch(owner)
     whole("num_particles", num_particles, 1)
     with undisturbed(seed):
         potential = Potential(model, args, kwargs, separate_noise=True, compile_graphs=jit_compile)

@@ -158,7 +158,7 @@ def part_of(guide: Any, args: Args, kwargs: dict[str, Any]) -> Part:
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 "the curvature at the mode of an AutoLaplaceApproximation is not positive: "
-                "expected one whose mode has been found, by `pyro.infer.SVI`"
+                "expected one whose mode has been found, by `fit_guide` or `pyro.infer.SVI`"
             ) from error
     if isinstance(guide, AutoStructured):
         return _Structured(guide)

@@ -47,7 +47,7 @@ class PyroGuide:
 
     It trains as that guide does: the parameters are the guide's own, except those of an
     ``AutoLaplaceApproximation``, which stands for the Gaussian that it makes of the model's
-    arguments, and of which nothing is trained here.
+    arguments: that has nothing to train. Its mode is found by a :class:`ModeSearch`.
 
     Arguments:
         guide: An ``AutoNormal``, any ``AutoContinuous`` such as ``AutoMultivariateNormal``, an
@@ -135,6 +135,34 @@ class PyroGuide:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
         return self._guide.load_state_dict(state_dict)
+
+
+class ModeSearch(PyroGuide):
+    """An ``AutoLaplaceApproximation`` that trains as in Pyro: as a point, which comes to the mode.
+
+    With gradients its draws are that point, whose density counts as one; without them they are
+    those of the Gaussian.
+
+    Arguments:
+        guide: The guide.
+    """
+
+    def draw(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return super().draw(num_samples)
+        loc = self._guide.loc
+        return loc.expand(num_samples, -1), loc.new_zeros(num_samples)
+
+    def log_ratio(self, position: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "`guide` is an AutoLaplaceApproximation, which trains as a point and has no "
+                "density of draws then: expected the loss `ReverseKL`, or another guide"
+            )
+        return super().log_ratio(position)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._guide.parameters()
 
 
 def _has_laplace(guide: AutoGuide) -> bool:

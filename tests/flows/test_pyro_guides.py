@@ -29,6 +29,7 @@ from pyro_hamflow import (
     AutoFlow,
     FlowMH,
     FlowNUTS,
+    ForwardKL,
     SymmetrisedGuide,
     fit_guide,
     importance_sample,
@@ -182,14 +183,29 @@ def test_training_follows_what_has_changed():
 
 
 def test_what_can_learn():
-    laplace, mirrored = (
-        AutoLaplaceApproximation(conjugate),
-        SymmetrisedGuide(AutoNormal(conjugate), [dist.transforms.AffineTransform(0.0, -1.0)]),
-    )
+    mirrored = SymmetrisedGuide(AutoNormal(conjugate), [dist.transforms.AffineTransform(0.0, -1.0)])
     mirrored.prepare(Y)
     assert can_learn(mirrored)
-    with pytest.raises(TypeError, match="`guide` AutoLaplaceApproximation.* nothing to train"):
-        fit_guide(conjugate, laplace, Y)
+    listed = AutoGuideList(conjugate)
+    listed.append(AutoLaplaceApproximation(conjugate))
+    assert not can_learn(PyroGuide(listed))
+    with pytest.raises(TypeError, match=r"`guide` AutoGuideList[\s\S]* nothing to train"):
+        fit_guide(conjugate, listed, Y)
+
+
+def test_the_mode_of_a_laplace_approximation_is_found():
+    """The Gaussian about it is the posterior, as is the guide that Pyro makes of it."""
+    guide, exact = AutoLaplaceApproximation(conjugate), posterior(Y)
+    fit_guide(conjugate, guide, Y, num_steps=1500, learning_rate=0.05, disable_progbar=True)
+    torch.testing.assert_close(guide.loc[0], exact.mean.reshape(()), rtol=0.0, atol=1e-4)
+    for one in (guide, guide.laplace_approximation(Y)):
+        found = importance_sample(conjugate, one, Y, num_samples=500, seed=0)
+        assert abs(found.log_evidence - evidence(Y)) < 1e-4 and found.ess > 499.0
+    fresh, draws = AutoLaplaceApproximation(conjugate), {"mean": torch.zeros(3)}
+    with pytest.raises(
+        ValueError, match="trains as a point .* then: expected the loss `ReverseKL`"
+    ):
+        fit_guide(conjugate, fresh, Y, loss=ForwardKL(draws), num_steps=2)
 
 
 def test_noise_stays_at_its_prior():
