@@ -38,7 +38,7 @@ class ModelTarget:
         init_strategy: Where chains start, as Pyro's guides take it:
             :func:`~pyro.infer.autoguide.initialization.init_to_median` and its kin. If not given,
             near the pilot of a marginal model, where the posterior of a whitened one is, and within
-            two units around zero elsewhere.
+            two units around zero elsewhere, whence those come down that are far out.
 
     Raises:
         TypeError: If an argument is of another kind.
