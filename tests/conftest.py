@@ -12,6 +12,7 @@ import pyro
 import pytest
 import torch
 
+from pyro_hamflow.model import start
 from pyro_hamflow.programs import compilation
 from pyro_hamflow.programs.program_cache import ProgramCache
 
@@ -56,6 +57,12 @@ def uncaptured(monkeypatch):
         return function
 
     monkeypatch.setattr(ProgramCache, "accelerate", as_written)
+
+
+@pytest.fixture
+def far_starts_stay(monkeypatch):
+    """Chains start where the box of starts has them."""
+    monkeypatch.setattr(start, "come_down", lambda gradient, position, noise: position)
 
 
 @pytest.fixture

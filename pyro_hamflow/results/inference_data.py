@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,10 +204,10 @@ class _Model:
         self.potential, self.sampled = kernel.potential, kernel.model
         marginal = isinstance(self.sampled, MarginalModel)
         self.model = self.sampled.model if marginal else self.sampled
-        given = partial(self.model, *self.potential.args, **self.potential.kwargs)
+        args, kwargs = self.potential.args, self.potential.kwargs
         with random_state_kept():
             torch.manual_seed(0)
-            self.trace = run_with(given, lambda msg: None)
+            self.trace = run_with(self.model, lambda msg: None, *args, **kwargs)
         self.nodes = {
             name: site
             for name, site in (self.potential.plain_trace.nodes | self.trace.nodes).items()
@@ -218,8 +217,7 @@ class _Model:
         while isinstance(written, MarginalModel | WhitenedModel):
             written = written.model
         with random_state_kept():
-            given = partial(written, *self.potential.args, **self.potential.kwargs)
-            self._loops = find_loops(self.nodes, apart, given)
+            self._loops = find_loops(self.nodes, apart, lambda: written(*args, **kwargs))
         frames = {frame.name: frame for n in self.nodes.values() for frame in vectorized_frames(n)}
         joined = {site: loop.stem for loop in self._loops for site in loop.sites}
         self.names = Names([joined.get(name, name) for name in self.nodes], frames)

@@ -74,7 +74,7 @@ def test_groups_of_one_mode_need_no_second_population():
     assert any("local moves alone forget" in said for said in mcmc.messages)
 
 
-@pytest.mark.usefixtures("in_haste")
+@pytest.mark.usefixtures("in_haste", "far_starts_stay")
 def test_it_is_not_told_where_steps_do_not_suit_those_far_away(monkeypatch):
     monkeypatch.setattr(Walkers, "approach", lambda self, most, level: self.move(most))
     with pytest.raises(MadeMore):
