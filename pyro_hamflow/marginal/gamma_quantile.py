@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.tail_score import DEEP, log_normal_density, tail_score
+from pyro_hamflow.marginal.tail_score import DEEP, log_normal_density, tail_score, with_slopes
 
 # Of shapes from .001 to 1e6 and noise to 30, all are found to rounding with two or three.
 _STEPS = 3
@@ -45,13 +45,7 @@ def gamma_quantile(shape: Tensor, u: Tensor) -> Tensor:
     a, noise = shape.detach().double(), u.detach().double()
     log_gamma = a.lgamma()
     x = solve(a, noise, log_gamma)
-    slope = _slope(a, noise, x, log_gamma)
-    shape_slope = -cdf_slope(a, x) * torch.exp(-_log_density(a, x, log_gamma))
-    moved_u, moved_shape = u.double() - noise, shape.double() - a
-    first = x + slope * moved_u + shape_slope * moved_shape
-    # Nothing in value and first derivative; the second derivative is that of the slope.
-    bend = 0.5 * (_slope(a, u.double(), first, log_gamma) - slope) * moved_u
-    return (first + bend).to(u.dtype)
+    return with_slopes(x, u, shape, lambda x: _log_density(a, x, log_gamma), cdf_slope(a, x))
 
 
 def gamma_score(shape: Tensor, x: Tensor) -> Tensor:
@@ -91,11 +85,6 @@ def _score_slope(shape: Tensor, x: Tensor, z: Tensor, log_gamma: Tensor) -> Tens
     """The derivative of the score z in the value."""
     log_slope = _log_density(shape, x, log_gamma) - log_normal_density(z)
     return torch.exp(log_slope.clamp(max=_HIGHEST))
-
-
-def _slope(shape: Tensor, u: Tensor, x: Tensor, log_gamma: Tensor) -> Tensor:
-    """The derivative of the quantile in the noise."""
-    return torch.exp(log_normal_density(u) - _log_density(shape, x, log_gamma))
 
 
 def _log_density(shape: Tensor, x: Tensor, log_gamma: Tensor) -> Tensor:

@@ -20,13 +20,14 @@ References:
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.tail_score import log_normal_density, tail_score
+from pyro_hamflow.marginal.tail_score import log_normal_density, tail_score, with_slopes
 
 _DEPTH = 4.0  # of -a log y, from which on the tail's integral is taken
 _FAR = 2.64  # of -log y, the same for few degrees of freedom
@@ -72,15 +73,9 @@ def student_quantile(df: Tensor, u: Tensor) -> Tensor:
     df, u = torch.broadcast_tensors(df, u)
     nu, noise = df.detach().double(), u.detach().double()
     x = solve(nu, noise)
-    slope = _slope(nu, noise, x)
     width = _WIDTH * nu
-    changed = _smaller_tail(nu + width, x) - _smaller_tail(nu - width, x)
-    df_slope = x.sign() * changed / (2 * width) * torch.exp(-log_density(nu, x))
-    moved_u, moved_df = u.double() - noise, df.double() - nu
-    first = x + slope * moved_u + df_slope * moved_df
-    # Nothing in value and first derivative; the second derivative is that of the slope.
-    bend = 0.5 * (_slope(nu, u.double(), first) - slope) * moved_u
-    return (first + bend).to(u.dtype)
+    grown = _smaller_tail(nu + width, x) - _smaller_tail(nu - width, x)
+    return with_slopes(x, u, df, partial(log_density, nu), -x.sign() * grown / (2 * width))
 
 
 def log_tails(df: Tensor, x: Tensor, rule: _Rule = _FINE) -> tuple[Tensor, Tensor]:
@@ -138,8 +133,3 @@ def solve(df: Tensor, u: Tensor) -> Tensor:
 
 def _smaller_tail(df: Tensor, x: Tensor) -> Tensor:
     return log_tails(df, x.abs())[1].exp()
-
-
-def _slope(df: Tensor, u: Tensor, x: Tensor) -> Tensor:
-    """The derivative of the quantile in the noise."""
-    return torch.exp(log_normal_density(u) - log_density(df, x))

@@ -8,6 +8,7 @@ no number any more. Its logarithm is one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,6 +60,39 @@ def score_of_tails(log_lower: Tensor, log_upper: Tensor) -> Tensor:
     bend = 0.5 * (_slope(smaller, z + slope * moved) - slope)
     z = z + (slope + bend) * moved
     return torch.where(upper, z, -z).to(log_lower.dtype)
+
+
+def with_slopes(
+    x: Tensor,
+    u: Tensor,
+    parameter: Tensor,
+    log_density: Callable[[Tensor], Tensor],
+    cdf_slope: Tensor,
+) -> Tensor:
+    """A quantile that was found without derivatives, with those of an implicit function.
+
+    Arguments:
+        x: The quantile, in double precision.
+        u: The standard normal noise that it is the quantile of.
+        parameter: The distribution's.
+        log_density: The distribution's, for the parameter's value.
+        cdf_slope: The derivative of its distribution function at x in the parameter.
+
+    Returns:
+        The quantile, of the type of the noise. First derivatives in noise and parameter are right,
+        and so is the second one in the noise.
+    """
+    noise = u.detach().double()
+    moved_u, moved = u.double() - noise, parameter.double() - parameter.detach().double()
+
+    def slope_at(u: Tensor, x: Tensor) -> Tensor:
+        return torch.exp(log_normal_density(u) - log_density(x))
+
+    slope = slope_at(noise, x)
+    first = x + slope * moved_u - cdf_slope * torch.exp(-log_density(x)) * moved
+    # Nothing in value and first derivative; the second derivative is that of the slope.
+    bend = 0.5 * (slope_at(u.double(), first) - slope) * moved_u
+    return (first + bend).to(u.dtype)
 
 
 def _slope(level: Tensor, z: Tensor) -> Tensor:
