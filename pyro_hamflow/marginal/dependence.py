@@ -19,6 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_hamflow.marginal.grouping import check_site, describe_plates, group_sites
+from pyro_hamflow.marginal.masked_states import refuse_masked_states
 from pyro_hamflow.marginal.structure import LONG, Group, Structure, chains, sites_named
 from pyro_hamflow.model.data_faults import fitting, refuse_nan
 from pyro_hamflow.model.kinds import Args, Kwargs, Model
@@ -150,6 +151,7 @@ def analyse(model: Model, sites: Sequence[str], *args: Any, **kwargs: Any) -> St
         run = Run(model, args, kwargs, values)
         key = _certain_key(run)
     ordered = [name for name in trace.nodes if name in set(sites)]
+    refuse_masked_states(trace, ordered, lambda moved: run.trace(values | dict(moved)))
     discrete = [n for n in values if is_enumerable(trace.nodes[n]) and n not in ordered]
     dependents = {name: run.dependents([name]) for name in discrete}
     for chain in chains(ordered).values():

@@ -36,6 +36,7 @@ class Runs:
         plain_trace: A run at draws from the priors, always the same.
         latent: The nodes of its latent sites in that run.
         continuous, discrete, noise: The names of these, of three kinds.
+        unused: Which of their masked entries nothing depends on, so that these keep their priors.
         evaluator: What adds up the densities of runs, once one was settled by.
 
     Raises:
@@ -55,7 +56,7 @@ class Runs:
         self._take(args, kwargs)
         check_data(self.plain_trace)
         latent = {n: site for n, site in self.plain_trace.nodes.items() if is_latent(site)}
-        self.latent, self._unused = latent, dict[str, Tensor]()
+        self.latent, self.unused = latent, dict[str, Tensor]()
         self.discrete = [name for name, site in latent.items() if is_discrete(name, site)]
         self.noise = [n for n in latent if separate_noise and latent[n]["infer"].get("noise")]
         apart = {*self.discrete, *self.noise}
@@ -93,7 +94,7 @@ class Runs:
             with no_validation():
                 return self.evaluator.log_prob(self.at({**values, **noise}))
 
-        self._unused = find_unused({n: trace.nodes[n] for n in self.continuous}, log_density)
+        self.unused = find_unused({n: trace.nodes[n] for n in self.continuous}, log_density)
 
     def at(self, values: Mapping[str, Tensor]) -> poutine.Trace:
         """A run at values of the continuous sites and the noise, without the noise sites."""
@@ -106,7 +107,7 @@ class Runs:
         for node in trace.nodes.values():
             if node["type"] == "sample":
                 node["value"] = without_gaps(node)
-        for name, unused in self._unused.items():
+        for name, unused in self.unused.items():
             trace.nodes[name].update(with_own_prior(trace.nodes[name], unused))
         return trace
 

@@ -52,7 +52,7 @@ def find_unused(nodes: Mapping[str, Any], log_density: Callable[[Values], Tensor
     asked = {
         name: entries
         for name, node in nodes.items()
-        if (entries := (_improper_entries if name in improper else _masked_entries)(node)).any()
+        if (entries := (_improper_entries if name in improper else masked_entries)(node)).any()
     }
     if not asked:
         return {}
@@ -63,7 +63,7 @@ def find_unused(nodes: Mapping[str, Any], log_density: Callable[[Values], Tensor
     return {name: entries for name, entries in unused.items() if entries.any()}
 
 
-def _masked_entries(site: Node) -> Tensor:
+def masked_entries(site: Node) -> Tensor:
     """Which entries of a latent site's value have no prior, for they are masked."""
     value = site["value"]
     counts = torch.as_tensor(entries_that_count(site["fn"], site["mask"]), device=value.device)

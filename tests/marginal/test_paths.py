@@ -240,9 +240,22 @@ def reads_its_state(y):
         pyro.sample(f"y_{t}", dist.Normal(x, r), obs=y[t])
 
 
+def masked_in_the_middle(y):
+    _, s, r = parameters()
+    x = y.new_zeros(())
+    for t in range(len(y)):
+        with pyro.poutine.mask(mask=torch.tensor(t != 3)):
+            x = pyro.sample(f"x_{t}", dist.Normal(x, s))
+            pyro.sample(f"y_{t}", dist.Normal(x, r), obs=y[t])
+
+
 @pytest.mark.parametrize(
     ("model", "match"),
-    [(all_meet, "'subject' are not independent .* no path"), (reads_its_state, "'x_0' cannot be")],
+    [
+        (all_meet, "'subject' are not independent .* no path"),
+        (reads_its_state, "'x_0' cannot be"),
+        (masked_in_the_middle, "site 'x_3' is masked: 1 of its 1 values have no prior"),
+    ],
 )
 def test_what_is_no_path_is_refused(model, match):
     with pytest.raises(ValueError, match=match):

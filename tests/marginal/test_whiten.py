@@ -227,6 +227,49 @@ def test_noise_is_white_whatever_the_parameters_where_all_is_gaussian(name):
         assert float(found - noise - prior) == pytest.approx(kalman(y, step, error), abs=1e-7)
 
 
+def ragged(y):  # two series, of which one ends before the other
+    step, error = scales()
+    lengths, x, size = torch.tensor([7, 4]), torch.zeros(2, dtype=y.dtype), torch.ones_like(step)
+    with pyro.plate("series", 2):
+        for t in pyro.markov(range(7)):
+            with poutine.mask(mask=t < lengths):
+                x = pyro.sample(f"x_{t}", dist.Normal(x, size))
+                pyro.sample(f"y_{t}", dist.Normal(x, error), obs=y[t])
+            size = step
+
+
+def test_paths_may_end_under_a_mask():
+    """States beyond the end keep their own prior, so that their noise is white, too."""
+    whitened, y = whiten(ragged, ["x"]), torch.stack([Y, Y.flip(0)], -1)
+    values = {"step": torch.tensor(0.6).double(), "error": torch.tensor(0.7).double()}
+    size = len(whitened.fit(y).u)
+    z = torch.linspace(-2.0, 2.0, size, dtype=torch.float64)
+    found = log_joint(whitened, values | {"x_0_white": z}, y)
+    prior = dist.LogNormal(-0.5, 0.5).log_prob(values["step"])
+    prior += dist.LogNormal(-0.3, 0.5).log_prob(values["error"])
+    noise = dist.Normal(0.0, 1.0).log_prob(z).sum()
+    expected = kalman(Y, 0.6, 0.7) + kalman(Y.flip(0)[:4], 0.6, 0.7)
+    assert float(found - noise - prior) == pytest.approx(expected, abs=1e-7)
+
+
+def unseen(y):  # a path that nothing follows from, as before there are data
+    step, _ = scales()
+    x = torch.zeros_like(step)
+    for t in pyro.markov(range(3)):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, step))
+
+
+def test_paths_without_data_have_the_noise_of_their_prior():
+    whitened = whiten(unseen, ["x"])
+    assert len(whitened.fit(Y).u) == 3
+    values = {"step": torch.tensor(0.6).double(), "error": torch.tensor(0.7).double()}
+    z = torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64)
+    prior = dist.LogNormal(-0.5, 0.5).log_prob(values["step"])
+    prior += dist.LogNormal(-0.3, 0.5).log_prob(values["error"])
+    found = log_joint(whitened, values | {"x_0_white": z}, Y)
+    assert float(found - prior - dist.Normal(0.0, 1.0).log_prob(z).sum()) == pytest.approx(0.0)
+
+
 def test_batched_gradients_are_those_of_the_model_in_python():
     for name in ("level_loop", "process", "panel", "positive"):
         whitened, y = whitened_model(name)

@@ -17,6 +17,7 @@ from pyro_hamflow.marginal.whitening.densities import PRIOR, Densities
 from pyro_hamflow.model.kinds import Arguments, Model
 from pyro_hamflow.model.sites import Site, add_jacobians, constrain, split
 from pyro_hamflow.model.trace import log_density, run_with
+from pyro_hamflow.model.unused import with_own_prior
 from pyro_hamflow.programs.validation import no_validation
 
 Values = dict[str, Tensor]
@@ -65,6 +66,7 @@ class PathPrior(NamedTuple):
         data: Its arguments.
         layout: The path's variables.
         others: Values of all latent sites, for those that are not told.
+        unused: Which masked entries of its sites nothing depends on: they keep their priors.
         densities: Its log density as a program, and that of the rest of the model; if made.
     """
 
@@ -72,6 +74,7 @@ class PathPrior(NamedTuple):
     data: Arguments
     layout: Layout
     others: Values
+    unused: Values
     densities: Densities | None = None
 
     def log_density(self, u: Tensor, parameters: Values) -> Tensor:
@@ -124,7 +127,10 @@ class PathPrior(NamedTuple):
 
     def _given(self, values: Values) -> poutine.Trace:
         model, (args, kwargs) = self.model, self.data
-        return run_with(model, lambda msg: values.get(msg["name"]), *args, **kwargs)
+        trace = run_with(model, lambda msg: values.get(msg["name"]), *args, **kwargs)
+        for name, unused in self.unused.items():
+            trace.nodes[name].update(with_own_prior(trace.nodes[name], unused))
+        return trace
 
 
 def multivariate_normal(site: dict[str, object]) -> MultivariateNormal | None:

@@ -67,7 +67,8 @@ class SplitModel:
             name: value.detach() for name, value in potential.constrain(position).items()
         }
         self.start, self.spread, self.draws = self._prior_range(names)
-        self.prior = PathPrior(model, data, layout, self._others)
+        unused = {n: found for n, found in potential.runs.unused.items() if n in self._names}
+        self.prior = PathPrior(model, data, layout, self._others, unused)
         parts = [position[site.start : site.stop] for site in potential.sites if site.name in names]
         densities = Densities(
             self._functions(),
@@ -161,8 +162,11 @@ class SplitModel:
         """The gradient of :meth:`log_rest` in the path's variables."""
         with torch.enable_grad():
             free = u if u.requires_grad else u.detach().requires_grad_()
+            total = self.log_rest(theta, free)
+            if not total.requires_grad:  # no data, or the model computes with them outside torch
+                return torch.zeros_like(u)
             (gradient,) = torch.autograd.grad(
-                self.log_rest(theta, free), free, create_graph=True, materialize_grads=True
+                total, free, create_graph=True, materialize_grads=True
             )
         return gradient if torch.is_grad_enabled() else gradient.detach()
 
