@@ -36,11 +36,11 @@ _LONGEST = 2_000  # of a path without bands, whose matrix is dense
 _MANY_SITES = 30  # of a path without bands, from which on it is warned of
 # Seconds for each gradient and chain of a vector of 1,000 numbers without bands, on one core: .18
 # to .2 where the model gives its covariance and the likelihood looks at each number alone, else
-# .75. All that comes before sampling took 74, of which 57 were the search for a pilot, in 1 GiB.
-_SECONDS, _ALONE_SECONDS, _BEFORE = 0.75, 0.2, 75.0
+# .75. All that comes before sampling took 68, of which 17 were the search for a pilot, in 2.1 GiB.
+_SECONDS, _ALONE_SECONDS, _BEFORE = 0.75, 0.2, 70.0
 _WHITENED = "`NUTS(whiten(model, ...))` takes half of that. "
 _COSTLY = 500  # numbers without bands, from which on it is said how long they take
-_SHORT = 200  # numbers of a path, up to which the widest bands are tried before all others
+_CLEAR = 1e-3  # of the largest entries, from which on one is there whatever rounding does
 
 
 class Bands(NamedTuple):
@@ -117,7 +117,10 @@ def find_bands(
             if order.lag and best is not None and max(best[1:]) < layout.dimension:
                 break
             seen = [_seen(parts, x, order) for parts, x in looks]
-            widths = [_width([places[i] for places in seen], layout.dimension) for i in range(2)]
+            widths = [
+                _width([at[i] for at in seen], layout.dimension, is_doubtful=best is not None)
+                for i in range(2)
+            ]
             found = Bands(order, *widths)
             if best is None or max(found[1:]) < max(best[1:]):
                 best = found
@@ -188,6 +191,8 @@ class _Sight(NamedTuple):
 
     Products add up as directions do, up to rounding: that of large terms that cancel, as in the
     density of large counts, is much more than the products' own size says.
+
+    The middle column tells at once how many bands there are at least.
     """
 
     density: Density
@@ -195,6 +200,7 @@ class _Sight(NamedTuple):
     directions: Tensor
     products: Tensor
     rounding: Tensor
+    least: int
     beyond_kinks: Tensor | None
 
 
@@ -210,12 +216,15 @@ def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
         mirrored = -path
         for place in (path, path + _ASIDE * torch.randn_like(path), mirrored):
             directions = torch.randn(2, *x.shape).to(x)
-            three = torch.cat([directions, directions.sum(0, keepdim=True)])
-            *both_ways, whole = products(moved, place, three)
+            unit = torch.zeros_like(place)
+            unit[..., x.shape[-1] // 2] = 1.0
+            *both_ways, whole, column = products(
+                moved, place, torch.stack([*directions, directions.sum(0), unit])
+            )
             found = torch.stack(both_ways)
             if bool(found.isfinite().all()):
-                rounding = (whole - found.sum(0)).abs().amax()
-                both.append(_Sight(moved, place, directions, found, rounding, None))
+                rounding, least = (whole - found.sum(0)).abs().amax(), _least(column, found)
+                both.append(_Sight(moved, place, directions, found, rounding, least, None))
         if len(both) == _PLACES:
             first, *_, last = both
             slopes = torch.stack([gradient(moved, sight.place) for sight in (first, last)])
@@ -227,16 +236,31 @@ def _seen(parts: Parts, x: Tensor, order: Order) -> list[list[_Sight]]:
     return sights
 
 
-def _width(seen: list[list[_Sight]], n: int) -> int:
-    """How many lower bands minus a log density's Hessian has, the diagonal included."""
+def _width(seen: list[list[_Sight]], n: int, *, is_doubtful: bool) -> int:
+    """How many lower bands minus a log density's Hessian has, the diagonal included.
+
+    Arguments:
+        seen: What was seen of it.
+        n: How many coordinates there are.
+        is_doubtful: Whether there may well be none, so that the widest are tried first.
+    """
     sights = [sight for both in seen for sight in both]
-    widths = [width for width in _WIDTHS if width <= max(1.0, _SHARE * n)]
-    if n <= _SHORT and sights and not _agrees(sights[0], widths[-1]):
+    least = max((sight.least for sight in sights), default=1)
+    widths = [width for width in _WIDTHS if least <= width <= max(1.0, _SHARE * n)]
+    if is_doubtful and sights and widths and not _agrees(sights[0], widths[-1]):
         return n  # nor do fewer bands
     for width in widths:
         if all(_agrees(sight, width) for sight in sights):
             return width
     return n
+
+
+def _least(column: Tensor, products: Tensor) -> int:
+    """How many bands there are at least, by the middle column and products of a matrix."""
+    sizes = torch.maximum(products.abs().amax(0), column.abs().amax(-1, keepdim=True))
+    away = (torch.arange(column.shape[-1]) - column.shape[-1] // 2).abs().to(column.device)
+    is_there = column.abs() > _CLEAR * sizes
+    return int((away * is_there).amax()) + 1
 
 
 def _agrees(sight: _Sight, width: int) -> bool:

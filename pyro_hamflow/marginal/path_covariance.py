@@ -9,16 +9,22 @@ precision :math:`I + C^\top W C`: one product and one factor are all that the pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from pyro.poutine import Trace
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_hamflow.marginal.gaussian_form import Component
-from pyro_hamflow.marginal.path_density import Parts, PathCoordinates
+from pyro_hamflow.marginal.path_bands import Bands
+from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, PathCoordinates
 from pyro_hamflow.marginal.path_fit import PathFit
-from pyro_hamflow.marginal.path_modes import site_at
+from pyro_hamflow.marginal.path_looks import LookAt
+from pyro_hamflow.marginal.path_modes import captured_or_not, site_at
+from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Draw
 from pyro_hamflow.marginal.structure import Group
 from pyro_hamflow.marginal.whitening.affine import CovarianceMap, CovariancePrior
@@ -57,19 +63,129 @@ class CovarianceParticle:
         return log_ratios[0] - self.log_density, None
 
 
-def has_covariance(fit: PathFit, group: Group, run: Callable[[], Trace]) -> bool:
-    """Whether a path is as the module's text says.
+def has_covariance(bands: Bands, n: int, group: Group, trace: Trace) -> bool:
+    """Whether a path is as the module's text says, unless its likelihood has kinks.
 
     Arguments:
-        fit: What was found of it.
+        bands: How many bands its densities have.
+        n: How many numbers it has.
         group: Its sites.
-        run: Runs the model.
+        trace: A run of the model.
     """
-    n = fit.mode.shape[-1]
-    is_dense = fit.bands.prior == n and fit.bands.likelihood == 1 and not fit.bands.order.lag
-    if not is_dense or group.shape or len(group.sites) > 1 or fit.cells is not None:
+    is_dense = 1 < bands.prior == n and bands.likelihood == 1 and not bands.order.lag
+    if not is_dense or group.shape or len(group.sites) > 1:
         return False
-    return multivariate_normal(run().nodes[group.sites[0]]) is not None
+    return multivariate_normal(trace.nodes[group.sites[0]]) is not None
+
+
+@dataclass(frozen=True)
+class CovarianceLook:
+    r"""The log joint density to second order: the prior as it is, and a Gaussian site.
+
+    With :math:`B = 1 + W^{1/2} K W^{1/2}` for the prior's covariance K and the site's precision W,
+    Newton's step in the direction of the slope s is :math:`K (s - W^{1/2} B^{-1} W^{1/2} K s)`:
+    one factor.
+
+    Attributes:
+        prior: The prior.
+        covariance: K, of shape ``(n, n)``.
+        place: The path that is looked at, ``(n,)``.
+        value: The log joint density there.
+        slope: Its gradient.
+        site: The expansion of the likelihood.
+    """
+
+    prior: CovariancePrior
+    covariance: Tensor
+    place: Tensor
+    value: Tensor
+    slope: Tensor
+    site: Expansion
+
+    def step(self, damping: Tensor) -> Tensor:
+        """Newton's step, where damping adds to the prior's precision."""
+        root, share, half = self._factor(damping), 1.0 / (1.0 + damping), self._half
+        pull = share * half * (self.covariance @ self.slope)
+        inner = torch.cholesky_solve(pull[:, None], root)[:, 0]
+        return share * (self.covariance @ (self.slope - half * inner))
+
+    def deviations(self) -> Tensor:
+        return self._map.deviations()
+
+    def mass(self) -> Tensor:
+        return self.value + self._map.log_volume()
+
+    def gaussian(self, place: Tensor) -> CovarianceMap:
+        return self._map
+
+    def is_finite(self) -> Tensor:
+        return self.slope.isfinite().all() & self.site.bands.isfinite().all()
+
+    def chosen(self, other: CovarianceLook, better: Tensor) -> CovarianceLook:
+        return other if bool(better) else self
+
+    @cached_property
+    def _half(self) -> Tensor:
+        """The root of the site's precision, nothing where it is not known."""
+        return self.site.bands[:, 0].nan_to_num(nan=0.0, posinf=0.0).sqrt()
+
+    @cached_property
+    def _map(self) -> CovarianceMap:
+        weights = self._half.square()
+        return self.prior.times(weights[:, None], self.site.gradient + weights * self.place)
+
+    def _factor(self, damping: Tensor) -> Tensor:
+        """The root of B."""
+        inner = self._half[:, None] * self.covariance * self._half / (1.0 + damping)
+        inner.diagonal().add_(1.0)
+        return torch.linalg.cholesky_ex(inner).L
+
+
+def covariance_looks(
+    plan: Plan, group: Group, parts_at: PartsAt, x: Tensor, parameters: dict[str, Tensor]
+) -> LookAt:
+    """The joint log density to second order, by the covariance that the model gives.
+
+    Arguments:
+        plan: The model.
+        group: The path's site.
+        parts_at: The log densities, for given values of the parameters.
+        x: A path to look from.
+        parameters: Values of the parameters to look at.
+    """
+    names = list(parameters)
+
+    def prior(*values: Tensor) -> tuple[Tensor, ...]:
+        found = []
+
+        def choose(msg: Message) -> Tensor:
+            found.append(msg["fn"])
+            return x
+
+        plan.run(group, dict(zip(names, values, strict=True)), choose)
+        (fn,) = found
+        return fn.loc, fn.scale_tril, fn.covariance_matrix
+
+    def likelihood(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        parts = parts_at(dict(zip(names, values, strict=True)))
+        return parts.likelihood(x), *site_at(parts, x, 1, None)
+
+    prior_of = captured_or_not(prior, *parameters.values())
+    likelihood_of = captured_or_not(likelihood, x, *parameters.values())
+
+    def look_at(parameters: dict[str, Tensor]) -> Callable[[Tensor], CovarianceLook]:
+        values = [parameters[name].detach() for name in names]
+        loc, root, covariance = (part.detach() for part in prior_of(*values))
+        known = CovariancePrior(loc, root)
+
+        def look(x: Tensor) -> CovarianceLook:
+            value, slope, bands = (part.detach() for part in likelihood_of(x, *values))
+            site, (own, pull) = Expansion(slope, bands), known.log_density(x)
+            return CovarianceLook(known, covariance, x, value + own, slope - pull, site)
+
+        return look
+
+    return look_at
 
 
 def map_at(

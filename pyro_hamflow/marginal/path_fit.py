@@ -29,16 +29,8 @@ from pyro_hamflow.marginal.fitted import Anchor
 from pyro_hamflow.marginal.path_bands import Bands
 from pyro_hamflow.marginal.path_density import Expansion, Parts, PartsAt, expand
 from pyro_hamflow.marginal.path_kinks import CLOSELY, COARSELY, Cells, Kinks, come_to_rest
-from pyro_hamflow.marginal.path_modes import (
-    Look,
-    LookAt,
-    added,
-    climb,
-    deviations_of,
-    expand_about,
-    find_kinks,
-    site_at,
-)
+from pyro_hamflow.marginal.path_looks import LookAt, PathGaussian, PathMap, added, deviations_of
+from pyro_hamflow.marginal.path_modes import climb, expand_about, find_kinks, site_at
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs import banded
 
@@ -46,6 +38,7 @@ _LARGEST_GROWTH = 1.0  # of a log standard deviation, which moves to first order
 _STEP = 1e-4  # of differences, relative to the size of a parameter
 _FAR_STEP = 0.05  # the same, of means that come to rest by rounds
 _ASIDE = 0.2  # of a logarithm, by which a parameter is moved to see how the mode moves
+_NOISES = 4  # that tell whether paths have the same weight
 _MISSED = 1.0  # by which it is missed then, the sum of squared deviations, if that matters
 
 
@@ -91,29 +84,6 @@ class PathFit:
             grown = (self.growth @ shift.to(place)).clamp(-_LARGEST_GROWTH, _LARGEST_GROWTH)
             deviations = deviations * grown.exp()
         return place, deviations
-
-
-@dataclass(frozen=True)
-class PathGaussian:
-    """A Gaussian path.
-
-    Attributes:
-        place: Where the density was expanded.
-        forward: The root's solution of the gradient there.
-        root: The root of the precision.
-    """
-
-    place: Tensor
-    forward: Tensor
-    root: Tensor
-
-    def draw(self, noise: Tensor) -> Tensor:
-        """The path that noise of shape ``(*group.shape, n)`` makes."""
-        return self.place + banded.solve(self.root, self.forward + noise, transposed=True)
-
-    def pulled(self, direction: Tensor) -> Tensor:
-        """The direction of the noise that moves the path in one the furthest."""
-        return banded.solve(self.root, direction)
 
 
 def gaussian_at(fit: PathFit, parts: Parts, parameters: dict[str, Tensor]) -> PathGaussian:
@@ -162,29 +132,29 @@ def fit_path(
     """
     if near is not None and near.cells is not None:
         return _fit_about(parts_at, anchor, bands, near.cells, max(steps, 1), near.kinks)
-    parts = parts_at(anchor.values)
-    mode = climb(look_at(anchor.values), x)
+    parts, look = parts_at(anchor.values), look_at(anchor.values)
+    mode = climb(look, x)
     mode = torch.where(mode.isfinite(), mode, x)  # where nothing tells of curvature
-    prior = expand(parts.prior, mode, bands.prior)
+    here = look(mode)
     site = site_at(parts, mode, bands.likelihood, None)
-    if _is_exact(parts, _gaussian(mode, prior, site)):
+    if _is_exact(parts, here.gaussian(mode), mode):
         held = Expansion(site.gradient.detach(), site.bands.detach())
         return PathFit(anchor, bands, mode, held, None, None, None, max(steps, 1), True)
     farthest = torch.maximum((x - mode).abs().max(), x.square().mean().sqrt())
-    spread = deviations_of(added(prior.bands, site.bands)).nan_to_num(nan=math.inf)
-    cells = Cells(mode, torch.minimum(spread, farthest))
+    spread = here.deviations()
+    cells = Cells(mode, torch.minimum(spread.nan_to_num(nan=math.inf), farthest))
     kinks = find_kinks(parts, cells, bands)
     if kinks.any:
         return _fit_about(parts_at, anchor, bands, cells, max(steps, 1), kinks)
     deviations = None
     if bands.likelihood == 1:
-        deviations = deviations_of(added(prior.bands, site.bands))
+        deviations = spread
         site = site_at(parts, mode, bands.likelihood, deviations)
     held = Expansion(site.gradient.detach(), site.bands.detach())
     slopes, growth = None, None
     if steps and anchor.followed:
         slopes, growth = _slopes(look_at, anchor, mode)
-        anchor = replace(anchor, ratios=_ratios(look_at, anchor, mode, slopes, positive))
+        anchor = replace(anchor, ratios=_ratios(look_at, anchor, mode, slopes, positive, spread))
         slopes, growth = anchor.by_ratios(slopes), anchor.by_ratios(growth)
     return PathFit(anchor, bands, mode, held, deviations, slopes, growth, steps, False)
 
@@ -229,32 +199,39 @@ def _moments(precision: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     return mean, deviations_of(precision)
 
 
-def _is_exact(parts: Parts, found: PathGaussian) -> bool:
+def _is_exact(parts: Parts, found: PathMap, like: Tensor) -> bool:
     """Whether paths have the same weight, wherever they are."""
     with random_state_kept():
         torch.manual_seed(0)
-        noises = [2.0 * torch.randn_like(found.place) for _ in range(4)]
-    weights = []
-    for noise in noises:
+        noises = 2.0 * torch.stack([torch.randn_like(like) for _ in range(_NOISES)])
+
+    def log_weight(noise: Tensor) -> Tensor:
         x = found.draw(noise)
-        weights.append(parts.prior(x) + parts.likelihood(x) + 0.5 * noise.square().sum(-1))
-    log_weights = torch.stack(weights).detach()
+        return parts.prior(x) + parts.likelihood(x) + 0.5 * noise.square().sum(-1)
+
+    log_weights = torch.func.vmap(log_weight)(noises).detach()
     rounding = 1e4 * torch.finfo(log_weights.dtype).eps * (1.0 + log_weights.abs().max())
     return bool((log_weights.amax(0) - log_weights.amin(0)).max() <= rounding)
 
 
 def _slopes(look_at: LookAt, anchor: Anchor, mode: Tensor) -> tuple[Tensor, Tensor]:
     """How the mode and the log standard deviations move with the parameters, by differences."""
+    whole = torch.zeros_like(mode[..., 0])
 
     def at(shift: Tensor) -> tuple[Tensor, Tensor]:
         look = look_at(anchor.at(shift))(mode)
-        return _newton_step(look), deviations_of(look.precision).log()
+        return look.step(whole), look.deviations().log()
 
     return _differences(at, anchor, _STEP)
 
 
 def _ratios(
-    look_at: LookAt, anchor: Anchor, mode: Tensor, slopes: Tensor, positive: Collection[str]
+    look_at: LookAt,
+    anchor: Anchor,
+    mode: Tensor,
+    slopes: Tensor,
+    positive: Collection[str],
+    spread: Tensor,
 ) -> frozenset[str]:
     """The positive parameters whose logarithms the mode follows better, where that matters.
 
@@ -262,7 +239,7 @@ def _ratios(
     bonds, whose risk is a product of powers of scales, estimates of one particle had variances up
     to 85 over the posterior by the scales themselves, and .3 by their logarithms.
     """
-    deviations, found = deviations_of(look_at(anchor.values)(mode).precision), set()
+    whole, found = torch.zeros_like(mode[..., 0]), set[str]()
     columns = dict(zip(anchor.followed, slopes.split(anchor.sizes, -1), strict=True))
     for name in positive:
         value, misses = anchor.values[name], [0.0, 0.0]
@@ -270,17 +247,13 @@ def _ratios(
         for step in (_ASIDE, -_ASIDE):
             look, place = look_at(anchor.values | {name: value * math.exp(step)}), mode
             for _ in range(2):
-                place = place + _newton_step(look(place))
+                place = place + look(place).step(whole)
             for i, size in enumerate((step, math.expm1(step))):
-                miss = (place - mode - size * along) / deviations
+                miss = (place - mode - size * along) / spread
                 misses[i] += float(miss.square().sum())
         if misses[0] < misses[1] and misses[1] > _MISSED:
             found.add(name)
     return frozenset(found)
-
-
-def _newton_step(look: Look) -> Tensor:
-    return banded.solve_both(banded.nearest_root(look.precision), look.slope)
 
 
 def _differences(

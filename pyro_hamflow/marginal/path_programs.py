@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.path_bands import Bands
+from pyro_hamflow.marginal.path_covariance import covariance_looks, has_covariance
 from pyro_hamflow.marginal.path_density import (
     Order,
     Parts,
@@ -18,7 +19,8 @@ from pyro_hamflow.marginal.path_density import (
     captured_parts,
     path_parts,
 )
-from pyro_hamflow.marginal.path_modes import LookAt
+from pyro_hamflow.marginal.path_looks import LookAt
+from pyro_hamflow.marginal.path_modes import captured_looks, centre_of
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.structure import Group
 
@@ -31,11 +33,13 @@ class PathPrograms:
         parts_at: The log densities of the path, in the order of its sites.
         bands: The path's order and bands.
         look_at: The joint density to second order, in that order.
+        by_covariance: Whether the prior is one multivariate normal, whose covariance serves.
     """
 
     parts_at: PartsAt
     bands: Bands
     look_at: LookAt
+    by_covariance: bool
 
 
 def known_programs(plan: Plan, group: Group, values: Mapping[str, Tensor]) -> PathPrograms | None:
@@ -44,11 +48,44 @@ def known_programs(plan: Plan, group: Group, values: Mapping[str, Tensor]) -> Pa
     return found
 
 
-def keep_programs(
-    plan: Plan, group: Group, values: Mapping[str, Tensor], programs: PathPrograms
-) -> None:
-    """Keeps what has been captured, for all proposals of models with this structure."""
-    plan.structure.programs[_key(group, values)] = programs
+def made_programs(
+    plan: Plan,
+    group: Group,
+    of_values: PartsAt,
+    bands: Bands,
+    x: Tensor,
+    values: dict[str, Tensor],
+) -> PathPrograms:
+    """Captures what is computed of a path, for all proposals of models with this structure.
+
+    Arguments:
+        plan: The model.
+        group: The path's sites.
+        of_values: The log densities of the path, in the order of its sites.
+        bands: The path's order and bands.
+        x: A path in that order.
+        values: Values of the parameters.
+    """
+    parts_at = partial(in_order, of_values, bands.order)
+    by_covariance = has_covariance(bands, x.shape[-1], group, plan.trace(values))
+    if by_covariance:
+        look_at = covariance_looks(plan, group, parts_at, x, values)
+    else:
+        look_at = captured_looks(parts_at, bands, x, values)
+    made = PathPrograms(of_values, bands, look_at, by_covariance)
+    plan.structure.programs[_key(group, values)] = made
+    return made
+
+
+def prior_centre(
+    plan: Plan, group: Group, programs: PathPrograms, x: Tensor, values: dict[str, Tensor]
+) -> Tensor:
+    """The centre of a path's prior, as far as a path x tells it."""
+    if programs.by_covariance:
+        centre: Tensor = plan.trace(values).nodes[group.sites[0]]["fn"].loc
+        return centre
+    prior = in_order(programs.parts_at, programs.bands.order, values).prior
+    return centre_of(prior, x, programs.bands.prior)
 
 
 def _key(group: Group, values: Mapping[str, Tensor]) -> tuple[object, ...]:

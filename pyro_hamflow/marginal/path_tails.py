@@ -9,29 +9,18 @@ furthest. On a line the moments of the weight are sums over a grid.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.path_density import Parts
 from pyro_hamflow.marginal.path_fit import PathFit
+from pyro_hamflow.marginal.path_looks import PathMap
 from pyro_hamflow.marginal.proposals.base import stretched
 
 _END, _POINTS = 10.0, 41  # of a line, in standard deviations of the noise
 _MOST_LINES = 24  # of one path, evenly spread over its states
 _RAREST = 1e-4  # of the posterior's paths on a line: those of the largest weights, left out
 _AT_ONCE = 2**21  # numbers of paths
-
-
-class PathMap(Protocol):
-    """From standard normal noise to a Gaussian path."""
-
-    def draw(self, noise: Tensor, /) -> Tensor:
-        """The path that noise of shape ``(*group.shape, n)`` makes."""
-
-    def pulled(self, direction: Tensor, /) -> Tensor:
-        """The direction of the noise that moves the path in one the furthest."""
 
 
 def tail_variance(fit: PathFit, found: PathMap, parts: Parts) -> float:

@@ -29,6 +29,7 @@ from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.supports import RADIUS, is_discrete, middle, transform_of
 from pyro_hamflow.model.trace import run_with
 from pyro_hamflow.process import random_state_kept
+from pyro_hamflow.programs.functions import InOtherWords
 
 # Of 26 mixed models of textbooks each climb came to rest after 6 to 46 gradients. With independent
 # points in place of even ones half of them did not, and were off by up to 60 posterior deviations.
@@ -227,8 +228,9 @@ def _gradient_of(
         try:
             rough.follow(potential.constrain(position), *data.args, **data.kwargs)
             position = position.detach().requires_grad_()
-            value = potential.value_of_one(position, noise)
-            (slope,) = torch.autograd.grad(value, position)
+            with InOtherWords():
+                value = potential.value_of_one(position, noise)
+                (slope,) = torch.autograd.grad(value, position)
         except (RuntimeError, ValueError):  # as of a matrix that is not positive definite there
             return math.inf, torch.zeros_like(position)
         return float(value.detach()), slope

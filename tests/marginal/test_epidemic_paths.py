@@ -14,7 +14,8 @@ from pyro_hamflow.marginal import path_bands, pilot
 from pyro_hamflow.marginal.climb import climb
 from pyro_hamflow.marginal.path_bands import Bands, find_bands
 from pyro_hamflow.marginal.path_density import Order, Parts
-from pyro_hamflow.marginal.path_modes import Look, higher_start
+from pyro_hamflow.marginal.path_looks import Look
+from pyro_hamflow.marginal.path_modes import centre_of, higher_start
 from pyro_hamflow.marginal.path_modes import climb as climb_path
 from pyro_hamflow.model.kinds import Arguments
 
@@ -106,7 +107,7 @@ def test_a_search_begins_at_a_draw_or_beside_the_prior_s_centre(is_outside):
     def likelihood(x):
         return torch.where((x.abs().amax(-1) < 1.0) == is_outside, 0.0, -torch.inf)
 
-    start = higher_start(Parts(prior, likelihood), 3.0 * x, 2)
+    start = higher_start(Parts(prior, likelihood), 3.0 * x, centre_of(prior, 3.0 * x, 2))
     torch.testing.assert_close(start, (0.3 if is_outside else 3.0) * x)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow import marginalize
-from pyro_hamflow.marginal.path_fit import PathGaussian
+from pyro_hamflow.marginal.path_looks import PathGaussian
 from pyro_hamflow.marginal.proposals import path
 from pyro_hamflow.marginal.proposals.path import PathParticle, PathProposal
 from tests.helpers.kinds import long_but

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.coverage_models import ZOO
-from pyro_hamflow.marginal.path_modes import added
+from pyro_hamflow.marginal.path_looks import added
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.programs import banded
 from pyro_hamflow.programs.capture import capture

@@ -26,7 +26,7 @@ from pyro_hamflow.marginal.fitted import Anchor, positive_of
 from pyro_hamflow.marginal.gaussian_form import Component
 from pyro_hamflow.marginal.noise_layout import Stratum
 from pyro_hamflow.marginal.path_bands import find_bands
-from pyro_hamflow.marginal.path_covariance import CovarianceParticle, has_covariance, map_at
+from pyro_hamflow.marginal.path_covariance import CovarianceParticle, map_at
 from pyro_hamflow.marginal.path_density import (
     Order,
     Parts,
@@ -35,13 +35,13 @@ from pyro_hamflow.marginal.path_density import (
     path_parts,
 )
 from pyro_hamflow.marginal.path_fit import PathFit, fit_path, gaussian_at
-from pyro_hamflow.marginal.path_modes import captured_looks, higher_start, other_modes
+from pyro_hamflow.marginal.path_modes import higher_start, other_modes
 from pyro_hamflow.marginal.path_programs import (
-    PathPrograms,
     densities_at,
     in_order,
-    keep_programs,
     known_programs,
+    made_programs,
+    prior_centre,
 )
 from pyro_hamflow.marginal.path_tails import tail_variance
 from pyro_hamflow.marginal.plan import Plan
@@ -259,14 +259,14 @@ class PathProposal(Proposal):
             else:
                 bands, start = before.bands, before.mode
             parts_at = partial(in_order, of_values, bands.order)
+            if programs is None or programs.bands is not bands:
+                example = bands.order.from_sites(somewhere()) if start is None else start
+                programs = made_programs(plan, group, of_values, bands, example, values)
             near, parts = before, parts_at(values)
             if start is None or not bool(gradient(parts.likelihood, start).isfinite().all()):
                 start = bands.order.from_sites(somewhere())
-                near, start = None, higher_start(parts, start, bands.prior)
-            if programs is None or programs.bands is not bands:
-                look_at = captured_looks(parts_at, bands, start, values)
-                programs = PathPrograms(of_values, bands, look_at)
-                keep_programs(plan, group, values, programs)
+                centre = prior_centre(plan, group, programs, start, values)
+                near, start = None, higher_start(parts, start, centre)
             steps = self.steps
             if not self.is_told:
                 # What is held at the pilot is the likelihood: it had better not hold the path
@@ -276,7 +276,7 @@ class PathProposal(Proposal):
                 steps = max(steps, least)
             look_at = programs.look_at
             fit = fit_path(parts_at, look_at, anchor, bands, start, steps, near, positive)
-            by_covariance = has_covariance(fit, group, partial(plan.trace, values))
+            by_covariance = programs.by_covariance and fit.cells is None
             fitted[name] = replace(fit, by_covariance=by_covariance)
         return replace(self, fitted=fitted)
 

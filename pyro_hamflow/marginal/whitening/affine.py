@@ -12,9 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyro_hamflow.marginal.path_modes import added, deviations_of
+from pyro_hamflow.marginal.path_looks import added, deviations_of
 from pyro_hamflow.programs import banded
 from pyro_hamflow.programs.large_factors import weighted_square
+from pyro_hamflow.programs.triangular import linalg_solve_triangular
 
 
 class AffineMap(Protocol):
@@ -131,8 +132,13 @@ class CovariancePrior(NamedTuple):
         return CovarianceMap(self, root, root.mT @ _solve(self.root, mean - self.loc))
 
     def deviations(self, precision: Tensor) -> Tensor:
-        root = self._root(precision)
-        return torch.linalg.solve_triangular(root, self.root.mT, upper=False).norm(dim=0)
+        none = torch.zeros_like(self.loc)
+        return CovarianceMap(self, self._root(precision), none).deviations()
+
+    def log_density(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Its own log density, but for a constant, and minus the gradient of that."""
+        v = _solve(self.root, x - self.loc)
+        return -0.5 * (v @ v) - _log_diagonal(self.root), _solve(self.root.mT, v, upper=True)
 
     def _root(self, precision: Tensor) -> Tensor:
         """Of the precision of prior times sites, in the prior's own standard normal noise."""
@@ -171,6 +177,11 @@ class CovarianceMap(NamedTuple):
         """What :meth:`forward` gives, by the name that paths are drawn by."""
         return self.forward(noise)
 
+    def deviations(self) -> Tensor:
+        """The variables' standard deviations, of shape ``(n,)``."""
+        moves = torch.linalg.solve_triangular(self.root, self.prior.root.mT, upper=False)
+        return moves.norm(dim=0)
+
     def pulled(self, direction: Tensor) -> Tensor:
         """The direction of the noise that moves the variables in one the furthest."""
         return _solve(self.root, self.prior.root.mT @ direction)
@@ -190,7 +201,7 @@ class CovarianceMap(NamedTuple):
 
 
 def _solve(root: Tensor, vector: Tensor, *, upper: bool = False) -> Tensor:
-    return torch.linalg.solve_triangular(root, vector[:, None], upper=upper)[:, 0]
+    return linalg_solve_triangular(root, vector[:, None], upper=upper)[:, 0]
 
 
 def _log_diagonal(root: Tensor) -> Tensor:
