@@ -40,7 +40,7 @@ def find_loops(
 
     Names alone make no loop: coefficients of a regression are numbered, too. Sites of the same name
     but for its number belong together where each depends on one before it, in the same distance:
-    they are a path. And with a path belong sites of one name each of which depends on one of its
+    they are a path, which may run backwards. And with a path belong sites of one name each of which depends on one of its
     states, or a state on each, such as data and innovations: again in the same distance.
 
     They have to be three or more, whose numbers have no gap, all latent, all observed or all
@@ -63,7 +63,11 @@ def find_loops(
         >>> [loop.stem for loop in find_loops(trace.nodes, [], model)]
         ['x']
     """
-    numbered = _numbered(nodes, separate)
+    drawn = {name: place for place, name in enumerate(nodes)}
+    numbered = [
+        loop if drawn[loop.sites[0]] < drawn[loop.sites[-1]] else _turned(loop)
+        for loop in _numbered(nodes, separate)
+    ]
     if not numbered:
         return []
     order = {name: i for i, name in enumerate(site for loop in numbered for site in loop.sites)}
@@ -98,7 +102,11 @@ def find_loops(
     loops = [loop for loop in numbered if is_path(loop)]
     for path in loops:  # grows as it is gone through
         loops += [loop for loop in numbered if loop not in loops and belongs(loop, path)]
-    return loops
+    return [loop if loop.numbers[0] < loop.numbers[-1] else _turned(loop) for loop in loops]
+
+
+def _turned(loop: Loop) -> Loop:
+    return Loop(loop.stem, loop.sites[::-1], loop.numbers[::-1])
 
 
 def _numbered(nodes: Mapping[str, Any], separate: Collection[str]) -> list[Loop]:

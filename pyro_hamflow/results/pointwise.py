@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_hamflow.marginal.marginalize import MarginalModel
+from pyro_hamflow.marginal.proposals.path import PathProposal
 from pyro_hamflow.model.kinds import Model
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.trace import is_latent
@@ -116,12 +117,13 @@ class _Estimator:
         if isinstance(model, MarginalModel):
             layouts = model.plan(*source.args, **source.kwargs).layouts.values()
             self._points = max(_POINTS, *(layout.num_particles for layout in layouts))
-            # So few points tell no covariance of more coordinates, as those of a path.
-            if max(layout.dimension for layout in layouts) <= _REPLICATES * self._points:
+            is_path = isinstance(model.proposal, PathProposal)
+            few = max(layout.dimension for layout in layouts) <= _REPLICATES * self._points
+            if few and not is_path:  # as few as points can tell a covariance of
                 self._models = movable(source, model, self._points)
                 self._plain = self._moved_points(0).potential
-            else:
-                refined = model.refined(self._points, "iid")
+            else:  # what a path's Gaussian lacks is skewness, which cancels in pairs
+                refined = model.refined(self._points, "antithetic" if is_path else "iid")
                 self._plain = Potential(refined, source.args, source.kwargs, separate_noise=True)
         elif not source.separate_noise and _has_noise(source):
             self._plain = Potential(model, source.args, source.kwargs, separate_noise=True)

@@ -201,6 +201,30 @@ def test_what_moves_along_with_a_path_is_stacked_as_well():
     assert list(idata.observed_data["y_time"]) == [0, 1, 2, 3, 4]
 
 
+def backwards(y):
+    """From the last day to the first; what is seen of a day follows from it and the next."""
+    step = pyro.sample("step", dist.LogNormal(-1.0, 0.5))
+    x, after = torch.zeros(()), torch.zeros(())
+    for t in reversed(range(len(y))):
+        x, after = pyro.sample(f"x_{t}", dist.Normal(x - 0.3 * after, step)), x
+        pyro.sample(f"y_{t}", dist.Normal(x + 0.1 * after, 1.0), obs=y[t])
+
+
+@pytest.mark.parametrize("sites", [[], ["x"]])
+def test_a_path_may_run_backwards(sites):
+    model = phf.marginalize(backwards, sites) if sites else backwards
+    kernel = phf.PseudoMarginalNUTS(model) if sites else phf.NUTS(model)
+    mcmc = run(kernel, Y)
+    idata = phf.to_inference_data(mcmc)
+    assert {*idata.posterior.data_vars} == {"step", "x"}
+    assert {*idata.log_likelihood.data_vars} == {"y"}
+    assert list(idata.posterior["x_time"]) == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(idata.observed_data["y"], Y)
+    if not sites:
+        last = mcmc.get_samples(group_by_chain=True)["x_4"]
+        np.testing.assert_array_equal(idata.posterior["x"].sel(x_time=4), last)
+
+
 def test_a_model_that_cannot_be_followed_keeps_its_names(monkeypatch):
     mcmc = run(phf.NUTS(counts), Y)
 

@@ -113,3 +113,25 @@ def test_moved_points_are_unbiased_wherever_they_are_moved(proposal):
         tuple(part.shape) for part in second.parts
     ]
     assert error(runs(second, 400, good)[0]) < before / 2
+
+
+def growth(y):
+    """A population that levels off, whose sizes are a path of sixteen skewed numbers."""
+    spread = pyro.sample("spread", dist.HalfNormal(0.5))
+    size = torch.ones((), dtype=y.dtype)
+    for t in pyro.markov(range(len(y))):
+        mean = size.log() + 1.2 * (1.0 - size / 3.0)
+        size = pyro.sample(f"size_{t}", dist.LogNormal(mean, spread))
+        pyro.sample(f"y_{t}", dist.Poisson(5.0 * size), obs=y[t])
+
+
+def test_paths_stay_where_their_gaussian_is():
+    """Moved points lay twice as far in each of sixteen directions, and took 512 for this error."""
+    torch.set_default_dtype(torch.float64)
+    y = torch.tensor([9.0, 11, 16, 13, 18, 15, 12, 14, 17, 16, 13, 15, 19, 14, 12, 16])
+    marginal = phf.marginalize(growth, ["size"])
+    marginal.fit(y, pilot={"spread": torch.tensor(0.25)})
+    potential = Potential(marginal, (y,), separate_noise=True)
+    free = torch.linspace(-2.5, -0.7, 100, dtype=torch.float64).reshape(1, 100, 1)
+    found = pointwise(potential, marginal, free, 1)
+    assert found.error <= WANTED_ERROR and found.points <= 128
