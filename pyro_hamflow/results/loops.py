@@ -40,8 +40,9 @@ def find_loops(
 
     Names alone make no loop: coefficients of a regression are numbered, too. Sites of the same name
     but for its number belong together where each depends on one before it, in the same distance:
-    they are a path, which may run backwards. And with a path belong sites of one name each of which depends on one of its
-    states, or a state on each, such as data and innovations: again in the same distance.
+    they are a path, which may run backwards. And with a path belong sites of one name each of
+    which depends on one of its states, or a state on each, such as data and innovations: again in
+    the same distance.
 
     They have to be three or more, whose numbers have no gap, all latent, all observed or all
     computed, in the same plates and of the same shape. If there is a site with the name that they

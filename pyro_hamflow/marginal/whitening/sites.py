@@ -19,7 +19,10 @@ from torch import Tensor
 
 from pyro_hamflow.programs import banded
 
-_FARTHEST = 6.0  # of the logarithm of a square: beyond, scales stay
+# Of the logarithm of a square: beyond, scales stay, and the density of the noise has a wall, for a
+# step of Newton's method goes too far. Of a walk of 16 states, the lowest thousandth of the errors'
+# standard deviation ended at .017 by 6, and ends at .0004 by 14 and by 30, as it should.
+_FARTHEST = 30.0
 _LEAST = 1e-9  # of the largest precision, below which one is taken for none
 
 
