@@ -20,7 +20,8 @@ from pyro_hamflow.marginal.proposals.base import stretched
 _END, _POINTS = 10.0, 41  # of a line, in standard deviations of the noise
 _MOST_LINES = 24  # of one path, evenly spread over its states
 _RAREST = 1e-4  # of the posterior's paths on a line: those of the largest weights, left out
-_AT_ONCE = 2**21  # numbers of paths
+# Numbers of paths: more do not stay in a cache, and took 2,000 states twice as long.
+_AT_ONCE = 2**18
 
 
 def tail_variance(fit: PathFit, found: PathMap, parts: Parts) -> float:

@@ -218,4 +218,5 @@ def component_log_weight(fn: torch_dist.MixtureSameFamily, component: Component)
 
 def stretched(z: Tensor) -> tuple[Tensor, Tensor]:
     """Standard normal noise ``(*, n)`` moved outwards, and the log growth of volume, ``(*)``."""
-    return z + _STRETCH * z.pow(5), torch.log1p(5 * _STRETCH * z.pow(4)).sum(-1)
+    fourth = z.square().square()  # a general power takes ten times as long
+    return z + _STRETCH * fourth * z, torch.log1p(5.0 * _STRETCH * fourth).sum(-1)

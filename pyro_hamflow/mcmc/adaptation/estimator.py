@@ -45,6 +45,7 @@ _NOISY_VARIANCE = 100.0  # beyond which chains of any method stay where they are
 # per second with four seeds, 16 made 2.0 and 3.5.
 _WANTED_FACTORISED_VARIANCE = 4.0
 _LAVISH_VARIANCE = 0.25  # below which half the particles would do
+_WORSE = 1.5  # times as much as when a fit for places beyond was not worth it: it is tried again
 _LOOKS = 4  # draws of warm-up, of a chain each, and places beyond, that are looked at
 _METHODS = ("auto", "joint", "conditional")
 
@@ -89,6 +90,7 @@ class EstimatorTuning:
         self.max_pareto_k = math.nan
         self._window: list[Tensor] = []
         self._remark: str | None = None
+        self._in_vain = 0.0  # how much estimates varied beyond when a new fit was not worth it
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,6 +106,7 @@ class EstimatorTuning:
         """Goes back to what was there before any run, so that a run repeats itself."""
         self.source, self.plan, self.engine = source, plan, engine
         self._window, self._remark, self.max_pareto_k = [], None, math.nan
+        self._in_vain = 0.0
         if isinstance(source.model, MarginalModel):
             source.model.untune()
 
@@ -211,9 +214,11 @@ class EstimatorTuning:
                 better = more_particles(model, draws, data)
             elif is_noisy and may_move:
                 better = refit_at(model, middle, draws, data, moves=moves)
-            elif may_move and len(beyond := self._noisy_beyond(model, state.position, centre)):
+            elif may_move and (found := self._noisy_beyond(model, state.position, centre)):
+                beyond, level = found
                 far = [potential.constrain(row) for row in beyond]
                 better = refit_at(model, middle, far, data, beyond=True, moves=moves)
+                self._in_vain = level if better is None else 0.0
             elif variance < _LAVISH_VARIANCE and model.proposal.needs_fit:
                 better = fewer_particles(model, draws, data)
             candidate = better or copy.copy(model)
@@ -238,20 +243,28 @@ class EstimatorTuning:
         """A new target, with chains where they are and fresh noise."""
         return potential, *find_start(potential, len(state.position), state.position, 0.0)
 
-    def _noisy_beyond(self, model: MarginalModel, position: Tensor, centre: Tensor) -> Tensor:
-        """Where the posterior's edges may be; none where estimates do not vary too much there.
+    def _noisy_beyond(
+        self, model: MarginalModel, position: Tensor, centre: Tensor
+    ) -> tuple[Tensor, float] | None:
+        """Where the posterior's edges may be, and how much estimates vary there, if too much.
 
         Chains that move with the noise held hardly go where estimates vary, for most are too low.
+        Where a new fit was not worth it, the next window would find the same, at the cost of all
+        else in warm-up.
         """
         if not model.proposal.fades or model.proposal.closer() is None:
-            return position[:0]
+            return None
         potential = self.source.potential
         places, variances = places_beyond(potential, position, centre)
-        if bool((variances > _LARGEST_VARIANCE).any()):
-            return places
-        far = [potential.constrain(row) for row in places[:_LOOKS]]
-        is_narrow = tail(model, far, Arguments(potential.args, potential.kwargs)) > NARROW
-        return places if is_narrow else places[:0]
+        if not len(places):
+            return None
+        level = float(variances.median())
+        if not bool((variances > _LARGEST_VARIANCE).any()):
+            far = [potential.constrain(row) for row in places[:_LOOKS]]
+            level = tail(model, far, Arguments(potential.args, potential.kwargs))
+            if level <= NARROW:
+                return None
+        return None if level < _WORSE * self._in_vain else (places, level)
 
     def examine(self, state: State) -> None:
         """Looks at the frozen estimator at the last draws of warm-up; says first what is wrong."""

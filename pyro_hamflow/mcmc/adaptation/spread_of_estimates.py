@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pyro_hamflow.model.potential import Potential
+from pyro_hamflow.programs.capture import rows_at_once
 
 _REPLICATES = 32  # estimates: their variance is then known to a quarter
 _OUT = 1.5  # times as far as chains are from their middle, where estimates are looked at, too
@@ -21,8 +23,19 @@ def variance_at(potential: Potential, position: Tensor) -> float:
 def _estimates(potential: Potential, position: Tensor) -> Tensor:
     """Log estimates of the posterior density, of shape ``(replicates, chains)``."""
     count = len(position)
-    values = [potential.value(position, potential.draw_noise(count)) for _ in range(_REPLICATES)]
-    return -torch.stack(values).double()
+    is_one = potential.programs.rows_at_once("evaluate", count) == count
+    program = potential.graph("evaluate", count) if is_one else None
+    at_once = rows_at_once(program) if isinstance(program, GraphModule) else 1
+    if program is None or at_once == 1:  # each of them is work enough
+        noises = (potential.draw_noise(count) for _ in range(_REPLICATES))
+        return -torch.stack([potential.value(position, noise) for noise in noises]).double()
+    *_, like = potential.examples("evaluate", count)
+    draws = [(potential.draw_noise(count), torch.rand_like(like)) for _ in range(_REPLICATES)]
+    noise, uniform = (torch.stack(parts) for parts in zip(*draws, strict=True))
+    values = torch.func.vmap(
+        lambda *draw: program(position, *draw)[0], chunk_size=min(at_once, _REPLICATES)
+    )(noise, uniform)
+    return -values.double()
 
 
 def places_beyond(potential: Potential, position: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
