@@ -222,7 +222,7 @@ def test_chains_by_all_defaults_find_the_posterior(term, scale, mean):
     mcmc = phf.MCMC(kernel, 500, 500, num_chains=4, seed=0, disable_progbar=True)
     mcmc.run(y)
     assert "several modes of each are fitted instead" in " ".join(mcmc.messages)
-    assert kernel.log_likelihood_variance < 1.0
+    assert kernel.settings["log_likelihood_variance"] < 1.0
     mu = mcmc.get_samples(group_by_chain=True)["mu"]
     for found, right in zip((mu, mu.abs()), exact(y), strict=True):
         count = float(effective_sample_size(found))

@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import marginalize
+from pyro_hamflow import MCMC, PseudoMarginalNUTS, marginalize
 from pyro_hamflow.marginal.refit import refit_at
 from pyro_hamflow.marginal.settle import repeated_estimates
 from pyro_hamflow.marginal.tails import NARROW, tail, told_of_tails
+from pyro_hamflow.mcmc.adaptation import spread_of_estimates
 from pyro_hamflow.model.kinds import Arguments
 from tests.helpers.paths import returns, volatility
 
@@ -88,3 +89,12 @@ def test_long_paths_that_are_served_well_are_told_nothing():
     data = Arguments((y,), {})
     assert tail(marginal, [values], data) < NARROW
     assert told_of_tails(marginal, [values], data) is None
+
+
+def test_warm_up_ends_where_the_posterior_reaches_no_place_beyond_the_chains(monkeypatch):
+    """As it does not in many dimensions, where all places a little further out have no mass."""
+    monkeypatch.setattr(spread_of_estimates, "_REACH", -float("inf"))
+    kernel = PseudoMarginalNUTS(marginalize(volatility, ["x"]))
+    mcmc = MCMC(kernel, 10, 40, num_chains=2, seed=0, disable_progbar=True)
+    mcmc.run(returns(12))
+    assert mcmc.get_samples()["phi"].shape == (20,)

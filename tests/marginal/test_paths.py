@@ -154,7 +154,20 @@ def test_posterior_of_a_volatility_is_that_of_a_grid():
             values = draws[name].double() ** power
             error = float(values.std()) / math.sqrt(float(arviz.ess(values.numpy())))
             assert abs(float(values.mean()) - truth) < 4 * error, (name, power)
-    assert to_inference_data(mcmc).posterior["x"].shape == (4, 400, 25)  # whole paths come back
+    paths = to_inference_data(mcmc, log_likelihood=False).posterior["x"]
+    assert paths.shape == (4, 400, 25)  # whole paths come back
+
+
+@pytest.mark.parametrize("length", [2, 5, 12])
+def test_a_few_states_of_which_a_density_alone_is_known_are_a_path(length):
+    """They were asked for a transform of noise, which longer ones were not."""
+    y, values = returns(length), at({"phi": 0.5, "s": 0.4})
+    marginal = marginalize(volatility, ["x"], num_particles=64)
+    marginal.fit(y, pilot=values)
+    assert isinstance(marginal.proposal, PathProposal)
+    found = repeated_estimates(marginal, values, 30, Arguments((y,), {}))[:, 0].exp()
+    truth = math.exp(filtered(y, 0.5, 0.4))
+    assert abs(float(found.mean()) - truth) < 4 * float(found.std()) / math.sqrt(30)
 
 
 def test_states_that_a_parameter_parts_at_the_pilot_are_still_a_path():

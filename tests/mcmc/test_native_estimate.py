@@ -195,7 +195,7 @@ def test_moves_along_a_path_are_those_of_torch(monkeypatch):
     kernel.begin(2, 0, (y,))
     graph = kernel.potential.programs.base("gradient")
     names = {str(node.target) for node in graph.graph.nodes}
-    assert "pyro_hamflow.banded_factorise_adjoint.default" in names
+    assert "pyro_hamflow.banded_root_adjoint.default" in names
     for refresh in (StretchRefresh(2), None):
         assert_same(*both(kernel.potential, refresh, DEPTH, monkeypatch)[:2])
 

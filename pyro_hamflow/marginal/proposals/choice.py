@@ -7,10 +7,12 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import TorchDistribution
 
 from pyro_hamflow.marginal.dependence import Run
 from pyro_hamflow.marginal.gaussian_form import has_gaussian_form
 from pyro_hamflow.marginal.lay_out import look_at, split_mixtures
+from pyro_hamflow.marginal.normal_transform import normal_transform
 from pyro_hamflow.marginal.plan import Plan
 from pyro_hamflow.marginal.proposals.base import Proposal
 from pyro_hamflow.marginal.proposals.laplace import LaplaceProposal
@@ -18,6 +20,7 @@ from pyro_hamflow.marginal.proposals.path import FOLLOWING, PathProposal
 from pyro_hamflow.marginal.proposals.prior import PriorProposal
 from pyro_hamflow.marginal.proposals.user import ProgramProposal
 from pyro_hamflow.marginal.structure import LONG, chains
+from pyro_hamflow.model.supports import transform_of
 
 AUTO = "auto"
 # Sites of a loop that depend on each other, from which on it is a path. Forty ragged series of 5 to
@@ -103,12 +106,16 @@ def _has_path(plan: Plan, trace: poutine.Trace) -> bool:
     """Whether some group's elements have many numbers each, beside those in plates of their own.
 
     A loop of a few sites is a path, too, if they depend on the first of them, and unless a prior is
-    a mixture, whose components this hides.
+    a mixture, whose components this hides; and so are a few numbers whose prior is known by its
+    density alone, as that of a user's own autoregression.
     """
     groups = plan.structure.groups
     events = [[torch.Size(trace.nodes[name]["fn"].event_shape) for name in g.sites] for g in groups]
     longest = max(sum(event.numel() for event in of_group) for of_group in events)
     if longest >= LONG or any(group.joined for group in groups):
+        return True
+    names = [name for group in groups for name in group.sites]
+    if any(_is_density_alone(name, trace.nodes[name]["fn"]) for name in names):
         return True
     loops = [sites for group in groups for sites in chains(group.sites).values()]
     if not any(len(sites) >= _LOOP and _is_recursion(plan, sites) for sites in loops):
@@ -119,6 +126,17 @@ def _has_path(plan: Plan, trace: poutine.Trace) -> bool:
         for of_group in splits
         for name, split in of_group.items()
     )
+
+
+def _is_density_alone(name: str, fn: TorchDistribution) -> bool:
+    """Whether a prior of several numbers, each free, is no known transform of noise."""
+    if fn.event_shape.numel() < 2 or has_gaussian_form(fn, None):
+        return False
+    try:
+        normal_transform(fn)
+    except ValueError:
+        return bool(transform_of(name, fn).inverse_shape(fn.event_shape) == fn.event_shape)
+    return False
 
 
 def _is_recursion(plan: Plan, sites: list[str]) -> bool:

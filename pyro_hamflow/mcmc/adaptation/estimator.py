@@ -290,7 +290,7 @@ class EstimatorTuning:
         if model.proposal.fades:
             with random_state_kept():
                 places, beyond = places_beyond(potential, state.position, state.position.mean(0))
-            variance = max(variance, *beyond.tolist())
+            variance = max([variance, *beyond.tolist()])
             draws += [potential.constrain(row) for row in places[:_LOOKS]]
             if remark := told_of_tails(model, draws, data):
                 self.plan.say(remark, first=True)
