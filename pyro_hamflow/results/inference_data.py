@@ -84,9 +84,11 @@ def to_inference_data(
     ``get_samples`` and a checkpoint have them by their own names.
 
     Weighted draws of :func:`~pyro_hamflow.importance_sample` and of a
-    :class:`~pyro_hamflow.AnnealedSampler` become draws of equal weight, as many as they are
-    effectively worth, picked at random; ``sample_stats`` keeps their log weights, and the
-    attributes the evidence and, of the former, Pareto's k.
+    :class:`~pyro_hamflow.AnnealedSampler` become draws of equal weight, as many as their weights
+    are worth: of the former one chain, picked at random; of the latter each part of the population
+    is one, in which draws that descend from the same follow each other, so that ArviZ sees how
+    alike they are. ``sample_stats`` keeps their log weights, and the attributes the evidence and,
+    of the former, Pareto's k.
 
     Arguments:
         result: The path of a checkpoint (``MCMC(..., checkpoint=...)``), whose draws are then read

@@ -17,8 +17,11 @@ from pyro_hamflow.mcmc.kernels.base import Kernel
 from pyro_hamflow.mcmc.mcmc import MCMC
 from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.smc.importance import ImportanceSamples
+from pyro_hamflow.smc.resampling import effective_size, resample_systematically
 from pyro_hamflow.smc.sampler import AnnealedSampler
 from pyro_hamflow.version import __version__
+
+_SHORTEST = 4  # draws of a chain, of which ArviZ tells anything
 
 
 class Run:
@@ -117,12 +120,23 @@ def plain(value: Any) -> Any:
 
 
 def _picked(result: ImportanceSamples | AnnealedSampler) -> Draws:
-    """Draws of equal weight, as many as the weighted ones are worth."""
-    picked = result.pick(max(1, int(result.ess)))
+    """Draws of equal weight, as many as the weights are worth.
 
-    def one_chain(part: Tensor) -> Tensor:
-        return part[picked].detach().cpu()[None]
+    A population's are in its own order, in which relatives follow each other, and its parts are
+    chains: so ArviZ sees how alike they are.
+    """
+    number = float(effective_size(result.log_weights))
+    if isinstance(result, AnnealedSampler):
+        chains = result.num_replicates
+        length = max(_SHORTEST, int(number) // chains)
+        picked = resample_systematically(result.log_weights[None], chains * length)[0]
+        picked = picked.reshape(chains, length)
+    else:
+        picked = result.pick(max(1, int(number)))[None]
 
-    local = {name: one_chain(part) for name, part in result.local.items()}
-    stats = {"log_weight": one_chain(result.log_weights)}
-    return Draws(one_chain(result.position), stats, local)
+    def in_chains(part: Tensor) -> Tensor:
+        return part[picked].detach().cpu()
+
+    local = {name: in_chains(part) for name, part in result.local.items()}
+    stats = {"log_weight": in_chains(result.log_weights)}
+    return Draws(in_chains(result.position), stats, local)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_hamflow.smc.particles import Particles
@@ -37,11 +38,14 @@ class Lineages:
         excess: How many times as much the evidence varies, by families, as it would if moves made
             particles independent of each other at each temperature.
         error: The relative standard error of the evidence that they show.
+        draws: How many independent draws the population is worth, for the coordinate of which it
+            tells least: what its weights are, or less, as relatives are alike.
     """
 
     effective: float
     excess: float
     error: float
+    draws: float
 
     @property
     def are_few(self) -> bool:
@@ -49,7 +53,7 @@ class Lineages:
         return self.effective < _FEW and self.excess > _EXCESS
 
 
-MANY = Lineages(math.inf, 0.0, 0.0)
+MANY = Lineages(math.inf, 0.0, 0.0, math.inf)
 
 
 def lineages_of(particles: Particles) -> Lineages:
@@ -58,7 +62,30 @@ def lineages_of(particles: Particles) -> Lineages:
     count = len(particles.position)
     square = count / max(effective, 1.0)  # of a family's share, on average, of which one is a mean
     error = math.sqrt(max(square - 1.0, 0.0) / count)
-    return Lineages(effective, square / particles.variance_of_steps, error)
+    weights = particles.weights
+    draws = worth_of_draws(weights, particles.founder, particles.position)
+    draws = min(draws, float(effective_size(weights.log())))
+    return Lineages(effective, square / particles.variance_of_steps, error, draws)
+
+
+def worth_of_draws(weights: Tensor, founder: Tensor, position: Tensor) -> float:
+    """How many independent draws have as much variance in their means, the least of coordinates.
+
+    Arguments:
+        weights: Of the draws, adding up to one.
+        founder: Which of as many families each belongs to.
+        position: Of shape ``(draws, coordinates)``.
+
+    Example:
+        >>> position = torch.tensor([[-1.0], [-1.0], [1.0], [1.0]])
+        >>> worth_of_draws(torch.full((4,), 0.25), torch.tensor([0, 0, 3, 3]), position)
+        2.0
+    """
+    position = torch.where(weights[:, None] > 0.0, position.to(weights), 0.0)
+    apart = position - weights @ position
+    families = torch.zeros_like(apart).index_add(0, founder, weights[:, None] * apart)
+    worth = (weights @ apart.square()) / families.square().sum(0)
+    return float(worth.nan_to_num(math.inf).min())
 
 
 def error_of_logarithms(parts: Tensor) -> float:

@@ -22,7 +22,7 @@ from pyro_hamflow.smc.annealing import Population, anneal
 from pyro_hamflow.smc.importance import ImportanceSamples, importance_sample
 from pyro_hamflow.smc.machine import machine_gradient
 from pyro_hamflow.smc.reach import extend_reach
-from pyro_hamflow.smc.resampling import effective_size, resample_systematically
+from pyro_hamflow.smc.resampling import resample_systematically
 from pyro_hamflow.smc.shown import shown
 from pyro_hamflow.smc.transport import AFT, CRAFT
 from pyro_hamflow.smc.verdict import describe, describe_missed
@@ -236,8 +236,8 @@ class AnnealedSampler:
 
     @property
     def ess(self) -> float:
-        """What the weights are worth; draws that are copies of each other have moved since."""
-        return float(effective_size(self.log_weights))
+        """How many independent draws these are worth: relatives among them are alike."""
+        return self.population.lineages.draws
 
     @property
     def samples(self) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ import math
 
 from pyro_hamflow.smc.annealing import Population
 from pyro_hamflow.smc.importance import ImportanceSamples
-from pyro_hamflow.smc.resampling import effective_size
 
 _LARGEST_ERROR = 0.5  # of the log evidence
 _LARGEST_OF_FEW = 0.2  # of it, where particles descend from few of the first
 _MANY_ERRORS = 4.0  # between two estimates of the evidence
+_FEWEST_DRAWS = 100.0  # independent ones, below which means are rough
 _LOWEST_ACCEPTANCE = 0.2  # at a temperature, below which particles hardly move
 
 
@@ -101,8 +101,14 @@ def describe(population: Population, guide: ImportanceSamples | None) -> str:
                 "one of them misses part of the posterior; take a wider guide, or more particles "
                 "(`num_particles`)."
             )
-    worth = float(effective_size(population.log_weights))
-    return (
+    worth = population.lineages.draws
+    said = (
         f"The parts of the population agree: the error of the log evidence is {error:.2g}, and the "
-        f"weights of the draws are worth {worth:.0f} equal ones."
+        f"draws are worth {worth:.0f} independent ones."
     )
+    if worth < _FEWEST_DRAWS:
+        said += (
+            " Means over them are rough, as many descend from the same few of the first particles: "
+            "take more particles (`num_particles`), or more moves (`num_moves`)."
+        )
+    return said

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import arviz
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_hamflow import AnnealedSampler
+from pyro_hamflow import AnnealedSampler, to_inference_data
 from pyro_hamflow.model.potential import Potential
 from pyro_hamflow.model.prior import Prior
 from pyro_hamflow.model.tempered import TemperedTarget
 from pyro_hamflow.smc import annealing, discovery, lineages
 from pyro_hamflow.smc.annealing import anneal
 from pyro_hamflow.smc.particles import Particles, Rung
-from pyro_hamflow.smc.resampling import log_mean_exp
-from pyro_hamflow.smc.verdict import describe_few
+from pyro_hamflow.smc.resampling import effective_size, log_mean_exp
+from pyro_hamflow.smc.verdict import describe, describe_few
 from tests.helpers.densities import many_well
 
 X = torch.linspace(-3.0, 3.0, 18).double()
@@ -115,6 +117,56 @@ def test_families_tell_the_error_of_the_evidence():
     assert 0.7 < torch.tensor(scores).square().mean().sqrt() < 1.4
 
 
+EFFECTS = torch.randn(10, generator=torch.Generator().manual_seed(0)).double() * math.sqrt(2.0)
+
+
+def centred():
+    """A hierarchy that moves go through slowly, so that relatives stay alike."""
+    scale = pyro.sample("scale", dist.HalfNormal(torch.ones(()).double()))
+    with pyro.plate("group", len(EFFECTS)):
+        effect = pyro.sample("effect", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=EFFECTS)
+
+
+def mean_log_scale():
+    scale = torch.linspace(1e-4, 6.0, 20_001).double()
+    spread = (1.0 + scale.square()).sqrt()[:, None]
+    fit = dist.Normal(0.0, spread).log_prob(EFFECTS).sum(1) + dist.HalfNormal(1.0).log_prob(scale)
+    return float(fit.softmax(0) @ scale.log())
+
+
+@pytest.mark.slow
+def test_means_of_draws_err_as_much_as_families_tell():
+    truth, scores = mean_log_scale(), []
+    torch.manual_seed(0)
+    potential = Potential(centred)
+    for _ in range(25):
+        population = anneal(potential, 300)
+        weights = population.log_weights.softmax(0)
+        scale = potential.constrain(population.position)["scale"].log()
+        mean = weights @ scale
+        spread = (weights @ (scale - mean).square()).sqrt()
+        for worth in (population.lineages.draws, float(effective_size(population.log_weights))):
+            scores.append(float((mean - truth) / spread * math.sqrt(worth)))
+    told, by_weights = torch.tensor(scores).reshape(25, 2).square().mean(0).sqrt()
+    assert 0.7 < told < 1.4 and by_weights > 1.6
+
+
+def test_arviz_sees_how_alike_draws_of_a_population_are():
+    sampler = AnnealedSampler(centred, seed=1, disable_progbar=True)
+    sampler.run()
+    posterior = to_inference_data(sampler).posterior
+    chains, draws = posterior.sizes["chain"], posterior.sizes["draw"]
+    effects = posterior["effect"].values.reshape(chains * draws, -1)
+
+    def least(order):
+        return min(float(arviz.ess(part.reshape(chains, draws))) for part in effects[order].T)
+
+    assert least(slice(None)) < 0.25 * chains * draws
+    assert least(np.random.default_rng(0).permutation(len(effects))) > 0.6 * chains * draws
+    assert sampler.ess < 0.25 * chains * draws
+
+
 def test_families_weigh_as_much_as_particles():
     torch.manual_seed(0)
     potential = Potential(conjugate)
@@ -155,6 +207,14 @@ def test_a_flow_of_what_few_have_found_is_told(monkeypatch):
     torch.manual_seed(0)
     population = anneal(Potential(conjugate), 200)
     assert describe_few(population) is None
-    few = replace(population, lineages=lineages.Lineages(9.0, 20.0, 1.0 / 3.0))
+    few = replace(population, lineages=lineages.Lineages(9.0, 20.0, 1.0 / 3.0, 9.0))
     assert "descends from about 9 of 200 particles" in describe_few(few)
     assert "`num_particles`" in describe_few(few)
+
+
+def test_draws_that_are_worth_few_are_told():
+    torch.manual_seed(0)
+    population = anneal(Potential(conjugate), 400)
+    assert describe(population, None).endswith(" independent ones.")
+    few = replace(population, lineages=replace(population.lineages, draws=60.0))
+    assert "worth 60 independent ones. Means over them are rough" in describe(few, None)

@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
 
 from pyro_hamflow import AnnealedSampler, AutoNeuralHamiltonianFlow, marginalize, to_inference_data
+from pyro_hamflow.smc.resampling import effective_size
 from tests.helpers.densities import two_modes
 from tests.helpers.evidence import assert_evidence
 from tests.helpers.targets import effects
@@ -59,7 +60,7 @@ def test_draws_and_evidence_against_quadrature(sampler):
 
 def test_says_that_parts_agree(sampler):
     assert sampler.message.startswith("The parts of the population agree: the error")
-    assert sampler.message.endswith("equal ones.") and sampler.message.count(".") < 4
+    assert sampler.message.endswith("independent ones.") and sampler.message.count(".") < 4
     assert repr(sampler).startswith("AnnealedSampler(2000 particles, log_evidence=-")
 
 
@@ -72,10 +73,11 @@ def test_a_seed_makes_a_run_repeat_itself(sampler):
 
 def test_inference_data(sampler, tmp_path):
     data = to_inference_data(sampler)
-    draws = int(sampler.ess)
-    assert data.posterior["scale"].shape == (1, draws)
-    assert data.sample_stats["log_weight"].shape == (1, draws)
-    assert data.log_likelihood["y"].shape == (1, draws, len(Y))
+    parts = sampler.num_replicates
+    draws = int(effective_size(sampler.log_weights)) // parts
+    assert data.posterior["scale"].shape == (parts, draws)
+    assert data.sample_stats["log_weight"].shape == (parts, draws)
+    assert data.log_likelihood["y"].shape == (parts, draws, len(Y))
     attributes = data.posterior.attrs
     assert attributes["log_evidence"] == pytest.approx(sampler.log_evidence)
     assert attributes["log_evidence_error"] == pytest.approx(sampler.log_evidence_error)
@@ -84,10 +86,10 @@ def test_inference_data(sampler, tmp_path):
     assert settings["method"] == "annealed sampling" and settings["start"] == "prior"
     assert json.loads(attributes["messages"]) == [sampler.message]
     values = torch.as_tensor(data.posterior["scale"].values)
-    error = float(values.std()) / math.sqrt(draws)
+    error = float(values.std()) / math.sqrt(parts * draws)
     assert abs(float(values.mean() - sampler.mean(sampler.samples["scale"]))) < 4.0 * error
     data.to_netcdf(str(tmp_path / "data.nc"))
-    assert arviz.from_netcdf(str(tmp_path / "data.nc")).posterior["scale"].shape == (1, draws)
+    assert arviz.from_netcdf(str(tmp_path / "data.nc")).posterior["scale"].shape == (parts, draws)
 
 
 @pytest.mark.slow
