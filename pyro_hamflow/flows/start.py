@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
@@ -24,8 +24,9 @@ from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.validation import no_validation
 
 PILOT_DRAWS = 1000
-_ROUNDS = 20
-_STEPS = 25
+_ROUNDS, _STEPS = 100, 5  # of a descent, and steps of each
+_NEWTON_DECREMENT = 1.0  # below which a descent has come to a mode
+_LOOKS = 20  # at places on its way, if not
 _FLATTEST = 1e-6  # the least curvature that counts as one
 
 
@@ -75,6 +76,8 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
     """The mode of a density and the root of its covariance there.
 
     Where the potential curves downwards, or not at all, the size of the curvature stands in for it.
+    Where there is no mode, as in the neck of a hierarchy, whose density grows without end while its
+    mass vanishes, it is the place on the way down that has the most mass.
 
     Arguments:
         value_of: The potential of one position.
@@ -83,8 +86,27 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
     Returns:
         The mode, and a lower triangle of shape ``(dimension, dimension)``.
     """
-    best = position.detach().clone()
-    point = best.clone().requires_grad_()
+    way = _descend(value_of, position)
+    best, curvature = way[-1], _curvature(value_of, way[-1])
+    slope = torch.autograd.functional.jacobian(value_of, best).double() @ curvature.axes
+    if not float((slope.square() / curvature.sizes).sum()) < _NEWTON_DECREMENT:
+        looked_at = way[:: -(-len(way) // _LOOKS)]
+        every = [_curvature(value_of, place) for place in looked_at]
+        mass = [
+            -float(value_of(place).detach()) - 0.5 * float(found.sizes.log().sum())
+            for place, found in zip(looked_at, every, strict=True)
+        ]
+        highest = max(range(len(mass)), key=mass.__getitem__)
+        best, curvature = looked_at[highest], every[highest]
+    root = curvature.axes * curvature.sizes.rsqrt()
+    triangle = torch.linalg.qr(root.mT).R.mT  # of the covariance, however badly conditioned
+    return best, (triangle * triangle.diagonal().sign()).to(best)
+
+
+def _descend(value_of: Callable[[Tensor], Tensor], position: Tensor) -> list[Tensor]:
+    """Places on the way down to a mode, the lowest last."""
+    way = [position.detach().clone()]
+    point = way[0].clone().requires_grad_()
     optimizer = torch.optim.LBFGS([point], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -93,18 +115,28 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
         value.backward()
         return value
 
-    lowest = float(value_of(best).detach())
+    lowest = float(value_of(way[0]).detach())
     for _ in range(_ROUNDS):
         optimizer.step(closure)
         value = float(value_of(point.detach()).detach())
         if not value < lowest - 1e-6:
             break
-        lowest, best = value, point.detach().clone()
-    hessian = torch.autograd.functional.hessian(value_of, best).double()
-    values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT).nan_to_num())
-    root = vectors * values.abs().clamp(min=_FLATTEST).rsqrt()
-    triangle = torch.linalg.qr(root.mT).R.mT  # of the covariance, however badly conditioned
-    return best, (triangle * triangle.diagonal().sign()).to(best)
+        lowest = value
+        way.append(point.detach().clone())
+    return way
+
+
+class Curvature(NamedTuple):
+    """Of a potential: its principal axes, as columns, and the sizes of its curvature along them."""
+
+    sizes: Tensor
+    axes: Tensor
+
+
+def _curvature(value_of: Callable[[Tensor], Tensor], position: Tensor) -> Curvature:
+    hessian = torch.autograd.functional.hessian(value_of, position).double()
+    values, axes = torch.linalg.eigh(0.5 * (hessian + hessian.mT).nan_to_num())
+    return Curvature(values.abs().clamp(min=_FLATTEST), axes)
 
 
 def potential_of_one(
