@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch.distributions import dirichlet
 from torch.overrides import TorchFunctionMode
 
 _Found = TypeVar("_Found")
+_TORCHS_DIRICHLET = dirichlet._Dirichlet
 
 _NEW = {
     torch.empty,
@@ -48,6 +51,28 @@ class _Apart(TorchFunctionMode):
         return made
 
 
+class _DirichletInBatches:
+    """Draws of Dirichlet, beta and LKJ distributions, by the operation itself, which has batches.
+
+    Torch draws them by a function with a gradient of its own, which has none.
+    """
+
+    @staticmethod
+    def apply(concentration: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and concentration.requires_grad:  # of another thread
+            return cast("Tensor", _TORCHS_DIRICHLET.apply(concentration))
+        return torch._sample_dirichlet(concentration)
+
+
+@contextmanager
+def _dirichlet_in_batches() -> Iterator[None]:
+    vars(dirichlet)["_Dirichlet"] = _DirichletInBatches
+    try:
+        yield
+    finally:
+        vars(dirichlet)["_Dirichlet"] = _TORCHS_DIRICHLET
+
+
 def _of_all(answer: Tensor) -> bool:
     """What all runs answer."""
     while is_batchedtensor(answer):
@@ -82,7 +107,7 @@ def many_runs(
             return run()
 
     zeros = torch.zeros(number, dtype=like.dtype, device=like.device)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _dirichlet_in_batches():
         # An operation without a batching rule is looped over: slower, and as right.
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet.*")
         batched = torch.func.vmap(apart, randomness="different", chunk_size=at_once)

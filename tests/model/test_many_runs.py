@@ -21,6 +21,7 @@ RUNS = 4000
         (dist.Laplace(1.0, 2.0), stats.laplace(1.0, 2.0).cdf),
         (dist.Gamma(2.0, 3.0), stats.gamma(2.0, scale=1 / 3.0).cdf),
         (dist.Normal(1.0, 2.0), stats.norm(1.0, 2.0).cdf),
+        (dist.Beta(2.0, 3.0), stats.beta(2.0, 3.0).cdf),
     ],
 )
 def test_runs_draw_apart(distribution, cdf):
@@ -30,6 +31,22 @@ def test_runs_draw_apart(distribution, cdf):
     assert found.unique().numel() > 0.99 * found.numel()
     assert stats.kstest(found.flatten().numpy(), cdf).pvalue > 1e-3
     assert abs(stats.spearmanr(found[:, 0], found[:, 1]).statistic) < 4.0 / RUNS**0.5
+
+
+def test_dirichlet_and_lkj_are_drawn_at_once():
+    """Torch draws them by a function that has no batches: such priors were drawn one by one."""
+
+    def run():
+        shares = dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])).sample()
+        return shares, dist.LKJCholesky(2, 2.0).sample()[1, 0]
+
+    torch.manual_seed(0)
+    shares, correlation = many_runs(run, RUNS, torch.zeros(()))
+    assert stats.kstest(shares[:, 0].numpy(), stats.beta(1.0, 5.0).cdf).pvalue > 1e-3
+    assert stats.kstest((0.5 + 0.5 * correlation).numpy(), stats.beta(2.0, 2.0).cdf).pvalue > 1e-3
+    concentration = torch.ones(2, requires_grad=True)
+    dist.Dirichlet(concentration).rsample()[0].backward()  # torch's own again, with its gradient
+    assert concentration.grad is not None
 
 
 def test_what_is_filled_in_place_is_what_was_filled():
