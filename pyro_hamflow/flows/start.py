@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro.poutine as poutine
 import torch
@@ -24,9 +24,11 @@ from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.validation import no_validation
 
 PILOT_DRAWS = 1000
-_ROUNDS, _STEPS = 100, 5  # of a descent, and steps of each
+_ROUNDS = 20
+_STEPS = 25
 _NEWTON_DECREMENT = 1.0  # below which a descent has come to a mode
-_LOOKS = 20  # at places on its way, if not
+_PAIRS = 10  # of draws that a Gaussian of independent coordinates is fitted over
+_FIRST_LOG_SCALE = -1.0  # of its coordinates
 _FLATTEST = 1e-6  # the least curvature that counts as one
 
 
@@ -76,8 +78,9 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
     """The mode of a density and the root of its covariance there.
 
     Where the potential curves downwards, or not at all, the size of the curvature stands in for it.
-    Where there is no mode, as in the neck of a hierarchy, whose density grows without end while its
-    mass vanishes, it is the place on the way down that has the most mass.
+    Where a descent comes to no mode, as in the neck of a hierarchy, whose density grows without end
+    while its mass vanishes, both are those of a Gaussian of independent coordinates, if it fits
+    better.
 
     Arguments:
         value_of: The potential of one position.
@@ -86,27 +89,27 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
     Returns:
         The mode, and a lower triangle of shape ``(dimension, dimension)``.
     """
-    way = _descend(value_of, position)
-    best, curvature = way[-1], _curvature(value_of, way[-1])
-    slope = torch.autograd.functional.jacobian(value_of, best).double() @ curvature.axes
-    if not float((slope.square() / curvature.sizes).sum()) < _NEWTON_DECREMENT:
-        looked_at = way[:: -(-len(way) // _LOOKS)]
-        every = [_curvature(value_of, place) for place in looked_at]
-        mass = [
-            -float(value_of(place).detach()) - 0.5 * float(found.sizes.log().sum())
-            for place, found in zip(looked_at, every, strict=True)
-        ]
-        highest = max(range(len(mass)), key=mass.__getitem__)
-        best, curvature = looked_at[highest], every[highest]
-    root = curvature.axes * curvature.sizes.rsqrt()
-    triangle = torch.linalg.qr(root.mT).R.mT  # of the covariance, however badly conditioned
-    return best, (triangle * triangle.diagonal().sign()).to(best)
+    best = _lowest(value_of, position)
+    hessian = torch.autograd.functional.hessian(value_of, best).double()
+    values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT).nan_to_num())
+    sizes = values.abs().clamp(min=_FLATTEST)
+    slope = torch.autograd.functional.jacobian(value_of, best).double() @ vectors
+    triangle = torch.linalg.qr((vectors * sizes.rsqrt()).mT).R.mT  # however badly conditioned
+    triangle = (triangle * triangle.diagonal().sign()).to(best)
+    if float((slope.square() / sizes).sum()) < _NEWTON_DECREMENT:
+        return best, triangle
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(_PAIRS, len(best), generator=generator, dtype=torch.float64)
+    noise = torch.cat([half, -half]).to(best)
+    other = _mean_field(value_of, position, noise)
+    by_curvature = _misfit(value_of, best, triangle, noise)
+    return other if _misfit(value_of, *other, noise) < by_curvature else (best, triangle)
 
 
-def _descend(value_of: Callable[[Tensor], Tensor], position: Tensor) -> list[Tensor]:
-    """Places on the way down to a mode, the lowest last."""
-    way = [position.detach().clone()]
-    point = way[0].clone().requires_grad_()
+def _lowest(value_of: Callable[[Tensor], Tensor], position: Tensor) -> Tensor:
+    """Where a descent from a position ends."""
+    best = position.detach().clone()
+    point = best.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([point], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -115,28 +118,50 @@ def _descend(value_of: Callable[[Tensor], Tensor], position: Tensor) -> list[Ten
         value.backward()
         return value
 
-    lowest = float(value_of(way[0]).detach())
+    lowest = float(value_of(best).detach())
     for _ in range(_ROUNDS):
         optimizer.step(closure)
         value = float(value_of(point.detach()).detach())
         if not value < lowest - 1e-6:
             break
-        lowest = value
-        way.append(point.detach().clone())
-    return way
+        lowest, best = value, point.detach().clone()
+    return best
 
 
-class Curvature(NamedTuple):
-    """Of a potential: its principal axes, as columns, and the sizes of its curvature along them."""
+def _mean_field(
+    value_of: Callable[[Tensor], Tensor], position: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The Gaussian of independent coordinates that fits best over these draws.
 
-    sizes: Tensor
-    axes: Tensor
+    As they stay the same, the search is that of a minimum.
+
+    References:
+        | Black Box Variational Inference with a Deterministic Objective (Giordano, Ingram,
+          Broderick, 2024)
+        | https://arxiv.org/abs/2304.05527
+    """
+    loc = position.detach().clone().requires_grad_()
+    log_scale = torch.full_like(loc, _FIRST_LOG_SCALE).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [loc, log_scale], max_iter=_ROUNDS * _STEPS, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        misfit = _misfit(value_of, loc, log_scale.exp().diag(), noise)
+        misfit.backward()
+        return misfit
+
+    optimizer.step(closure)
+    return loc.detach(), log_scale.detach().exp().diag()
 
 
-def _curvature(value_of: Callable[[Tensor], Tensor], position: Tensor) -> Curvature:
-    hessian = torch.autograd.functional.hessian(value_of, position).double()
-    values, axes = torch.linalg.eigh(0.5 * (hessian + hessian.mT).nan_to_num())
-    return Curvature(values.abs().clamp(min=_FLATTEST), axes)
+def _misfit(
+    value_of: Callable[[Tensor], Tensor], loc: Tensor, scale_tril: Tensor, noise: Tensor
+) -> Tensor:
+    """Minus the evidence lower bound of a Gaussian, but for a constant, by its draws of noise."""
+    energies = [value_of(loc + scale_tril @ row) for row in noise]
+    return torch.stack(energies).mean() - scale_tril.diagonal().log().sum()
 
 
 def potential_of_one(
