@@ -404,39 +404,6 @@ def test_numbers_that_lie_apart_are_copied_once(tmp_path, monkeypatch):
     assert_runs_as_its_graph(graph, x, tmp_path)
 
 
-def looked_up(places):
-    """A recurrence, and numbers at places of a vector."""
-
-    def gradient(x, noise):
-        state = x[0]
-        for t in range(120):
-            state = 0.5 * state.tanh() + x[t % 40]
-        picked = x.index_select(0, places).exp() + x.gather(0, places).sin()
-        spread = torch.zeros(80, dtype=x.dtype).index_add(0, places, picked)
-        spread = spread + spread.scatter_add(0, places + 40, picked.cos())
-        return state + spread.sum(), spread[:40] + spread[40:]
-
-    return gradient
-
-
-def test_places_that_stay_the_same_take_no_statement(tmp_path, monkeypatch):
-    """As those of a loop whose steps were joined; with other places the code is another."""
-    monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked
-    x = 0.3 * torch.randn(40, dtype=torch.float64)
-    for places in (torch.arange(40).flip(0), torch.randperm(40), torch.arange(40) // 2 * 2):
-        graph = capture(looked_up(places), x, x[:0])
-        part = _part(graph, [x, x[:0]])
-        told, looked = (
-            [line for step in unrolled._writer.steps for line in step.lines]
-            for used in (part.places, ())
-            for unrolled in [Unrolled(part.graph, part.inputs, 10**6, used)]
-        )
-        assert len(part.places) == 2
-        assert len(told) - 360 < (len(looked) - 360) / 2  # beside the recurrence
-        assert any("copy_picked" in line for line in told)
-        assert_runs_as_its_graph(graph, x, tmp_path)
-
-
 def test_columns_of_a_matrix_are_copied_whole(tmp_path, monkeypatch):
     """As those of the states of a recurrence, not number by number."""
     monkeypatch.setattr(model_library, "source_of", None)  # Inductor is not asked

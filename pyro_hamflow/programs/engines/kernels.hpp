@@ -33,11 +33,6 @@ template <class T>
 static constexpr bool is_one = std::is_arithmetic<T>::value;
 template <class A, class B>
 using Both = decltype(std::declval<A>() + std::declval<B>());
-// Numbers at places of their own, beside each other's.
-template <class To, class From>
-static void copy_picked(To* to, const int* at, const From* from, const int* own, long count) {
-  for (long k = 0; k < count; k++) to[at[k]] = from[own[k]];
-}
 template <class C, class A, class B>
 static inline auto choose(C condition, A first, B second) {
   if constexpr (is_one<C> && std::is_same<A, B>::value) return condition ? first : second;

@@ -20,7 +20,6 @@ from torch.fx import GraphModule
 
 from pyro_hamflow.programs.engines.buffers import NotSupported, kind_of
 from pyro_hamflow.programs.engines.lowering import source_of
-from pyro_hamflow.programs.engines.numbers import name_of
 from pyro_hamflow.programs.engines.translation import Function
 from pyro_hamflow.programs.engines.unrolled import Unrolled
 from pyro_hamflow.programs.machine_code import compiler
@@ -47,8 +46,6 @@ TOO_LONG = f"graphs of more than {_MOST} operations"
 # each chain take, none took longer, and they were made in about as long.
 _SIDE_LINES, _SIDE_EACH, _SIDE_MOST = 2500, 2, 5000
 
-_PICKS = ("index_select", "index_add", "gather", "scatter_add")  # of a tensor, a dimension, places
-
 _PLATFORMS = [("Linux", "x86_64"), ("Linux", "aarch64")]  # where its trajectories were tried
 
 
@@ -60,13 +57,11 @@ class Part(NamedTuple):
         inputs: Arguments: position, noise, further numbers, and its constants.
         results: Of an evaluation, how many numbers each result behind the potential has, and
             whether it is a local site's.
-        places: Which inputs tell places that the code may hold, as they are in every call.
     """
 
     graph: GraphModule
     inputs: list[Tensor]
     results: tuple[tuple[int, bool], ...] = ()
-    places: tuple[int, ...] = ()
 
 
 def library_of(gradient: Part, evaluation: Part | None, store: Store) -> ctypes.CDLL:
@@ -80,8 +75,7 @@ def library_of(gradient: Part, evaluation: Part | None, store: Store) -> ctypes.
     limits = repr((_SIDE_LINES, _SIDE_EACH, _SIDE_MOST))
     made_with = compiler.description(), torch.__version__, _own_code(), limits, *HEADERS.values()
     graphs = [f"{part.graph.code}{part.results}" for part in parts]
-    places = [[(i, part.inputs[i].tolist()) for i in part.places] for part in parts]
-    key = key_of(*graphs, kinds, repr(places), *made_with)
+    key = key_of(*graphs, kinds, *made_with)
     declined = store.find(key, ".txt")
     if declined is not None:
         raise NotSupported(declined.read_text())
@@ -201,7 +195,7 @@ def _function(part: Part) -> Function | Unrolled:
     count = _count(part.graph)
     if is_written_out(part.graph):
         with suppress(NotSupported):
-            return Unrolled(part.graph, part.inputs, _EACH * count, part.places)
+            return Unrolled(part.graph, part.inputs, _EACH * count)
     if count > _MOST:
         raise NotSupported(TOO_LONG)
     return Function(source_of(part.graph, part.inputs), part.inputs)
@@ -210,20 +204,6 @@ def _function(part: Part) -> Function | Unrolled:
 def is_written_out(graph: GraphModule) -> bool:
     """Whether it is tried to write a graph number by number."""
     return _count(graph) >= _MANY
-
-
-def places_of(graph: GraphModule, first: int) -> tuple[int, ...]:
-    """Which inputs, from the first constant on, only tell places along a dimension.
-
-    Loops that were joined leave many: looked up at every gradient, they are most of a program.
-    """
-    inputs = list(graph.graph.find_nodes(op="placeholder"))
-    return tuple(
-        number
-        for number, node in enumerate(inputs)
-        if number >= first
-        and all(name_of(user.target) in _PICKS and user.args[2:3] == (node,) for user in node.users)
-    )
 
 
 def _count(graph: GraphModule) -> int:

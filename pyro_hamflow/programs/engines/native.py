@@ -18,13 +18,7 @@ from pyro_hamflow.programs.capture import first_result
 from pyro_hamflow.programs.engines.buffers import NotSupported
 from pyro_hamflow.programs.engines.calls import Call, Made, Place, Request
 from pyro_hamflow.programs.engines.lowering import with_constants_as_arguments
-from pyro_hamflow.programs.engines.model_library import (
-    Part,
-    is_written_out,
-    library_of,
-    moves_noise,
-    places_of,
-)
+from pyro_hamflow.programs.engines.model_library import Part, library_of, moves_noise
 from pyro_hamflow.programs.machine_code.store import Store, user_store
 
 
@@ -198,9 +192,7 @@ def _part(
 ) -> Part:
     """A graph with its constants among its arguments."""
     lifted, constants = with_constants_as_arguments(graph)
-    inputs = [*(example.contiguous() for example in examples), *constants]
-    places = places_of(lifted, len(examples)) if is_written_out(lifted) else ()
-    return Part(lifted, inputs, results, places)
+    return Part(lifted, [*(example.contiguous() for example in examples), *constants], results)
 
 
 _programs: WeakKeyDictionary[GraphModule, dict[tuple[bool, bool], NativeProgram]]

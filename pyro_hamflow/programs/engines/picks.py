@@ -18,10 +18,7 @@ def _at_least_zero(size: int) -> elements.Rule:
     """A place, counted from the end if it is negative."""
 
     def rule(writer: Statements, dtype: torch.dtype, numbers: list[int]) -> int:
-        (number,) = numbers
-        if number in writer.values:
-            return writer.constant(int(writer.values[number]) % size, dtype)
-        name = elements.operand(writer, number, dtype)
+        name = elements.operand(writer, numbers[0], dtype)
         return writer.made(f"({name} < 0 ? {name} + {size} : {name})", numbers, dtype)
 
     return rule
@@ -56,8 +53,12 @@ def index(writer: Statements, func: Any, a: Any, indices: list[Any]) -> Numbers:
     place = _places(writer, given, [a.shape[d] for d in dims])
     rows = a.ids.permute([*dims, *rest]).reshape(-1, *[a.shape[d] for d in rest])
     width = math.prod(rows.shape[1:])
-    places = [(at, width, k) for at in place.row for k in range(width)]
-    made = _read(writer, rows.reshape(-1).tolist(), a.dtype, places)
+    buffer, step = writer.copied(rows.reshape(-1).tolist(), a.dtype)
+    made = [
+        _read(writer, buffer.place, at, width, k, a.dtype, step)
+        for at in place.row
+        for k in range(width)
+    ]
     whole = torch.tensor(made, dtype=torch.int64, device="cpu")
     whole = whole.reshape(*place.shape, *rows.shape[1:])
     # The indices' dimensions lie where those were that they index.
@@ -66,26 +67,11 @@ def index(writer: Statements, func: Any, a: Any, indices: list[Any]) -> Numbers:
     return Numbers(writer, whole, a.dtype)
 
 
-def _told(writer: Statements, places: list[tuple[int, int, int]]) -> list[int] | None:
-    """Places in a row, if all are known as the program is written."""
-    if any(at not in writer.values for at, *_ in places):
-        return None
-    return [int(writer.values[at]) * width + k for at, width, k in places]
-
-
 def _read(
-    writer: Statements, row: list[int], dtype: torch.dtype, places: list[tuple[int, int, int]]
-) -> list[int]:
-    """The numbers of a row at some places; those that are known take no statement."""
-    told = _told(writer, places)
-    if told is not None:
-        return [row[place] for place in told]
-    buffer, step = writer.copied(row, dtype)
-    made = []
-    for at, width, k in places:
-        where = f"{elements.operand(writer, at, torch.int64)} * {width} + {k}"
-        made.append(writer.made(f"{buffer.place}[{where}]", [at], dtype, step))
-    return made
+    writer: Statements, place: str, at: int, width: int, k: int, dtype: torch.dtype, step: int
+) -> int:
+    where = f"{elements.operand(writer, at, torch.int64)} * {width} + {k}"
+    return writer.made(f"{place}[{where}]", [at], dtype, step)
 
 
 def index_put(
@@ -120,13 +106,6 @@ def _written(
     *,
     add: bool,
 ) -> Numbers:
-    told = _told(writer, places)
-    if told is not None:
-        row = a.row
-        for place, value in zip(told, values, strict=True):
-            own = elements.cast(writer, value, a.dtype)
-            row[place] = elements.added(writer, a.dtype, [row[place], own]) if add else own
-        return Numbers(writer, row, a.dtype, a.shape)
     buffer, first = writer.stored(a.row, a.dtype)
     sign, kind = "+=" if add else "=", kind_of(a.dtype)
     lines, needs = [], []
@@ -157,7 +136,9 @@ def gather(writer: Statements, func: Any, a: Any, dim: int, places: Any, **other
     a, places = known(writer, a), known(writer, places)
     if not a.dim():
         raise NotSupported("aten.gather of a number")
-    made = _read(writer, a.row, a.dtype, _along(a, dim, places))
+    buffer, step = writer.copied(a.row, a.dtype)
+    found = _along(a, dim, places)
+    made = [_read(writer, buffer.place, at, w, k, a.dtype, step) for at, w, k in found]
     return Numbers(writer, made, a.dtype, places.shape)
 
 
@@ -180,30 +161,7 @@ def scatter(writer: Statements, func: Any, a: Any, dim: int, places: Any, value:
     return _written(writer, a, _along(a, dim, places), row, add=False)
 
 
-def index_select(writer: Statements, func: Any, a: Any, dim: int, places: Any) -> Any:
-    """Slices at places that are known; at others, as a loop has it."""
-    a, places = known(writer, a), known(writer, places)
-    if not a.dim() or any(place not in writer.values for place in places.row):
-        return NotImplemented
-    told = torch.tensor([int(writer.values[at]) for at in places.row], device="cpu")
-    return Numbers(writer, a.ids.index_select(dim, told.long()), a.dtype)
-
-
-def index_add(
-    writer: Statements, func: Any, a: Any, dim: int, places: Any, values: Any, alpha: float = 1
-) -> Any:
-    """Adds slices at places that are known; at others, as a loop has it."""
-    a, places, values = known(writer, a), known(writer, places), known(writer, values)
-    if alpha != 1 or not a.dim() or any(place not in writer.values for place in places.row):
-        return NotImplemented
-    shape = [-1 if d == dim % a.dim() else 1 for d in range(a.dim())]
-    wide = Numbers(writer, places.ids.reshape(shape).expand(values.shape), torch.int64)
-    return scatter_add(writer, func, a, dim, wide, values)
-
-
 PICKS = {
-    "index_select": index_select,
-    "index_add": index_add,
     "index": index,
     "index_put": index_put,
     "gather": gather,

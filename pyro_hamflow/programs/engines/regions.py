@@ -53,29 +53,6 @@ class Row(NamedTuple):
         return f"std::copy_n({self.place}, {self.length}, {to});"
 
 
-class Picked(NamedTuple):
-    """Numbers that lie here and there in one memory, or zeros.
-
-    Attributes:
-        region: The memory; none of zeros.
-        numbers: Where each shall lie, and which it is.
-    """
-
-    region: Region | None
-    numbers: list[tuple[int, int]]
-
-    def copied(self, to: str) -> str:
-        """A statement that writes them beside an address."""
-        at, count = ", ".join(str(place) for place, _ in self.numbers), len(self.numbers)
-        if self.region is None:
-            loop = f"for (long k = 0; k < {count}; k++) {to}[at[k]] = 0;"
-            return f"{{ static const int at[] = {{{at}}}; {loop} }}"
-        found = [number - self.region.first for _, number in self.numbers]
-        own = ", ".join(map(str, self.region.places[found].tolist()))
-        tables = f"static const int at[] = {{{at}}}, own[] = {{{own}}};"
-        return f"{{ {tables} copy_picked({to}, at, {self.region.place}, own, {count}); }}"
-
-
 class Regions:
     """All memory of which it is known which numbers lie there."""
 
@@ -124,19 +101,6 @@ class Regions:
         if len(places) < _ROW or not torch.equal(places, beside):
             return None
         return Row(len(places), f"{region.place} + {int(places[0])}", region.step)
-
-    def picked(self, numbers: Sequence[tuple[int, int]]) -> list[Picked]:
-        """Numbers, each with the place where it shall lie, by the memory in which many of them lie.
-
-        Those of which few lie in one memory are left out.
-        """
-        found: dict[int, Picked] = {}
-        for place, number in numbers:
-            region = None if number == ZERO else self._of(number)
-            if region is not None or number == ZERO:
-                key = -1 if region is None else region.first
-                found.setdefault(key, Picked(region, [])).numbers.append((place, number))
-        return [part for part in found.values() if len(part.numbers) >= _ROW]
 
     def _of(self, number: int) -> Region | None:
         """The memory in which a number lies, if it is one of many there."""

@@ -67,7 +67,6 @@ class Statements(UsesScratch):
     Attributes:
         scratch: How many bytes of memory they use.
         shared: The loops that they call.
-        values: What numbers are that are known.
         sides: Which of the numbers are vectors of one of each of several chains, if any are.
     """
 
@@ -78,7 +77,6 @@ class Statements(UsesScratch):
         self.numbers = [_Number(torch.float64, "0", is_constant=True)]
         self.steps: list[_Step] = []
         self._known: dict[tuple[str, torch.dtype], int] = {}
-        self.values: dict[int, float] = {ZERO: 0}
         self._made_by: dict[int, int] = {}
         self._regions = Regions()
         self._copies: dict[tuple[tuple[int, ...], torch.dtype], tuple[Buffer, int]] = {}
@@ -95,9 +93,7 @@ class Statements(UsesScratch):
             text = f"{kind_of(dtype)}({value!r})"
         else:
             text = "NAN" if math.isnan(value) else f"({'-' * (value < 0)}INFINITY)"
-        number = self._number(_Number(dtype, text, is_constant=True))
-        self.values[number] = value
-        return number
+        return self._number(_Number(dtype, text, is_constant=True))
 
     def read(self, text: str, dtype: torch.dtype, step: int | None = None) -> int:
         """A number in memory, from some step on."""
@@ -169,21 +165,16 @@ class Statements(UsesScratch):
         """Memory in which numbers lie in a row, and the step that writes them there."""
         buffer = self.allocate((len(numbers),), (1,), dtype)
         lines, needs, after = list[str](), list[int](), list[int]()
-        place, loose = 0, dict[int, int]()
+        place = 0
         while place < len(numbers):
             row = self._regions.row(numbers, place)
             if row is None:
-                loose[place] = numbers[place]
+                needs.append(numbers[place])
+                lines.append(f"{buffer.place}[{place}] = {self.name(numbers[place])};")
             else:
                 after += [] if row.step is None else [row.step]
                 lines.append(row.copied(f"{buffer.place} + {place}"))
             place += 1 if row is None else row.length
-        for part in self._regions.picked(list(loose.items())):
-            after += [] if part.region is None or part.region.step is None else [part.region.step]
-            lines.append(part.copied(buffer.place))
-            loose = dict(sorted(loose.items() - part.numbers))
-        needs += loose.values()
-        lines += [f"{buffer.place}[{at}] = {self.name(number)};" for at, number in loose.items()]
         return buffer, self.step(needs, lines, after)
 
     def copied(self, numbers: Sequence[int], dtype: torch.dtype) -> tuple[Buffer, int]:

@@ -7,7 +7,7 @@ they are. What only moves numbers, as a selection or a stack, is done when the p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,6 @@ from pyro_hamflow.programs.engines.statements import Statements
 from pyro_hamflow.programs.engines.unrolled_rules import RULES
 from pyro_hamflow.programs.failures import first_line
 
-_aten, _own = torch.ops.aten, torch.ops.pyro_hamflow
-
 
 class Unrolled:
     """A function in C++ that does what a graph does, number by number.
@@ -37,7 +35,6 @@ class Unrolled:
         graph: The graph, without constants.
         examples: Arguments of the shapes it will be called with.
         most: How many lines of C++ there may be.
-        places: Which arguments are always the same places, which are looked up as it is written.
         sides: Whether it is of several chains side by side: of one number of each as a vector.
 
     Attributes:
@@ -50,21 +47,12 @@ class Unrolled:
     needs_torch_headers = False
 
     def __init__(
-        self,
-        graph: GraphModule,
-        examples: Sequence[Tensor],
-        most: int,
-        places: Collection[int] = (),
-        *,
-        sides: bool = False,
+        self, graph: GraphModule, examples: Sequence[Tensor], most: int, *, sides: bool = False
     ) -> None:
         vectors = Sides(examples[0].dtype) if sides else None
         writer = self._writer = Statements(most, vectors)
         given = []
         for i, example in enumerate(examples):
-            if i in places:
-                given.append(known(writer, example))
-                continue
             kind, count = kind_of(example.dtype), example.numel()
             position = vectors is not None and i == 0
             place = "z" if position else f"(({kind}*)a[{i}])"
@@ -116,7 +104,7 @@ def _apply(writer: Statements, func: Any, args: Any, kwargs: Any) -> Any:
         found = rule(writer, func, *args, **kwargs)
         if found is not NotImplemented:
             return found
-        func = getattr(_aten, name).default if name in PICKS else _own.product.default
+        func = torch.ops.pyro_hamflow.product.default
     found = _written_as_loops(writer, func, args, kwargs)
     if found is NotImplemented and (other := decomposition_table.get(func)) is not None:
         found = other(*args, **kwargs)
