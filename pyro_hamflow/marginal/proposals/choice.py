@@ -114,18 +114,14 @@ def _has_path(plan: Plan, trace: poutine.Trace) -> bool:
     longest = max(sum(event.numel() for event in of_group) for of_group in events)
     if longest >= LONG or any(group.joined for group in groups):
         return True
-    names = [name for group in groups for name in group.sites]
-    if any(_is_density_alone(name, trace.nodes[name]["fn"]) for name in names):
+    splits = [pair for group in groups for pair in split_mixtures(group, trace).items()]
+    priors = [(name, trace.nodes[name]["fn"], split is None) for name, split in splits]
+    if any(is_whole and _is_density_alone(name, fn) for name, fn, is_whole in priors):
         return True
     loops = [sites for group in groups for sites in chains(group.sites).values()]
     if not any(len(sites) >= _LOOP and _is_recursion(plan, sites) for sites in loops):
         return False
-    splits = [split_mixtures(group, trace) for group in groups]
-    return all(
-        split is None and has_gaussian_form(trace.nodes[name]["fn"], None)
-        for of_group in splits
-        for name, split in of_group.items()
-    )
+    return all(is_whole and has_gaussian_form(fn, None) for _, fn, is_whole in priors)
 
 
 def _is_density_alone(name: str, fn: TorchDistribution) -> bool:
