@@ -24,12 +24,11 @@ from pyro_hamflow.process import random_state_kept
 from pyro_hamflow.programs.validation import no_validation
 
 PILOT_DRAWS = 1000
-_ROUNDS = 20
-_STEPS = 25
+_ROUNDS, _STEPS = 20, 25  # of a descent, and steps of each
 _NEWTON_DECREMENT = 1.0  # below which a descent has come to a mode
 _PAIRS = 10  # of draws that a Gaussian of independent coordinates is fitted over
 _FIRST_LOG_SCALE = -1.0  # of its coordinates
-_FIT_STEPS = 100  # of that fit at most; 60 do for 38 coordinates
+_FIT_ROUNDS = 4  # of that fit at most: 60 steps do for 38 coordinates
 _FLATTEST = 1e-6  # the least curvature that counts as one
 
 
@@ -90,7 +89,7 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
     Returns:
         The mode, and a lower triangle of shape ``(dimension, dimension)``.
     """
-    best = _lowest(value_of, position)
+    best = _lowest(value_of, position, _ROUNDS)
     hessian = torch.autograd.functional.hessian(value_of, best).double()
     values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT).nan_to_num())
     sizes = values.abs().clamp(min=_FLATTEST)
@@ -107,8 +106,8 @@ def laplace(value_of: Callable[[Tensor], Tensor], position: Tensor) -> tuple[Ten
     return other if _misfit(value_of, *other, noise) < by_curvature else (best, triangle)
 
 
-def _lowest(value_of: Callable[[Tensor], Tensor], position: Tensor) -> Tensor:
-    """Where a descent from a position ends."""
+def _lowest(value_of: Callable[[Tensor], Tensor], position: Tensor, rounds: int) -> Tensor:
+    """Where a descent from a position ends, or has come to by so many rounds of steps."""
     best = position.detach().clone()
     point = best.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([point], max_iter=_STEPS, line_search_fn="strong_wolfe")
@@ -120,7 +119,7 @@ def _lowest(value_of: Callable[[Tensor], Tensor], position: Tensor) -> Tensor:
         return value
 
     lowest = float(value_of(best).detach())
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         optimizer.step(closure)
         value = float(value_of(point.detach()).detach())
         if not value < lowest - 1e-6:
@@ -141,20 +140,14 @@ def _mean_field(
           Broderick, 2024)
         | https://arxiv.org/abs/2304.05527
     """
-    loc = position.detach().clone().requires_grad_()
-    log_scale = torch.full_like(loc, _FIRST_LOG_SCALE).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [loc, log_scale], max_iter=_FIT_STEPS, line_search_fn="strong_wolfe"
-    )
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        misfit = _misfit(value_of, loc, log_scale.exp().diag(), noise)
-        misfit.backward()
-        return misfit
+    def misfit(both: Tensor) -> Tensor:
+        loc, log_scale = both.chunk(2)
+        return _misfit(value_of, loc, log_scale.exp().diag(), noise)
 
-    optimizer.step(closure)
-    return loc.detach(), log_scale.detach().exp().diag()
+    begin = torch.cat([position, torch.full_like(position, _FIRST_LOG_SCALE)])
+    loc, log_scale = _lowest(misfit, begin, _FIT_ROUNDS).chunk(2)
+    return loc, log_scale.exp().diag()
 
 
 def _misfit(

@@ -62,9 +62,8 @@ def lineages_of(particles: Particles) -> Lineages:
     count = len(particles.position)
     square = count / max(effective, 1.0)  # of a family's share, on average, of which one is a mean
     error = math.sqrt(max(square - 1.0, 0.0) / count)
-    weights = particles.weights
-    draws = worth_of_draws(weights, particles.founder, particles.position)
-    draws = min(draws, float(effective_size(weights.log())))
+    draws = worth_of_draws(particles.weights, particles.founder, particles.position)
+    draws = min(draws, float(effective_size(particles.all_log_weights.flatten())))
     return Lineages(effective, square / particles.variance_of_steps, error, draws)
 
 
